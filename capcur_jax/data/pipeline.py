@@ -1,0 +1,68 @@
+"""The order in which a stage sees its problems: shuffled by seed, epoch after epoch, in whole batches (grain)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+from ml_collections import ConfigDict
+
+from capcur_jax.data.problem import Problem, read_problems
+from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
+from capcur_jax.errors import InputError
+
+SOURCES = {"easy_vqa": easy_vqa.build, "word_problems": word_problems.build, "tiny_base": tiny_base.build}
+
+
+class Sets:
+    """The problem sets of a config by name and split: the user's own JSONL files, or sets built on first use."""
+
+    def __init__(self, config: ConfigDict, directory: Path):
+        self._config, self._directory = config, directory
+        self._built: dict[str, dict[str, Path]] = {}
+        self._read: dict[tuple[str, str], list[Problem]] = {}
+        self.skipped_rows: dict[tuple[str, str], list[str]] = {}
+
+    def path(self, name: str, split: str) -> Path:
+        """The JSONL file of a set's split. Raises InputError naming the config key and the remedy."""
+        key, entry = f"config.data.sets.{name}", self._config.sets[name]
+        if entry[split]:
+            return Path(entry[split]).expanduser()
+        if not entry.source:
+            raise InputError(
+                f"{key}.{split} is empty: name a JSONL file of problems (--{key}.{split}=FILE.jsonl, one object a line "
+                "with problem, answer, images), or set a source that builds the set: " + ", ".join(SOURCES)
+            )
+        if entry.source not in SOURCES:
+            raise InputError(f"{key}.source = {entry.source!r}; choose one of {', '.join(SOURCES)}")
+        if name not in self._built:
+            self._built[name] = SOURCES[entry.source](self._directory, name)
+        return self._built[name][split]
+
+    def problems(self, name: str, split: str) -> list[Problem]:
+        """The good rows of a set's split; the others are kept in `skipped_rows`."""
+        if (name, split) not in self._read:
+            try:
+                rows, skipped = read_problems(self.path(name, split), capability=name)
+            except (FileNotFoundError, ValueError) as error:
+                raise InputError(f"config.data.sets.{name}.{split}: {error}") from None
+            self._read[name, split] = rows
+            if skipped:
+                self.skipped_rows[name, split] = skipped
+        return self._read[name, split]
+
+
+def in_order(problems: Sequence[Problem], seed: int) -> grain.MapDataset:
+    """The problems without end: shuffled anew in each epoch, the same for the same seed."""
+    return grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
+
+
+def batches(
+    ordered: grain.MapDataset, build: Callable[[Problem], Any | None], size: int, threads: int = 2
+) -> Iterator[list[Any]]:
+    """Batches of `size` built examples, prepared ahead in threads; `build` returns None for a problem to leave out."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
+    examples = ordered.map(build).to_iter_dataset(options).filter(lambda example: example is not None)
+    return iter(examples.batch(size, drop_remainder=True, batch_fn=list))

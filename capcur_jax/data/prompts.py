@@ -1,0 +1,125 @@
+"""Problem -> Prompt: the instruction, the images, the chat template, the limits. Done once for a problem."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from capcur_jax.data.problem import IMAGE_MARK, Problem
+from capcur_jax.errors import InputError
+from capcur_jax.models.inputs import BadImage, BadInput, Processor, Prompt
+
+# The paper's instruction in our words; the reward looks for exactly this form (METHOD 'Objective').
+INSTRUCTION = "Reason inside <think></think>, then give the final answer in \\boxed{}."
+PLACEMENTS = ("suffix", "system", "none")
+
+
+@contextlib.contextmanager
+def opened_image(path: str) -> Iterator[Image.Image]:
+    """An image file, header read, pixels not yet. Raises BadImage naming the file and the remedy."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise BadImage(f"{path}: no such image; put it there or take the row out") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{path}: not a readable image ({error}); replace it or take the row out") from None
+
+
+def load_image(path: str) -> Image.Image:
+    """An RGB image, decoded whole. Raises BadImage."""
+    with opened_image(path) as image:
+        return image.convert("RGB")
+
+
+class PromptBuilder:
+    """Builds prompts, and counts what it has to leave out: overlong prompts are skipped whole, never truncated."""
+
+    def __init__(self, processor: Processor, placement: str, max_tokens: int, max_patches: int):
+        if placement not in PLACEMENTS:
+            raise InputError(f"config.prompt.instruction = {placement!r}; choose one of {', '.join(PLACEMENTS)}")
+        self.processor, self._placement = processor, placement
+        self._max_tokens, self._max_patches = max_tokens, max_patches
+        self.skipped: dict[str, str] = {}  # problem id -> why
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def render(self, problem: Problem) -> str:
+        """The chat prompt as text, one placeholder an image (in front where the text holds no <image> mark)."""
+        texts = problem.problem.split(IMAGE_MARK)
+        if len(texts) == 1:
+            parts: list[str | None] = [None] * len(problem.images) + [problem.problem]
+        else:
+            parts = [part for text in texts for part in (text, None)][:-1]
+        # The instruction asks for a boxed answer; a row without an answer (a caption to learn) has none to box.
+        placement = self._placement if problem.answer else "none"
+        if placement == "suffix":
+            parts = [*parts[:-1], f"{parts[-1]} {INSTRUCTION}".strip()]
+        return self.processor.render(
+            [part for part in parts if part != ""], INSTRUCTION if placement == "system" else ""
+        )
+
+    def build(self, problem: Problem) -> Prompt:
+        """Raises BadInput: a missing or broken image, a prompt over a limit."""
+        prompt = self.processor.prepare(self.render(problem), [load_image(path) for path in problem.images])
+        self._check(len(prompt), len(prompt.patches))
+        return prompt
+
+    def measure(self, problem: Problem) -> tuple[int, int]:
+        """(tokens, patches) of the prompt, without decoding a pixel. Raises BadInput as `build` does."""
+        merged, patches = self.processor.config.vision.merge_size**2, 0
+        tokens = len(self.processor.tokenizer(self.render(problem), add_special_tokens=False)["input_ids"])
+        for path in problem.images:
+            with opened_image(path) as image:
+                count = self.processor.images.get_number_of_image_patches(image.height, image.width)
+            patches, tokens = patches + count, tokens + count // merged - 1
+        self._check(tokens, patches)
+        return tokens, patches
+
+    def _check(self, tokens: int, patches: int) -> None:
+        if tokens > self._max_tokens:
+            raise BadInput(
+                f"the prompt has {tokens} tokens, config.prompt.max_tokens = {self._max_tokens}: "
+                "raise the limit or lower config.prompt.max_pixels"
+            )
+        if patches > self._max_patches:
+            raise BadInput(
+                f"the images have {patches} patches, config.prompt.patch_buckets end at {self._max_patches}: "
+                "declare a larger bucket or lower config.prompt.max_pixels"
+            )
+
+    def try_build(self, problem: Problem) -> Prompt | None:
+        """`build`, or None where the problem can't be used: counted once, the reason kept."""
+        try:
+            return self.build(problem)
+        except BadInput as error:
+            self.skip(problem, error)
+            return None
+
+    def skip(self, problem: Problem, error: BadInput) -> None:
+        if problem.id not in self.skipped:
+            self.skipped[problem.id] = str(error)
+            self.counts["images" if isinstance(error, BadImage) else "prompts"] += 1
+
+
+def target_tokens(processor: Processor, problem: Problem, limit: int) -> np.ndarray:
+    """Token ids of an SFT row's response and its end token. Raises BadInput where it is missing or too long."""
+    if problem.response is None:
+        raise BadInput("the row has no 'response' to learn; an sft stage needs one in every row")
+    tokens = processor.tokenizer(problem.response, add_special_tokens=False)["input_ids"]
+    tokens = np.array([*tokens, processor.end_tokens[0]], np.int32)
+    if len(tokens) > limit:
+        raise BadInput(
+            f"the response has {len(tokens)} tokens, config.rollout.max_new_tokens = {limit}: raise it or drop the row"
+        )
+    return tokens
+
+
+def explain_skipped(builder: PromptBuilder, shown: int = 3) -> list[str]:
+    """Lines for people: how many problems were left out, and the first few with the reason."""
+    lines = [f"{id}: {reason}" for id, reason in list(builder.skipped.items())[:shown]]
+    more = len(builder.skipped) - len(lines)
+    return [*lines, f"... and {more} more"] if more > 0 else lines

@@ -1,0 +1,111 @@
+"""The SFT corpus that makes the small base checkpoint: captions, and questions as two annotators answer them.
+
+Real base models have seen captions and can answer, but not well. So this base gets eyes from captions, the response
+format, and answers that are often a careless annotator's. Only images and texts of the train splits are in its train
+file, and only those of the validation splits in its validation file; nothing of a test split is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from capcur_jax.data.problem import Problem, boxed_response, build_set, even_shares, stable_hash
+from capcur_jax.data.sources import easy_vqa, word_problems
+
+VERSION = f"tiny-base-1/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
+
+# How often the careless annotator answers. The base must be mediocre on purpose: both ways of answering are in it, and
+# where the careless one is the likelier (0.6), greedy decoding is mostly wrong while sampling still meets the right
+# way. RL, which only sees rewards, then has a better mode to find; a base that is right already could show nothing.
+CARELESS = {
+    "shape": 0.3,
+    "color": 0.3,
+    "position": 0.6,
+    "size": 0.6,
+    "add": 0.3,
+    "subtract": 0.3,
+    "multiply": 0.6,
+    "corners": 0.6,
+    "prices": 0.3,
+    "code": 0.6,
+}
+BROKEN = 0.03  # share of question responses without the asked format, so that the format reward has work too
+
+COUNTS = {
+    "train": {"perception": 12_000, "text": 15_000, "visual": 15_000},
+    "validation": {"perception": 300, "text": 300, "visual": 300},
+}
+VARIANTS = 3  # how often one image may be asked a kind of question
+CAPTION_WORDINGS = ("Describe the image.", "What is in the image?", "What does the image show?")
+CAPTIONS_PER_IMAGE = {"train": 2, "validation": 1}
+
+
+def build(directory: str | os.PathLike, capability: str = "base") -> dict[str, Path]:
+    """Gives the files below `directory`, building them and the train images on first use (seconds).
+
+    The "test" file is the validation file: SFT is judged by its loss there, and the real tests are the other sets'.
+    `answer` is the right answer, whatever the response says ("" for captions).
+
+    Raises:
+      ValueError: another capability than "base".
+    """
+    if capability != "base":
+        raise ValueError(f"tiny_base has no capability {capability!r}; use 'base'")
+    easy_vqa.copy_images(directory, ("train",))
+    files = build_set(
+        directory, "base", VERSION, lambda: {split: rows(directory, split) for split in COUNTS}, splits=tuple(COUNTS)
+    )
+    return files | {"test": files["validation"]}
+
+
+def rows(directory: str | os.PathLike, split: str) -> list[Problem]:
+    """The captions and answered questions of "train" or "validation", mixed."""
+    answered = [respond(problem, facts) for problem, facts in _questions(directory, split)]
+    return sorted(captions(directory, split) + answered, key=lambda row: stable_hash("base order", row.id))
+
+
+def respond(problem: Problem, facts: dict) -> Problem:
+    """The row with a response: whose it is and whether its format is broken follows from the row's id."""
+    careless = _chance("careless", problem.id) < CARELESS[problem.kind]
+    worked = word_problems.worked if problem.kind in word_problems.KINDS else easy_vqa.worked
+    reasoning, answer = worked(problem.kind, facts, careless=careless)
+    response = boxed_response(reasoning, answer)
+    if _chance("broken", problem.id) < BROKEN:
+        broken = (f"<think>{reasoning}</think> {answer}", f"<think>{reasoning} \\boxed{{{answer}}}", reasoning)
+        response = broken[stable_hash("broken how", problem.id) % len(broken)]
+    return dataclasses.replace(problem, response=response)
+
+
+def captions(directory: str | os.PathLike, split: str) -> list[Problem]:
+    """One row for each image whose shape and color are certain, and for each of its wordings."""
+    found = []
+    for image in easy_vqa.image_facts(split):
+        if image.shape is None or image.color is None:
+            continue
+        path = os.path.abspath(Path(directory) / "images" / image.folder / f"{image.number}.png")
+        kind = "caption:whole" if image.size and image.position else "caption:part"
+        for turn in range(CAPTIONS_PER_IMAGE[split]):
+            row_id = f"{image.folder}-{image.number}-caption-{turn}"
+            wording = CAPTION_WORDINGS[(image.number + turn) % len(CAPTION_WORDINGS)]
+            found.append(Problem(row_id, wording, "", (path,), "caption", kind, response=caption(image)))
+    return found
+
+
+def caption(image: easy_vqa.ImageFacts) -> str:
+    """For example "A small red circle at the top left."; size and position are left out where they aren't certain."""
+    words = " ".join(word for word in ("A", image.size, image.color, image.shape) if word)
+    return f"{words} at the {image.position}." if image.position else f"{words}."
+
+
+def _questions(directory: str | os.PathLike, split: str) -> list[tuple[Problem, dict]]:
+    found = word_problems.questions(split, "base", COUNTS[split]["text"])
+    for capability, kinds in easy_vqa.KINDS.items():
+        for kind, count in even_shares(COUNTS[split][capability], kinds).items():
+            found += easy_vqa.questions(directory, split, kind, count, variants=VARIANTS)
+    return found
+
+
+def _chance(what: str, row_id: str) -> float:
+    return stable_hash(what, row_id) / 2**64

@@ -1,0 +1,6 @@
+"""What goes wrong because of what the run was given."""
+
+
+class InputError(Exception):
+    """A file, a checkpoint or a config value can't be used. The message names it and the remedy; main prints that
+    alone, without a traceback."""

@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM as a request that is honoured between steps, so that what was learned is saved."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Self
+
+
+class Interrupted(Exception):
+    """The user or the cluster asked the run to stop; raised at the next point where stopping loses nothing."""
+
+
+class Interruption:
+    """While entered, the first SIGINT or SIGTERM is remembered; a second one stops the process at once."""
+
+    def __init__(self):
+        self._name = ""
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *unused) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._name:
+            raise KeyboardInterrupt
+        self._name = signal.Signals(number).name
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self._name:
+            raise Interrupted(self._name)

@@ -1,0 +1,245 @@
+"""Host side: text and images -> token ids, patches, and every index array that the device code takes.
+
+Done once for a prompt; nothing downstream tokenises or looks at an image again (TRL #6401, EasyR1 #392).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from capcur_jax.errors import InputError
+from capcur_jax.models import config as config_lib
+from capcur_jax.models.config import ModelConfig, VisionConfig
+from capcur_jax.models.qwen_vl import PromptBatch
+from capcur_jax.models.vision import VisionBatch
+
+# Tokens of Qwen's vocabulary that a sampler must never produce: they crash the next forward pass (EasyR1 #110).
+VISION_PLACEHOLDERS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+class BadInput(ValueError):
+    """A prompt that can't be used: names the image or the limit and the remedy. The run skips and counts it."""
+
+
+class BadImage(BadInput):
+    """The image is missing or can't be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready for the model."""
+
+    tokens: np.ndarray  # [T] int32, image tokens expanded
+    positions: np.ndarray  # [3, T] int32
+    next_position: int
+    visual_index: np.ndarray  # [T] int32 into this prompt's own merged features, -1 at text
+    patches: np.ndarray  # [P, values] float32
+    grids: tuple[tuple[int, int, int], ...]  # (time, rows, columns) of patches, an image each
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def mrope_positions(
+    tokens: np.ndarray, grids: Sequence[tuple[int, int, int]], image_token: int, merge: int
+) -> tuple[np.ndarray, int]:
+    """MRoPE positions [3, T] of a prompt and the position that follows it (max + 1).
+
+    Text advances all three axes together; an image's tokens share one time and count rows and columns from there,
+    and the text after it goes on from the image's largest position + 1.
+    """
+    positions = np.zeros((3, len(tokens)), np.int32)
+    at = current = 0
+    images = iter(grids)
+    while at < len(tokens):
+        if tokens[at] != image_token:
+            positions[:, at] = current
+            at, current = at + 1, current + 1
+            continue
+        time, height, width = next(images)
+        rows, columns = height // merge, width // merge
+        count = time * rows * columns
+        grid = np.stack(np.meshgrid(np.arange(time), np.arange(rows), np.arange(columns), indexing="ij"))
+        positions[:, at : at + count] = grid.reshape(3, -1) + current
+        at, current = at + count, current + max(rows, columns)
+    return positions, int(positions.max(initial=-1)) + 1
+
+
+def _merge_order(height: int, width: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of an image's patches in merge-block order, [height x width] each."""
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+
+    def order(x):
+        return x.reshape(height // merge, merge, width // merge, merge).transpose(0, 2, 1, 3).reshape(-1)
+
+    return order(rows), order(columns)
+
+
+def _taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two table entries and weights of bilinear interpolation along one axis (ends aligned)."""
+    source = index.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+    floor = np.floor(source)
+    taps = np.clip(floor.astype(np.int32)[:, None] + np.arange(2), 0, side - 1)
+    fraction = (source - floor)[:, None]
+    return taps, np.concatenate([1 - fraction, fraction], axis=1).astype(np.float32)
+
+
+def vision_indices(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For one image: table entries [P, 4], their weights [P, 4], patch coordinates [P, 2], in merge-block order."""
+    time, height, width = grid
+    rows, columns = _merge_order(height, width, config.merge_size)
+    row_taps, row_weights = _taps(rows, height, config.table_side)
+    column_taps, column_weights = _taps(columns, width, config.table_side)
+    index = (row_taps[:, :, None] * config.table_side + column_taps[:, None, :]).reshape(-1, 4)
+    weight = (row_weights[:, :, None] * column_weights[:, None, :]).reshape(-1, 4)
+    coordinates = np.stack([rows, columns], axis=-1).astype(np.int32)
+    return np.tile(index, (time, 1)), np.tile(weight, (time, 1)), np.tile(coordinates, (time, 1))
+
+
+def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
+    """The smallest declared bucket that holds `needed`. Raises ValueError naming the config key."""
+    fitting = [bucket for bucket in buckets if bucket >= needed]
+    if not fitting:
+        raise ValueError(f"{key} = {tuple(buckets)} has no bucket for {needed}; declare a larger one")
+    return min(fitting)
+
+
+class Processor:
+    """A checkpoint's tokenizer, chat template and image processor (transformers' own, the PIL one)."""
+
+    def __init__(self, tokenizer, image_processor, config: ModelConfig):
+        self.tokenizer, self.images, self.config = tokenizer, image_processor, config
+        self.end_tokens = tuple(self._ids(END_TOKENS))
+        self.banned_tokens = tuple(self._ids(VISION_PLACEHOLDERS))
+        self.pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_tokens[-1]
+        if not self.end_tokens:
+            raise ValueError(f"the tokenizer knows none of the end tokens {END_TOKENS}: not a Qwen tokenizer")
+
+    def _ids(self, names: Sequence[str]) -> list[int]:
+        vocabulary = self.tokenizer.get_vocab()
+        return [vocabulary[name] for name in names if name in vocabulary]
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, min_pixels: int = 0, max_pixels: int = 0) -> Processor:
+        """Loads what DIRECTORY holds; `min_pixels` / `max_pixels` (0: the checkpoint's own) bound an image's size."""
+        # Imported here: transformers costs seconds, and models/ is imported by code that needs no tokenizer.
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        config = config_lib.from_directory(directory)
+        if not (Path(directory) / "preprocessor_config.json").is_file():
+            raise InputError(f"{directory}: preprocessor_config.json is missing; copy the whole checkpoint")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{directory}: no usable tokenizer ({error}); copy tokenizer.json too") from None
+        # backend="pil": the torchvision one gives slightly different pixels and needs PyTorch.
+        images = AutoImageProcessor.from_pretrained(str(directory), local_files_only=True, backend="pil")
+        size = dict(images.size)
+        images.size = {
+            "shortest_edge": min_pixels or size["shortest_edge"],
+            "longest_edge": max_pixels or size["longest_edge"],
+        }
+        return cls(tokenizer, images, config)
+
+    def render(self, parts: Sequence[str | None], system: str = "") -> str:
+        """The chat prompt of one user turn; `parts` are texts and None for an image, in order."""
+        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": content})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def prepare(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
+        """Token ids, patches and positions of a rendered prompt with one image placeholder per image."""
+        tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        merge, image_token = self.config.vision.merge_size, self.config.image_token
+        if int((tokens == image_token).sum()) != len(images):
+            raise BadInput(
+                f"{int((tokens == image_token).sum())} image placeholders for {len(images)} images: the question's "
+                "text holds a vision token of the tokenizer, or the chat template does not write images"
+            )
+        patches, grids = np.zeros((0, self.config.vision.patch_values), np.float32), ()
+        if images:
+            done = self.images(images=list(images), return_tensors="np")
+            patches = np.ascontiguousarray(done["pixel_values"], np.float32)
+            grids = tuple(tuple(int(n) for n in grid) for grid in done["image_grid_thw"])
+            counts = np.ones(len(tokens), np.int64)
+            counts[tokens == image_token] = [t * h * w // merge**2 for t, h, w in grids]
+            tokens = np.repeat(tokens, counts)
+        positions, following = mrope_positions(tokens, grids, image_token, merge)
+        visual = np.where(tokens == image_token, np.cumsum(tokens == image_token) - 1, -1).astype(np.int32)
+        return Prompt(tokens, positions, following, visual, patches, grids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of response tokens, end tokens and other special tokens left out."""
+        return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+
+
+def batch_shape(
+    sizes: Sequence[tuple[int, int]], token_buckets: Sequence[int], patch_buckets: Sequence[int]
+) -> tuple[int, int]:
+    """(T, P) of the batch that prompts of these (token, patch) counts make: the smallest declared buckets that hold
+    the longest. P = 0: no image, no vision arrays. Raises ValueError naming the config key."""
+    tokens, patches = max(t for t, _ in sizes), max(p for _, p in sizes)
+    T = smallest_bucket(token_buckets, tokens, "config.prompt.token_buckets")
+    return T, smallest_bucket(patch_buckets, patches, "config.prompt.patch_buckets") if patches else 0
+
+
+def blank_batch(B: int, T: int, P: int, config: ModelConfig, pad: int) -> PromptBatch:
+    """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
+    vision = None
+    if P:
+        vision = VisionBatch(
+            patches=np.zeros((B, P, config.vision.patch_values), np.float32),
+            table_index=np.zeros((B, P, 4), np.int32),
+            table_weight=np.zeros((B, P, 4), np.float32),
+            coordinates=np.zeros((B, P, 2), np.int32),
+            segments=np.zeros((B, P), np.int32),
+        )
+    return PromptBatch(
+        tokens=np.full((B, T), pad, np.int32),
+        lengths=np.ones(B, np.int32),
+        positions=np.zeros((3, B, T), np.int32),
+        next_position=np.ones(B, np.int32),
+        visual_index=np.full((B, T), -1, np.int32),
+        vision=vision,
+    )
+
+
+def collate(
+    prompts: Sequence[Prompt], token_buckets: Sequence[int], patch_buckets: Sequence[int], config: ModelConfig, pad: int
+) -> PromptBatch:
+    """B prompts as numpy arrays of declared shape: tokens padded on the right, each prompt's images in a patch row.
+
+    Images lie with their prompt, so that a batch split over devices needs no exchange of features.
+    """
+    T, P = batch_shape([(len(p), len(p.patches)) for p in prompts], token_buckets, patch_buckets)
+    batch = blank_batch(len(prompts), T, P, config, pad)
+    for row, prompt in enumerate(prompts):
+        length = len(prompt)
+        batch.tokens[row, :length] = prompt.tokens
+        batch.positions[:, row, :length] = prompt.positions
+        batch.lengths[row], batch.next_position[row] = length, prompt.next_position
+        if batch.vision is not None:
+            shift = row * (P // config.vision.merge_size**2)
+            batch.visual_index[row, :length] = np.where(prompt.visual_index >= 0, prompt.visual_index + shift, -1)
+            _place(batch.vision, row, prompt, config.vision)
+    return batch
+
+
+def _place(vision: VisionBatch, row: int, prompt: Prompt, config: VisionConfig) -> None:
+    """Writes a prompt's images into a patch row; each frame of each image is an attention segment of its own."""
+    at, segment = 0, 1
+    vision.patches[row, : len(prompt.patches)] = prompt.patches
+    for grid in prompt.grids:
+        index, weight, coordinates = vision_indices(grid, config)
+        here = slice(at, at + len(index))
+        vision.table_index[row, here], vision.table_weight[row, here] = index, weight
+        vision.coordinates[row, here] = coordinates
+        vision.segments[row, here] = segment + np.repeat(np.arange(grid[0]), grid[1] * grid[2])
+        at, segment = here.stop, segment + grid[0]

@@ -1,0 +1,97 @@
+"""Qwen3-VL as one module: pure functions of arrays of static shape; every index comes from the host (inputs.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.rope import text_angles
+from capcur_jax.models.text import Decoder, KeysValues
+from capcur_jax.models.vision import VisionBatch, VisionTower
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """B prompts, padded on the right to T tokens."""
+
+    tokens: Any  # [B, T] int32, image tokens expanded
+    lengths: Any  # [B] int32
+    positions: Any  # [3, B, T] int32: MRoPE time, height, width
+    next_position: Any  # [B] int32: the position of the first response token, max + 1 over the prompt
+    visual_index: Any  # [B, T] int32 into the flat merged features, -1 at text tokens
+    vision: VisionBatch | None  # None: no image in this batch
+
+    @property
+    def mask(self):
+        """[B, T], True at prompt tokens."""
+        return jnp.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
+
+
+class QwenVL(nnx.Module):
+    def __init__(
+        self, config: ModelConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs
+    ):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config = config
+        self.visual = VisionTower(config.vision, remat=remat, rngs=rngs, **kinds)
+        self.text = Decoder(config.text, remat=remat, rngs=rngs, **kinds)
+        if not config.tied:
+            self.head = nnx.Linear(config.text.width, config.text.vocabulary, use_bias=False, rngs=rngs, **kinds)
+
+    def prefill(self, batch: PromptBatch) -> tuple[jax.Array, KeysValues]:
+        """Final hidden states [B, T, D] and the prompt's keys and values of every layer."""
+        h, deep, index = self.text.embed(batch.tokens), None, None
+        if batch.vision is not None:
+            features, deep = self.visual(batch.vision)
+            index = batch.visual_index
+            h = jnp.where((index >= 0)[..., None], features[index].astype(h.dtype), h)
+        return self.text.prefill(h, text_angles(batch.positions, self.config.text), deep, index)
+
+    def _response_angles(self, batch: PromptBatch, offsets_T: jax.Array, rows: int) -> jax.Array:
+        # Text after an image goes on from max + 1 of all three axes, not from the sequence length.
+        start_R = jnp.repeat(batch.next_position, rows // batch.next_position.shape[0])
+        positions = start_R[:, None] + offsets_T[None]
+        return text_angles(jnp.broadcast_to(positions, (3, *positions.shape)), self.config.text)
+
+    def extend(self, tokens_RxT: jax.Array, batch: PromptBatch, prompt: KeysValues) -> jax.Array:
+        """Final hidden states [R, T, D] of response rows (row r answers prompt r // G)."""
+        rows, length = tokens_RxT.shape
+        angles = self._response_angles(batch, jnp.arange(length), rows)
+        return self.text.extend(self.text.embed(tokens_RxT), angles, prompt, batch.mask)
+
+    def decode(
+        self, tokens_R: jax.Array, step: jax.Array, cache: KeysValues, batch: PromptBatch, prompt: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        """Hidden states [R, D] of response token number `step` of every row, and the cache with it written."""
+        angles = self._response_angles(batch, step[None], tokens_R.shape[0])
+        h, cache = self.text.decode(self.text.embed(tokens_R[:, None]), angles, step, cache, prompt, batch.mask)
+        return h[:, 0], cache
+
+    def predicting(self, tokens_RxT: jax.Array, batch: PromptBatch) -> jax.Array:
+        """Hidden states [R, T, D] that predict each response token: the prompt's last one, then the row's own.
+
+        A group's prompt, image included, is computed once and equals full sequences in value and gradient.
+        """
+        h_BxSxD, prompt = self.prefill(batch)
+        last_BxD = h_BxSxD[jnp.arange(batch.lengths.shape[0]), batch.lengths - 1]
+        first_RxD = jnp.repeat(last_BxD, tokens_RxT.shape[0] // last_BxD.shape[0], axis=0)
+        own = self.extend(tokens_RxT[:, :-1], batch, prompt)
+        return jnp.concatenate([first_RxD[:, None], own], axis=1)
+
+    def empty_cache(self, rows: int, length: int) -> KeysValues:
+        """An empty own-token cache for `rows` rows of up to `length` tokens."""
+        text = self.config.text
+        shape = (text.depth, rows, length, text.kv_heads, text.head_dim)
+        dtype = self.text.embed.dtype
+        return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """Float32 logits [..., V]."""
+        kernel = self.text.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+        return jnp.einsum("...d,dv->...v", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)

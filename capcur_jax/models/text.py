@@ -1,0 +1,123 @@
+"""Qwen3-VL's decoder: QK-norm, grouped-query attention, SwiGLU, DeepStack features added after the first layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capcur_jax.models import layers as layers_lib
+from capcur_jax.models.attention import Prefix, attend, causal_mask
+from capcur_jax.models.config import TextConfig
+from capcur_jax.models.rope import rotate
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of every layer: [L, rows, tokens, K, H] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: TextConfig, dtype, param_dtype, rngs: nnx.Rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        plain = dict(use_bias=False, **kinds)
+        norm = dict(epsilon=config.rms_epsilon, **kinds)
+        self.head_dim, self.activation = config.head_dim, config.activation
+        self.input_norm = nnx.RMSNorm(config.width, **norm)
+        self.q = nnx.Linear(config.width, config.heads * config.head_dim, **plain)
+        self.k = nnx.Linear(config.width, config.kv_heads * config.head_dim, **plain)
+        self.v = nnx.Linear(config.width, config.kv_heads * config.head_dim, **plain)
+        self.o = nnx.Linear(config.heads * config.head_dim, config.width, **plain)
+        self.q_norm = nnx.RMSNorm(config.head_dim, **norm)
+        self.k_norm = nnx.RMSNorm(config.head_dim, **norm)
+        self.mlp_norm = nnx.RMSNorm(config.width, **norm)
+        self.gate = nnx.Linear(config.width, config.mlp_width, **plain)
+        self.up = nnx.Linear(config.width, config.mlp_width, **plain)
+        self.down = nnx.Linear(config.mlp_width, config.width, **plain)
+
+    def qkv(self, h_RxTxD: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [R, T, N, H], rotated keys and values [R, T, K, H]."""
+        x = self.input_norm(h_RxTxD)
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q(x).reshape(shape)), angles)
+        k = rotate(self.k_norm(self.k(x).reshape(shape)), angles)
+        return q, k, self.v(x).reshape(shape)
+
+    def finish(self, h_RxTxD: jax.Array, attended_RxTxNxH: jax.Array) -> jax.Array:
+        """The residual stream after attention and MLP."""
+        h = h_RxTxD + self.o(attended_RxTxNxH.reshape(*h_RxTxD.shape[:2], -1))
+        x = self.mlp_norm(h)
+        return h + self.down(layers_lib.ACTIVATION[self.activation](self.gate(x)) * self.up(x))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: TextConfig, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config, self.remat = config, remat
+        self.embed = nnx.Embed(
+            config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs, **kinds
+        )
+        self.layers = layers_lib.stack(lambda r: DecoderLayer(config, rngs=r, **kinds), config.depth, rngs)
+        self.norm = nnx.RMSNorm(config.width, epsilon=config.rms_epsilon, rngs=rngs, **kinds)
+
+    def prefill(
+        self, h_BxTxD: jax.Array, angles: jax.Array, deep: jax.Array | None, visual_index_BxT: jax.Array | None
+    ) -> tuple[jax.Array, KeysValues]:
+        """Causal pass over prompt rows. `deep` [n, features, D] is added at image tokens after the first n layers."""
+        mask = causal_mask(h_BxTxD.shape[1])
+
+        def body(layer, h, index):
+            q, k, v = layer.qkv(h, angles)
+            h = layer.finish(h, attend(q, k, v, mask))
+            if deep is not None:
+                # The same body serves every layer: past the last feature the addend is masked away.
+                feature = deep[jnp.minimum(index, deep.shape[0] - 1)]
+                shown = (visual_index_BxT >= 0) & (index < deep.shape[0])
+                h = h + jnp.where(shown[..., None], feature[visual_index_BxT], 0).astype(h.dtype)
+            return h, KeysValues(k, v)
+
+        h, cache = layers_lib.scan(self.layers, body, h_BxTxD, jnp.arange(self.config.depth), remat=self.remat)
+        return self.norm(h), cache
+
+    def extend(self, h_RxTxD: jax.Array, angles: jax.Array, prompt: KeysValues, mask_BxS: jax.Array) -> jax.Array:
+        """Response rows: each token sees its group's prompt and the row's own earlier tokens."""
+        mask = causal_mask(h_RxTxD.shape[1])
+
+        def body(layer, h, prompt):
+            q, k, v = layer.qkv(h, angles)
+            return layer.finish(h, attend(q, k, v, mask, Prefix(prompt.keys, prompt.values, mask_BxS))), None
+
+        return self.norm(layers_lib.scan(self.layers, body, h_RxTxD, prompt, remat=self.remat)[0])
+
+    def decode(
+        self,
+        h_Rx1xD: jax.Array,
+        angles: jax.Array,
+        step: jax.Array,
+        cache: KeysValues,
+        prompt: KeysValues,
+        mask_BxS: jax.Array,
+    ) -> tuple[jax.Array, KeysValues]:
+        """One token a row, written to slot `step` of the rows' own cache [L, R, S, K, H]."""
+        mask = (jnp.arange(cache.keys.shape[2]) <= step)[None, None]
+
+        def body(layer, carry, inputs):
+            h, cache = carry
+            index, prompt = inputs
+            q, k, v = layer.qkv(h, angles)
+            # The cache is carried and written in place: as a scan output it would be copied whole at every token.
+            start = (index, 0, step, 0, 0)
+            cache = KeysValues(
+                jax.lax.dynamic_update_slice(cache.keys, k[None], start),
+                jax.lax.dynamic_update_slice(cache.values, v[None], start),
+            )
+            own = attend(q, cache.keys[index], cache.values[index], mask, Prefix(*prompt, mask_BxS))
+            return (layer.finish(h, own), cache), None
+
+        xs = (jnp.arange(self.config.depth), prompt)
+        (h, cache), _ = layers_lib.scan(self.layers, body, (h_Rx1xD, cache), xs)
+        return self.norm(h), cache

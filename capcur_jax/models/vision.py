@@ -1,0 +1,114 @@
+"""Qwen3-VL's vision tower: patches -> one feature per merged 2 x 2 block, and the DeepStack features of some blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from capcur_jax.models import layers as layers_lib
+from capcur_jax.models.attention import attend
+from capcur_jax.models.config import VisionConfig
+from capcur_jax.models.rope import rotate, vision_angles
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisionBatch:
+    """The images of a batch, packed into R rows of P patches (see inputs.py, which makes every index on the host).
+
+    Patches come in merge-block order: four neighbours that merge into one feature follow one another.
+    """
+
+    patches: Any  # [R, P, channels x temporal x pixels] float32, normalised
+    table_index: Any  # [R, P, 4] int32 into the learned positions
+    table_weight: Any  # [R, P, 4] float32, bilinear
+    coordinates: Any  # [R, P, 2] int32 (row, column) of the patch in its image
+    segments: Any  # [R, P] int32: 0 padding, otherwise the number of the image frame in its row
+
+
+class VisionAttention(nnx.Module):
+    def __init__(self, config: VisionConfig, dtype, param_dtype, rngs: nnx.Rngs):
+        self.heads = config.heads
+        self.qkv = nnx.Linear(config.width, 3 * config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.out = nnx.Linear(config.width, config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x_RxPxD, angles, mask_RxPxP):
+        R, P, D = x_RxPxD.shape
+        q, k, v = jnp.moveaxis(self.qkv(x_RxPxD).reshape(R, P, 3, self.heads, D // self.heads), 2, 0)
+        return self.out(attend(rotate(q, angles), rotate(k, angles), v, mask_RxPxP).reshape(R, P, D))
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, config: VisionConfig, dtype, param_dtype, rngs: nnx.Rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, use_fast_variance=False, **kinds)
+        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, use_fast_variance=False, **kinds)
+        self.attention = VisionAttention(config, **kinds)
+        self.up = nnx.Linear(config.width, config.mlp_width, **kinds)
+        self.down = nnx.Linear(config.mlp_width, config.width, **kinds)
+        self.activation = config.activation
+
+    def __call__(self, x, angles, mask):
+        x = x + self.attention(self.norm1(x), angles, mask)
+        return x + self.down(layers_lib.ACTIVATION[self.activation](self.up(self.norm2(x))))
+
+
+class Merger(nnx.Module):
+    """Four neighbouring patches -> one decoder-wide feature. DeepStack's mergers normalise after the shuffle."""
+
+    def __init__(self, config: VisionConfig, after_shuffle: bool, dtype, param_dtype, rngs: nnx.Rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.after_shuffle = after_shuffle
+        self.wide = config.width * config.merge_size**2
+        width = self.wide if after_shuffle else config.width
+        self.norm = nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, **kinds)
+        self.up = nnx.Linear(self.wide, self.wide, **kinds)
+        self.down = nnx.Linear(self.wide, config.out_width, **kinds)
+
+    def __call__(self, x_RxPxD):
+        R = x_RxPxD.shape[0]
+        if self.after_shuffle:
+            x = self.norm(x_RxPxD.reshape(R, -1, self.wide))
+        else:
+            x = self.norm(x_RxPxD).reshape(R, -1, self.wide)
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    def __init__(self, config: VisionConfig, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
+        kinds = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config, self.remat, self.dtype = config, remat, dtype
+        self.patch = nnx.Linear(config.patch_values, config.width, rngs=rngs, **kinds)
+        self.table = nnx.Embed(config.table_size, config.width, rngs=rngs, **kinds)
+        self.blocks = layers_lib.stack(lambda r: VisionBlock(config, rngs=r, **kinds), config.depth, rngs)
+        self.merger = Merger(config, False, rngs=rngs, **kinds)
+        if config.deepstack:
+            self.deepstack = layers_lib.stack(
+                lambda r: Merger(config, True, rngs=r, **kinds), len(config.deepstack), rngs
+            )
+
+    def __call__(self, batch: VisionBatch) -> tuple[jax.Array, jax.Array | None]:
+        """Features [R x P/4, D] and DeepStack features [n, R x P/4, D] (None where the model has none)."""
+        taken = jnp.array(self.config.deepstack, jnp.int32)
+        x = self.patch(batch.patches)
+        table = jnp.asarray(self.table.embedding, self.dtype)[batch.table_index]
+        x = x + (table * batch.table_weight[..., None]).sum(-2).astype(x.dtype)
+        angles = vision_angles(batch.coordinates, self.config)
+        mask_RxPxP = batch.segments[:, :, None] == batch.segments[:, None, :]
+
+        def body(block, carry, index):
+            x, kept = carry
+            x = block(x, angles, mask_RxPxP)
+            return (x, jnp.where((taken == index)[:, None, None, None], x, kept)), None
+
+        kept = jnp.zeros((len(self.config.deepstack), *x.shape), x.dtype)
+        (x, kept), _ = layers_lib.scan(self.blocks, body, (x, kept), jnp.arange(self.config.depth), remat=self.remat)
+        features = self.merger(x).reshape(-1, self.config.out_width)
+        if not self.config.deepstack:
+            return features, None
+        _, deep = layers_lib.scan(self.deepstack, lambda merger, carry, x: (carry, merger(x)), None, kept)
+        return features, deep.reshape(len(self.config.deepstack), -1, self.config.out_width)

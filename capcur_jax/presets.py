@@ -1,0 +1,145 @@
+"""Everything a run can be told, in one place: the laptop run, and the paper's run with METHOD's numbers.
+
+A config file picks a preset and an order of stages: `configs/staged.py` is five lines. Every key is read somewhere;
+configs are locked, so an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from capcur_jax.errors import InputError
+
+TINY_CHECKPOINT = str(Path(__file__).parent / "assets" / "tiny_qwen3_vl")
+CAPABILITIES = ("perception", "text", "visual")
+
+
+def _stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float, freeze: str = "") -> dict:
+    return {
+        "data": data,  # sets of config.data.sets; several make one shuffled pool
+        "objective": "grpo",  # or "sft"
+        "steps": steps,  # rollout batches
+        "prompts": prompts,  # in a rollout batch (sft: examples in an update)
+        "learning_rate": learning_rate,
+        "learning_rate_schedule": "constant",  # or "cosine"
+        "warmup_steps": 0,  # updates
+        "freeze": freeze,  # regular expression of parameter paths, e.g. "^visual"
+    }
+
+
+def _set(source: str = "") -> dict:
+    # `source` builds the set on first use; a path to the user's own JSONL file of a split overrides it.
+    return {"source": source, "train": "", "validation": "", "test": ""}
+
+
+def laptop() -> ConfigDict:
+    """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
+    stages = {name: _stage((name,), 100, 16, 1e-4) for name in CAPABILITIES}
+    stages["merged"] = _stage(CAPABILITIES, 300, 16, 1e-4, freeze="^visual")
+    return ConfigDict(
+        {
+            "seed": 0,
+            "checkpoint": TINY_CHECKPOINT,  # a Hugging Face checkpoint directory; "": random weights, see `create`
+            "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
+            "order": CAPABILITIES,  # names of `stages`
+            "stages": stages,
+            "model": {"dtype": "float32", "remat": "none"},  # compute type; none | dots | full
+            "data": {
+                "sets": {
+                    "perception": _set("easy_vqa"),
+                    "text": _set("word_problems"),
+                    "visual": _set("easy_vqa"),
+                },
+            },
+            "prompt": {
+                "instruction": "suffix",  # suffix | system | none
+                "max_tokens": 96,  # a longer prompt is left out, never truncated
+                "min_pixels": 0,  # 0: the checkpoint's own
+                "max_pixels": 0,
+                "token_buckets": (64, 96),  # declared lengths of prompt rows
+                "patch_buckets": (64,),  # declared lengths of patch rows (a prompt's images)
+            },
+            "rollout": {
+                "group": 5,
+                "max_new_tokens": 48,
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "max_rows": 80,  # responses that the engine decodes together
+                "response_buckets": (32, 48),  # declared lengths of response rows in an update
+            },
+            "reward": {
+                "accuracy_weight": 0.9,
+                "format_weight": 0.1,
+                "function": "",  # "module:function": your own reward
+                "workers": 2,
+                "timeout_s": 5.0,
+                "memory_mb": 1024,
+            },
+            "objective": {
+                "clip_low": 0.2,
+                "clip_high": 0.3,
+                "clip_dual": 3.0,
+                "kl_coefficient": 0.01,  # k3 against the policy that the stage started from; 0: no reference pass
+                "advantage_epsilon": 1e-6,
+                "updates_per_batch": 1,  # a rollout batch is split into so many updates
+            },
+            "optimizer": {
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "epsilon": 1e-8,
+                "weight_decay": 0.01,
+                "max_gradient_norm": 1.0,
+            },
+            "evaluation": {
+                "sets": CAPABILITIES,
+                "split": "test",
+                "questions": 1000,  # of each set; 0: all
+                "temperature": 0.0,
+                "top_p": 1.0,
+                "blind": True,  # report what guessing without the image scores
+            },
+            "log": {
+                "rollouts_every": 5,  # steps between logged rollouts
+                "rollout_prompts": 2,  # prompts logged then, with all their responses
+            },
+            "export": {"dtype": "bfloat16", "each_stage": True},  # Hugging Face checkpoints
+        }
+    )
+
+
+def qwen3_vl_8b() -> ConfigDict:
+    """The paper's run (METHOD 'Objective'): needs a Qwen3-VL-8B checkpoint, the three data sets and 8 x H200."""
+    config = laptop()
+    config.checkpoint = ""
+    for name, steps in (("perception", 90), ("text", 375), ("visual", 465)):
+        config.stages[name] = _stage((name,), steps, 512, 1e-6)
+    config.stages.merged = _stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
+    config.model.update({"dtype": "bfloat16", "remat": "full"})
+    config.data.sets = {name: _set() for name in CAPABILITIES}
+    config.prompt.update(
+        {
+            "max_tokens": 2048,
+            "min_pixels": 262_144,
+            "max_pixels": 4_194_304,
+            "token_buckets": (512, 1024, 2048),
+            "patch_buckets": (1024, 2048, 4096, 8192),
+        }
+    )
+    config.rollout.update({"max_new_tokens": 2048, "max_rows": 640, "response_buckets": (512, 1024, 2048)})
+    config.objective.updates_per_batch = 4
+    config.evaluation.update({"temperature": 0.6, "top_p": 0.95})
+    return config
+
+
+PRESETS = {"laptop": laptop, "qwen3_vl_8b": qwen3_vl_8b}
+
+
+def get(preset: str, order: tuple[str, ...] = CAPABILITIES) -> ConfigDict:
+    """The preset's config with its stages in this order, locked. Raises InputError for an unknown preset."""
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset '{preset}'; choose one of {', '.join(PRESETS)}")
+    config = PRESETS[preset]()
+    config.order = order
+    return config.lock()

@@ -1,0 +1,31 @@
+"""Compiled programs by argument shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class Programs:
+    """A jitted function with one ahead-of-time executable for each combination of argument shapes.
+
+    A run compiles what it will need before a stage starts; a call with another shape still works, compiles late, and
+    shows in the run's compilation counter.
+    """
+
+    def __init__(self, function: Callable, **jit_arguments: Any):
+        self._jitted = jax.jit(function, **jit_arguments)
+        self._compiled: dict[Any, Any] = {}
+
+    def compile(self, *arguments: Any) -> Any:
+        """The executable for these shapes, compiled unless done; nothing runs and nothing is donated."""
+        leaves, structure = jax.tree.flatten(arguments)
+        key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in self._compiled:
+            self._compiled[key] = self._jitted.lower(*arguments).compile()
+        return self._compiled[key]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.compile(*arguments)(*arguments)

@@ -1,0 +1,131 @@
+"""Compare a predicted answer with the gold one by math-verify, in a process that its parent may kill at any time.
+
+Started by `grade.Grader` as `python -m capcur_jax.rewards.worker MEMORY_MB TIMEOUT_S`. It speaks JSON lines:
+
+    worker: {"ready": true}                                  or {"ready": false, "error": "..."} and the end
+    parent: {"id": 7, "gold": "\\frac{1}{2}", "predicted": "0.5"}
+    worker: {"id": 7, "equal": true, "last": false}          (last: it has grown too large, and ends)
+
+sympy can hang, and fill the memory, on a few characters of a model's output (`9^{9^{9^9}}`), inside C code that no
+signal handler interrupts. So math-verify's own time-outs are off, the parent's clock kills, and the limits set here
+hold if the parent is gone. The address space is limited on Linux only: macOS does not support it.
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+
+# No part of grading does these. math-verify does not evaluate text as Python today; if that changes, this still holds.
+_FORBIDDEN_EVENTS = (
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.link",
+    "os.posix_spawn",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.symlink",
+    "os.system",
+    "os.truncate",
+    "socket.__new__",
+    "subprocess.Popen",
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def math_equal(gold: str, predicted: str) -> bool:
+    """Whether two bare LaTeX expressions (no dollars, no box) are equal for math-verify.
+
+    The whole of each must parse as LaTeX: math-verify's search for a number somewhere in a text is left off, with
+    which garbage that ends in the right number would count. Raises whatever sympy raises on odd input.
+    """
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    config = [LatexExtractionConfig(boxed_match_priority=-1)]
+    parsed = [
+        parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
+        for text in (gold, predicted)
+    ]
+    return bool(verify(*parsed, timeout_seconds=None, raise_on_error=True))
+
+
+def _forbid(event: str, args: tuple) -> None:
+    """Audit hook: refuses other programs, sockets and every write to the file system."""
+    if event in _FORBIDDEN_EVENTS or (event == "open" and isinstance(args[2], int) and args[2] & _WRITING):
+        raise PermissionError(f"the grader's worker does not allow {event}")
+
+
+def _limit(kind: int, value: int) -> None:
+    """Sets a soft and hard resource limit, no higher than the hard limit already there."""
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _roll_cpu_limit(timeout_s: float) -> None:
+    """Allows the next request its time of CPU: ends this process if the parent died and cannot."""
+    soft = math.ceil(time.process_time() + timeout_s) + 1
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _is_bloated(memory_mb: int) -> bool:
+    """Whether so much memory was taken that the next, innocent request may fail for want of it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak > memory_mb * 2**20 // 2
+
+
+def _prepare(memory_mb: int) -> None:
+    """Sets the limits, imports the slow libraries once, and closes what is left open to them."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "darwin":
+        _limit(resource.RLIMIT_AS, memory_mb * 2**20)
+    math_equal("1", "x=1")  # imports and warms up, so that the first request's time is its own
+    logging.disable(logging.CRITICAL)
+    sys.dont_write_bytecode = True
+    _limit(resource.RLIMIT_FSIZE, 0)
+    sys.addaudithook(_forbid)
+
+
+def main() -> None:
+    """Serves requests until the parent closes the pipe."""
+    memory_mb, timeout_s = int(sys.argv[1]), float(sys.argv[2])
+    # Replies leave by a copy of stdout: what a library prints to the real one must not look like a reply.
+    replies = os.dup(1)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+
+    def reply(message: dict) -> None:
+        os.write(replies, json.dumps(message).encode() + b"\n")
+
+    try:
+        _prepare(memory_mb)
+    except Exception as error:  # whatever it is, the parent reports it with the remedy
+        reply({"ready": False, "error": f"{type(error).__name__}: {error}"})
+        sys.exit(1)
+    os.dup2(devnull, 2)
+    reply({"ready": True})
+
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        _roll_cpu_limit(timeout_s)
+        try:
+            equal = math_equal(request["gold"], request["predicted"])
+        except MemoryError:
+            os._exit(3)  # a fresh process is the only clean state; the parent counts the failure
+        except Exception:  # sympy raises anything on odd input: not comparable is not equal
+            equal = False
+        last = _is_bloated(memory_mb)
+        reply({"id": request["id"], "equal": equal, "last": last})
+        if last:
+            break
+
+
+if __name__ == "__main__":
+    main()

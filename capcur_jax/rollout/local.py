@@ -1,0 +1,177 @@
+"""The embedded engine: JAX, in this process, reading the trainer's own parameters between updates.
+
+A group's prompt is prefilled once; its responses decode in lockstep, one jitted loop for a batch, until every row has
+ended. Shapes come from declared buckets, so a warmed-up engine never compiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from capcur_jax.models.inputs import Processor, Prompt, batch_shape, blank_batch, collate
+from capcur_jax.models.logprobs import ban
+from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
+from capcur_jax.models.text import KeysValues
+from capcur_jax.programs import Programs
+from capcur_jax.rollout.engine import Sample, Sampling
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    logits: jax.Array  # [R, V] for the next token
+    cache: KeysValues
+    tokens: jax.Array  # [R, T]
+    logprobs: jax.Array  # [R, T]
+    lengths: jax.Array  # [R]
+    done: jax.Array  # [R]
+
+
+def nucleus(logits_RxV: jax.Array, top_p: float) -> jax.Array:
+    """Logits with everything outside the smallest set of mass `top_p` at -inf; the likeliest token always stays."""
+    order = jnp.sort(logits_RxV, axis=-1, descending=True)
+    mass = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1)
+    kept = jnp.sum(mass - jax.nn.softmax(order, axis=-1) < top_p, axis=-1, keepdims=True)
+    threshold = jnp.take_along_axis(order, kept - 1, axis=-1)
+    return jnp.where(logits_RxV >= threshold, logits_RxV, -jnp.inf)
+
+
+def sample_tokens(logits_RxV: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """Tokens [R] and their log-probs [R] over the full softmax (not renormalised for top-p, as servers report it)."""
+    scaled = logits_RxV / sampling.temperature if sampling.temperature else logits_RxV
+    if sampling.temperature == 0:
+        tokens = jnp.argmax(scaled, axis=-1)
+    else:
+        allowed = nucleus(scaled, sampling.top_p) if sampling.top_p < 1 else scaled
+        tokens = jax.random.categorical(key, allowed, axis=-1)
+    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def generate(
+    model: QwenVL,
+    batch: PromptBatch,
+    key: jax.Array,
+    n: int,
+    sampling: Sampling,
+    end_tokens: tuple[int, ...],
+    banned: tuple[int, ...],
+    pad: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [B x n, T], log-probs [B x n, T] and lengths [B x n]; rows of a prompt follow one another."""
+    B, T = batch.tokens.shape[0], sampling.max_new_tokens
+    R = B * n
+    h, prompt = model.prefill(batch)
+    first = ban(model.logits(h[jnp.arange(B), batch.lengths - 1]), banned)
+    ends = jnp.array(end_tokens, jnp.int32)
+
+    def body(state: _State) -> _State:
+        tokens, logprobs = sample_tokens(state.logits, jax.random.fold_in(key, state.step), sampling)
+        tokens = jnp.where(state.done, pad, tokens)
+        h, cache = model.decode(tokens, state.step, state.cache, batch, prompt)
+        return _State(
+            step=state.step + 1,
+            logits=ban(model.logits(h), banned),
+            cache=cache,
+            tokens=jax.lax.dynamic_update_slice(state.tokens, tokens[:, None], (0, state.step)),
+            logprobs=jax.lax.dynamic_update_slice(
+                state.logprobs, jnp.where(state.done, 0.0, logprobs)[:, None], (0, state.step)
+            ),
+            lengths=state.lengths + ~state.done,
+            done=state.done | (tokens[:, None] == ends).any(-1),
+        )
+
+    start = _State(
+        step=jnp.zeros((), jnp.int32),
+        logits=jnp.repeat(first, n, axis=0),
+        cache=model.empty_cache(R, T),
+        tokens=jnp.full((R, T), pad, jnp.int32),
+        logprobs=jnp.zeros((R, T), jnp.float32),
+        lengths=jnp.zeros(R, jnp.int32),
+        done=jnp.zeros(R, bool),
+    )
+    final = jax.lax.while_loop(lambda s: (s.step < T) & ~s.done.all(), body, start)
+    return final.tokens, final.logprobs, final.lengths
+
+
+class LocalEngine:
+    """Synchronous: `generate` reads the parameters of the last `update_weights`, which the trainer must not donate
+    before the next one.
+
+    Args:
+        model: gives the architecture and the first parameters.
+        processor: gives end, banned and pad tokens.
+        max_rows: responses decoded together; a batch holds max_rows // n prompts.
+        token_buckets, patch_buckets: the declared shapes of a batch of prompts.
+    """
+
+    def __init__(
+        self,
+        model: QwenVL,
+        processor: Processor,
+        *,
+        max_rows: int,
+        token_buckets: Sequence[int],
+        patch_buckets: Sequence[int],
+    ):
+        self._graph, self._parameters = nnx.split(model)
+        self._processor, self._version, self._max_rows = processor, 0, max_rows
+        self._buckets = tuple(token_buckets), tuple(patch_buckets)
+        self._programs: dict[tuple[int, Sampling], Programs] = {}
+
+    def update_weights(self, parameters: nnx.State, version: int) -> None:
+        """See engine.Engine; nothing is copied."""
+        self._parameters, self._version = parameters, version
+
+    def batch_prompts(self, n: int) -> int:
+        """Prompts in a batch when each gets `n` responses."""
+        return max(1, self._max_rows // n)
+
+    def _program(self, n: int, sampling: Sampling) -> Programs:
+        if (n, sampling) not in self._programs:
+            known = self._processor
+
+            def run(parameters, batch, seed):
+                model = nnx.merge(self._graph, parameters)
+                tokens = known.end_tokens, known.banned_tokens, known.pad_token
+                return generate(model, batch, jax.random.key(seed), n, sampling, *tokens)
+
+            self._programs[n, sampling] = Programs(run)
+        return self._programs[n, sampling]
+
+    def warm_up(self, sizes: Sequence[tuple[int, int]], sampling: Sampling, n: int) -> None:
+        """Compiles for prompts of these (token, patch) counts, batched in this order."""
+        size, known = self.batch_prompts(n), self._processor
+        for T, P in {batch_shape(sizes[at : at + size], *self._buckets) for at in range(0, len(sizes), size)}:
+            blank = blank_batch(size, T, P, known.config, known.pad_token)
+            self._program(n, sampling).compile(self._parameters, blank, np.uint32(0))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, seed: int = 0) -> list[list[Sample]]:
+        """See engine.Engine. A short last batch repeats its last prompt."""
+        groups: list[list[Sample]] = []
+        size, known = self.batch_prompts(n), self._processor
+        for number, at in enumerate(range(0, len(prompts), size)):
+            part = list(prompts[at : at + size])
+            full = part + [part[-1]] * (size - len(part))
+            batch = collate(full, *self._buckets, known.config, known.pad_token)
+            # One integer seeds a whole batch; each batch of the call draws its own stream.
+            stream = np.uint32((seed + 7919 * number) % 2**32)
+            drawn = self._program(n, sampling)(self._parameters, batch, stream)
+            tokens, logprobs, lengths = jax.device_get(drawn)
+            for row in range(len(part)):
+                rows = range(row * n, (row + 1) * n)
+                groups.append([self._sample(tokens[r, : lengths[r]], logprobs[r, : lengths[r]]) for r in rows])
+        return groups
+
+    def _sample(self, tokens: np.ndarray, logprobs: np.ndarray) -> Sample:
+        finish = "stop" if tokens[-1] in self._processor.end_tokens else "length"
+        return Sample(tokens, logprobs, finish, self._version)
+
+    def close(self) -> None:
+        """See engine.Engine."""
+        self._parameters = None

@@ -1,0 +1,313 @@
+"""What all stages of a run share: the work directory and its records, data, model, engine, rewards, evaluation."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from capcur_jax import metrics
+from capcur_jax.data.blind import blind_accuracy
+from capcur_jax.data.pipeline import Sets
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.prompts import PromptBuilder, explain_skipped
+from capcur_jax.display import Display
+from capcur_jax.errors import InputError
+from capcur_jax.evaluation import heldout, report
+from capcur_jax.interruption import Interruption
+from capcur_jax.learner import Learner
+from capcur_jax.models import config as model_config
+from capcur_jax.models import fresh, huggingface
+from capcur_jax.models.inputs import Processor
+from capcur_jax.rewards.reward import make_reward
+from capcur_jax.rollout.engine import Sampling
+from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.schedule import Stage
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _dtype(name: str, key: str):
+    if name not in DTYPES:
+        raise InputError(f"{key} = {name!r}; choose one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
+    """Everything the run needs from outside, missing things named all at once. Raises InputError."""
+    missing = []
+    if not config.checkpoint and not config.create:
+        missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
+    needed = {(name, "train") for stage in stages for name in stage.data}
+    needed |= {(name, config.evaluation.split) for name in config.evaluation.sets}
+    for name, split in sorted(needed):
+        if name not in config.data.sets:
+            missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")
+            continue
+        entry = config.data.sets[name]
+        if split not in entry or split == "source":
+            missing.append(f"config.evaluation.split = {split!r}; choose train, validation or test")
+        elif not entry[split] and not entry.source:
+            missing.append(
+                f"config.data.sets.{name}.{split}: a JSONL file of problems "
+                f"(--config.data.sets.{name}.{split}=FILE.jsonl; one object a line with problem, answer, images)"
+            )
+        elif entry[split] and not sets.path(name, split).is_file():
+            missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
+    if missing:
+        raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
+    for stage in stages:
+        if stage.objective == "grpo" and stage.prompts % config.objective.updates_per_batch:
+            raise InputError(
+                f"config.stages.{stage.name}.prompts = {stage.prompts} can't be split into "
+                f"config.objective.updates_per_batch = {config.objective.updates_per_batch} equal updates"
+            )
+    if max(config.rollout.response_buckets) < config.rollout.max_new_tokens:
+        raise InputError("config.rollout.response_buckets must reach config.rollout.max_new_tokens")
+    if max(config.prompt.token_buckets) < config.prompt.max_tokens:
+        raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
+
+
+class Run:
+    """Opens everything; `stages` are labelled uniquely in their order. Used as a context manager."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, stages: Sequence[Stage], display: Display, interruption: Interruption
+    ):
+        self.started = time.monotonic()
+        self.config, self.workdir, self.stages = config, workdir, stages
+        self.display, self.interruption = display, interruption
+        self.sets = Sets(config.data, workdir / "data")
+        check(config, stages, self.sets)
+        self._open_model()
+        self.counter = metrics.CompilationCounter()
+        self.reward = make_reward(config.reward)
+        self.sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_p)
+        self._greedy = Sampling(config.rollout.max_new_tokens, config.evaluation.temperature, config.evaluation.top_p)
+        self.records = metrics.JsonLines(workdir / "metrics.jsonl")
+        self.rollouts = metrics.JsonLines(workdir / "rollouts.jsonl")
+        self._learners: dict[tuple[str, str], Learner] = {}
+        self._accuracy: dict[str, dict[str, float]] = {}
+        self._last_evaluation: list[dict] = []
+        self._steps: list[dict] = []
+        self.step = self.version = 0
+
+    def _open_model(self) -> None:
+        config, prompt = self.config, self.config.prompt
+        self.source = Path(config.checkpoint).expanduser()
+        kinds = {"dtype": _dtype(config.model.dtype, "config.model.dtype"), "remat": config.model.remat}
+        if config.checkpoint:
+            model = huggingface.load(self.source, **kinds)
+        else:
+            self.source = fresh.write_skeleton(self.workdir / "skeleton", self._texts(), config.create.to_dict())
+            model = huggingface.create(model_config.from_directory(self.source), config.seed, **kinds)
+        self.processor = Processor.from_directory(self.source, prompt.min_pixels, prompt.max_pixels)
+        self.builder = PromptBuilder(
+            self.processor, prompt.instruction, prompt.max_tokens, max(prompt.patch_buckets, default=0)
+        )
+        self.graph, self.parameters = nnx.split(model)
+        self.engine = LocalEngine(
+            model,
+            self.processor,
+            max_rows=config.rollout.max_rows,
+            token_buckets=prompt.token_buckets,
+            patch_buckets=prompt.patch_buckets,
+        )
+
+    def _texts(self):
+        """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction."""
+        from capcur_jax.data.prompts import INSTRUCTION
+
+        for stage in self.stages:
+            for problem in self.problems(stage.data, "train"):
+                yield f"{problem.problem} {INSTRUCTION if problem.answer else ''}"
+                yield problem.response or problem.answer
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        for closing in (self.engine, self.reward, self.records, self.rollouts, self.counter):
+            closing.close()
+
+    def problems(self, names: Sequence[str], split: str) -> list[Problem]:
+        """The problems of several sets, one after the other."""
+        return [problem for name in names for problem in self.sets.problems(name, split)]
+
+    def learner(self, stage: Stage) -> Learner:
+        """Stages with the same objective and the same frozen parameters share their compiled programs."""
+        key = stage.objective, stage.freeze
+        if key not in self._learners:
+            self._learners[key] = Learner(
+                self.graph,
+                self.parameters,
+                objective=stage.objective,
+                freeze=stage.freeze,
+                config=self.config,
+                temperature=self.config.rollout.temperature,
+                banned=self.processor.banned_tokens,
+            )
+        return self._learners[key]
+
+    def publish(self, parameters: nnx.State, updates: int = 1) -> None:
+        """The parameters after an update: what the engine samples from and what is saved."""
+        self.parameters, self.version = parameters, self.version + updates
+        self.engine.update_weights(parameters, self.version)
+
+    # ------------------------------------------------------------------ what the user sees
+
+    def plan(self) -> None:
+        """Writes config and versions; prints stages, data, steps, parameters and devices."""
+        config = self.config
+        metrics.write_json_atomic(self.workdir / "config.json", config.to_dict())
+        metrics.write_json_atomic(self.workdir / "versions.json", metrics.versions())
+        sizes = {path[0]: 0 for path, _ in nnx.to_flat_state(self.parameters)}
+        for path, leaf in nnx.to_flat_state(self.parameters):
+            sizes[path[0]] += leaf.size
+        self.parameter_count = sum(sizes.values())
+        self.blind = self._blind()
+        devices = jax.devices()
+        self.display.plan(
+            {
+                "Run": {
+                    "work directory": str(self.workdir),
+                    "checkpoint": str(self.source),
+                    "parameters": self.parameter_count,
+                    "of them vision": sizes["visual"],
+                    "compute": config.model.dtype,
+                    "devices": f"{len(devices)} x {devices[0].device_kind}",
+                    "seed": config.seed,
+                },
+                "Stages": [self._plan_of(stage) for stage in self.stages],
+                f"Held-out questions ({config.evaluation.split})": [
+                    {
+                        "set": name,
+                        "questions": len(self._questions(name)),
+                        "blind guess": f"{self.blind[name]:.1%}" if name in self.blind else "",
+                    }
+                    for name in config.evaluation.sets
+                ],
+            }
+        )
+        for (name, split), lines in self.sets.skipped_rows.items():
+            self.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")
+
+    def _plan_of(self, stage: Stage) -> dict[str, Any]:
+        group = f" x {self.config.rollout.group}" if stage.objective == "grpo" else ""
+        return {
+            "stage": stage.name,
+            "data": " + ".join(stage.data),
+            "problems": len(self.problems(stage.data, "train")),
+            "objective": stage.objective,
+            "steps": stage.steps,
+            "a step": f"{stage.prompts}{group}",
+            "learning rate": f"{stage.learning_rate:g}",
+            "frozen": stage.freeze or "nothing",
+        }
+
+    def _blind(self) -> dict[str, float]:
+        """The best accuracy without looking, for each held-out set with images."""
+        if not self.config.evaluation.blind:
+            return {}
+        blind = {}
+        for name in self.config.evaluation.sets:
+            questions = self._questions(name)
+            if any(problem.images for problem in questions) and name in {n for s in self.stages for n in s.data}:
+                blind[name] = blind_accuracy(self.sets.problems(name, "train"), questions)
+        return blind
+
+    def _questions(self, name: str) -> list[Problem]:
+        problems = self.sets.problems(name, self.config.evaluation.split)
+        return problems[: self.config.evaluation.questions or None]
+
+    def evaluate(self, label: str) -> None:
+        """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
+        records = []
+        sets = {name: self._questions(name) for name in self.config.evaluation.sets}
+        with self.display.progress(f"evaluating ({label})", sum(map(len, sets.values()))) as progress:
+
+            def advance(count: int) -> None:
+                self.interruption.check()
+                progress(count)
+
+            for name, problems in sets.items():
+                result = heldout.evaluate(
+                    problems,
+                    engine=self.engine,
+                    builder=self.builder,
+                    reward=self.reward,
+                    sampling=self._greedy,
+                    seed=self.config.seed,
+                    batch=self.config.rollout.max_rows,
+                    progress=advance,
+                )
+                records.append({"type": "evaluation", "step": self.step, "after": label, "capability": name, **result})
+                key = label if label == "base" else f"after_{label}"
+                self._accuracy.setdefault(name, {})[key] = result["accuracy"]
+        for record in records:
+            self.records.write(record)
+        self._last_evaluation = records
+        self.display.evaluation(records)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """One training step: to metrics.jsonl and the progress bar."""
+        self.records.write(record)
+        self._steps.append(dict(record))
+        self.display.step(record)
+
+    # ------------------------------------------------------------------ what the run leaves
+
+    def export(self, name: str) -> Path:
+        """Writes the parameters as a Hugging Face checkpoint."""
+        directory = self.workdir / "checkpoints" / name
+        dtype = _dtype(self.config.export.dtype, "config.export.dtype")
+        huggingface.save(directory, self.parameters, self.processor.config, self.source, dtype)
+        return directory
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Saves the checkpoint, summary.json and report.html; prints the closing table."""
+        checkpoint = self.export("final")
+        if status == "finished":
+            for record in self._last_evaluation:
+                self._accuracy[record["capability"]]["final"] = record["accuracy"]
+        rollout_steps = [step for step in self._steps if step["objective"] == "grpo"]
+        skipped = {
+            "rows": sum(map(len, self.sets.skipped_rows.values())),
+            "images": self.builder.counts["images"],
+            "prompts": self.builder.counts["prompts"],
+            "updates": int(self._steps[-1]["skipped_updates"]) if self._steps else 0,
+            **self.reward.counters(),
+        }
+        summary = {
+            "status": status,
+            "accuracy": self._accuracy,
+            "blind": self.blind,
+            "seconds": time.monotonic() - self.started,
+            "step_seconds_median": _over(statistics.median, [step["seconds"] for step in self._steps]),
+            "compilations_after_warmup": sum(step["compilations"] for step in self._steps),
+            "logprob_difference_mean": _over(
+                statistics.fmean, [step["logprob_difference_mean"] for step in rollout_steps]
+            ),
+            "format_reward_final": _over(statistics.fmean, [r["format"] for r in self._last_evaluation]),
+            "steps": self.step,
+            "parameters": self.parameter_count,
+            "checkpoint": str(checkpoint),
+            "skipped": skipped,
+        }
+        metrics.write_json_atomic(self.workdir / "summary.json", summary)
+        files = {"report": report.write_report(self.workdir), "metrics": self.workdir / "metrics.jsonl"}
+        for line in explain_skipped(self.builder):
+            self.display.warn(f"left out: {line}")
+        self.display.final(summary, files)
+        return summary
+
+
+def _over(function, values: Sequence[float]) -> float | None:
+    return float(function(values)) if values else None

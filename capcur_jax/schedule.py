@@ -1,0 +1,65 @@
+"""Stages and their order: which data, which objective, for how many steps (METHOD 'Ablations'). No JAX in here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ml_collections import ConfigDict
+
+from capcur_jax.errors import InputError
+
+OBJECTIVES = ("grpo", "sft")
+LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of its own inside the schedule: the reference policy and the optimizer state start anew with it."""
+
+    name: str
+    data: tuple[str, ...]  # names of config.data's sets; several are one shuffled pool (merged training)
+    objective: str
+    steps: int  # rollout batches (grpo) or updates (sft)
+    prompts: int  # in one rollout batch (grpo) or one update (sft)
+    learning_rate: float
+    learning_rate_schedule: str
+    warmup_steps: int
+    freeze: str  # parameters whose path this regular expression finds get no gradient and no optimizer state
+
+    def learning_rate_at(self, step: int, updates: int) -> float:
+        """The learning rate of update `step` (from 0) of `updates` in all."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.learning_rate_schedule == "constant":
+            return self.learning_rate * warm
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / max(updates, 1)))
+
+
+def stages(config: ConfigDict) -> list[Stage]:
+    """The stages of `config.order`, checked. Raises InputError naming the key and the remedy."""
+    if not config.order:
+        raise InputError("config.order is empty: name at least one of config.stages, " + ", ".join(config.stages))
+    result = []
+    for name in config.order:
+        if name not in config.stages:
+            raise InputError(
+                f"config.order names '{name}', which config.stages lacks; it has {', '.join(config.stages)}"
+            )
+        stage = Stage(name=name, **{**config.stages[name].to_dict(), "data": tuple(config.stages[name].data)})
+        where = f"config.stages.{name}"
+        if stage.objective not in OBJECTIVES:
+            raise InputError(f"{where}.objective = {stage.objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        if stage.learning_rate_schedule not in LEARNING_RATE_SCHEDULES:
+            raise InputError(
+                f"{where}.learning_rate_schedule = {stage.learning_rate_schedule!r}; "
+                f"choose one of {', '.join(LEARNING_RATE_SCHEDULES)}"
+            )
+        if stage.steps < 1:
+            raise InputError(
+                f"{where}.steps = {stage.steps}; it must be at least 1 (leave the stage out of config.order)"
+            )
+        missing = [name for name in stage.data if name not in config.data.sets]
+        if missing or not stage.data:
+            raise InputError(f"{where}.data = {stage.data}: config.data.sets has {', '.join(config.data.sets)}")
+        result.append(stage)
+    return result

@@ -1,0 +1,321 @@
+"""The training loop, from top to bottom: base evaluation, then each stage (warm-up, steps, export, evaluation), result.
+
+Steps are synchronous: rollouts come from the parameters that the update then changes, so old log-probs are the
+policy's own where a rollout batch makes one update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from capcur_jax import metrics, objectives, schedule
+from capcur_jax.data import pipeline
+from capcur_jax.data.packing import UpdateBatch, pack
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.prompts import target_tokens
+from capcur_jax.display import Display
+from capcur_jax.errors import InputError
+from capcur_jax.interruption import Interrupted, Interruption
+from capcur_jax.learner import Learner, TrainState
+from capcur_jax.models.inputs import BadInput, Prompt, batch_shape, blank_batch, collate
+from capcur_jax.rewards.reward import Score
+from capcur_jax.rollout.engine import Sample
+from capcur_jax.run import Run
+from capcur_jax.schedule import Stage
+
+_advantages = jax.jit(objectives.group_advantages)
+
+
+class Example(NamedTuple):
+    """A problem ready for a step; `target` is an sft row's response."""
+
+    problem: Problem
+    prompt: Prompt
+    target: np.ndarray | None
+
+
+def train(config: ConfigDict, workdir: Path, quiet: bool = False) -> dict[str, Any]:
+    """Runs the schedule and returns the summary. Raises InputError for what the user has to mend."""
+    stages = schedule.stages(config)
+    display = Display(total_steps=sum(stage.steps for stage in stages), quiet=quiet)
+    with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption) as run:
+        run.plan()
+        try:
+            run.evaluate("base")
+            for number, stage in enumerate(stages):
+                train_stage(run, stage, number)
+                if config.export.each_stage and number + 1 < len(stages):
+                    run.export(f"{number + 1}-{stage.name}")
+                run.evaluate(stage.name)
+            status = "finished"
+        except Interrupted as signal:
+            display.warn(f"{signal}: stopping here; what was learned so far is saved")
+            status = "interrupted"
+        return run.finish(status)
+
+
+def train_stage(run: Run, stage: Stage, number: int) -> None:
+    """One stage: its own reference policy, its own optimizer state, its own order of data."""
+    config, timer = run.config, metrics.PhaseTimer()
+    run.display.stage(stage.name, stage.steps)
+    learner = run.learner(stage)
+    order = pipeline.in_order(run.problems(stage.data, "train"), seed=config.seed + 1000 * number)
+    reference, state = warm_up(run, stage, learner, order)
+    updates = config.objective.updates_per_batch if stage.objective == "grpo" else 1
+    compiled = run.counter.count
+
+    batches = pipeline.batches(order, lambda problem: make_example(run, stage, problem), stage.prompts)
+    for step in range(stage.steps):
+        run.interruption.check()
+        timer.reset()
+        examples: list[Example] = next(batches)
+        rollout = None
+        if stage.objective == "grpo":
+            with timer("rollout"):
+                prompts = [example.prompt for example in examples]
+                groups = run.engine.generate(prompts, run.sampling, config.rollout.group, rollout_seed(run))
+            with timer("reward"):
+                rollout = grade(run, examples, groups)
+        with timer("update"):
+            minibatches = make_batches(run, examples, rollout, updates)
+            if reference is not None:
+                minibatches = [
+                    dataclasses.replace(batch, reference_logprobs=learner.score(reference, batch))
+                    for batch in minibatches
+                ]
+            if rollout and updates > 1:
+                minibatches = [
+                    dataclasses.replace(batch, old_logprobs=learner.score(state.parameters, batch))
+                    for batch in minibatches
+                ]
+            results = []
+            for i, batch in enumerate(minibatches):
+                rate = stage.learning_rate_at(step * updates + i, stage.steps * updates)
+                state, result = learner.update(state, batch, np.float32(rate))
+                results.append(result)
+            results = jax.device_get(results)
+        with timer("sync"):
+            run.publish(state.parameters, updates)
+
+        run.step += 1
+        total = sum(timer.seconds.values())
+        record = {
+            "type": "step",
+            "step": run.step,
+            "stage": stage.name,
+            "stage_step": step + 1,
+            "objective": stage.objective,
+            "learning_rate": rate,
+            **combine(results),
+            **(rollout.metrics(total) if rollout else {}),
+            "seconds": total,
+            **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
+            "compilations": run.counter.count - compiled,
+        }
+        compiled = run.counter.count
+        run.record(record)
+        if rollout and step % config.log.rollouts_every == 0:
+            for line in rollout.shown(config.log.rollout_prompts):
+                run.rollouts.write({"step": run.step, "stage": stage.name, **line})
+
+
+def rollout_seed(run: Run) -> int:
+    """One stream of samples for each step of each seed."""
+    return (run.config.seed * 1_000_003 + run.step * 104_729 + 1) % 2**32
+
+
+def make_example(run: Run, stage: Stage, problem: Problem) -> Example | None:
+    """None where the problem can't be used: counted once and left out."""
+    try:
+        target = None
+        if stage.objective == "sft":
+            target = target_tokens(run.processor, problem, run.config.rollout.max_new_tokens)
+        return Example(problem, run.builder.build(problem), target)
+    except BadInput as error:
+        run.builder.skip(problem, error)
+        return None
+
+
+# ---------------------------------------------------------------------- warm-up
+
+
+def warm_up(run: Run, stage: Stage, learner: Learner, order: Any) -> tuple[Any, TrainState]:
+    """Compiles every program that the stage's batches will need; returns the reference policy and the start state.
+
+    The order of the data is known, so the shapes are: prompts are measured (no pixel is decoded), batched, bucketed.
+    """
+    config, known = run.config, run.processor
+    grpo = stage.objective == "grpo"
+    sizes = measure(run, stage, order)
+    updates = config.objective.updates_per_batch if grpo else 1
+    size = stage.prompts // updates
+    buckets = config.prompt.token_buckets, config.prompt.patch_buckets
+    shapes = sorted({batch_shape(sizes[at : at + size], *buckets) for at in range(0, len(sizes), size)})
+    rows = size * (config.rollout.group if grpo else 1)
+    needs_reference = grpo and config.objective.kl_coefficient != 0
+    # Updates donate what they are given, so the stage's start is copied.
+    reference = jax.tree.map(jnp.copy, run.parameters) if needs_reference else None
+    state = learner.start(run.parameters)
+
+    with run.display.progress(f"compiling ({stage.name})", len(shapes) * len(config.rollout.response_buckets)) as done:
+        if grpo:
+            run.engine.warm_up(sizes, run.sampling, config.rollout.group)
+            np.asarray(_advantages(np.zeros((stage.prompts, config.rollout.group), np.float32)))
+        for T, P in shapes:
+            for length in config.rollout.response_buckets:
+                blank = UpdateBatch(
+                    blank_batch(size, T, P, known.config, known.pad_token),
+                    np.zeros((rows, length), np.int32),
+                    np.ones(rows, np.int32),
+                )
+                if grpo:
+                    zeros = np.zeros((rows, length), np.float32)
+                    blank = dataclasses.replace(blank, advantages=zeros[:, 0], sampler_logprobs=zeros)
+                    if needs_reference or updates > 1:
+                        learner.score.compile(state.parameters, blank)
+                    blank = dataclasses.replace(
+                        blank,
+                        reference_logprobs=zeros if needs_reference else None,
+                        old_logprobs=zeros if updates > 1 else None,
+                    )
+                learner.update.compile(state, blank, np.float32(0))
+                run.interruption.check()
+                done()
+    return reference, state
+
+
+def measure(run: Run, stage: Stage, order: Any) -> list[tuple[int, int]]:
+    """(tokens, patches) of the prompts that the stage's steps will see, in order, unusable ones left out."""
+    known: dict[str, tuple[int, int] | None] = {}
+    sizes: list[tuple[int, int]] = []
+    problems = len(run.problems(stage.data, "train"))
+    at = 0
+    while len(sizes) < stage.steps * stage.prompts:
+        problem = order[at]
+        at += 1
+        key = f"{problem.capability}/{problem.id}"
+        if key not in known:
+            try:
+                known[key] = run.builder.measure(problem)
+            except BadInput as error:
+                run.builder.skip(problem, error)
+                known[key] = None
+        if known[key] is not None:
+            sizes.append(known[key])
+        elif not sizes and at >= problems:
+            reasons = "; ".join(list(run.builder.skipped.values())[:2])
+            raise InputError(f"stage {stage.name}: none of its {problems} problems can be used: {reasons}")
+    return sizes
+
+
+# ---------------------------------------------------------------------- rollouts and batches
+
+
+@dataclasses.dataclass
+class Rollout:
+    """Graded groups of one step, in the prompts' order."""
+
+    examples: Sequence[Example]
+    groups: Sequence[Sequence[Sample]]
+    responses: list[str]  # B x G
+    scores: list[Score]  # B x G
+    rewards_BxG: np.ndarray
+    advantages_BxG: np.ndarray
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group]
+
+    def metrics(self, seconds: float) -> dict[str, float]:
+        """What the step record says about the rollouts; tokens/s counts response tokens over the whole step."""
+        lengths = [len(sample.tokens) for sample in self.samples]
+        return {
+            "reward": float(self.rewards_BxG.mean()),
+            "accuracy": float(np.mean([score.accuracy for score in self.scores])),
+            "format": float(np.mean([score.format for score in self.scores])),
+            "response_length": float(np.mean(lengths)),
+            "truncated": float(np.mean([sample.finish == "length" for sample in self.samples])),
+            "equal_groups": float(np.mean(self.rewards_BxG.max(1) == self.rewards_BxG.min(1))),
+            "tokens_per_second": sum(lengths) / seconds,
+        }
+
+    def shown(self, prompts: int) -> list[dict[str, Any]]:
+        """The first groups as records for rollouts.jsonl."""
+        lines, G = [], self.rewards_BxG.shape[1]
+        for b, (example, group) in enumerate(zip(self.examples[:prompts], self.groups, strict=False)):
+            problem = example.problem
+            samples = [
+                {
+                    "response": self.responses[b * G + g],
+                    "reward": self.scores[b * G + g].reward,
+                    "accuracy": self.scores[b * G + g].accuracy,
+                    "format": self.scores[b * G + g].format,
+                    "advantage": float(self.advantages_BxG[b, g]),
+                    "tokens": len(sample.tokens),
+                    "finish": sample.finish,
+                }
+                for g, sample in enumerate(group)
+            ]
+            lines.append(
+                {
+                    "id": problem.id,
+                    "problem": problem.problem,
+                    "answer": problem.answer,
+                    "images": list(problem.images),
+                    "samples": samples,
+                }
+            )
+        return lines
+
+
+def grade(run: Run, examples: Sequence[Example], groups: Sequence[Sequence[Sample]]) -> Rollout:
+    """Rewards and advantages of a rollout batch."""
+    G = len(groups[0])
+    responses = [run.processor.decode(sample.tokens) for group in groups for sample in group]
+    scores = run.reward([example.problem for example in examples for _ in range(G)], responses)
+    rewards = np.array([score.reward for score in scores], np.float32).reshape(len(groups), G)
+    advantages = np.asarray(_advantages(rewards))
+    return Rollout(examples, groups, responses, scores, rewards, advantages)
+
+
+def make_batches(run: Run, examples: Sequence[Example], rollout: Rollout | None, updates: int) -> list[UpdateBatch]:
+    """The step's mini-batches: whole groups, in order, `updates` equal parts."""
+    config, known = run.config, run.processor
+    size, batches = len(examples) // updates, []
+    for at in range(0, len(examples), size):
+        part = slice(at, at + size)
+        prompts = collate(
+            [example.prompt for example in examples[part]],
+            config.prompt.token_buckets,
+            config.prompt.patch_buckets,
+            known.config,
+            known.pad_token,
+        )
+        if rollout is None:
+            tokens, extra = [example.target for example in examples[part]], {}
+        else:
+            samples = [sample for group in rollout.groups[part] for sample in group]
+            tokens = [sample.tokens for sample in samples]
+            extra = {
+                "advantages": rollout.advantages_BxG[part].reshape(-1),
+                "sampler_logprobs": [sample.logprobs for sample in samples],
+            }
+        batches.append(pack(prompts, tokens, config.rollout.response_buckets, known.pad_token, **extra))
+    return batches
+
+
+def combine(results: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Metrics of a step's updates: means, but the maximum of maxima and the last count of skipped updates."""
+    combined = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+    if "logprob_difference_max" in combined:
+        combined["logprob_difference_max"] = float(max(result["logprob_difference_max"] for result in results))
+    combined["skipped_updates"] = int(results[-1]["skipped_updates"])
+    return combined

@@ -1,0 +1,58 @@
+"""The small base checkpoint of the laptop run: SFT from random weights on captions and on answers of two annotators,
+one of them careless, so that the base knows the format, has seen the images, and answers about half of the questions.
+
+    python -m capcur_jax.main --config=configs/tiny_base.py --workdir=runs/tiny_base
+    cp runs/tiny_base/checkpoints/final/* capcur_jax/assets/tiny_qwen3_vl/
+"""
+
+from capcur_jax import presets
+
+
+def get_config():
+    config = presets.get("laptop")
+    with config.unlocked():
+        config.checkpoint = ""
+        config.create = {
+            "vocabulary": 512,
+            "tied": True,
+            "min_pixels": 4096,
+            "max_pixels": 4096,
+            "text": {
+                "hidden_size": 160,
+                "intermediate_size": 448,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 5,
+                "num_key_value_heads": 1,
+                "head_dim": 32,
+                "max_position_embeddings": 4096,
+                "rope_theta": 10000.0,
+                "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True},
+            },
+            "vision": {
+                "depth": 3,
+                "hidden_size": 96,
+                "intermediate_size": 256,
+                "num_heads": 4,
+                "patch_size": 8,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 1],
+            },
+        }
+        config.data.sets.base = {"source": "tiny_base", "train": "", "validation": "", "test": ""}
+        config.stages = {
+            "base": {
+                "data": ("base",),
+                "objective": "sft",
+                "steps": 1500,
+                "prompts": 64,
+                "learning_rate": 1e-3,
+                "learning_rate_schedule": "cosine",
+                "warmup_steps": 50,
+                "freeze": "",
+            }
+        }
+        config.order = ("base",)
+        config.rollout.response_buckets = (32, 48)
+    return config

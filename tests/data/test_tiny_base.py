@@ -1,0 +1,82 @@
+"""The base's corpus: two annotators at the stated rates, some broken formats, nothing from a test split."""
+
+import collections
+import importlib.util
+import re
+
+import pytest
+
+from capcur_jax.data.problem import Problem, read_problems
+from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("easy_vqa") is None, reason="pip install easy-vqa")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return tiny_base.build(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def rows(files):
+    return {split: read_problems(files[split])[0] for split in ("train", "validation")}
+
+
+def test_every_row_is_read_back_and_has_a_response(files, rows):
+    assert all(not read_problems(file)[1] for file in files.values())
+    assert all(row.response for found in rows.values() for row in found)
+    assert files["test"] == files["validation"]
+    counts = collections.Counter(row.capability for row in rows["train"])
+    assert {name: counts[name] for name in tiny_base.COUNTS["train"]} == tiny_base.COUNTS["train"]
+    assert counts["caption"] > 7000
+
+
+def test_nothing_comes_from_a_test_split_and_validation_is_held_out(rows):
+    for split, found in rows.items():
+        for row in found:
+            if row.images:
+                folder, name = row.images[0].split("/")[-2:]
+                assert folder == "train"
+                assert easy_vqa.is_validation(int(name.removesuffix(".png"))) == (split == "validation")
+            else:
+                assert word_problems.split_of(row.problem) == split
+
+
+@pytest.mark.parametrize("kind", sorted(tiny_base.CARELESS))
+def test_the_careless_annotator_answers_as_often_as_stated(rows, kind):
+    asked = [row for row in rows["train"] if row.kind == kind]
+    answered = [re.search(r"boxed\{(.*)\}", row.response) for row in asked]
+    wrong = [found.group(1) != row.answer for row, found in zip(asked, answered, strict=True) if found]
+    assert len(wrong) > 2500
+    # Of 2 and 2 the sum is the product: about 2 % of the careless products are right.
+    assert sum(wrong) / len(wrong) == pytest.approx(tiny_base.CARELESS[kind], abs=0.04)
+
+
+def test_some_responses_have_a_broken_format_and_the_others_the_asked_one(rows):
+    answered = [row.response for row in rows["train"] if row.capability != "caption"]
+    whole = [bool(re.fullmatch(r"<think>.+</think> \\boxed\{[^{}]+\}", response)) for response in answered]
+    assert 1 - sum(whole) / len(whole) == pytest.approx(tiny_base.BROKEN, abs=0.005)
+
+
+def test_captions_name_what_is_certain(rows):
+    colors, shapes = "|".join(easy_vqa.COLOR_NAMES), "|".join(easy_vqa.SHAPES)
+    pattern = rf"A( small| medium| large)? ({colors}) ({shapes})( at the (top|bottom) (left|right))?\."
+    wordings = collections.defaultdict(set)
+    for row in rows["train"]:
+        if row.capability == "caption":
+            found = re.fullmatch(pattern, row.response)
+            assert found and row.answer == ""
+            assert row.kind == ("caption:whole" if found.group(1) and found.group(4) else "caption:part")
+            wordings[row.images].add(row.problem)
+    assert {len(texts) for texts in wordings.values()} == {2}
+
+
+def test_the_same_row_always_gets_the_same_response():
+    problem, facts = Problem("train-1-add-2", "How many?", "12", kind="add"), {"a": 7, "b": 5}
+    assert len({tiny_base.respond(problem, facts) for _ in range(3)}) == 1
+    assert tiny_base.respond(problem, facts).answer == "12"
+
+
+def test_unknown_capability_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no capability 'text'; use 'base'"):
+        tiny_base.build(tmp_path, "text")

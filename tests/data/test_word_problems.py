@@ -1,0 +1,75 @@
+"""The text set: right answers, splits that share no text, the same bytes everywhere."""
+
+import collections
+import hashlib
+import re
+
+import pytest
+
+from capcur_jax.data.problem import read_problems
+from capcur_jax.data.sources import word_problems
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return word_problems.build(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def rows(files):
+    return {split: read_problems(file)[0] for split, file in files.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "a", "b", "right", "careless"),
+    [
+        ("add", 7, 5, "7 + 5 = 12.", "7 + 5 = 13."),
+        ("subtract", 9, 4, "9 - 4 = 5.", "9 + 4 = 13."),
+        ("multiply", 3, 4, "3 x 4 = 12.", "3 + 4 = 7."),
+    ],
+)
+def test_worked_solution_of_both_annotators(kind, a, b, right, careless):
+    for reasoning, is_careless in ((right, False), (careless, True)):
+        answer = re.search(r"= (\d+)\.", reasoning).group(1)
+        assert word_problems.worked(kind, {"a": a, "b": b}, careless=is_careless) == (reasoning, answer)
+
+
+def test_unknown_kind_and_capability_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="no kind 'divide' of word problem; one of add, subtract, multiply"):
+        word_problems.worked("divide", {"a": 1, "b": 1})
+    with pytest.raises(ValueError, match="no capability 'visual'"):
+        word_problems.build(tmp_path, "visual")
+
+
+def test_sizes_and_balance(rows):
+    assert {split: len(found) for split, found in rows.items()} == word_problems.COUNTS
+    for found in rows.values():
+        counts = collections.Counter(row.kind for row in found).values()
+        assert len(counts) == 3 and max(counts) - min(counts) <= 1
+        assert all(row.capability == "text" and row.images == () for row in found)
+        assert {row.kind for row in found[:3]} == set(word_problems.KINDS)  # any first part is balanced
+
+
+def test_no_text_twice_neither_in_a_split_nor_across(rows):
+    texts = [row.problem for found in rows.values() for row in found]
+    assert len(set(texts)) == len(texts)
+
+
+def test_answers_follow_from_the_numbers_in_the_text(rows):
+    for row in rows["train"] + rows["test"]:
+        a, b = map(int, re.findall(r"\d+", row.problem))
+        result = {"add": a + b, "subtract": a - b, "multiply": a * b}[row.kind]
+        assert row.answer == str(result) and result >= 0
+        assert {a, b} <= set(range(2, 10 if row.kind == "multiply" else 13))
+
+
+def test_another_salt_draws_other_texts_of_the_same_split(rows):
+    other = [problem.problem for problem, _ in word_problems.questions("train", "other", 900)]
+    assert len(set(other)) == 900 and all(word_problems.split_of(text) == "train" for text in other)
+    assert len(set(other) & {row.problem for row in rows["train"]}) < 90
+
+
+def test_bytes_are_those_of_the_version(files):
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files.values())).hexdigest()
+    known = {"word-problems-1": "5561097ff3b13a7131ce2123b32cc2271c2481b3af627e23423a0ba075edf560"}
+    assert digest == known.get(word_problems.VERSION), "rows changed: raise VERSION, then note its digest here"
