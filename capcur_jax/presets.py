@@ -58,7 +58,7 @@ def laptop() -> ConfigDict:
                 "max_tokens": 96,  # a longer prompt is left out, never truncated
                 "min_pixels": 0,  # 0: the checkpoint's own
                 "max_pixels": 0,
-                "token_buckets": (64, 96),  # declared lengths of prompt rows
+                "token_buckets": (56, 84, 96),  # declared lengths of prompt rows
                 "patch_buckets": (64,),  # declared lengths of patch rows (a prompt's images)
             },
             "rollout": {
@@ -67,7 +67,7 @@ def laptop() -> ConfigDict:
                 "temperature": 1.0,
                 "top_p": 1.0,
                 "max_rows": 80,  # responses that the engine decodes together
-                "response_buckets": (32, 48),  # declared lengths of response rows in an update
+                "response_buckets": (24, 32, 48),  # declared lengths of response rows in an update
             },
             "reward": {
                 "accuracy_weight": 0.9,

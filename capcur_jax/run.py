@@ -17,7 +17,7 @@ from capcur_jax import metrics
 from capcur_jax.data.blind import blind_accuracy
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
-from capcur_jax.data.prompts import PromptBuilder, explain_skipped
+from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder, explain_skipped
 from capcur_jax.display import Display
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation import heldout, report
@@ -38,6 +38,13 @@ def _dtype(name: str, key: str):
     if name not in DTYPES:
         raise InputError(f"{key} = {name!r}; choose one of {', '.join(DTYPES)}")
     return jnp.dtype(name)
+
+
+def _sampling(config: ConfigDict, key: str) -> Sampling:
+    try:
+        return Sampling(config.rollout.max_new_tokens, config[key].temperature, config[key].top_p)
+    except ValueError as error:
+        raise InputError(f"config.{key}: {error}") from None
 
 
 def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
@@ -88,9 +95,12 @@ class Run:
         check(config, stages, self.sets)
         self._open_model()
         self.counter = metrics.CompilationCounter()
-        self.reward = make_reward(config.reward)
-        self.sampling = Sampling(config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_p)
-        self._greedy = Sampling(config.rollout.max_new_tokens, config.evaluation.temperature, config.evaluation.top_p)
+        self.sampling = _sampling(config, "rollout")
+        self._greedy = _sampling(config, "evaluation")
+        try:
+            self.reward = make_reward(config.reward)
+        except ValueError as error:
+            raise InputError(str(error)) from None
         self.records = metrics.JsonLines(workdir / "metrics.jsonl")
         self.rollouts = metrics.JsonLines(workdir / "rollouts.jsonl")
         self._learners: dict[tuple[str, str], Learner] = {}
@@ -123,11 +133,10 @@ class Run:
 
     def _texts(self):
         """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction."""
-        from capcur_jax.data.prompts import INSTRUCTION
-
         for stage in self.stages:
             for problem in self.problems(stage.data, "train"):
-                yield f"{problem.problem} {INSTRUCTION if problem.answer else ''}"
+                # As the prompt has it: roles, question, instruction. The tokenizer's own marks stay whole by themselves.
+                yield f"user\n{problem.problem} {INSTRUCTION if problem.answer else ''}\nassistant\n"
                 yield problem.response or problem.answer
 
     def __enter__(self) -> Run:

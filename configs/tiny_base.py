@@ -13,15 +13,15 @@ def get_config():
     with config.unlocked():
         config.checkpoint = ""
         config.create = {
-            "vocabulary": 512,
+            "vocabulary": 640,
             "tied": True,
             "min_pixels": 4096,
             "max_pixels": 4096,
             "text": {
-                "hidden_size": 160,
-                "intermediate_size": 448,
+                "hidden_size": 128,
+                "intermediate_size": 352,
                 "num_hidden_layers": 4,
-                "num_attention_heads": 5,
+                "num_attention_heads": 4,
                 "num_key_value_heads": 1,
                 "head_dim": 32,
                 "max_position_embeddings": 4096,
@@ -45,14 +45,13 @@ def get_config():
             "base": {
                 "data": ("base",),
                 "objective": "sft",
-                "steps": 1500,
+                "steps": 700,
                 "prompts": 64,
-                "learning_rate": 1e-3,
+                "learning_rate": 2e-3,
                 "learning_rate_schedule": "cosine",
                 "warmup_steps": 50,
                 "freeze": "",
             }
         }
         config.order = ("base",)
-        config.rollout.response_buckets = (32, 48)
     return config

@@ -37,7 +37,6 @@ def evaluate(
     A problem whose prompt can't be built is counted by the builder and left out of the mean.
     """
     processor: Processor = builder.processor
-    asked: list[Problem] = []
     accuracy, form, lengths = [], [], []
     by_kind: dict[str, list[float]] = collections.defaultdict(list)
     for number, part in enumerate(_parts(problems, batch)):

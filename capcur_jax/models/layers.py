@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from capcur_jax.errors import InputError
+
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -28,7 +30,7 @@ def stack(create: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) 
 def scan(layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, remat: str = "none") -> tuple[Any, Any]:
     """`body(layer, carry, x) -> (carry, y)` over the stacked layers, compiled once; `remat` names a policy of REMAT."""
     if remat not in REMAT:
-        raise ValueError(f"config.model.remat = {remat!r}; choose one of {', '.join(REMAT)}")
+        raise InputError(f"config.model.remat = {remat!r}; choose one of {', '.join(REMAT)}")
     graph, parameters = nnx.split(layers)
 
     def step(carry, inputs):

@@ -1,0 +1,286 @@
+"""The main job on a tiny random model: everything that a run writes, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from capcur_jax import presets
+from capcur_jax.data.problem import Problem, write_problems
+from capcur_jax.metrics import read_jsonl
+from capcur_jax.models import huggingface
+from capcur_jax.train import train
+from tests.conftest import random_image
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "prompt.max_tokens": 128,
+    "prompt.max_pixels": 1024,
+    "prompt.token_buckets": (128,),
+    "prompt.patch_buckets": (64,),
+    "rollout.max_new_tokens": 8,
+    "rollout.response_buckets": (8,),
+    "rollout.group": 3,
+    "rollout.max_rows": 12,
+    "evaluation.questions": 12,
+    "log.rollouts_every": 1,
+}
+
+
+def small_config(checkpoint: Path, order=("perception", "merged"), **changes) -> ConfigDict:
+    config = presets.get("laptop", order=order)
+    config.update_from_flattened_dict({"checkpoint": str(checkpoint), **SMALL})
+    for stage in config.stages.values():
+        stage.update({"steps": 2, "prompts": 4})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+class ReadKeys:
+    """Records which keys of a ConfigDict are read; writing it out whole (config.json) does not count."""
+
+    def __init__(self, config: ConfigDict):
+        self.root, self.read, self._muted = config, set(), False
+
+    @contextlib.contextmanager
+    def recording(self, monkeypatch):
+        get, to_dict = ConfigDict.__getitem__, ConfigDict.to_dict
+
+        def recorded(this, key):
+            if not self._muted:
+                self.read.add((id(this), key))
+            return get(this, key)
+
+        def whole(this, *args, **kwargs):
+            if this is not self.root:  # a stage handed over as keyword arguments: all its keys are taken
+                self.read.update((id(this), key) for key in this.keys())
+            self._muted = True
+            try:
+                return to_dict(this, *args, **kwargs)
+            finally:
+                self._muted = False
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ConfigDict, "__getitem__", recorded)
+            patch.setattr(ConfigDict, "to_dict", whole)
+            yield
+
+    def unread(self, node=None, path="config") -> list[str]:
+        node = self.root if node is None else node
+        lines = []
+        for key, value in node.items():
+            if isinstance(value, ConfigDict) and len(value):
+                lines += self.unread(value, f"{path}.{key}")
+            elif (id(node), key) not in self.read:
+                lines.append(f"{path}.{key}")
+        return lines
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """One run of two stages, its summary, and the config keys that nothing read."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = small_config(checkpoint)
+    keys = ReadKeys(config)
+    with pytest.MonkeyPatch.context() as monkeypatch, keys.recording(monkeypatch):
+        summary = train(config, workdir, quiet=True)
+    return workdir, summary, keys.unread()
+
+
+def test_the_run_leaves_all_its_records(finished):
+    workdir, summary, _ = finished
+    assert {p.name for p in workdir.iterdir()} >= {
+        "config.json", "versions.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", "report.html", "checkpoints",
+    }  # fmt: skip
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert summary["status"] == "finished" and summary["steps"] == 4
+    for capability in presets.CAPABILITIES:
+        assert set(summary["accuracy"][capability]) == {"base", "after_perception", "after_merged", "final"}
+    assert {"seconds", "step_seconds_median", "format_reward_final", "blind"} <= set(summary)
+    assert set(summary["blind"]) == {"perception", "visual"} and max(summary["blind"].values()) < 0.4
+    versions = json.loads((workdir / "versions.json").read_text())
+    assert versions["jax"] and "commit" in versions
+
+
+def test_no_compilation_after_warm_up(finished):
+    workdir, summary, _ = finished
+    steps = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"]
+    assert len(steps) == 4
+    assert [step["compilations"] for step in steps] == [0, 0, 0, 0]
+    assert summary["compilations_after_warmup"] == 0
+
+
+def test_sampler_and_trainer_agree(finished):
+    _, summary, _ = finished
+    assert summary["logprob_difference_mean"] < 1e-4
+
+
+def test_step_records_have_every_figure(finished):
+    workdir, _, _ = finished
+    step = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"][-1]
+    keys = """reward accuracy format response_length kl entropy loss grad_norm clip_fraction equal_groups truncated
+        tokens_per_second seconds seconds_rollout seconds_reward seconds_update seconds_sync logprob_difference_max
+        learning_rate"""
+    for key in keys.split():
+        assert np.isfinite(step[key]), key
+    assert step["stage"] == "merged" and step["stage_step"] == 2
+
+
+def test_rollouts_are_logged_with_rewards_and_images(finished):
+    workdir, _, _ = finished
+    rollouts = read_jsonl(workdir / "rollouts.jsonl")
+    assert len(rollouts) == 8 and all(len(r["samples"]) == 3 for r in rollouts)
+    assert all(Path(image).is_file() for r in rollouts for image in r["images"])
+    for rollout in rollouts:
+        assert abs(sum(s["advantage"] for s in rollout["samples"])) < 1e-4
+
+
+def test_every_config_key_is_read(finished):
+    _, _, unread = finished
+    # A stage that `order` leaves out, and the data paths that a set with a source does not need, are not read.
+    allowed = [f"config.stages.{name}" for name in ("text", "visual")]
+    assert [key for key in unread if not key.startswith(tuple(allowed))] == []
+
+
+def test_presets_share_their_keys():
+    def keys(node, path=""):
+        if not isinstance(node, ConfigDict):
+            return {path}
+        return {path} | {k for key, value in node.items() for k in keys(value, f"{path}.{key}")}
+
+    assert keys(presets.get("laptop")) == keys(presets.get("qwen3_vl_8b"))
+
+
+def test_checkpoints_load_in_transformers_and_differ_from_the_base(finished, checkpoint):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    workdir, summary, _ = finished
+    final = Path(summary["checkpoint"])
+    assert final == workdir / "checkpoints" / "final"
+    loaded, info = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert str(loaded.dtype) == "torch.bfloat16"
+    assert AutoTokenizer.from_pretrained(final).chat_template
+    trained, base = huggingface.load(final), huggingface.load(checkpoint)
+    moved = abs(np.asarray(trained.text.embed.embedding[...]) - np.asarray(base.text.embed.embedding[...])).max()
+    assert moved > 1e-5
+    assert (workdir / "checkpoints" / "1-perception" / "model.safetensors").is_file()
+
+
+def test_the_same_seed_gives_the_same_run(finished, checkpoint, tmp_path):
+    workdir, summary, _ = finished
+    again = train(small_config(checkpoint), tmp_path, quiet=True)
+    assert again["accuracy"] == summary["accuracy"]
+    losses = [[r["loss"] for r in read_jsonl(d / "metrics.jsonl") if r["type"] == "step"] for d in (workdir, tmp_path)]
+    assert losses[0] == losses[1]
+
+
+# ---------------------------------------------------------------------- the user's own data, bad input
+
+
+def reward_by_length(problem: Problem, response: str) -> float:
+    """A user's reward function."""
+    return 1.0 if len(response) % 2 else 0.0
+
+
+def test_own_data_own_reward_and_bad_rows(checkpoint, tmp_path):
+    good = tmp_path / "good.png"
+    random_image(32, 32).save(good)
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    problems = [Problem(str(i), f"What is {i}?", "red", (str(good),)) for i in range(6)]
+    problems += [
+        Problem("broken", "What?", "red", (str(tmp_path / "broken.png"),)),
+        Problem("missing", "What?", "red", (str(tmp_path / "nowhere.png"),)),
+        Problem("long", "word " * 300, "red"),
+    ]
+    path = tmp_path / "mine.jsonl"
+    write_problems(path, problems)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"problem": "no answer", "answer": ""}\n')
+    own = {f"data.sets.perception.{split}": str(path) for split in ("train", "test")}
+    config = small_config(
+        checkpoint,
+        order=("perception",),
+        **own,
+        **{"reward.function": "tests.test_main:reward_by_length", "evaluation.sets": ("perception",)},
+    )
+    config.objective.updates_per_batch = 2
+    summary = train(config, tmp_path / "run", quiet=True)
+    assert summary["status"] == "finished"
+    assert summary["skipped"]["images"] == 2 and summary["skipped"]["prompts"] == 1
+    assert summary["skipped"]["rows"] == 2  # the same file read as train and as test
+    steps = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["type"] == "step"]
+    assert all(step["compilations"] == 0 for step in steps)
+    rollouts = read_jsonl(tmp_path / "run" / "rollouts.jsonl")
+    rewards = {(s["response"], s["reward"]) for r in rollouts for s in r["samples"]}
+    assert all(reward == float(len(response) % 2) for response, reward in rewards)
+
+
+def run_main(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "capcur_jax.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/staged.py:nope"], ["unknown preset 'nope'", "qwen3_vl_8b"]),
+        (["--config=configs/absent.py"], ["configs/absent.py"]),
+        (["--config=configs/staged.py", "--config.nope=1"], ["nope"]),
+        (
+            ["--config=configs/staged.py:qwen3_vl_8b"],
+            ["config.checkpoint", "config.data.sets.perception.train", "config.data.sets.visual.test", "JSONL"],
+        ),
+        (["--config=configs/staged.py", "--config.checkpoint=/nowhere"], ["/nowhere", "config.json"]),
+        (["--config=configs/staged.py", "--config.order=('speech',)"], ["speech", "perception"]),
+    ],
+)
+def test_mistakes_get_one_clear_line(arguments, words, tmp_path):
+    done = run_main(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode not in (0, None)
+    for word in words:
+        assert word in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_used_work_directory_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    done = run_main("--config=configs/staged.py", f"--workdir={tmp_path}")
+    assert done.returncode != 0 and "holds a run already" in done.stderr
+
+
+def test_ctrl_c_leaves_a_loadable_checkpoint_and_a_summary(checkpoint, tmp_path):
+    settings = [f"--config.{key}={value}" for key, value in SMALL.items()]
+    command = [
+        sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={tmp_path / 'run'}",
+        f"--config.checkpoint={checkpoint}", "--config.stages.perception.steps=2000",
+        "--config.stages.perception.prompts=4", *settings,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        limit = time.monotonic() + 240
+        while time.monotonic() < limit and process.poll() is None:
+            if metrics.exists() and '"step"' in metrics.read_text() and '"stage_step"' in metrics.read_text():
+                break
+            time.sleep(0.5)
+        os.kill(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 130, output[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["steps"] >= 1
+    assert summary["accuracy"]["perception"]["base"] is not None
+    huggingface.load(summary["checkpoint"])
+    assert (tmp_path / "run" / "report.html").is_file()
