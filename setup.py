@@ -1,10 +1,10 @@
-"""Packaging. Lower bounds are what the tests ran with or what the code needs; constraints.txt holds CI's versions."""
+"""Packaging. The lower bounds are the versions that the tests ran with; constraints.txt pins all of them, as CI does."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "torch==2.13.0", "ruff>=0.14"]  # PyTorch is the reference of the parity tests, nothing else
+TEST = ["pytest>=9.2.0", "torch==2.13.0", "ruff>=0.17.6"]  # PyTorch is the reference of the parity tests, nothing else
 
 setup(
     name="capcur_jax",
@@ -17,22 +17,22 @@ setup(
     packages=find_packages(include=["capcur_jax", "capcur_jax.*"]),
     package_data={"capcur_jax": ["assets/*/*"]},
     install_requires=[
-        "absl-py>=2.1",
+        "absl-py>=2.5.1",
         "easy-vqa>=1.0",
-        "flax>=0.12",
-        "grain>=0.2.15",
-        "jax>=0.8",
-        "jinja2>=3.1",
-        "math-verify[antlr4_13_2]>=0.8",
-        "matplotlib>=3.9",
-        "ml-collections>=1.1",
-        "numpy>=2.0",
-        "optax>=0.2.6",
-        "pillow>=11",
-        "rich>=13.9",
-        "safetensors>=0.5",
-        "tokenizers>=0.22",
-        "transformers>=5.0",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "jinja2>=3.1.6",
+        "math-verify[antlr4_13_2]>=0.9.0",
+        "matplotlib>=3.11.2",
+        "ml-collections>=1.1.0",
+        "numpy>=2.4.6",
+        "optax>=0.2.8",
+        "pillow>=13.0.0",
+        "rich>=15.0.0",
+        "safetensors>=0.8.0",
+        "tokenizers>=0.23.3",
+        "transformers>=5.23.0",
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],

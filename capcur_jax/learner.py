@@ -101,11 +101,17 @@ class Learner:
     def _grpo_loss(self, parameters: nnx.State, batch: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         settings = self._config.objective
         new = token_logprobs(self._predict(parameters, batch), batch.tokens, self._temperature, self._banned)
-        current = jax.lax.stop_gradient(new.logprobs)
-        old = current if batch.old_logprobs is None else batch.old_logprobs
         mask = objectives.response_mask(batch.lengths, batch.tokens.shape[1])
+
+        # Padding is cut out before the losses, not only after: a banned pad token has log-prob -inf, and 0 x NaN of its
+        # ratio would be the gradient of everything.
+        def seen(logprobs):
+            return jnp.where(mask, logprobs, 0.0)
+
+        logprobs = seen(new.logprobs)
+        old = jax.lax.stop_gradient(logprobs) if batch.old_logprobs is None else seen(batch.old_logprobs)
         terms = objectives.policy_loss(
-            new.logprobs,
+            logprobs,
             old,
             batch.advantages,
             clip_low=settings.clip_low,
@@ -113,7 +119,7 @@ class Learner:
             clip_dual=settings.clip_dual,
         )
         loss = objectives.token_mean(terms.loss, mask)
-        difference = jnp.where(mask, jnp.abs(old - batch.sampler_logprobs), 0.0)
+        difference = jnp.abs(old - seen(batch.sampler_logprobs))
         metrics = {
             "policy_loss": loss,
             "entropy": objectives.token_mean(new.entropy, mask),
@@ -122,9 +128,8 @@ class Learner:
             "logprob_difference_max": difference.max(),
         }
         if batch.reference_logprobs is not None:
-            metrics["kl"] = objectives.token_mean(
-                objectives.k3_divergence(new.logprobs, batch.reference_logprobs), mask
-            )
+            divergence = objectives.k3_divergence(logprobs, seen(batch.reference_logprobs))
+            metrics["kl"] = objectives.token_mean(divergence, mask)
             loss = loss + settings.kl_coefficient * metrics["kl"]
         return loss, metrics
 

@@ -67,7 +67,7 @@ def laptop() -> ConfigDict:
                 "temperature": 1.0,
                 "top_p": 1.0,
                 "max_rows": 80,  # responses that the engine decodes together
-                "response_buckets": (24, 32, 48),  # declared lengths of response rows in an update
+                "response_buckets": (32, 48),  # declared lengths of response rows in an update
             },
             "reward": {
                 "accuracy_weight": 0.9,

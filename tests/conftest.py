@@ -16,14 +16,27 @@ from PIL import Image
 
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import fresh, huggingface
-from capcur_jax.models.inputs import Processor
+from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.qwen_vl import QwenVL
 
-TEXTS = ["What shape is in the image?", "The shape is a red circle. 3 x 4 = 12.", "user\nassistant\nsystem\n", "boxed{}"]
+TEXTS = [
+    "What shape is in the image?",
+    "The shape is a red circle. 3 x 4 = 12.",
+    "user\nassistant\nsystem\n",
+    "boxed{}",
+]
 
 
-def architecture(tied: bool = True, depth: int = 3, deepstack: tuple[int, ...] = (0, 1), kv_heads: int = 2) -> dict:
-    """A Qwen3-VL small enough for float32 parity in a second."""
-    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+def architecture(
+    tied: bool = True,
+    depth: int = 3,
+    deepstack: tuple[int, ...] = (0, 1),
+    kv_heads: int = 2,
+    sections: tuple[int, int, int] = (4, 2, 2),
+    **text,
+) -> dict:
+    """A Qwen3-VL small enough for float32 parity in a second; `text` overrides keys of the text_config."""
+    rope = {"rope_type": "default", "mrope_section": list(sections), "mrope_interleaved": True}
     return {
         "vocabulary": 320,
         "tied": tied,
@@ -32,7 +45,7 @@ def architecture(tied: bool = True, depth: int = 3, deepstack: tuple[int, ...] =
         "text": {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 4,
             "num_key_value_heads": kv_heads, "head_dim": 16, "max_position_embeddings": 512, "rope_theta": 10000.0,
-            "rope_scaling": rope,
+            "rope_scaling": rope, **text,
         },
         "vision": {
             "depth": 3, "hidden_size": 24, "intermediate_size": 40, "num_heads": 2, "patch_size": 4,
@@ -46,13 +59,16 @@ def random_checkpoint(directory, seed: int = 0, **kinds):
     """A checkpoint directory with weights in float32; no parameter is left a constant 0 or 1."""
     source = fresh.write_skeleton(directory.with_name(directory.name + "-skeleton"), TEXTS * 5, architecture(**kinds))
     config = config_lib.from_directory(source)
-    parameters = nnx.state(huggingface.create(config, seed))
+    # Drawn by numpy: compiling the initialisers would take longer than all that is tested with them.
+    abstract = nnx.state(nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0))))
     random = np.random.default_rng(seed + 1)
 
-    def perturb(value):
-        return value + 0.1 * random.standard_normal(value.shape).astype(np.float32)
+    def draw(path, leaf):
+        noise = random.standard_normal(leaf.shape).astype(np.float32)
+        return leaf.replace({"scale": 1 + 0.1 * noise, "kernel": 0.2 * noise}.get(path[-1], 0.1 * noise))
 
-    huggingface.save(directory, jax.tree.map(perturb, parameters), config, source, dtype=np.float32)
+    drawn = nnx.from_flat_state([(path, draw(path, leaf)) for path, leaf in nnx.to_flat_state(abstract)])
+    huggingface.save(directory, drawn, config, source, dtype=np.float32)
     return directory
 
 
@@ -71,9 +87,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def untied_checkpoint(tmp_path_factory):
-    """A head of its own, one DeepStack layer, one kv head."""
+    """A head of its own, one DeepStack layer, one kv head, and other numbers where a default could hide."""
     path = tmp_path_factory.mktemp("checkpoints") / "untied"
-    return random_checkpoint(path, seed=5, tied=False, depth=2, deepstack=(1,), kv_heads=1)
+    kinds = dict(tied=False, depth=2, deepstack=(1,), kv_heads=1, sections=(2, 3, 3))
+    return random_checkpoint(path, seed=5, rope_theta=70000.0, rms_norm_eps=1e-2, **kinds)
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +128,32 @@ def transformers_model():
         return Qwen3VLForConditionalGeneration.from_pretrained(str(directory), **kinds).eval()
 
     return load
+
+
+@pytest.fixture(scope="session")
+def transformers_inputs():
+    """`transformers_inputs(prompts, processor, side="right")`: our prompts as the keyword arguments of its forward."""
+    import torch
+
+    def make(prompts: list[Prompt], processor: Processor, side: str = "right") -> dict:
+        tokens = np.full((len(prompts), max(map(len, prompts))), processor.pad_token)
+        mask = np.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            here = slice(len(prompt)) if side == "right" else slice(-len(prompt), None)
+            tokens[row, here], mask[row, here] = prompt.tokens, 1
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        grids = [grid for prompt in prompts for grid in prompt.grids]
+        if grids:
+            inputs["mm_token_type_ids"] = (tokens == processor.config.image_token).astype(np.int64)
+            inputs["pixel_values"] = np.concatenate([prompt.patches for prompt in prompts])
+            inputs["image_grid_thw"] = np.array(grids)
+        return {name: torch.from_numpy(value) for name, value in inputs.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quick_jit():
+    """jax.jit for programs that run a few times: the same program, compiled in a fifth of the time, slower to run."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return functools.partial(jax.jit, compiler_options=options)

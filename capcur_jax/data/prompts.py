@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -64,15 +64,20 @@ class PromptBuilder:
 
     def build(self, problem: Problem) -> Prompt:
         """Raises BadInput: a missing or broken image, a prompt over a limit."""
-        prompt = self.processor.prepare(self.render(problem), [load_image(path) for path in problem.images])
-        self._check(len(prompt), len(prompt.patches))
-        return prompt
+        text = self.render(problem)
+        self._measure(text, problem.images)  # first: nothing is decoded for a prompt that is left out
+        return self.processor.prepare(text, [load_image(path) for path in problem.images])
 
     def measure(self, problem: Problem) -> tuple[int, int]:
-        """(tokens, patches) of the prompt, without decoding a pixel. Raises BadInput as `build` does."""
+        """(tokens, patches) of the prompt, without decoding a pixel. Raises BadInput as `build` does, but for images
+        whose header alone is sound."""
+        return self._measure(self.render(problem), problem.images)
+
+    def _measure(self, text: str, images: Sequence[str]) -> tuple[int, int]:
         merged, patches = self.processor.config.vision.merge_size**2, 0
-        tokens = len(self.processor.tokenizer(self.render(problem), add_special_tokens=False)["input_ids"])
-        for path in problem.images:
+        tokens = len(self.processor.tokenize(text, len(images)))
+        for path in images:
+            # Inside: an image too narrow for the model is a bad image as well.
             with opened_image(path) as image:
                 count = self.processor.images.get_number_of_image_patches(image.height, image.width)
             patches, tokens = patches + count, tokens + count // merged - 1

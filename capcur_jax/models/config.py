@@ -146,10 +146,10 @@ def _text(section: dict, where: str) -> TextConfig:
         mlp_width=_need(section, "intermediate_size", where),
         depth=_need(section, "num_hidden_layers", where),
         heads=heads,
-        kv_heads=section.get("num_key_value_heads") or heads,
+        kv_heads=_need(section, "num_key_value_heads", where) or heads,
         head_dim=head_dim,
         mrope_sections=sections,
-        rope_theta=float(rope.get("rope_theta", section.get("rope_theta", 5e6))),
+        rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else _need(section, "rope_theta", where)),
         rms_epsilon=float(section.get("rms_norm_eps", 1e-6)),
         activation=_activation(section.get("hidden_act", "silu"), where),
     )

@@ -200,6 +200,9 @@ def save(directory: str | Path, parameters: nnx.State, config: ModelConfig, sour
             "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
         }
         (partial / WEIGHTS[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    # The old directory is set aside, not deleted first: a stop in the middle must not cost both.
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     if directory.exists():
-        shutil.rmtree(directory)
+        os.replace(directory, old)
     os.replace(partial, directory)
+    shutil.rmtree(old, ignore_errors=True)

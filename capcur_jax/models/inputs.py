@@ -134,12 +134,25 @@ class Processor:
         config = config_lib.from_directory(directory)
         if not (Path(directory) / "preprocessor_config.json").is_file():
             raise InputError(f"{directory}: preprocessor_config.json is missing; copy the whole checkpoint")
+        # Without its files transformers builds an empty tokenizer of Qwen's class and says nothing.
+        if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise InputError(f"{directory}: tokenizer.json is missing; copy the whole checkpoint")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{directory}: no usable tokenizer ({error}); copy tokenizer.json too") from None
         # backend="pil": the torchvision one gives slightly different pixels and needs PyTorch.
-        images = AutoImageProcessor.from_pretrained(str(directory), local_files_only=True, backend="pil")
+        try:
+            images = AutoImageProcessor.from_pretrained(str(directory), local_files_only=True, backend="pil")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{directory}: preprocessor_config.json is not usable ({error}); copy it again") from None
+        for key in ("patch_size", "temporal_patch_size", "merge_size"):
+            theirs, ours = getattr(images, key), getattr(config.vision, key)
+            if theirs != ours:
+                raise InputError(
+                    f"{directory}: {key} is {theirs} by preprocessor_config.json and {ours} by config.json; "
+                    "copy the whole checkpoint"
+                )
         size = dict(images.size)
         images.size = {
             "shortest_edge": min_pixels or size["shortest_edge"],
@@ -154,15 +167,21 @@ class Processor:
         messages.append({"role": "user", "content": content})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
+    def tokenize(self, text: str, images: int) -> np.ndarray:
+        """Token ids of a rendered prompt, one placeholder for each of its images. Raises BadInput for another number."""
+        tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        placeholders = int((tokens == self.config.image_token).sum())
+        if placeholders != images:
+            raise BadInput(
+                f"{placeholders} image placeholders for {images} images: the question's text holds a vision token of "
+                "the tokenizer, or the chat template does not write images"
+            )
+        return tokens
+
     def prepare(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
         """Token ids, patches and positions of a rendered prompt with one image placeholder per image."""
-        tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        tokens = self.tokenize(text, len(images))
         merge, image_token = self.config.vision.merge_size, self.config.image_token
-        if int((tokens == image_token).sum()) != len(images):
-            raise BadInput(
-                f"{int((tokens == image_token).sum())} image placeholders for {len(images)} images: the question's "
-                "text holds a vision token of the tokenizer, or the chat template does not write images"
-            )
         patches, grids = np.zeros((0, self.config.vision.patch_values), np.float32), ()
         if images:
             done = self.images(images=list(images), return_tensors="np")

@@ -34,6 +34,7 @@ def token_logprobs(
     scaled = ban(logits.astype(jnp.float32) / temperature, banned)
     logprobs = scaled - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
-    # 0 x -inf is NaN: a banned token adds nothing to the entropy.
-    entropy = -jnp.where(jnp.isneginf(logprobs), 0.0, jnp.exp(logprobs) * logprobs).sum(-1)
+    # A banned token adds nothing to the entropy. Its -inf is replaced before the product: 0 x -inf is NaN, and a
+    # `where` around the product would keep that NaN in the gradient.
+    entropy = -(jnp.exp(logprobs) * jnp.where(jnp.isneginf(logprobs), 0.0, logprobs)).sum(-1)
     return TokenLogprobs(chosen, entropy)

@@ -1,0 +1,156 @@
+"""config.json in its published forms, what is refused and how it is named, the published parameter counts."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import jax
+import pytest
+from flax import nnx
+
+from capcur_jax.models import config as config_lib
+from capcur_jax.models.config import UnsupportedCheckpoint, from_dict, from_directory
+from capcur_jax.models.qwen_vl import QwenVL
+
+# The keys of Qwen3-VL-8B-Instruct's config.json, as it was published with transformers 4.57.
+PUBLISHED = {
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "image_token_id": 151655,
+    "model_type": "qwen3_vl",
+    "text_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16",
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 12288, "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000, "use_cache": True, "vocab_size": 151936,
+    },
+    "tie_word_embeddings": False,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 151656,
+    "vision_config": {
+        "deepstack_visual_indexes": [8, 16, 24], "depth": 27, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
+        "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304, "model_type": "qwen3_vl",
+        "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 4096, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 151653,
+    "vision_start_token_id": 151652,
+}  # fmt: skip
+
+# shared/paper/SIZES.md: width, layers, heads, F, tied, vision (depth, width, F), DeepStack, billions of parameters.
+SIZES = {
+    "2B": (2048, 28, 16, 6144, True, (24, 1024, 4096), [5, 11, 17], 2.128),
+    "4B": (2560, 36, 32, 9728, True, (24, 1024, 4096), [5, 11, 17], 4.438),
+    "8B": (4096, 36, 32, 12288, False, (27, 1152, 4304), [8, 16, 24], 8.767),
+    "32B": (5120, 64, 64, 25600, False, (27, 1152, 4304), [8, 16, 24], 33.357),
+}
+
+
+def changed(section: str = "", *, without: str = "", **values) -> dict:
+    """The published file with some values changed (or one key left out) at the top or in a section."""
+    config = copy.deepcopy(PUBLISHED)
+    target = config[section] if section else config
+    target.update(values)
+    target.pop(without, None)
+    return config
+
+
+def test_the_published_file_is_read():
+    config = from_dict(PUBLISHED)
+    text, vision = config.text, config.vision
+    assert (text.rope_theta, text.mrope_sections, text.head_dim, text.kv_heads) == (5e6, (24, 20, 20), 128, 8)
+    assert (vision.table_side, vision.head_dim, vision.patch_values) == (48, 72, 1536)
+    assert (vision.deepstack, config.tied, config.image_token) == ((8, 16, 24), False, 151655)
+    assert config.published == PUBLISHED
+
+
+def test_old_and_new_rope_keys_mean_the_same():
+    new = changed("text_config", without="rope_scaling")
+    del new["text_config"]["rope_theta"]
+    new["text_config"]["rope_parameters"] = {
+        "rope_theta": 5000000, "rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+    }  # fmt: skip
+    new["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
+    assert from_dict(new) == from_dict(PUBLISHED)
+
+
+def test_what_transformers_writes_means_the_same(tmp_path):
+    from transformers import Qwen3VLConfig
+
+    Qwen3VLConfig(**copy.deepcopy(PUBLISHED)).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert "rope_parameters" in written["text_config"] and "rope_theta" not in written["text_config"]
+    assert from_directory(tmp_path) == from_dict(PUBLISHED)
+
+
+def test_the_checkpoints_own_rope_theta_is_used():
+    assert from_dict(changed("text_config", rope_theta=12345.0)).text.rope_theta == 12345.0
+    assert from_dict(changed("vision_config", rope_parameters={"rope_theta": 99.0})).vision.rope_theta == 99.0
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+CHUNKED = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": False}
+REFUSED = [
+    (changed(model_type="qwen2_5_vl"), r"config\.json: model_type 'qwen2_5_vl' is not supported.*'qwen3_vl'"),
+    (changed(model_type="qwen3_vl_moe"), "model_type 'qwen3_vl_moe'"),
+    (changed(without="model_type"), "model_type 'None'"),
+    (changed(without="text_config"), "'text_config' is missing"),
+    (changed("text_config", without="num_hidden_layers"), "text_config: the key 'num_hidden_layers' is missing"),
+    (changed("text_config", without="num_key_value_heads"), "'num_key_value_heads' is missing"),
+    (changed("text_config", without="rope_theta"), "'rope_theta' is missing"),
+    (changed("vision_config", without="depth"), "vision_config: the key 'depth' is missing"),
+    (changed("text_config", hidden_act="relu"), "text_config: hidden_act 'relu' is not supported.*silu"),
+    (changed("vision_config", hidden_act="quick_gelu"), "vision_config: hidden_act 'quick_gelu' is not supported"),
+    (changed("text_config", attention_bias=True), "attention_bias"),
+    (changed("text_config", rope_scaling=YARN), "text rope_type 'yarn' is not supported"),
+    (changed("text_config", rope_scaling=CHUNKED), "mrope_interleaved is false"),
+    (changed("text_config", head_dim=96), r"mrope_section \[24, 20, 20\] .* 48"),
+    (changed("vision_config", rope_parameters={"rope_type": "linear"}), "vision rope_type 'linear'"),
+    (changed("vision_config", num_position_embeddings=2300), "num_position_embeddings 2300 is not a square"),
+    (changed("vision_config", deepstack_visual_indexes=[8, 16, 27]), r"deepstack_visual_indexes \[8, 16, 27\]"),
+    (changed("vision_config", deepstack_visual_indexes=[16, 8]), r"deepstack_visual_indexes \[16, 8\] must rise"),
+    (changed("vision_config", out_hidden_size=3584), "out_hidden_size 3584 differs from .* hidden_size 4096"),
+    (changed("text_config", num_hidden_layers=2), "more DeepStack features than decoder layers"),
+]
+
+
+@pytest.mark.parametrize(("published", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_is_not_supported_is_refused_by_name(published, message):
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        from_dict(published)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts_equal_the_published_totals(name):
+    width, layers, heads, wide, tied, (depth, vision_width, vision_wide), deepstack, billions = SIZES[name]
+    published = changed(tie_word_embeddings=tied)
+    published["text_config"].update(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=wide
+    )
+    published["vision_config"].update(
+        depth=depth, hidden_size=vision_width, intermediate_size=vision_wide, out_hidden_size=width,
+        deepstack_visual_indexes=deepstack,
+    )  # fmt: skip
+    config = config_lib.from_dict(published)
+    state = nnx.state(nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0))))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e9, 3) == billions
+
+
+def test_a_directory_without_config_names_what_belongs_there(tmp_path):
+    with pytest.raises(UnsupportedCheckpoint, match=r"config\.json does not exist: config\.checkpoint must name"):
+        from_directory(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "qwen3', b"\xff\xfe", b""], ids=["cut off", "not text", "empty"])
+def test_a_broken_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UnsupportedCheckpoint, match=r"config\.json is not valid JSON .*copy the file again"):
+        from_directory(tmp_path)
+
+
+def test_another_architecture_names_its_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(changed(model_type="qwen2_5_vl")), encoding="utf-8")
+    with pytest.raises(UnsupportedCheckpoint, match=rf"{tmp_path}/config\.json: model_type 'qwen2_5_vl'"):
+        from_directory(tmp_path)

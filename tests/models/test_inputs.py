@@ -1,0 +1,235 @@
+"""Prompts, patches and index arrays, against transformers' own code and by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from capcur_jax.errors import InputError
+from capcur_jax.models import inputs
+from capcur_jax.models.inputs import BadInput, Processor, batch_shape, blank_batch, collate, smallest_bucket
+
+SIZES = [(37, 50), (64, 20), (16, 16), (9, 130), (200, 151)]  # the last is above the checkpoint's max_pixels
+
+
+@pytest.fixture(scope="module")
+def pictures(make_image):
+    return [make_image(*size, seed=seed) for seed, size in enumerate(SIZES)]
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_patches_equal_transformers_pil_processor(checkpoint, processor, pictures):
+    """Called by itself, with the settings of preprocessor_config.json and one image at a time."""
+    settings = json.loads((checkpoint / "preprocessor_config.json").read_text(encoding="utf-8"))
+    kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "size")
+    theirs = Qwen2VLImageProcessorPil(**{key: settings[key] for key in kept})
+    prompt = processor.prepare(processor.render([None] * len(pictures)), pictures)
+    done = [theirs(images=[picture], return_tensors="np") for picture in pictures]
+    assert prompt.grids == tuple(tuple(one["image_grid_thw"][0].tolist()) for one in done)
+    np.testing.assert_array_equal(prompt.patches, np.concatenate([one["pixel_values"] for one in done]))
+    assert prompt.patches.dtype == np.float32
+    assert -1 <= prompt.patches.min() < -0.5 < 0.5 < prompt.patches.max() <= 1
+
+
+def test_a_patch_holds_its_pixels(processor):
+    """Channel, frame, row, column inside a patch; four neighbours that merge follow one another; frames are equal."""
+    from PIL import Image
+
+    size = 16  # no resizing: 16 x 16 is within bounds and divisible
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    prompt = processor.prepare(processor.render([None]), [Image.fromarray(pixels)])
+    assert prompt.grids == ((1, 4, 4),)
+    scaled = (pixels / 255.0 - 0.5) / 0.5
+    corners = [(0, 0), (0, 4), (4, 0), (4, 4), (0, 8), (0, 12), (4, 8), (4, 12)]  # the two upper merged blocks
+    for patch, (y, x) in zip(prompt.patches, corners, strict=False):
+        expected = np.moveaxis(scaled[y : y + 4, x : x + 4], -1, 0)
+        np.testing.assert_allclose(patch.reshape(3, 2, 4, 4), np.stack([expected] * 2, axis=1), atol=1e-6)
+
+
+def test_images_of_other_modes_become_rgb(processor, pictures):
+    text = processor.render([None])
+    for mode in ("L", "P", "RGBA"):
+        other = pictures[0].convert(mode)
+        np.testing.assert_array_equal(
+            processor.prepare(text, [other]).patches, processor.prepare(text, [other.convert("RGB")]).patches
+        )
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 1024), (4096, 0), (2048, 4096)])
+def test_pixel_bounds_are_respected(checkpoint, pictures, low, high):
+    bounded = Processor.from_directory(checkpoint, min_pixels=low, max_pixels=high)
+    grids = bounded.prepare(bounded.render([None] * len(pictures)), pictures).grids
+    for (width, height), (_, rows, columns) in zip(SIZES, grids, strict=True):
+        assert (low or 256) <= rows * columns * 4 * 4 <= (high or 16384)
+        assert rows % 2 == columns % 2 == 0
+        assert (rows > columns) == (height > width) or rows == columns
+
+
+# --- what the device code indexes with --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(1, 6, 10), (1, 2, 14), (1, 14, 14), (1, 20, 4), (2, 4, 6), (1, 2, 2)], ids=str)
+def test_vision_indices_equal_transformers(processor, grid):
+    vision = processor.config.vision
+    index, weight, coordinates = inputs.vision_indices(grid, vision)
+    their_index, their_weight = get_vision_interpolation_indices_and_weights(
+        torch.tensor([grid]), vision.table_side, mode="bilinear", align_corners=True, spatial_merge_size=2
+    )
+    np.testing.assert_array_equal(index, their_index.numpy())
+    np.testing.assert_allclose(weight, their_weight.numpy(), atol=1e-6)
+    np.testing.assert_allclose(weight.sum(-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(coordinates, get_vision_position_ids(torch.tensor([grid]), 2).numpy())
+
+
+def test_positions_of_the_published_table_equal_transformers(processor):
+    """48 x 48 entries, and grids that are larger than the table."""
+    import dataclasses
+
+    vision = dataclasses.replace(processor.config.vision, table_size=48 * 48)
+    for grid in [(1, 64, 36), (1, 100, 2), (1, 48, 48)]:
+        index, weight, _ = inputs.vision_indices(grid, vision)
+        their_index, their_weight = get_vision_interpolation_indices_and_weights(
+            torch.tensor([grid]), 48, mode="bilinear", align_corners=True, spatial_merge_size=2
+        )
+        np.testing.assert_array_equal(index, their_index.numpy())
+        np.testing.assert_allclose(weight, their_weight.numpy(), atol=1e-6)
+
+
+def test_a_batch_holds_every_prompt_and_blank_padding(processor, pictures):
+    prompts = [
+        processor.prepare(processor.render([None, "or", None]), pictures[:2]),
+        processor.prepare(processor.render(["What is 3 x 4?"])),
+        processor.prepare(processor.render(["boxed{}", None]), pictures[2:3]),
+    ]
+    batch = collate(prompts, [512, 128], [256, 1024], processor.config, processor.pad_token)
+    assert batch.tokens.shape == (3, 128)
+    assert batch.vision.patches.shape[:2] == (3, 256)
+    blank = blank_batch(3, 128, 256, processor.config, processor.pad_token)
+    for row, prompt in enumerate(prompts):
+        length, patches = len(prompt), len(prompt.patches)
+        assert batch.lengths[row] == length
+        np.testing.assert_array_equal(batch.tokens[row, :length], prompt.tokens)
+        assert (batch.tokens[row, length:] == processor.pad_token).all()
+        np.testing.assert_array_equal(batch.vision.patches[row, :patches], prompt.patches)
+        # Feature f of a row is at row x P / 4 + f of the flat features.
+        shown = batch.visual_index[row][batch.visual_index[row] >= 0]
+        np.testing.assert_array_equal(shown, row * 64 + np.arange(patches // 4))
+        assert ((batch.visual_index[row, :length] >= 0) == (prompt.tokens == processor.config.image_token)).all()
+        expected = np.repeat(np.arange(len(prompt.grids)) + 1, [rows * columns for _, rows, columns in prompt.grids])
+        np.testing.assert_array_equal(batch.vision.segments[row, :patches], expected)
+        for name in ("patches", "table_weight", "segments"):
+            padding = getattr(batch.vision, name)[row, patches:]
+            np.testing.assert_array_equal(padding, getattr(blank.vision, name)[row, patches:])
+    text_only = collate(prompts[1:2], [128], [256], processor.config, processor.pad_token)
+    assert text_only.vision is None
+
+
+def test_buckets_name_their_config_key():
+    assert smallest_bucket([256, 64, 128], 65, "config.some.key") == 128
+    assert batch_shape([(10, 0), (64, 0)], [64], []) == (64, 0)
+    assert batch_shape([(10, 96), (64, 0)], [64, 128], [64, 128]) == (64, 128)
+    with pytest.raises(ValueError, match=r"config\.some\.key = \(64, 128\) has no bucket for 129; declare a larger"):
+        smallest_bucket([64, 128], 129, "config.some.key")
+    with pytest.raises(ValueError, match=r"config\.prompt\.token_buckets = \(64,\) has no bucket for 65"):
+        batch_shape([(65, 0)], [64], [64])
+    with pytest.raises(ValueError, match=r"config\.prompt\.patch_buckets = \(64,\) has no bucket for 96"):
+        batch_shape([(10, 96)], [64], [64])
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_rendering_with_and_without_a_system_turn(processor):
+    plain = processor.render([None, "What shape?"])
+    assert plain == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What shape?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert processor.render([None, "What shape?"], system="Be brief.") == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n" + plain
+    )
+    assert processor.render(["Only text."]) == "<|im_start|>user\nOnly text.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_an_image_token_for_every_merged_patch(processor, pictures):
+    text = processor.render(["Red", None, "or", None, "?"])
+    prompt = processor.prepare(text, pictures[:2])
+    pieces = text.split("<|image_pad|>")
+    counts = [rows * columns // 4 for _, rows, columns in prompt.grids]
+    expected = pieces[0] + "<|image_pad|>" * counts[0] + pieces[1] + "<|image_pad|>" * counts[1] + pieces[2]
+    assert processor.tokenizer.decode(prompt.tokens) == expected
+    assert sum(counts) * 4 == len(prompt.patches)
+    np.testing.assert_array_equal(prompt.visual_index[prompt.visual_index >= 0], np.arange(sum(counts)))
+    np.testing.assert_array_equal(prompt.visual_index >= 0, prompt.tokens == processor.config.image_token)
+
+
+@pytest.mark.parametrize(
+    ("parts", "images", "message"),
+    [
+        (["What is <|image_pad|>?"], 0, "1 image placeholders for 0 images"),
+        ([None, "What is <|image_pad|>?"], 1, "2 image placeholders for 1 images"),
+        (["No image here."], 1, "0 image placeholders for 1 images"),
+        ([None], 2, "1 image placeholders for 2 images"),
+    ],
+)
+def test_placeholders_that_do_not_match_the_images_are_bad_input(processor, pictures, parts, images, message):
+    with pytest.raises(BadInput, match=message + ": the question's text holds a vision token"):
+        processor.prepare(processor.render(parts), pictures[:images])
+
+
+def test_decoding_drops_special_tokens_and_keeps_thoughts(processor):
+    text = "<think>3 x 4</think> boxed{12}"
+    tokens = processor.tokenizer(text + "<|im_end|><|endoftext|>")["input_ids"]
+    assert processor.decode(np.array(tokens, np.int32)) == text
+    assert len(tokens) == len(processor.tokenizer(text)["input_ids"]) + 2
+
+
+def test_end_and_banned_tokens_are_qwens(processor):
+    names = processor.tokenizer.convert_ids_to_tokens
+    assert names(list(processor.end_tokens)) == ["<|im_end|>", "<|endoftext|>"]
+    assert names(list(processor.banned_tokens)) == [
+        "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    ]  # fmt: skip
+    assert names([processor.pad_token]) == ["<|endoftext|>"]
+    assert processor.config.image_token in processor.banned_tokens
+
+
+def test_what_a_checkpoint_lacks_is_named(checkpoint, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(checkpoint / "config.json", bare)
+    with pytest.raises(InputError, match=r"bare: preprocessor_config\.json is missing; copy the whole checkpoint"):
+        Processor.from_directory(bare)
+    shutil.copy(checkpoint / "preprocessor_config.json", bare)
+    # transformers alone would go on with an empty tokenizer here.
+    with pytest.raises(InputError, match=r"bare: tokenizer\.json is missing; copy the whole checkpoint"):
+        Processor.from_directory(bare)
+    (bare / "tokenizer.json").write_text('{"model": ', encoding="utf-8")
+    with pytest.raises(InputError, match=r"bare: no usable tokenizer .*copy tokenizer\.json too"):
+        Processor.from_directory(bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = (checkpoint / name).read_text(encoding="utf-8")
+        (bare / name).write_text(content.replace("<|im_end|>", "<|a|>").replace("<|endoftext|>", "<|b|>"), "utf-8")
+    with pytest.raises(ValueError, match="knows none of the end tokens"):
+        Processor.from_directory(bare)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"patch_size": ', r"preprocessor_config\.json is not usable .*copy it again"),
+        ("{}", r"patch_size is 14 by preprocessor_config\.json and 4 by config\.json; copy the whole checkpoint"),
+    ],
+)
+def test_image_settings_that_do_not_fit_are_named(checkpoint, tmp_path, content, message):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    (broken / "preprocessor_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="broken: " + message):
+        Processor.from_directory(broken)

@@ -1,0 +1,183 @@
+"""Our model against transformers' PyTorch one, float32, both read from the same checkpoint directory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from capcur_jax.models import huggingface
+from capcur_jax.models.inputs import Processor, Prompt, collate, mrope_positions
+from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.rollout.engine import Sampling
+from capcur_jax.rollout.local import LocalEngine
+
+ROWS, TOKENS, PATCHES = 4, 96, 192
+
+
+class Pair(NamedTuple):
+    ours: QwenVL
+    theirs: Any
+    processor: Processor
+    step: Any  # (parameters, batch) -> (loss, logits), gradient
+
+
+def next_token_loss(logits, batch):
+    """Mean cross-entropy over all next tokens of the prompts."""
+    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
+    mask = batch.mask[:, 1:]
+    return -jnp.where(mask, chosen, 0).sum() / mask.sum()
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def pair(request, transformers_model, quick_jit):
+    name = {"tied": "checkpoint", "untied": "untied_checkpoint"}[request.param]
+    directory = request.getfixturevalue(name)
+    ours = request.getfixturevalue(name.replace("checkpoint", "model"))
+    graph = nnx.graphdef(ours)
+
+    def loss(parameters, batch):
+        model = nnx.merge(graph, parameters)
+        logits = model.logits(model.prefill(batch)[0])
+        return next_token_loss(logits, batch), logits
+
+    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    return Pair(ours, transformers_model(directory), Processor.from_directory(directory), step)
+
+
+@pytest.fixture(scope="module")
+def make_prompts(make_image):
+    """Prompts by name, made with a processor; sizes are odd on purpose."""
+    sizes = [(37, 50), (64, 20), (23, 41), (50, 37)]
+    images = [make_image(*size, seed=seed) for seed, size in enumerate(sizes)]
+
+    def make(processor: Processor, kind: str) -> list[Prompt]:
+        one = processor.prepare(processor.render([None, "What shape is in the image?"]), images[:1])
+        text = [
+            processor.prepare(processor.render([question], system=system))
+            for question, system in (("What is 3 x 4?", ""), ("The shape is a red circle.", "boxed{}"))
+        ]
+        two = processor.prepare(processor.render(["Red", None, "or circle", None, "?"]), images[1:3])
+        last = processor.prepare(processor.render(["What is 12 = 3 x 4 in", None]), images[3:])
+        return {"text": text, "one image": [one], "batch": [one, text[0], two, last]}[kind]
+
+    return make
+
+
+def padded(prompts: list[Prompt], processor: Processor):
+    """A batch of a declared shape; rows without a prompt hold one pad token, which predicts nothing."""
+    config, pad = processor.config, processor.pad_token
+    blank = Prompt(
+        tokens=np.array([pad], np.int32),
+        positions=np.zeros((3, 1), np.int32),
+        next_position=1,
+        visual_index=np.array([-1], np.int32),
+        patches=np.zeros((0, config.vision.patch_values), np.float32),
+        grids=(),
+    )
+    rows = ROWS if any(prompt.grids for prompt in prompts) else 2
+    return collate(prompts + [blank] * (rows - len(prompts)), [TOKENS], [PATCHES], config, pad)
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+@pytest.mark.parametrize("kind", ["text", "one image", "batch"])
+def test_logits_and_gradients_equal_transformers(pair, make_prompts, transformers_inputs, kind):
+    prompts = make_prompts(pair.processor, kind)
+    (loss, logits), gradient = pair.step(nnx.state(pair.ours), padded(prompts, pair.processor))
+
+    inputs = transformers_inputs(prompts, pair.processor)
+    pair.theirs.zero_grad(set_to_none=True)
+    their_logits = pair.theirs(**inputs).logits
+    mask = inputs["attention_mask"].bool()
+    targets = torch.where(mask, inputs["input_ids"], -100)[:, 1:]
+    their_loss = torch.nn.functional.cross_entropy(their_logits[:, :-1].flatten(0, 1), targets.flatten())
+    their_loss.backward()
+
+    here = mask.numpy()
+    difference = np.abs(np.asarray(logits)[: len(prompts), : here.shape[1]] - their_logits.detach().numpy())[here].max()
+    assert difference < 1e-4
+    assert float(loss) == pytest.approx(their_loss.item(), abs=1e-5)
+
+    ours = dict(huggingface.published_tensors(gradient, pair.ours.config))
+    theirs = dict(pair.theirs.named_parameters())
+    assert set(ours) == set(theirs)
+    # The vision tower is the one part that a loss over text alone does not reach.
+    unused = {name for name in ours if name.startswith("model.visual.")} if kind == "text" else set()
+    for name in unused:
+        assert theirs[name].grad is None
+        assert not ours[name].any(), name
+    errors = {name: relative(ours[name], theirs[name].grad.numpy()) for name in set(ours) - unused}
+    assert all(ours[name].any() for name in errors)
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < 1e-3, worst
+    print(f"[measured] {kind}: logits {difference:.1e}, gradient {errors[worst]:.1e} ({worst})")
+
+
+@pytest.mark.parametrize("sizes", [[], [(37, 50)], [(64, 20), (23, 41)], [(16, 16), (120, 24), (9, 100)]], ids=str)
+def test_positions_equal_transformers(pair, make_image, transformers_inputs, sizes):
+    parts = ["boxed{}", *[part for _ in sizes for part in (None, "12")]]
+    long = pair.processor.prepare(pair.processor.render(parts), [make_image(*size) for size in sizes])
+    short = pair.processor.prepare(pair.processor.render(["What is 3 x 4?"]))
+    prompts = [long, short]
+    inputs = transformers_inputs(prompts, pair.processor)
+    kinds = inputs.get("mm_token_type_ids", torch.zeros_like(inputs["input_ids"]))
+    theirs, deltas = pair.theirs.model.get_rope_index(
+        inputs["input_ids"], kinds, inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"]
+    )
+    batch = collate(prompts, [512], [2048], pair.processor.config, pair.processor.pad_token)
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(batch.positions[:, row, : len(prompt)], theirs[:, row, : len(prompt)].numpy())
+        assert batch.next_position[row] == deltas[row].item() + len(prompt)
+    # What a decode position counts is not tokens: an image is worth its longer side.
+    assert (long.next_position < len(long)) == bool(sizes)
+
+
+def test_positions_of_a_hand_made_prompt():
+    tokens = np.array([1, 9, 9, 9, 9, 9, 9, 2, 9, 9, 3])
+    positions, following = mrope_positions(tokens, [(1, 4, 6), (1, 4, 2)], image_token=9, merge=2)
+    assert positions.tolist() == [
+        [0, 1, 1, 1, 1, 1, 1, 4, 5, 5, 7],
+        [0, 1, 1, 1, 2, 2, 2, 4, 5, 6, 7],
+        [0, 1, 2, 3, 1, 2, 3, 4, 5, 5, 7],
+    ]
+    assert following == 8
+
+
+def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_inputs):
+    prompts, n, length = make_prompts(pair.processor, "batch")[:3], 2, 24
+    engine = LocalEngine(
+        pair.ours, pair.processor, max_rows=n * len(prompts), token_buckets=[TOKENS], patch_buckets=[PATCHES]
+    )
+    groups = engine.generate(prompts, Sampling(length, temperature=0.0), n=n)
+
+    out = pair.theirs.generate(
+        **transformers_inputs(prompts, pair.processor, side="left"),
+        do_sample=False,
+        max_new_tokens=length,
+        suppress_tokens=list(pair.processor.banned_tokens),
+        eos_token_id=list(pair.processor.end_tokens),
+        pad_token_id=pair.processor.pad_token,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    tokens = out.sequences[:, -len(out.scores) :].numpy()
+    logprobs = torch.stack(out.scores, dim=1).log_softmax(-1).numpy()
+    for row, samples in enumerate(groups):
+        ends = np.flatnonzero(np.isin(tokens[row], pair.processor.end_tokens))
+        expected = tokens[row, : ends[0] + 1] if len(ends) else tokens[row]
+        for sample in samples:
+            assert sample.tokens.tolist() == expected.tolist()
+            assert sample.finish == ("stop" if len(ends) else "length")
+            chosen = logprobs[row, np.arange(len(expected)), expected]
+            np.testing.assert_allclose(sample.logprobs, chosen, atol=1e-4)
+    assert max(len(samples[0].tokens) for samples in groups) >= 16
+    print("[measured] tokens", [samples[0].tokens.tolist() for samples in groups])
