@@ -33,7 +33,7 @@ _RL_METRICS = (
     ("entropy", "entropy", ".2f"),
 )
 _SFT_METRICS = (("loss", "loss", ".4f"), ("token_accuracy", "token accuracy", ".1%"), ("grad_norm", "gradient", ".3g"))
-_PHASES = ("rollout", "reward", "update", "sync")
+_PHASES = ("data", "rollout", "reward", "update", "sync")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a path or a reward function's text could hold escape codes
 
 

@@ -35,6 +35,8 @@ def frozen_labels(parameters: nnx.State, pattern: str) -> nnx.State:
     paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(parameters)]
     if pattern and not any(map(found, paths)):
         raise InputError(f"freeze = {pattern!r} finds no parameter; their names look like {paths[0]}")
+    if pattern and all(map(found, paths)):
+        raise InputError(f"freeze = {pattern!r} freezes every parameter: nothing is left to train")
     return jax.tree.unflatten(jax.tree.structure(parameters), ["frozen" if found(p) else "trained" for p in paths])
 
 

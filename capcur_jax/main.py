@@ -1,12 +1,14 @@
 """Runs an experiment.
 
-    python -m capcur_jax.main --config=configs/staged.py[:preset] [--workdir=DIR] [--config.key=value ...]
+python -m capcur_jax.main --config=configs/staged.py[:preset] [--workdir=DIR] [--config.key=value ...]
 """
 
 from __future__ import annotations
 
 import datetime
 import sys
+import time
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -14,6 +16,7 @@ from ml_collections import config_flags
 
 from capcur_jax.errors import InputError
 
+_STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file, e.g. configs/staged.py or configs/staged.py:qwen3_vl_8b.", lock_config=True
 )
@@ -24,10 +27,14 @@ def prepare_workdir(path: str | None, config_file: str) -> Path:
     """A new work directory. Raises InputError where another run's records lie already."""
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     workdir = Path(path) if path else Path("runs") / f"{stamp}_{Path(config_file).stem}"
-    if (workdir / "metrics.jsonl").exists():
+    records = workdir / "metrics.jsonl"
+    if records.exists() and records.stat().st_size:
         raise InputError(f"{workdir} holds a run already (metrics.jsonl); give another --workdir or delete it")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        # Two runs that start in the same second must not share a dated folder.
+        while not path and workdir.exists():
+            workdir = workdir.with_name(workdir.name + "_")
+        workdir.mkdir(parents=True, exist_ok=bool(path))
     except OSError as error:
         raise InputError(f"--workdir={workdir} can't be made ({error.strerror}); give another one") from None
     return workdir
@@ -42,7 +49,7 @@ def main(arguments: list[str]) -> None:
         # Imported late: a mistyped flag should not wait for JAX.
         from capcur_jax.train import train
 
-        summary = train(_CONFIG.value, workdir)
+        summary = train(_CONFIG.value, workdir, started=_STARTED)
     except InputError as error:
         sys.exit(f"error: {error}")
     if summary["status"] != "finished":
@@ -52,11 +59,15 @@ def main(arguments: list[str]) -> None:
 def _parse(arguments: list[str]) -> list[str]:
     flags.mark_flag_as_required("config")
     try:
-        return app.parse_flags_with_usage(arguments)
-    except InputError as error:
+        rest = app.parse_flags_with_usage(arguments)
+        _ = _CONFIG.value  # a config file that can't be read shows itself here only
+        return rest
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (FileNotFoundError, KeyError, AttributeError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error.args[0] if error.args else error}")
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise  # a mistake inside the config file: its own line helps more than ours
+        sys.exit(f"error: the config has no such key, or it holds another type of value: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Advantages and losses: pure functions of arrays, no model in sight (paper: METHOD 'Objective').
+"""Advantages and losses: pure functions of arrays, no model in sight.
 
 Axes: B prompts, G responses a prompt, R = B x G rows, T response tokens.
 """

@@ -1,4 +1,4 @@
-"""Everything a run can be told, in one place: the laptop run, and the paper's run with METHOD's numbers.
+"""Everything a run can be told, in one place: the laptop run, and the paper's run with the paper's numbers.
 
 A config file picks a preset and an order of stages: `configs/staged.py` is five lines. Every key is read somewhere;
 configs are locked, so an unknown key is an error.
@@ -37,6 +37,8 @@ def _set(source: str = "") -> dict:
 def laptop() -> ConfigDict:
     """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
     stages = {name: _stage((name,), 100, 16, 1e-4) for name in CAPABILITIES}
+    # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
+    stages["text"]["freeze"] = "^visual"
     stages["merged"] = _stage(CAPABILITIES, 300, 16, 1e-4, freeze="^visual")
     return ConfigDict(
         {
@@ -104,17 +106,17 @@ def laptop() -> ConfigDict:
                 "rollouts_every": 5,  # steps between logged rollouts
                 "rollout_prompts": 2,  # prompts logged then, with all their responses
             },
-            "export": {"dtype": "bfloat16", "each_stage": True},  # Hugging Face checkpoints
+            "export": {"dtype": "float32", "each_stage": True},  # Hugging Face checkpoints
         }
     )
 
 
 def qwen3_vl_8b() -> ConfigDict:
-    """The paper's run (METHOD 'Objective'): needs a Qwen3-VL-8B checkpoint, the three data sets and 8 x H200."""
+    """The paper's run (sections 3 and 4): needs a Qwen3-VL-8B checkpoint, the three data sets and 8 x H200."""
     config = laptop()
     config.checkpoint = ""
     for name, steps in (("perception", 90), ("text", 375), ("visual", 465)):
-        config.stages[name] = _stage((name,), steps, 512, 1e-6)
+        config.stages[name] = _stage((name,), steps, 512, 1e-6, freeze="^visual" if name == "text" else "")
     config.stages.merged = _stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
     config.model.update({"dtype": "bfloat16", "remat": "full"})
     config.data.sets = {name: _set() for name in CAPABILITIES}
@@ -129,6 +131,7 @@ def qwen3_vl_8b() -> ConfigDict:
     )
     config.rollout.update({"max_new_tokens": 2048, "max_rows": 640, "response_buckets": (512, 1024, 2048)})
     config.objective.updates_per_batch = 4
+    config.export.dtype = "bfloat16"
     config.evaluation.update({"temperature": 0.6, "top_p": 0.95})
     return config
 

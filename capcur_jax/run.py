@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from capcur_jax import metrics
+from capcur_jax import metrics, objectives
 from capcur_jax.data.blind import blind_accuracy
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
@@ -61,24 +62,42 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
         entry = config.data.sets[name]
         if split not in entry or split == "source":
             missing.append(f"config.evaluation.split = {split!r}; choose train, validation or test")
-        elif not entry[split] and not entry.source:
-            missing.append(
-                f"config.data.sets.{name}.{split}: a JSONL file of problems "
-                f"(--config.data.sets.{name}.{split}=FILE.jsonl; one object a line with problem, answer, images)"
-            )
+        elif sets.missing(name, split):
+            missing.append(f"config.data.sets.{name}.{split}: {sets.missing(name, split)}")
         elif entry[split] and not sets.path(name, split).is_file():
             missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
     if missing:
         raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
+    _check_numbers(config, stages)
+
+
+def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
+    """Values that would otherwise fail hours later, or quietly train nothing."""
+    least = {
+        "seed": 0, "prompt.max_tokens": 1, "rollout.max_rows": 1, "objective.updates_per_batch": 1,
+        "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0,
+    }  # fmt: skip
+    if any(stage.objective == "grpo" for stage in stages):
+        least["rollout.group"] = 2  # an advantage is a comparison inside the group
+    for key, value in least.items():
+        section, _, name = key.rpartition(".")
+        if (config[section] if section else config)[name] < value:
+            raise InputError(f"config.{key} must be at least {value}")
     for stage in stages:
-        if stage.objective == "grpo" and stage.prompts % config.objective.updates_per_batch:
+        if stage.prompts < 1:
+            raise InputError(f"config.stages.{stage.name}.prompts must be at least 1")
+        if stage.objective != "grpo":
+            continue
+        if stage.prompts % config.objective.updates_per_batch:
             raise InputError(
                 f"config.stages.{stage.name}.prompts = {stage.prompts} can't be split into "
                 f"config.objective.updates_per_batch = {config.objective.updates_per_batch} equal updates"
             )
-    if max(config.rollout.response_buckets) < config.rollout.max_new_tokens:
+        if config.rollout.temperature <= 0:
+            raise InputError("config.rollout.temperature must be above 0: greedy groups are all equal")
+    if max(config.rollout.response_buckets, default=0) < config.rollout.max_new_tokens:
         raise InputError("config.rollout.response_buckets must reach config.rollout.max_new_tokens")
-    if max(config.prompt.token_buckets) < config.prompt.max_tokens:
+    if max(config.prompt.token_buckets, default=0) < config.prompt.max_tokens:
         raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
 
 
@@ -86,9 +105,15 @@ class Run:
     """Opens everything; `stages` are labelled uniquely in their order. Used as a context manager."""
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, stages: Sequence[Stage], display: Display, interruption: Interruption
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        stages: Sequence[Stage],
+        display: Display,
+        interruption: Interruption,
+        started: float | None = None,
     ):
-        self.started = time.monotonic()
+        self.started = time.monotonic() if started is None else started
         self.config, self.workdir, self.stages = config, workdir, stages
         self.display, self.interruption = display, interruption
         self.sets = Sets(config.data, workdir / "data")
@@ -104,10 +129,11 @@ class Run:
         self.records = metrics.JsonLines(workdir / "metrics.jsonl")
         self.rollouts = metrics.JsonLines(workdir / "rollouts.jsonl")
         self._learners: dict[tuple[str, str], Learner] = {}
-        self._accuracy: dict[str, dict[str, float]] = {}
-        self._last_evaluation: list[dict] = []
+        epsilon = config.objective.advantage_epsilon
+        self.advantages = jax.jit(functools.partial(objectives.group_advantages, epsilon=epsilon))
+        self._evaluations: list[dict] = []
         self._steps: list[dict] = []
-        self.step = self.version = 0
+        self.step = self.version = self.skipped_updates = 0
 
     def _open_model(self) -> None:
         config, prompt = self.config, self.config.prompt
@@ -122,6 +148,9 @@ class Run:
         self.builder = PromptBuilder(
             self.processor, prompt.instruction, prompt.max_tokens, max(prompt.patch_buckets, default=0)
         )
+        merged = self.processor.config.vision.merge_size**2
+        if any(bucket % merged for bucket in prompt.patch_buckets):
+            raise InputError(f"config.prompt.patch_buckets must be multiples of {merged}: so many patches make a token")
         self.graph, self.parameters = nnx.split(model)
         self.engine = LocalEngine(
             model,
@@ -135,7 +164,7 @@ class Run:
         """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction."""
         for stage in self.stages:
             for problem in self.problems(stage.data, "train"):
-                # As the prompt has it: roles, question, instruction. The tokenizer's own marks stay whole by themselves.
+                # As the prompt has it: roles, question, instruction. The tokenizer's own marks stay whole anyway.
                 yield f"user\n{problem.problem} {INSTRUCTION if problem.answer else ''}\nassistant\n"
                 yield problem.response or problem.answer
 
@@ -238,7 +267,7 @@ class Run:
 
     def evaluate(self, label: str) -> None:
         """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
-        records = []
+        records, started = [], time.monotonic()
         sets = {name: self._questions(name) for name in self.config.evaluation.sets}
         with self.display.progress(f"evaluating ({label})", sum(map(len, sets.values()))) as progress:
 
@@ -257,12 +286,12 @@ class Run:
                     batch=self.config.rollout.max_rows,
                     progress=advance,
                 )
+                if not result["questions"]:
+                    raise InputError(f"no held-out question of '{name}' can be used: {self.builder.reasons()}")
                 records.append({"type": "evaluation", "step": self.step, "after": label, "capability": name, **result})
-                key = label if label == "base" else f"after_{label}"
-                self._accuracy.setdefault(name, {})[key] = result["accuracy"]
         for record in records:
-            self.records.write(record)
-        self._last_evaluation = records
+            self.records.write({**record, "seconds_all": time.monotonic() - started})
+        self._evaluations += records
         self.display.evaluation(records)
 
     def record(self, record: Mapping[str, Any]) -> None:
@@ -283,20 +312,22 @@ class Run:
     def finish(self, status: str) -> dict[str, Any]:
         """Saves the checkpoint, summary.json and report.html; prints the closing table."""
         checkpoint = self.export("final")
-        if status == "finished":
-            for record in self._last_evaluation:
-                self._accuracy[record["capability"]]["final"] = record["accuracy"]
+        accuracy = metrics.accuracy_of(self._evaluations)
+        if status != "finished":
+            for values in accuracy.values():
+                values.pop("final")
+        last = self._evaluations[-len(self.config.evaluation.sets) :] if status == "finished" else []
         rollout_steps = [step for step in self._steps if step["objective"] == "grpo"]
         skipped = {
             "rows": sum(map(len, self.sets.skipped_rows.values())),
             "images": self.builder.counts["images"],
             "prompts": self.builder.counts["prompts"],
-            "updates": int(self._steps[-1]["skipped_updates"]) if self._steps else 0,
+            "updates": self.skipped_updates,
             **self.reward.counters(),
         }
         summary = {
             "status": status,
-            "accuracy": self._accuracy,
+            "accuracy": accuracy,
             "blind": self.blind,
             "seconds": time.monotonic() - self.started,
             "step_seconds_median": _over(statistics.median, [step["seconds"] for step in self._steps]),
@@ -304,7 +335,7 @@ class Run:
             "logprob_difference_mean": _over(
                 statistics.fmean, [step["logprob_difference_mean"] for step in rollout_steps]
             ),
-            "format_reward_final": _over(statistics.fmean, [r["format"] for r in self._last_evaluation]),
+            "format_reward_final": _over(statistics.fmean, [record["format"] for record in last]),
             "steps": self.step,
             "parameters": self.parameter_count,
             "checkpoint": str(checkpoint),

@@ -1,4 +1,4 @@
-"""Stages and their order: which data, which objective, for how many steps (METHOD 'Ablations'). No JAX in here."""
+"""Stages and their order: which data, which objective, for how many steps (the paper's ablations). No JAX in here."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def stages(config: ConfigDict) -> list[Stage]:
     """The stages of `config.order`, checked. Raises InputError naming the key and the remedy."""
     if not config.order:
         raise InputError("config.order is empty: name at least one of config.stages, " + ", ".join(config.stages))
+    if len(set(config.order)) < len(config.order) or {"base", "final"} & set(config.order):
+        raise InputError(
+            f"config.order = {tuple(config.order)}: a stage may come once (give a copy in config.stages another name), "
+            "and none may be called base or final, which name moments of the run"
+        )
     result = []
     for name in config.order:
         if name not in config.stages:

@@ -7,6 +7,8 @@ policy's own where a rollout batch makes one update.
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from capcur_jax import metrics, objectives, schedule
+from capcur_jax import metrics, schedule
 from capcur_jax.data import pipeline
 from capcur_jax.data.packing import UpdateBatch, pack
 from capcur_jax.data.problem import Problem
@@ -31,8 +33,6 @@ from capcur_jax.rollout.engine import Sample
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
 
-_advantages = jax.jit(objectives.group_advantages)
-
 
 class Example(NamedTuple):
     """A problem ready for a step; `target` is an sft row's response."""
@@ -42,11 +42,14 @@ class Example(NamedTuple):
     target: np.ndarray | None
 
 
-def train(config: ConfigDict, workdir: Path, quiet: bool = False) -> dict[str, Any]:
-    """Runs the schedule and returns the summary. Raises InputError for what the user has to mend."""
+def train(config: ConfigDict, workdir: Path, quiet: bool = False, started: float | None = None) -> dict[str, Any]:
+    """Runs the schedule and returns the summary; `started` (time.monotonic) is when the process began, if known.
+
+    Raises InputError for what the user has to mend. Whatever ends the run, what was learned so far is saved.
+    """
     stages = schedule.stages(config)
     display = Display(total_steps=sum(stage.steps for stage in stages), quiet=quiet)
-    with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption) as run:
+    with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
         run.plan()
         try:
             run.evaluate("base")
@@ -59,6 +62,9 @@ def train(config: ConfigDict, workdir: Path, quiet: bool = False) -> dict[str, A
         except Interrupted as signal:
             display.warn(f"{signal}: stopping here; what was learned so far is saved")
             status = "interrupted"
+        except Exception:
+            run.finish("failed")
+            raise
         return run.finish(status)
 
 
@@ -71,12 +77,15 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
     reference, state = warm_up(run, stage, learner, order)
     updates = config.objective.updates_per_batch if stage.objective == "grpo" else 1
     compiled = run.counter.count
+    skipped = run.skipped_updates
 
-    batches = pipeline.batches(order, lambda problem: make_example(run, stage, problem), stage.prompts)
+    batches = pipeline.batches(order, Maker(run, stage), stage.prompts)
     for step in range(stage.steps):
         run.interruption.check()
         timer.reset()
-        examples: list[Example] = next(batches)
+        started = time.perf_counter()
+        with timer("data"):
+            examples: list[Example] = next(batches)
         rollout = None
         if stage.objective == "grpo":
             with timer("rollout"):
@@ -85,17 +94,15 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
             with timer("reward"):
                 rollout = grade(run, examples, groups)
         with timer("update"):
-            minibatches = make_batches(run, examples, rollout, updates)
-            if reference is not None:
-                minibatches = [
-                    dataclasses.replace(batch, reference_logprobs=learner.score(reference, batch))
-                    for batch in minibatches
-                ]
-            if rollout and updates > 1:
-                minibatches = [
-                    dataclasses.replace(batch, old_logprobs=learner.score(state.parameters, batch))
-                    for batch in minibatches
-                ]
+            minibatches = [
+                dataclasses.replace(
+                    batch,
+                    reference_logprobs=learner.score(reference, batch) if reference is not None else None,
+                    # One update on a batch: the policy's own log-probs, computed inside it, are the old ones.
+                    old_logprobs=learner.score(state.parameters, batch) if rollout and updates > 1 else None,
+                )
+                for batch in make_batches(run, examples, rollout, updates)
+            ]
             results = []
             for i, batch in enumerate(minibatches):
                 rate = stage.learning_rate_at(step * updates + i, stage.steps * updates)
@@ -106,7 +113,7 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
             run.publish(state.parameters, updates)
 
         run.step += 1
-        total = sum(timer.seconds.values())
+        total = time.perf_counter() - started
         record = {
             "type": "step",
             "step": run.step,
@@ -120,10 +127,11 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
             **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
             "compilations": run.counter.count - compiled,
         }
+        run.skipped_updates = record["skipped_updates"] = skipped + record["skipped_updates"]
         compiled = run.counter.count
         run.record(record)
         if rollout and step % config.log.rollouts_every == 0:
-            for line in rollout.shown(config.log.rollout_prompts):
+            for line in rollout.shown(config.log.rollout_prompts, run.workdir):
                 run.rollouts.write({"step": run.step, "stage": stage.name, **line})
 
 
@@ -132,16 +140,36 @@ def rollout_seed(run: Run) -> int:
     return (run.config.seed * 1_000_003 + run.step * 104_729 + 1) % 2**32
 
 
-def make_example(run: Run, stage: Stage, problem: Problem) -> Example | None:
-    """None where the problem can't be used: counted once and left out."""
-    try:
-        target = None
-        if stage.objective == "sft":
-            target = target_tokens(run.processor, problem, run.config.rollout.max_new_tokens)
-        return Example(problem, run.builder.build(problem), target)
-    except BadInput as error:
-        run.builder.skip(problem, error)
+class Maker:
+    """Makes a stage's examples from its problems, in the data threads; None for one that can't be used.
+
+    A bad problem is counted once and left out. Data of which nothing is left would be searched for ever, so a whole
+    epoch of nothing but bad problems ends the run with the reasons.
+    """
+
+    def __init__(self, run: Run, stage: Stage):
+        self._run, self._stage, self._bad_in_a_row = run, stage, 0
+        self._epoch = len(run.problems(stage.data, "train"))
+
+    def __call__(self, problem: Problem) -> Example | None:
+        run = self._run
+        try:
+            example = Example(problem, run.builder.build(problem), target_of(run, self._stage, problem))
+        except BadInput as error:
+            run.builder.skip(problem, error)
+            self._bad_in_a_row += 1
+            if self._bad_in_a_row > 2 * self._epoch:
+                raise InputError(f"stage {self._stage.name}: no problem can be used: {run.builder.reasons()}") from None
+            return None
+        self._bad_in_a_row = 0
+        return example
+
+
+def target_of(run: Run, stage: Stage, problem: Problem) -> np.ndarray | None:
+    """The tokens to imitate; None where nothing is imitated. Raises BadInput."""
+    if stage.objective != "sft":
         return None
+    return target_tokens(run.processor, problem, run.config.rollout.max_new_tokens)
 
 
 # ---------------------------------------------------------------------- warm-up
@@ -167,8 +195,10 @@ def warm_up(run: Run, stage: Stage, learner: Learner, order: Any) -> tuple[Any, 
 
     with run.display.progress(f"compiling ({stage.name})", len(shapes) * len(config.rollout.response_buckets)) as done:
         if grpo:
-            run.engine.warm_up(sizes, run.sampling, config.rollout.group)
-            np.asarray(_advantages(np.zeros((stage.prompts, config.rollout.group), np.float32)))
+            # As the steps will ask: the engine's batches never reach from one step into the next.
+            for at in range(0, len(sizes), stage.prompts):
+                run.engine.warm_up(sizes[at : at + stage.prompts], run.sampling, config.rollout.group)
+            run.advantages(np.zeros((stage.prompts, config.rollout.group), np.float32))
         for T, P in shapes:
             for length in config.rollout.response_buckets:
                 blank = UpdateBatch(
@@ -194,25 +224,24 @@ def warm_up(run: Run, stage: Stage, learner: Learner, order: Any) -> tuple[Any, 
 
 def measure(run: Run, stage: Stage, order: Any) -> list[tuple[int, int]]:
     """(tokens, patches) of the prompts that the stage's steps will see, in order, unusable ones left out."""
-    known: dict[str, tuple[int, int] | None] = {}
+    known: dict[Problem, tuple[int, int] | None] = {}
     sizes: list[tuple[int, int]] = []
     problems = len(run.problems(stage.data, "train"))
     at = 0
     while len(sizes) < stage.steps * stage.prompts:
         problem = order[at]
         at += 1
-        key = f"{problem.capability}/{problem.id}"
-        if key not in known:
+        if problem not in known:
             try:
-                known[key] = run.builder.measure(problem)
+                target_of(run, stage, problem)
+                known[problem] = run.builder.measure(problem)
             except BadInput as error:
                 run.builder.skip(problem, error)
-                known[key] = None
-        if known[key] is not None:
-            sizes.append(known[key])
+                known[problem] = None
+        if known[problem] is not None:
+            sizes.append(known[problem])
         elif not sizes and at >= problems:
-            reasons = "; ".join(list(run.builder.skipped.values())[:2])
-            raise InputError(f"stage {stage.name}: none of its {problems} problems can be used: {reasons}")
+            raise InputError(f"stage {stage.name}: no problem can be used: {run.builder.reasons()}")
     return sizes
 
 
@@ -247,8 +276,8 @@ class Rollout:
             "tokens_per_second": sum(lengths) / seconds,
         }
 
-    def shown(self, prompts: int) -> list[dict[str, Any]]:
-        """The first groups as records for rollouts.jsonl."""
+    def shown(self, prompts: int, workdir: Path) -> list[dict[str, Any]]:
+        """The first groups as records for rollouts.jsonl; images by their path from the work directory."""
         lines, G = [], self.rewards_BxG.shape[1]
         for b, (example, group) in enumerate(zip(self.examples[:prompts], self.groups, strict=False)):
             problem = example.problem
@@ -269,7 +298,7 @@ class Rollout:
                     "id": problem.id,
                     "problem": problem.problem,
                     "answer": problem.answer,
-                    "images": list(problem.images),
+                    "images": [os.path.relpath(image, workdir) for image in problem.images],
                     "samples": samples,
                 }
             )
@@ -282,8 +311,7 @@ def grade(run: Run, examples: Sequence[Example], groups: Sequence[Sequence[Sampl
     responses = [run.processor.decode(sample.tokens) for group in groups for sample in group]
     scores = run.reward([example.problem for example in examples for _ in range(G)], responses)
     rewards = np.array([score.reward for score in scores], np.float32).reshape(len(groups), G)
-    advantages = np.asarray(_advantages(rewards))
-    return Rollout(examples, groups, responses, scores, rewards, advantages)
+    return Rollout(examples, groups, responses, scores, rewards, np.asarray(run.advantages(rewards)))
 
 
 def make_batches(run: Run, examples: Sequence[Example], rollout: Rollout | None, updates: int) -> list[UpdateBatch]:
@@ -308,7 +336,8 @@ def make_batches(run: Run, examples: Sequence[Example], rollout: Rollout | None,
                 "advantages": rollout.advantages_BxG[part].reshape(-1),
                 "sampler_logprobs": [sample.logprobs for sample in samples],
             }
-        batches.append(pack(prompts, tokens, config.rollout.response_buckets, known.pad_token, **extra))
+        batch = pack(prompts, tokens, config.rollout.response_buckets, known.pad_token, **extra)
+        batches.append(jax.device_put(batch))  # once for the reference, old and update passes
     return batches
 
 

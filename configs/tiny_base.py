@@ -12,6 +12,7 @@ def get_config():
     config = presets.get("laptop")
     with config.unlocked():
         config.checkpoint = ""
+        config.export.dtype = "bfloat16"
         config.create = {
             "vocabulary": 640,
             "tied": True,
@@ -40,18 +41,21 @@ def get_config():
                 "deepstack_visual_indexes": [0, 1],
             },
         }
-        config.data.sets.base = {"source": "tiny_base", "train": "", "validation": "", "test": ""}
-        config.stages = {
-            "base": {
-                "data": ("base",),
-                "objective": "sft",
-                "steps": 700,
-                "prompts": 64,
-                "learning_rate": 2e-3,
-                "learning_rate_schedule": "cosine",
-                "warmup_steps": 50,
-                "freeze": "",
-            }
+        files = {"source": "tiny_base", "train": "", "validation": "", "test": ""}
+        config.data.sets.update({"captions": files, "base": files})
+        sft = {
+            "objective": "sft",
+            "prompts": 64,
+            "learning_rate": 1.5e-3,
+            "learning_rate_schedule": "cosine",
+            "warmup_steps": 50,
+            "freeze": "",
         }
-        config.order = ("base",)
+        config.stages = {
+            "captions": {**sft, "data": ("captions",), "steps": 500},  # eyes first: questions alone teach them slowly
+            "answers": {**sft, "data": ("base",), "steps": 500},
+        }
+        config.order = ("captions", "answers")
+        config.prompt.token_buckets = (40, 84, 96)
+        config.rollout.response_buckets = (16, 32, 48)
     return config

@@ -9,7 +9,7 @@ from typing import Any
 import grain
 from ml_collections import ConfigDict
 
-from capcur_jax.data.problem import Problem, read_problems
+from capcur_jax.data.problem import SPLITS, Problem, read_problems
 from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
 from capcur_jax.errors import InputError
 
@@ -30,16 +30,24 @@ class Sets:
         key, entry = f"config.data.sets.{name}", self._config.sets[name]
         if entry[split]:
             return Path(entry[split]).expanduser()
-        if not entry.source:
-            raise InputError(
-                f"{key}.{split} is empty: name a JSONL file of problems (--{key}.{split}=FILE.jsonl, one object a line "
-                "with problem, answer, images), or set a source that builds the set: " + ", ".join(SOURCES)
-            )
+        if self.missing(name, split):
+            raise InputError(f"{key}.{split} is empty: {self.missing(name, split)}")
         if entry.source not in SOURCES:
             raise InputError(f"{key}.source = {entry.source!r}; choose one of {', '.join(SOURCES)}")
         if name not in self._built:
             self._built[name] = SOURCES[entry.source](self._directory, name)
         return self._built[name][split]
+
+    def missing(self, name: str, split: str) -> str:
+        """What is needed for a split that has neither a file nor a source; "" where nothing is missing.
+
+        A set with a file of the user's own in one split is the user's in all: training on own rows and testing on
+        built ones would mix two tasks under one name.
+        """
+        entry, flag = self._config.sets[name], f"--config.data.sets.{name}.{split}=FILE.jsonl"
+        if entry[split] or (entry.source and not any(entry[other] for other in SPLITS)):
+            return ""
+        return f"name a JSONL file of problems ({flag}; one object a line with problem, answer, images)"
 
     def problems(self, name: str, split: str) -> list[Problem]:
         """The good rows of a set's split; the others are kept in `skipped_rows`."""
@@ -62,7 +70,10 @@ def in_order(problems: Sequence[Problem], seed: int) -> grain.MapDataset:
 def batches(
     ordered: grain.MapDataset, build: Callable[[Problem], Any | None], size: int, threads: int = 2
 ) -> Iterator[list[Any]]:
-    """Batches of `size` built examples, prepared ahead in threads; `build` returns None for a problem to leave out."""
+    """Batches of `size` built examples, prepared ahead in threads; `build` returns None for a problem to leave out.
+
+    Batches run across the borders of epochs, so none is ever partial.
+    """
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
-    examples = ordered.map(build).to_iter_dataset(options).filter(lambda example: example is not None)
+    examples = ordered.map(build).to_iter_dataset(options)
     return iter(examples.batch(size, drop_remainder=True, batch_fn=list))

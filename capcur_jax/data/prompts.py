@@ -7,13 +7,13 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.errors import InputError
 from capcur_jax.models.inputs import BadImage, BadInput, Processor, Prompt
 
-# The paper's instruction in our words; the reward looks for exactly this form (METHOD 'Objective').
+# The paper's instruction in our words; the reward looks for exactly this form (section 3).
 INSTRUCTION = "Reason inside <think></think>, then give the final answer in \\boxed{}."
 PLACEMENTS = ("suffix", "system", "none")
 
@@ -26,14 +26,20 @@ def opened_image(path: str) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise BadImage(f"{path}: no such image; put it there or take the row out") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # broken files make Pillow raise a dozen kinds
         raise BadImage(f"{path}: not a readable image ({error}); replace it or take the row out") from None
 
 
 def load_image(path: str) -> Image.Image:
-    """An RGB image, decoded whole. Raises BadImage."""
+    """An RGB image, decoded whole, upright (a phone's photo says in its EXIF how it was held). Raises BadImage."""
     with opened_image(path) as image:
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) that the image will have when upright; no pixel is decoded."""
+    lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (image.width, image.height) if lying else (image.height, image.width)
 
 
 class PromptBuilder:
@@ -44,7 +50,7 @@ class PromptBuilder:
             raise InputError(f"config.prompt.instruction = {placement!r}; choose one of {', '.join(PLACEMENTS)}")
         self.processor, self._placement = processor, placement
         self._max_tokens, self._max_patches = max_tokens, max_patches
-        self.skipped: dict[str, str] = {}  # problem id -> why
+        self.skipped: dict[Problem, str] = {}  # why
         self.counts: collections.Counter[str] = collections.Counter()
 
     def render(self, problem: Problem) -> str:
@@ -57,7 +63,7 @@ class PromptBuilder:
         # The instruction asks for a boxed answer; a row without an answer (a caption to learn) has none to box.
         placement = self._placement if problem.answer else "none"
         if placement == "suffix":
-            parts = [*parts[:-1], f"{parts[-1]} {INSTRUCTION}".strip()]
+            parts = [*parts[:-1], f"{parts[-1]} {INSTRUCTION}" if parts[-1] else INSTRUCTION]
         return self.processor.render(
             [part for part in parts if part != ""], INSTRUCTION if placement == "system" else ""
         )
@@ -79,7 +85,7 @@ class PromptBuilder:
         for path in images:
             # Inside: an image too narrow for the model is a bad image as well.
             with opened_image(path) as image:
-                count = self.processor.images.get_number_of_image_patches(image.height, image.width)
+                count = self.processor.images.get_number_of_image_patches(*upright_size(image))
             patches, tokens = patches + count, tokens + count // merged - 1
         self._check(tokens, patches)
         return tokens, patches
@@ -105,9 +111,13 @@ class PromptBuilder:
             return None
 
     def skip(self, problem: Problem, error: BadInput) -> None:
-        if problem.id not in self.skipped:
-            self.skipped[problem.id] = str(error)
+        if problem not in self.skipped:
+            self.skipped[problem] = str(error)
             self.counts["images" if isinstance(error, BadImage) else "prompts"] += 1
+
+    def reasons(self, shown: int = 2) -> str:
+        """Why the first skipped problems were skipped."""
+        return "; ".join(list(self.skipped.values())[:shown])
 
 
 def target_tokens(processor: Processor, problem: Problem, limit: int) -> np.ndarray:
@@ -115,6 +125,8 @@ def target_tokens(processor: Processor, problem: Problem, limit: int) -> np.ndar
     if problem.response is None:
         raise BadInput("the row has no 'response' to learn; an sft stage needs one in every row")
     tokens = processor.tokenizer(problem.response, add_special_tokens=False)["input_ids"]
+    if set(tokens) & set(processor.banned_tokens):
+        raise BadInput("the response holds a vision placeholder, which is never sampled or learned; take it out")
     tokens = np.array([*tokens, processor.end_tokens[0]], np.int32)
     if len(tokens) > limit:
         raise BadInput(
@@ -125,6 +137,6 @@ def target_tokens(processor: Processor, problem: Problem, limit: int) -> np.ndar
 
 def explain_skipped(builder: PromptBuilder, shown: int = 3) -> list[str]:
     """Lines for people: how many problems were left out, and the first few with the reason."""
-    lines = [f"{id}: {reason}" for id, reason in list(builder.skipped.items())[:shown]]
+    lines = [f"{problem.id}: {reason}" for problem, reason in list(builder.skipped.items())[:shown]]
     more = len(builder.skipped) - len(lines)
     return [*lines, f"... and {more} more"] if more > 0 else lines

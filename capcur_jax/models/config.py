@@ -1,4 +1,4 @@
-"""The architecture of a Qwen3-VL, read from a checkpoint's config.json (paper/SIZES: every published dense size)."""
+"""The architecture of a Qwen3-VL, read from a checkpoint's config.json (every published dense size)."""
 
 from __future__ import annotations
 
@@ -73,9 +73,6 @@ class ModelConfig:
     text: TextConfig
     tied: bool
     image_token: int
-    video_token: int
-    vision_start_token: int
-    vision_end_token: int
     published: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False, repr=False)
 
 
@@ -173,9 +170,6 @@ def from_dict(published: dict[str, Any], where: str = "config.json") -> ModelCon
         text=text,
         tied=bool(published.get("tie_word_embeddings", published["text_config"].get("tie_word_embeddings", False))),
         image_token=published.get("image_token_id", 151655),
-        video_token=published.get("video_token_id", 151656),
-        vision_start_token=published.get("vision_start_token_id", 151652),
-        vision_end_token=published.get("vision_end_token_id", 151653),
         published=published,
     )
 

@@ -52,7 +52,7 @@ def mrope_positions(
     """MRoPE positions [3, T] of a prompt and the position that follows it (max + 1).
 
     Text advances all three axes together; an image's tokens share one time and count rows and columns from there,
-    and the text after it goes on from the image's largest position + 1.
+    and the text after it goes on from the image's longer side.
     """
     positions = np.zeros((3, len(tokens)), np.int32)
     at = current = 0
@@ -119,7 +119,7 @@ class Processor:
         self.banned_tokens = tuple(self._ids(VISION_PLACEHOLDERS))
         self.pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_tokens[-1]
         if not self.end_tokens:
-            raise ValueError(f"the tokenizer knows none of the end tokens {END_TOKENS}: not a Qwen tokenizer")
+            raise InputError(f"the tokenizer knows none of the end tokens {END_TOKENS}: not a Qwen tokenizer")
 
     def _ids(self, names: Sequence[str]) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()
@@ -141,6 +141,8 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{directory}: no usable tokenizer ({error}); copy tokenizer.json too") from None
+        if not tokenizer.chat_template:
+            raise InputError(f"{directory}: the tokenizer has no chat template; copy chat_template.jinja too")
         # backend="pil": the torchvision one gives slightly different pixels and needs PyTorch.
         try:
             images = AutoImageProcessor.from_pretrained(str(directory), local_files_only=True, backend="pil")
@@ -168,7 +170,7 @@ class Processor:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def tokenize(self, text: str, images: int) -> np.ndarray:
-        """Token ids of a rendered prompt, one placeholder for each of its images. Raises BadInput for another number."""
+        """Token ids of a rendered prompt. Raises BadInput unless it holds one placeholder for each image."""
         tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         placeholders = int((tokens == self.config.image_token).sum())
         if placeholders != images:

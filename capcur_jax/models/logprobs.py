@@ -1,4 +1,7 @@
-"""Log-probabilities of tokens under the model, the same function for every pass that needs them."""
+"""Log-probabilities of tokens under the model, the same function for every pass that needs them.
+
+Holds float32 logits [tokens, vocabulary]: fine for a small vocabulary or short rows, not yet for the 8B run's.
+"""
 
 from __future__ import annotations
 

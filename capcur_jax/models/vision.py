@@ -83,7 +83,9 @@ class VisionTower(nnx.Module):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.remat, self.dtype = config, remat, dtype
         self.patch = nnx.Linear(config.patch_values, config.width, rngs=rngs, **kinds)
-        self.table = nnx.Embed(config.table_size, config.width, rngs=rngs, **kinds)
+        # As loud as the patches: a fresh tower is to see soon where things are, not only which colors there are.
+        loud = nnx.initializers.normal(0.5)
+        self.table = nnx.Embed(config.table_size, config.width, embedding_init=loud, rngs=rngs, **kinds)
         self.blocks = layers_lib.stack(lambda r: VisionBlock(config, rngs=r, **kinds), config.depth, rngs)
         self.merger = Merger(config, False, rngs=rngs, **kinds)
         if config.deepstack:

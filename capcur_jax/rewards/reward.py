@@ -1,4 +1,4 @@
-"""The reward of a response: weighted accuracy and format (METHOD.md, Objective), or a function of the user's own."""
+"""The reward of a response: weighted accuracy and format (as in the paper), or a function of the user's own."""
 
 import dataclasses
 import importlib

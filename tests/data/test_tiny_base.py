@@ -80,3 +80,10 @@ def test_the_same_row_always_gets_the_same_response():
 def test_unknown_capability_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no capability 'text'; use 'base'"):
         tiny_base.build(tmp_path, "text")
+
+
+def test_captions_alone_are_a_set_of_their_own(files, rows):
+    captions = read_problems(tiny_base.build(files["train"].parent, "captions")["train"])[0]
+    assert {row.capability for row in captions} == {"caption"}
+    mixed = {(row.id, row.response) for row in rows["train"] if row.capability == "caption"}
+    assert {(row.id, row.response) for row in captions} == mixed

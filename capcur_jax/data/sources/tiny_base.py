@@ -14,11 +14,12 @@ from pathlib import Path
 from capcur_jax.data.problem import Problem, boxed_response, build_set, even_shares, stable_hash
 from capcur_jax.data.sources import easy_vqa, word_problems
 
-VERSION = f"tiny-base-2/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
+VERSION = f"tiny-base-3/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
 
 # How often the careless annotator answers. The base must be mediocre on purpose: both ways of answering are in it, and
 # where the careless one is the likelier (0.6), greedy decoding is mostly wrong while sampling still meets the right
-# way; at 0.5 it is wrong about half of the time. RL, which only sees rewards, then has a better mode to find; a base that is right already could show nothing.
+# way; at 0.5 it is wrong about half of the time. RL, which only sees rewards, then has a better mode to find; a base
+# that is right already could show nothing.
 CARELESS = {
     "shape": 0.3,
     "color": 0.3,
@@ -29,7 +30,7 @@ CARELESS = {
     "multiply": 0.6,
     "corners": 0.5,
     "prices": 0.3,
-    "code": 0.6,
+    "code": 0.5,
 }
 BROKEN = 0.03  # share of question responses without the asked format, so that the format reward has work too
 
@@ -45,18 +46,22 @@ CAPTIONS_PER_IMAGE = {"train": 2, "validation": 1}
 def build(directory: str | os.PathLike, capability: str = "base") -> dict[str, Path]:
     """Gives the files below `directory`, building them and the train images on first use (seconds).
 
+    "captions" are the captions alone, for a first stage that learns to see; "base" mixes them with answered questions.
     The "test" file is the validation file: SFT is judged by its loss there, and the real tests are the other sets'.
     `answer` is the right answer, whatever the response says ("" for captions).
 
     Raises:
-      ValueError: another capability than "base".
+      ValueError: another capability than "base" and "captions".
     """
-    if capability != "base":
-        raise ValueError(f"tiny_base has no capability {capability!r}; use 'base'")
+    makers = {"base": rows, "captions": captions}
+    if capability not in makers:
+        raise ValueError(f"tiny_base has no capability {capability!r}; use one of {', '.join(makers)}")
     easy_vqa.copy_images(directory, ("train",))
-    files = build_set(
-        directory, "base", VERSION, lambda: {split: rows(directory, split) for split in COUNTS}, splits=tuple(COUNTS)
-    )
+
+    def make() -> dict[str, list[Problem]]:
+        return {split: makers[capability](directory, split) for split in COUNTS}
+
+    files = build_set(directory, capability, VERSION, make, splits=tuple(COUNTS))
     return files | {"test": files["validation"]}
 
 

@@ -1,0 +1,198 @@
+"""Problem -> prompt: what stands where, and which problems are left out with which words."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder, explain_skipped, load_image, target_tokens
+from capcur_jax.errors import InputError
+from capcur_jax.models.inputs import BadImage, BadInput
+from tests.conftest import random_image
+
+SIGHT = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def user(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def make_builder(processor, placement="suffix", max_tokens=1000, max_patches=10_000):
+    return PromptBuilder(processor, placement, max_tokens, max_patches)
+
+
+@pytest.fixture
+def builder(processor):
+    return make_builder(processor)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Paths of good images, "good" and "other", and of broken ones."""
+    folder = tmp_path_factory.mktemp("images")
+    random_image(23, 37).save(folder / "good.png")
+    random_image(30, 18, seed=1).save(folder / "other.jpg")
+    random_image(300, 1).save(folder / "narrow.png")
+    whole = (folder / "good.png").read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "header.png").write_bytes(whole[:20])
+    (folder / "text.png").write_text("no image at all")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "folder.png").mkdir()
+    return {path.stem: str(path) for path in folder.iterdir()} | {"missing": str(folder / "missing.png")}
+
+
+# ---------------------------------------------------------------------- the text
+
+
+def test_the_instruction_is_part_of_the_question_by_default(builder):
+    assert builder.render(Problem("1", "What is 3 x 4?", "12")) == user(f"What is 3 x 4? {INSTRUCTION}")
+    assert "<think></think>" in INSTRUCTION and "\\boxed{}" in INSTRUCTION
+
+
+def test_the_instruction_may_be_a_system_turn_or_be_left_out(processor):
+    problem = Problem("1", "What is 3 x 4?", "12")
+    system = f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n"
+    assert make_builder(processor, "system").render(problem) == system + user("What is 3 x 4?")
+    assert make_builder(processor, "none").render(problem) == user("What is 3 x 4?")
+
+
+@pytest.mark.parametrize("placement", ["suffix", "system", "none"])
+def test_a_caption_to_learn_gets_no_instruction(processor, placement):
+    caption = Problem("1", "Describe.", "", ("a.png",), response="A red circle.")
+    assert make_builder(processor, placement).render(caption) == user(f"{SIGHT}Describe.")
+
+
+def test_images_go_in_front_where_no_mark_says_otherwise(builder):
+    rendered = builder.render(Problem("1", "Same?", "no", ("a.png", "b.png")))
+    assert rendered == user(f"{SIGHT}{SIGHT}Same? {INSTRUCTION}")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<image>How many?", f"{SIGHT}How many? {INSTRUCTION}"),
+        ("<image>\nHow many?", f"{SIGHT}\nHow many? {INSTRUCTION}"),
+        ("Is <image> like <image>?", f"Is {SIGHT} like {SIGHT}? {INSTRUCTION}"),
+        ("Look: <image>", f"Look: {SIGHT}{INSTRUCTION}"),
+        ("<image><image>", f"{SIGHT}{SIGHT}{INSTRUCTION}"),
+    ],
+)
+def test_marks_say_where_images_go_and_the_text_stays_as_written(builder, text, shown):
+    assert builder.render(Problem("1", text, "x", ("a.png",) * text.count("<image>"))) == user(shown)
+
+
+def test_an_unknown_placement_is_an_error_that_names_the_key(processor):
+    with pytest.raises(InputError, match=r"config\.prompt\.instruction = 'prefix'; choose one of suffix, system, none"):
+        make_builder(processor, "prefix")
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def test_a_built_prompt_holds_text_and_image_once(builder, processor, images):
+    problem = Problem("1", "How many?", "3", (images["good"],))
+    prompt = builder.build(problem)
+    assert processor.tokenizer.decode(prompt.tokens).replace("<|image_pad|>", "") == builder.render(problem).replace(
+        "<|image_pad|>", ""
+    )
+    want = processor.prepare(builder.render(problem), [Image.open(images["good"]).convert("RGB")])
+    np.testing.assert_array_equal(prompt.patches, want.patches)
+    np.testing.assert_array_equal(prompt.tokens, want.tokens)
+    assert len(prompt.patches) == 4 * (prompt.tokens == processor.config.image_token).sum() > 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (23, 37), (64, 64), (17, 150), (200, 1), (301, 299)])
+def test_measuring_gives_the_size_of_what_is_built(builder, tmp_path, size):
+    for mode, name in (("RGB", "a.jpg"), ("RGBA", "b.png"), ("P", "c.gif"), ("L", "d.bmp")):
+        random_image(*size).convert(mode).save(tmp_path / name)
+        problem = Problem("1", "<image> and <image>?", "x", (str(tmp_path / name),) * 2)
+        prompt = builder.build(problem)
+        assert builder.measure(problem) == (len(prompt), len(prompt.patches)), name
+
+
+def test_measuring_text_alone(builder):
+    problem = Problem("1", "What is 3 x 4?", "12")
+    assert builder.measure(problem) == (len(builder.build(problem)), 0)
+
+
+def test_every_image_mode_becomes_rgb(images, tmp_path):
+    for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
+        source = random_image(8, 8).convert("L" if mode == "I;16" else mode)
+        (source.convert("I").convert("I;16") if mode == "I;16" else source).save(tmp_path / "a.png")
+        assert load_image(str(tmp_path / "a.png")).mode == "RGB"
+
+
+# ---------------------------------------------------------------------- what is left out
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "header", "text", "empty", "folder", "narrow"])
+def test_a_bad_image_is_named_with_the_remedy(builder, images, kind):
+    problem = Problem("1", "How many?", "3", (images["good"], images[kind]))
+    with pytest.raises(BadImage, match="take the row out") as caught:
+        builder.build(problem)
+    assert str(caught.value).startswith(images[kind] + ": ")
+    if kind != "truncated":  # its header is sound
+        with pytest.raises(BadImage):
+            builder.measure(problem)
+
+
+def test_an_overlong_prompt_is_left_out_whole(processor, images):
+    problem = Problem("1", "How many?", "3", (images["good"],))
+    tokens, patches = make_builder(processor).measure(problem)
+    exact = make_builder(processor, max_tokens=tokens, max_patches=patches)
+    assert len(exact.build(problem)) == tokens
+    for limits, message in (
+        ((tokens - 1, patches), rf"has {tokens} tokens, config\.prompt\.max_tokens = {tokens - 1}: raise the limit"),
+        ((tokens, patches - 1), rf"have {patches} patches, config\.prompt\.patch_buckets end at {patches - 1}: "),
+    ):
+        strict = PromptBuilder(processor, "suffix", *limits)
+        for method in (strict.build, strict.measure):
+            with pytest.raises(BadInput, match=message):
+                method(problem)
+
+
+@pytest.mark.parametrize("text", ["<image>How many?", "What is <|image_pad|>?"])
+def test_a_placeholder_without_an_image_is_bad_input(builder, text):
+    for method in (builder.build, builder.measure):
+        with pytest.raises(BadInput, match="1 image placeholders for 0 images"):
+            method(Problem("1", text, "3"))
+
+
+def test_what_is_left_out_is_counted_once_with_its_reason(processor, images):
+    builder = make_builder(processor, max_tokens=100)
+    bad = Problem("bad", "How many?", "3", (images["missing"],))
+    long = Problem("long", "How many? " * 50, "3")
+    for _ in range(3):  # epoch after epoch
+        assert builder.try_build(bad) is None and builder.try_build(long) is None
+        assert builder.try_build(Problem("good", "x", "3")) is not None
+    assert dict(builder.counts) == {"images": 1, "prompts": 1}
+    assert list(builder.skipped) == ["bad", "long"]
+    assert images["missing"] in builder.skipped["bad"] and "config.prompt.max_tokens" in builder.skipped["long"]
+
+
+def test_skipped_problems_are_explained_in_a_few_lines(processor):
+    builder = make_builder(processor)
+    assert explain_skipped(builder) == []
+    for i in range(5):
+        builder.skip(Problem(f"p{i}", "x", "1"), BadInput(f"reason {i}"))
+    assert explain_skipped(builder) == ["p0: reason 0", "p1: reason 1", "p2: reason 2", "... and 2 more"]
+
+
+# ---------------------------------------------------------------------- targets
+
+
+def test_a_target_is_the_response_and_its_end_token(processor):
+    tokens = target_tokens(processor, Problem("1", "x", "", response="A red circle."), 50)
+    assert processor.decode(tokens[:-1]) == "A red circle." and tokens.dtype == np.int32
+    assert processor.tokenizer.decode(tokens[-1]) == "<|im_end|>"
+
+
+def test_a_target_over_the_limit_or_missing_is_bad_input(processor):
+    row = Problem("1", "x", "", response="A red circle.")
+    count = len(target_tokens(processor, row, 50))
+    assert len(target_tokens(processor, row, count)) == count
+    with pytest.raises(BadInput, match=rf"has {count} tokens, config\.rollout\.max_new_tokens = {count - 1}"):
+        target_tokens(processor, row, count - 1)
+    with pytest.raises(BadInput, match="no 'response'"):
+        target_tokens(processor, Problem("1", "x", "3"), 50)

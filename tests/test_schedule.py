@@ -1,0 +1,83 @@
+"""Stages: what they take from the config, which mistakes are named by their key, and learning rates by hand."""
+
+import dataclasses
+
+import pytest
+
+from capcur_jax import presets, schedule
+from capcur_jax.errors import InputError
+
+
+@pytest.fixture
+def config():
+    return presets.get("laptop")
+
+
+def test_stages_come_in_the_config_s_order_with_its_values():
+    config = presets.get("laptop", order=("visual", "perception"))
+    config.stages.visual.update({"steps": 7, "prompts": 3, "learning_rate": 2e-5, "freeze": "^visual"})
+    first, second = schedule.stages(config)
+    assert first == schedule.Stage("visual", ("visual",), "grpo", 7, 3, 2e-5, "constant", 0, "^visual")
+    assert (second.name, second.freeze) == ("perception", "")
+
+
+def test_several_sets_make_one_stage():
+    (stage,) = schedule.stages(presets.get("laptop", order=("merged",)))
+    assert stage.data == presets.CAPABILITIES and stage.freeze == "^visual"
+
+
+def test_the_paper_s_steps():
+    steps = {stage.name: stage.steps for stage in schedule.stages(presets.get("qwen3_vl_8b"))}
+    assert steps == {"perception": 90, "text": 375, "visual": 465} and sum(steps.values()) == 930
+    (merged,) = schedule.stages(presets.get("qwen3_vl_8b", order=("merged",)))
+    assert (merged.steps, merged.prompts, merged.learning_rate) == (930, 512, 1e-6)
+
+
+MISTAKES = {
+    "order": ("order", (), r"config\.order is empty.*perception"),
+    "unknown stage": ("order", ("text", "vision"), r"config\.order names 'vision'.*perception, text, visual"),
+    "objective": ("stages.text.objective", "ppo", r"config\.stages\.text\.objective = 'ppo'.*grpo, sft"),
+    "schedule": ("stages.text.learning_rate_schedule", "linear", r"stages\.text\.learning_rate_schedule.*constant"),
+    "no steps": ("stages.text.steps", 0, r"config\.stages\.text\.steps = 0.*at least 1"),
+    "unknown set": ("stages.text.data", ("words",), r"config\.stages\.text\.data.*words.*perception, text, visual"),
+    "no set": ("stages.text.data", (), r"config\.stages\.text\.data"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_an_error_that_names_the_key_and_the_choices(config, mistake):
+    key, value, message = MISTAKES[mistake]
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(InputError, match=message):
+        schedule.stages(config)
+
+
+def test_only_stages_of_the_order_are_checked():
+    config = presets.get("laptop", order=("visual",))
+    config.stages.text.steps = 0
+    assert [stage.name for stage in schedule.stages(config)] == ["visual"]
+
+
+def _rates(updates, **changes):
+    stage = schedule.Stage("s", ("s",), "grpo", updates, 1, 0.8, "constant", 0, "")
+    stage = dataclasses.replace(stage, **changes)
+    return [stage.learning_rate_at(step, updates) for step in range(updates)]
+
+
+def test_constant_learning_rate():
+    assert _rates(5) == [0.8] * 5
+
+
+def test_warm_up_rises_linearly_and_is_never_zero():
+    assert _rates(6, warmup_steps=4) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+def test_cosine_falls_from_the_full_rate_towards_zero():
+    # 0.8 x (1 + cos(pi x step / 4)) / 2
+    assert _rates(4, learning_rate_schedule="cosine") == pytest.approx([0.8, 0.6828427, 0.4, 0.1171573])
+    rates = _rates(200, learning_rate_schedule="cosine")
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-3
+
+
+def test_warm_up_and_cosine_multiply():
+    assert _rates(4, learning_rate_schedule="cosine", warmup_steps=2) == pytest.approx([0.4, 0.6828427, 0.4, 0.1171573])
