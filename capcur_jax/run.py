@@ -161,8 +161,11 @@ class Run:
         )
 
     def _texts(self):
-        """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction."""
-        for stage in self.stages:
+        """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction.
+
+        Of all of config.stages, whichever of them are run now: stages run one by one share a tokenizer.
+        """
+        for stage in self.config.stages.values():
             for problem in self.problems(stage.data, "train"):
                 # As the prompt has it: roles, question, instruction. The tokenizer's own marks stay whole anyway.
                 yield f"user\n{problem.problem} {INSTRUCTION if problem.answer else ''}\nassistant\n"

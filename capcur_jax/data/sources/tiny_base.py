@@ -14,19 +14,19 @@ from pathlib import Path
 from capcur_jax.data.problem import Problem, boxed_response, build_set, even_shares, stable_hash
 from capcur_jax.data.sources import easy_vqa, word_problems
 
-VERSION = f"tiny-base-3/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
+VERSION = f"tiny-base-4/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
 
 # How often the careless annotator answers. The base must be mediocre on purpose: both ways of answering are in it, and
-# where the careless one is the likelier (0.6), greedy decoding is mostly wrong while sampling still meets the right
-# way; at 0.5 it is wrong about half of the time. RL, which only sees rewards, then has a better mode to find; a base
-# that is right already could show nothing.
+# where the careless one is the likelier (above 0.5), greedy decoding is mostly wrong while sampling still meets the
+# right way. RL, which only sees rewards, then has a better mode to find; a base that is right already could show
+# nothing.
 CARELESS = {
-    "shape": 0.3,
+    "shape": 0.4,
     "color": 0.3,
-    "position": 0.6,
-    "size": 0.6,
+    "position": 0.7,
+    "size": 0.65,
     "add": 0.3,
-    "subtract": 0.5,
+    "subtract": 0.42,
     "multiply": 0.6,
     "corners": 0.5,
     "prices": 0.3,
