@@ -101,10 +101,15 @@ def test_a_set_is_built_on_first_use_into_the_directory(config, tmp_path):
     problems = sets.problems("text", "test")
     assert problems and problems == read_problems(path, capability="text")[0]
     assert sets.problems("text", "test") is problems  # read once
-    # A file of the user's own beside it replaces one split alone.
+
+
+def test_a_set_with_one_file_of_the_user_s_is_the_user_s_in_all_splits(config, tmp_path):
     write_problems(tmp_path / "mine.jsonl", PROBLEMS)
     config.data.sets.text.train = str(tmp_path / "mine.jsonl")
-    assert sets.path("text", "train") == tmp_path / "mine.jsonl" and sets.path("text", "test") == path
+    sets = pipeline.Sets(config.data, tmp_path / "built")
+    assert sets.path("text", "train") == tmp_path / "mine.jsonl"
+    with pytest.raises(InputError, match=r"config\.data\.sets\.text\.test is empty.*sets\.text\.test=FILE\.jsonl"):
+        sets.path("text", "test")  # not built: that would be another task under the same name
 
 
 def test_bad_rows_are_kept_aside_with_their_reason(config, tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder, explain_skipped, load_image, target_tokens
@@ -116,7 +116,25 @@ def test_measuring_text_alone(builder):
     assert builder.measure(problem) == (len(builder.build(problem)), 0)
 
 
-def test_every_image_mode_becomes_rgb(images, tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_seen_upright(builder, tmp_path, orientation):
+    """As cameras store it: the pixels lie as the sensor did, and EXIF says how to turn them."""
+    upright = np.asarray(random_image(23, 60))
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
+    # Transposed, then turned: 5 to 8 lie on their side.
+    stored |= {5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: upright[::-1, ::-1].swapaxes(0, 1)}
+    stored[8] = np.rot90(upright, -1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(tmp_path / "photo.png", exif=exif)
+    np.testing.assert_array_equal(load_image(str(tmp_path / "photo.png")), upright)
+    problem = Problem("1", "x", "y", (str(tmp_path / "photo.png"),))
+    prompt = builder.build(problem)
+    assert builder.measure(problem) == (len(prompt), len(prompt.patches))
+    assert prompt.grids[0][1] > prompt.grids[0][2]  # taller than wide
+
+
+def test_every_image_mode_becomes_rgb(tmp_path):
     for mode in ("1", "L", "LA", "P", "RGBA", "I;16"):
         source = random_image(8, 8).convert("L" if mode == "I;16" else mode)
         (source.convert("I").convert("I;16") if mode == "I;16" else source).save(tmp_path / "a.png")
@@ -167,16 +185,24 @@ def test_what_is_left_out_is_counted_once_with_its_reason(processor, images):
         assert builder.try_build(bad) is None and builder.try_build(long) is None
         assert builder.try_build(Problem("good", "x", "3")) is not None
     assert dict(builder.counts) == {"images": 1, "prompts": 1}
-    assert list(builder.skipped) == ["bad", "long"]
-    assert images["missing"] in builder.skipped["bad"] and "config.prompt.max_tokens" in builder.skipped["long"]
+    assert list(builder.skipped) == [bad, long]
+    assert images["missing"] in builder.skipped[bad] and "config.prompt.max_tokens" in builder.skipped[long]
+
+
+def test_equal_ids_of_two_sets_are_two_problems(processor):
+    builder = make_builder(processor, max_tokens=1)
+    for capability in ("text", "visual", "text"):
+        builder.try_build(Problem("1", "How many?", "3", capability=capability))
+    assert builder.counts["prompts"] == 2
 
 
 def test_skipped_problems_are_explained_in_a_few_lines(processor):
     builder = make_builder(processor)
-    assert explain_skipped(builder) == []
+    assert explain_skipped(builder) == [] and builder.reasons() == ""
     for i in range(5):
         builder.skip(Problem(f"p{i}", "x", "1"), BadInput(f"reason {i}"))
     assert explain_skipped(builder) == ["p0: reason 0", "p1: reason 1", "p2: reason 2", "... and 2 more"]
+    assert builder.reasons() == "reason 0; reason 1"
 
 
 # ---------------------------------------------------------------------- targets
@@ -188,11 +214,13 @@ def test_a_target_is_the_response_and_its_end_token(processor):
     assert processor.tokenizer.decode(tokens[-1]) == "<|im_end|>"
 
 
-def test_a_target_over_the_limit_or_missing_is_bad_input(processor):
+def test_a_target_that_can_t_be_learned_is_bad_input(processor):
     row = Problem("1", "x", "", response="A red circle.")
     count = len(target_tokens(processor, row, 50))
     assert len(target_tokens(processor, row, count)) == count
     with pytest.raises(BadInput, match=rf"has {count} tokens, config\.rollout\.max_new_tokens = {count - 1}"):
         target_tokens(processor, row, count - 1)
+    with pytest.raises(BadInput, match="holds a vision placeholder"):
+        target_tokens(processor, Problem("1", "x", "", response="A <|image_pad|> circle."), 50)
     with pytest.raises(BadInput, match="no 'response'"):
         target_tokens(processor, Problem("1", "x", "3"), 50)

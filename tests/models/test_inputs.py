@@ -214,10 +214,13 @@ def test_what_a_checkpoint_lacks_is_named(checkpoint, tmp_path):
     (bare / "tokenizer.json").write_text('{"model": ', encoding="utf-8")
     with pytest.raises(InputError, match=r"bare: no usable tokenizer .*copy tokenizer\.json too"):
         Processor.from_directory(bare)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copy(checkpoint / "tokenizer.json", bare)
+    with pytest.raises(InputError, match=r"bare: the tokenizer has no chat template; copy chat_template\.jinja too"):
+        Processor.from_directory(bare)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         content = (checkpoint / name).read_text(encoding="utf-8")
         (bare / name).write_text(content.replace("<|im_end|>", "<|a|>").replace("<|endoftext|>", "<|b|>"), "utf-8")
-    with pytest.raises(ValueError, match="knows none of the end tokens"):
+    with pytest.raises(InputError, match="knows none of the end tokens"):
         Processor.from_directory(bare)
 
 

@@ -82,7 +82,8 @@ def responses(scene):
 
 def spans(scene: Scene, prompt: Prompt) -> list[slice]:
     """Where the image tokens of each image lie in the prompt."""
-    starts = np.flatnonzero(prompt.tokens == scene.processor.config.vision_start_token) + 1
+    start = scene.processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    starts = np.flatnonzero(prompt.tokens == start) + 1
     merge = scene.processor.config.vision.merge_size**2
     return [slice(int(at), int(at) + np.prod(grid) // merge) for at, grid in zip(starts, prompt.grids, strict=True)]
 
