@@ -15,10 +15,12 @@ def config():
 
 def test_stages_come_in_the_config_s_order_with_its_values():
     config = presets.get("laptop", order=("visual", "perception"))
-    config.stages.visual.update({"steps": 7, "prompts": 3, "learning_rate": 2e-5, "freeze": "^visual"})
+    given = {"data": ("text", "visual"), "objective": "sft", "steps": 7, "prompts": 3, "learning_rate": 2e-5}
+    given |= {"learning_rate_schedule": "cosine", "warmup_steps": 5, "freeze": "^visual"}
+    config.stages.visual.update(given)
     first, second = schedule.stages(config)
-    assert first == schedule.Stage("visual", ("visual",), "grpo", 7, 3, 2e-5, "constant", 0, "^visual")
-    assert (second.name, second.freeze) == ("perception", "")
+    assert dataclasses.asdict(first) == {"name": "visual", **given}
+    assert (second.name, second.data) == ("perception", ("perception",))
 
 
 def test_several_sets_make_one_stage():
