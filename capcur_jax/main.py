@@ -60,7 +60,7 @@ def _parse(arguments: list[str]) -> list[str]:
     flags.mark_flag_as_required("config")
     try:
         rest = app.parse_flags_with_usage(arguments)
-        _ = _CONFIG.value  # a config file that can't be read shows itself here only
+        _ = _CONFIG.value.order  # a config file that can't be read shows itself here only
         return rest
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

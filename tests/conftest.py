@@ -25,6 +25,8 @@ TEXTS = [
     "user\nassistant\nsystem\n",
     "boxed{}",
 ]
+# What writes to the vision tower's residual stream.
+STREAM = ("visual.patch", "visual.table", "visual.blocks.attention.out", "visual.blocks.down")
 
 
 def architecture(
@@ -55,8 +57,11 @@ def architecture(
     }  # fmt: skip
 
 
-def random_checkpoint(directory, seed: int = 0, **kinds):
-    """A checkpoint directory with weights in float32; no parameter is left a constant 0 or 1."""
+def random_checkpoint(directory, seed: int = 0, stream: float = 1.0, **kinds):
+    """A checkpoint directory with weights in float32; no parameter is left a constant 0 or 1.
+
+    `stream` scales all that is added to the vision tower's residual stream: a quiet one shows its norms' epsilon.
+    """
     source = fresh.write_skeleton(directory.with_name(directory.name + "-skeleton"), TEXTS * 5, architecture(**kinds))
     config = config_lib.from_directory(source)
     # Drawn by numpy: compiling the initialisers would take longer than all that is tested with them.
@@ -65,6 +70,8 @@ def random_checkpoint(directory, seed: int = 0, **kinds):
 
     def draw(path, leaf):
         noise = random.standard_normal(leaf.shape).astype(np.float32)
+        if ".".join(path[:-1]) in STREAM:
+            noise *= stream
         return leaf.replace({"scale": 1 + 0.1 * noise, "kernel": 0.2 * noise}.get(path[-1], 0.1 * noise))
 
     drawn = nnx.from_flat_state([(path, draw(path, leaf)) for path, leaf in nnx.to_flat_state(abstract)])
@@ -90,7 +97,7 @@ def untied_checkpoint(tmp_path_factory):
     """A head of its own, one DeepStack layer, one kv head, and other numbers where a default could hide."""
     path = tmp_path_factory.mktemp("checkpoints") / "untied"
     kinds = dict(tied=False, depth=2, deepstack=(1,), kv_heads=1, sections=(2, 3, 3))
-    return random_checkpoint(path, seed=5, rope_theta=70000.0, rms_norm_eps=1e-2, **kinds)
+    return random_checkpoint(path, seed=5, stream=0.02, rope_theta=70000.0, rms_norm_eps=1e-2, **kinds)
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ SMALL = {
     "rollout.group": 3,
     "rollout.max_rows": 12,
     "evaluation.questions": 12,
+    "export.dtype": "bfloat16",
     "log.rollouts_every": 1,
 }
 
