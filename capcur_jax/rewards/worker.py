@@ -77,8 +77,16 @@ def _roll_cpu_limit(timeout_s: float) -> None:
 
 def _is_bloated(memory_mb: int) -> bool:
     """Whether so much memory was taken that the next, innocent request may fail for want of it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak > memory_mb * 2**20 // 2
+    return _peak_bytes() > memory_mb * 2**20 // 2
+
+
+def _peak_bytes() -> int:
+    """Peak resident memory of this program. Not getrusage on Linux: there a new program starts with the peak of the
+    one that started it, and a trainer of gigabytes would make every worker look bloated."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
 def _prepare(memory_mb: int) -> None:

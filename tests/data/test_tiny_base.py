@@ -78,7 +78,7 @@ def test_the_same_row_always_gets_the_same_response():
 
 
 def test_unknown_capability_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no capability 'text'; use 'base'"):
+    with pytest.raises(ValueError, match="no capability 'text'; use one of base, captions"):
         tiny_base.build(tmp_path, "text")
 
 

@@ -229,3 +229,12 @@ def test_worker_gets_no_secrets(monkeypatch):
     worker = grade._Worker(1.0, 512)
     worker.kill()
     assert "secret" not in json.dumps(environments)
+
+
+def test_a_large_trainer_does_not_make_its_workers_look_bloated():
+    ballast = bytearray(700 * 2**20)  # touched, so that this process's peak is above half of a worker's limit
+    ballast[:: 2**12] = b"x" * len(ballast[:: 2**12])
+    with grade.Grader(workers=1, memory_mb=1024) as grader:
+        assert grader.grade([("x+1", "1+x")] * 2 + [("2x", "x+x")]) == [True] * 3
+        assert grader.failures == 0
+    del ballast
