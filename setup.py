@@ -1,4 +1,4 @@
-"""Packaging. The lower bounds are the versions that the tests ran with; constraints.txt pins all of them, as CI does."""
+"""Packaging. The lower bounds are the versions that the tests ran with; constraints.txt pins them all, as CI does."""
 
 from pathlib import Path
 
