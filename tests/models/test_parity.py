@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -153,26 +154,34 @@ def test_positions_of_a_hand_made_prompt():
 
 
 def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_inputs):
+    """Image and text prompts in one batch, two responses each. On both sides one token is banned that greedy decoding
+    likes best, and one ends a response that it comes to late."""
     prompts, n, length = make_prompts(pair.processor, "batch")[:3], 2, 24
-    engine = LocalEngine(
-        pair.ours, pair.processor, max_rows=n * len(prompts), token_buckets=[TOKENS], patch_buckets=[PATCHES]
-    )
-    groups = engine.generate(prompts, Sampling(length, temperature=0.0), n=n)
+    known = copy.copy(pair.processor)
 
-    out = pair.theirs.generate(
-        **transformers_inputs(prompts, pair.processor, side="left"),
-        do_sample=False,
-        max_new_tokens=length,
-        suppress_tokens=list(pair.processor.banned_tokens),
-        eos_token_id=list(pair.processor.end_tokens),
-        pad_token_id=pair.processor.pad_token,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    tokens = out.sequences[:, -len(out.scores) :].numpy()
-    logprobs = torch.stack(out.scores, dim=1).log_softmax(-1).numpy()
+    def reference():
+        out = pair.theirs.generate(
+            **transformers_inputs(prompts, known, side="left"),
+            do_sample=False,
+            max_new_tokens=length,
+            suppress_tokens=list(known.banned_tokens),
+            eos_token_id=list(known.end_tokens),
+            pad_token_id=known.pad_token,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        return out.sequences[:, -len(out.scores) :].numpy(), torch.stack(out.scores, dim=1).log_softmax(-1).numpy()
+
+    known.banned_tokens += (int(np.bincount(reference()[0].ravel()).argmax()),)
+    free, _ = reference()
+    late = [int(token) for row in free for token in row[16:] if token not in row[:16]]
+    known.end_tokens += (late[0],)
+    tokens, logprobs = reference()
+
+    engine = LocalEngine(pair.ours, known, max_rows=n * len(prompts), token_buckets=[TOKENS], patch_buckets=[PATCHES])
+    groups = engine.generate(prompts, Sampling(length, temperature=0.0), n=n)
     for row, samples in enumerate(groups):
-        ends = np.flatnonzero(np.isin(tokens[row], pair.processor.end_tokens))
+        ends = np.flatnonzero(np.isin(tokens[row], known.end_tokens))
         expected = tokens[row, : ends[0] + 1] if len(ends) else tokens[row]
         for sample in samples:
             assert sample.tokens.tolist() == expected.tolist()
@@ -180,4 +189,5 @@ def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_
             chosen = logprobs[row, np.arange(len(expected)), expected]
             np.testing.assert_allclose(sample.logprobs, chosen, atol=1e-4)
     assert max(len(samples[0].tokens) for samples in groups) >= 16
-    print("[measured] tokens", [samples[0].tokens.tolist() for samples in groups])
+    assert any(samples[0].finish == "stop" for samples in groups)
+    print("[measured] lengths", [len(samples[0].tokens) for samples in groups])
