@@ -1,4 +1,4 @@
-"""Attention as the layouts of this project need it.
+"""Attention as the layouts of this project need it, behind one function: `attend(q, k, v, layout)`.
 
 Legend (everywhere in models/): B prompts, G responses a prompt, R rows (B x G or B), T query tokens, S key tokens,
 P patches, N heads, K kv heads, M = N / K query heads a kv head, H head dim, D width, L layers, V vocabulary.
@@ -16,47 +16,102 @@ import numpy as np
 _MASKED = np.float32(np.finfo(np.float32).min)
 
 
-class Prefix(NamedTuple):
-    """Keys and values that the G rows of a group share (their prompt): computed once, never repeated."""
+class Causal(NamedTuple):
+    """Prompt rows, padded on the right: each query sees the keys up to itself, so causality hides padding too."""
+
+
+class Extend(NamedTuple):
+    """Response rows after their group's prompt: each query sees the prompt's tokens and its row's own up to itself.
+
+    Row r belongs to prompt r // G. The prompt's keys and values are computed once and never repeated.
+    """
 
     keys_BxSxKxH: jax.Array
     values_BxSxKxH: jax.Array
-    mask_BxS: jax.Array  # True where a prompt token is
+    lengths_B: jax.Array  # prompt tokens
 
 
-def causal_mask(length: int) -> np.ndarray:
-    """[1, T, T], True where a query may look. Rows are padded on the right, so causality hides padding too."""
-    return np.tril(np.ones((1, length, length), bool))
+class Cached(NamedTuple):
+    """Decoding: one query a row, its own keys in a cache whose slots up to `step` are filled, after its prompt."""
+
+    keys_BxSxKxH: jax.Array
+    values_BxSxKxH: jax.Array
+    lengths_B: jax.Array
+    step: jax.Array  # [], the slot of the query's own token
 
 
-def attend(
-    q_RxTxNxH: jax.Array,
-    k_RxSxKxH: jax.Array,
-    v_RxSxKxH: jax.Array,
-    mask: jax.Array | np.ndarray,
-    prefix: Prefix | None = None,
-) -> jax.Array:
-    """Softmax attention of each row over [its group's prefix | its own keys]; returns [R, T, N, H].
+class Segments(NamedTuple):
+    """Patches that see only those of their own segment (an image frame, or a window of one).
 
-    `mask` broadcasts to [R, T, S] and speaks of the own keys alone. Row r belongs to prompt r // G.
+    `reach`: 0, or a bound on the length of a segment whose patches follow one another (windows): attention then costs
+    P x reach, not P x P.
+    """
+
+    ids_RxP: jax.Array
+    reach: int = 0
+
+
+Layout = Causal | Extend | Cached | Segments
+
+
+def attend(q_RxTxNxH: jax.Array, k_RxSxKxH: jax.Array, v_RxSxKxH: jax.Array, layout: Layout) -> jax.Array:
+    """Softmax attention [R, T, N, H] of the queries over the keys that the layout lets them see.
+
     A query with nothing to look at (padding) gets finite values that nobody reads.
     """
+    if isinstance(layout, Segments) and 0 < 3 * layout.reach < q_RxTxNxH.shape[1]:
+        return _banded(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout)
+    T, S = q_RxTxNxH.shape[1], k_RxSxKxH.shape[1]
+    if isinstance(layout, Segments):
+        return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout.ids_RxP[:, :, None] == layout.ids_RxP[:, None, :])
+    if isinstance(layout, Causal):
+        return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, np.tril(np.ones((1, T, S), bool)))
+    own = jnp.arange(S) <= layout.step if isinstance(layout, Cached) else np.tril(np.ones((T, S), bool))
+    seen = jnp.arange(layout.keys_BxSxKxH.shape[1]) < layout.lengths_B[:, None]
+    prompt = (layout.keys_BxSxKxH, layout.values_BxSxKxH, seen)
+    return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, jnp.broadcast_to(own, (1, T, S)), prompt)
+
+
+def _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, mask, prompt=None) -> jax.Array:
+    """`mask` broadcasts to [R, T, S] and speaks of the own keys; `prompt` is (keys, values, mask [B, S])."""
     R, T, N, H = q_RxTxNxH.shape
     K = k_RxSxKxH.shape[2]
     q = (q_RxTxNxH * np.asarray(H**-0.5, q_RxTxNxH.dtype)).reshape(R, T, K, N // K, H)
     scores = jnp.einsum("rtkmh,rskh->rkmts", q, k_RxSxKxH, preferred_element_type=jnp.float32)
     scores = jnp.where(jnp.asarray(mask)[:, None, None], scores, _MASKED)
-    if prefix is None:
+    if prompt is None:
         weights = jax.nn.softmax(scores, axis=-1).astype(v_RxSxKxH.dtype)
         return jnp.einsum("rkmts,rskh->rtkmh", weights, v_RxSxKxH).reshape(R, T, N, H)
 
-    B, S0 = prefix.mask_BxS.shape
+    keys_BxSxKxH, values_BxSxKxH, mask_BxS = prompt
+    B, S0 = mask_BxS.shape
     grouped = q.reshape(B, R // B, T, K, N // K, H)
-    shared = jnp.einsum("bgtkmh,bskh->bgkmts", grouped, prefix.keys_BxSxKxH, preferred_element_type=jnp.float32)
-    shared = jnp.where(prefix.mask_BxS[:, None, None, None, None], shared, _MASKED)
+    shared = jnp.einsum("bgtkmh,bskh->bgkmts", grouped, keys_BxSxKxH, preferred_element_type=jnp.float32)
+    shared = jnp.where(mask_BxS[:, None, None, None, None], shared, _MASKED)
     scores = jnp.concatenate([shared.reshape(R, K, N // K, T, S0), scores], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_RxSxKxH.dtype)
     of_prompt = weights[..., :S0].reshape(B, R // B, K, N // K, T, S0)
     out = jnp.einsum("rkmts,rskh->rtkmh", weights[..., S0:], v_RxSxKxH)
-    out += jnp.einsum("bgkmts,bskh->bgtkmh", of_prompt, prefix.values_BxSxKxH).reshape(out.shape)
+    out += jnp.einsum("bgkmts,bskh->bgtkmh", of_prompt, values_BxSxKxH).reshape(out.shape)
     return out.reshape(R, T, N, H)
+
+
+def _banded(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout: Segments) -> jax.Array:
+    """Segments of at most `reach` neighbours: blocks of `reach` queries against their own block and its neighbours."""
+    R, P, N, H = q_RxTxNxH.shape
+    W = layout.reach
+    blocks = -(-P // W)
+
+    def cut(x, around):
+        """[R x blocks, W (x 3), ...]: each block, with the ones before and after it if `around`."""
+        x = jnp.pad(x, ((0, 0), (W * around, blocks * W - P + W * around)) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(R, -1, W, *x.shape[2:])
+        if around:
+            x = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
+        return x.reshape(R * blocks, *x.shape[2:])
+
+    # Raised by one: what is padded on has segment 0, which no patch has.
+    ids = layout.ids_RxP + 1
+    mask = cut(ids, 0)[:, :, None] == cut(ids, 1)[:, None, :]
+    out = _attend(cut(q_RxTxNxH, 0), cut(k_RxSxKxH, 1), cut(v_RxSxKxH, 1), mask)
+    return out.reshape(R, blocks * W, N, H)[:, :P]

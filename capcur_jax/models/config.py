@@ -67,8 +67,10 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A whole Qwen3-VL. `published` is the checkpoint's own config.json: what export writes back unchanged."""
+    """A whole model. `family` is its model_type; `published` the checkpoint's own config.json, which export writes back
+    unchanged."""
 
+    family: str
     vision: VisionConfig
     text: TextConfig
     tied: bool
@@ -166,6 +168,7 @@ def from_dict(published: dict[str, Any], where: str = "config.json") -> ModelCon
     if len(vision.deepstack) > text.depth:
         raise UnsupportedCheckpoint(f"{where}: more DeepStack features than decoder layers")
     return ModelConfig(
+        family=kind,
         vision=vision,
         text=text,
         tied=bool(published.get("tie_word_embeddings", published["text_config"].get("tie_word_embeddings", False))),

@@ -1,4 +1,4 @@
-"""Published checkpoints <-> our parameters. One table of names serves reading and writing.
+"""Published checkpoints <-> our parameters, by the table of names.py.
 
 A checkpoint is a directory in the Hugging Face format: config.json, *.safetensors (with an index where sharded), the
 tokenizer's files, preprocessor_config.json, chat template. What we write loads in transformers with no missing and no
@@ -23,62 +23,16 @@ from safetensors.numpy import save_file
 
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
+from capcur_jax.models import names as names_lib
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.qwen_vl import QwenVL
 
 SHARD_BYTES = 5 * 1000**3
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_BLOCK = "model.visual.blocks.{}."
-_LAYER = "model.language_model.layers.{}."
-_DEEP = "model.visual.deepstack_merger_list.{}."
-
-# Ours -> published. "{}" marks a stacked parameter: one published tensor for each index of our leading axis.
-_NAMES = {
-    "head.kernel": "lm_head.weight",
-    "text.embed.embedding": "model.language_model.embed_tokens.weight",
-    "text.norm.scale": "model.language_model.norm.weight",
-    "text.layers.input_norm.scale": _LAYER + "input_layernorm.weight",
-    "text.layers.mlp_norm.scale": _LAYER + "post_attention_layernorm.weight",
-    "text.layers.q_norm.scale": _LAYER + "self_attn.q_norm.weight",
-    "text.layers.k_norm.scale": _LAYER + "self_attn.k_norm.weight",
-    **{f"text.layers.{n}.kernel": _LAYER + f"self_attn.{n}_proj.weight" for n in "qkvo"},
-    **{f"text.layers.{n}.kernel": _LAYER + f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
-    "visual.patch.kernel": "model.visual.patch_embed.proj.weight",
-    "visual.patch.bias": "model.visual.patch_embed.proj.bias",
-    "visual.table.embedding": "model.visual.pos_embed.weight",
-}
-for _ours, _theirs in (("attention.qkv", "attn.qkv"), ("attention.out", "attn.proj"), ("up", "mlp.linear_fc1"),
-                       ("down", "mlp.linear_fc2"), ("norm1", "norm1"), ("norm2", "norm2")):  # fmt: skip
-    for _kind in ("scale", "bias") if "norm" in _ours else ("kernel", "bias"):
-        _NAMES[f"visual.blocks.{_ours}.{_kind}"] = _BLOCK + f"{_theirs}.{'bias' if _kind == 'bias' else 'weight'}"
-for _ours, _theirs in (("norm", "norm"), ("up", "linear_fc1"), ("down", "linear_fc2")):
-    for _kind in ("scale", "bias") if _ours == "norm" else ("kernel", "bias"):
-        _suffix = f"{_theirs}.{'bias' if _kind == 'bias' else 'weight'}"
-        _NAMES[f"visual.merger.{_ours}.{_kind}"] = "model.visual.merger." + _suffix
-        _NAMES[f"visual.deepstack.{_ours}.{_kind}"] = _DEEP + _suffix
 
 
 class CheckpointError(InputError):
     """A checkpoint that can't be read; the message names the file, the tensor and what to do."""
-
-
-def _published_shape(path: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    """Shape of one published tensor, from ours without the layer axis."""
-    if path == "visual.patch.kernel":
-        v = config.vision
-        return (v.width, v.channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-    return shape[::-1] if path.endswith(".kernel") else shape
-
-
-def _to_ours(path: str, tensor: np.ndarray) -> np.ndarray:
-    if path == "visual.patch.kernel":
-        return tensor.reshape(tensor.shape[0], -1).T
-    return tensor.T if path.endswith(".kernel") else tensor
-
-
-def _to_published(path: str, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
-    shape = _published_shape(path, tensor.shape, config)
-    return np.ascontiguousarray(tensor.T if path.endswith(".kernel") else tensor).reshape(shape)
 
 
 def create(config: ModelConfig, seed: int, **kinds: Any) -> QwenVL:
@@ -139,29 +93,30 @@ def load(directory: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32, r
 
     model = nnx.eval_shape(lambda: QwenVL(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
-    flat = []
+    flat, table = [], names_lib.table(config)
     for path, leaf in nnx.to_flat_state(abstract):
         ours = ".".join(map(str, path))
-        name = _NAMES[ours]
+        name = table[ours]
         if "{}" in name:
-            shape = _published_shape(ours, leaf.shape[1:], config)
-            value = np.stack([_to_ours(ours, read(name.format(i), shape)) for i in range(leaf.shape[0])])
+            shape = names_lib.published_shape(ours, leaf.shape[1:], config)
+            value = np.stack([names_lib.to_ours(ours, read(name.format(i), shape)) for i in range(leaf.shape[0])])
         else:
-            value = _to_ours(ours, read(name, _published_shape(ours, leaf.shape, config)))
+            value = names_lib.to_ours(ours, read(name, names_lib.published_shape(ours, leaf.shape, config)))
         flat.append((path, leaf.replace(jnp.asarray(value, leaf.dtype))))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def published_tensors(parameters: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(published name, array on the host), one after the other, in our parameters' dtype."""
+    table = names_lib.table(config)
     for path, leaf in nnx.to_flat_state(parameters):
         ours = ".".join(map(str, path))
-        value, name = np.asarray(jax.device_get(leaf[...])), _NAMES[ours]
+        value, name = np.asarray(jax.device_get(leaf[...])), table[ours]
         if "{}" not in name:
-            yield name, _to_published(ours, value, config)
+            yield name, names_lib.to_published(ours, value, config)
             continue
         for i, one in enumerate(value):
-            yield name.format(i), _to_published(ours, one, config)
+            yield name.format(i), names_lib.to_published(ours, one, config)
 
 
 def save(directory: str | Path, parameters: nnx.State, config: ModelConfig, source: str | Path, dtype=jnp.bfloat16):

@@ -63,14 +63,14 @@ class QwenVL(nnx.Module):
         """Final hidden states [R, T, D] of response rows (row r answers prompt r // G)."""
         rows, length = tokens_RxT.shape
         angles = self._response_angles(batch, jnp.arange(length), rows)
-        return self.text.extend(self.text.embed(tokens_RxT), angles, prompt, batch.mask)
+        return self.text.extend(self.text.embed(tokens_RxT), angles, prompt, batch.lengths)
 
     def decode(
         self, tokens_R: jax.Array, step: jax.Array, cache: KeysValues, batch: PromptBatch, prompt: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
         """Hidden states [R, D] of response token number `step` of every row, and the cache with it written."""
         angles = self._response_angles(batch, step[None], tokens_R.shape[0])
-        h, cache = self.text.decode(self.text.embed(tokens_R[:, None]), angles, step, cache, prompt, batch.mask)
+        h, cache = self.text.decode(self.text.embed(tokens_R[:, None]), angles, step, cache, prompt, batch.lengths)
         return h[:, 0], cache
 
     def predicting(self, tokens_RxT: jax.Array, batch: PromptBatch) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capcur_jax.models import layers as layers_lib
-from capcur_jax.models.attention import Prefix, attend, causal_mask
+from capcur_jax.models.attention import Cached, Causal, Extend, attend
 from capcur_jax.models.config import TextConfig
 from capcur_jax.models.rope import rotate
 
@@ -68,11 +68,10 @@ class Decoder(nnx.Module):
         self, h_BxTxD: jax.Array, angles: jax.Array, deep: jax.Array | None, visual_index_BxT: jax.Array | None
     ) -> tuple[jax.Array, KeysValues]:
         """Causal pass over prompt rows. `deep` [n, features, D] is added at image tokens after the first n layers."""
-        mask = causal_mask(h_BxTxD.shape[1])
 
         def body(layer, h, index):
             q, k, v = layer.qkv(h, angles)
-            h = layer.finish(h, attend(q, k, v, mask))
+            h = layer.finish(h, attend(q, k, v, Causal()))
             if deep is not None:
                 # The same body serves every layer: past the last feature the addend is masked away.
                 feature = deep[jnp.minimum(index, deep.shape[0] - 1)]
@@ -83,13 +82,12 @@ class Decoder(nnx.Module):
         h, cache = layers_lib.scan(self.layers, body, h_BxTxD, jnp.arange(self.config.depth), remat=self.remat)
         return self.norm(h), cache
 
-    def extend(self, h_RxTxD: jax.Array, angles: jax.Array, prompt: KeysValues, mask_BxS: jax.Array) -> jax.Array:
+    def extend(self, h_RxTxD: jax.Array, angles: jax.Array, prompt: KeysValues, lengths_B: jax.Array) -> jax.Array:
         """Response rows: each token sees its group's prompt and the row's own earlier tokens."""
-        mask = causal_mask(h_RxTxD.shape[1])
 
         def body(layer, h, prompt):
             q, k, v = layer.qkv(h, angles)
-            return layer.finish(h, attend(q, k, v, mask, Prefix(prompt.keys, prompt.values, mask_BxS))), None
+            return layer.finish(h, attend(q, k, v, Extend(*prompt, lengths_B))), None
 
         return self.norm(layers_lib.scan(self.layers, body, h_RxTxD, prompt, remat=self.remat)[0])
 
@@ -100,10 +98,9 @@ class Decoder(nnx.Module):
         step: jax.Array,
         cache: KeysValues,
         prompt: KeysValues,
-        mask_BxS: jax.Array,
+        lengths_B: jax.Array,
     ) -> tuple[jax.Array, KeysValues]:
         """One token a row, written to slot `step` of the rows' own cache [L, R, S, K, H]."""
-        mask = (jnp.arange(cache.keys.shape[2]) <= step)[None, None]
 
         def body(layer, carry, inputs):
             h, cache = carry
@@ -115,7 +112,7 @@ class Decoder(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.keys, k[None], start),
                 jax.lax.dynamic_update_slice(cache.values, v[None], start),
             )
-            own = attend(q, cache.keys[index], cache.values[index], mask, Prefix(*prompt, mask_BxS))
+            own = attend(q, cache.keys[index], cache.values[index], Cached(*prompt, lengths_B, step))
             return (layer.finish(h, own), cache), None
 
         xs = (jnp.arange(self.config.depth), prompt)

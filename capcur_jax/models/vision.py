@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capcur_jax.models import layers as layers_lib
-from capcur_jax.models.attention import attend
+from capcur_jax.models.attention import Layout, Segments, attend
 from capcur_jax.models.config import VisionConfig
 from capcur_jax.models.rope import rotate, vision_angles
 
@@ -36,10 +36,10 @@ class VisionAttention(nnx.Module):
         self.qkv = nnx.Linear(config.width, 3 * config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.out = nnx.Linear(config.width, config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x_RxPxD, angles, mask_RxPxP):
+    def __call__(self, x_RxPxD, angles, layout: Layout):
         R, P, D = x_RxPxD.shape
         q, k, v = jnp.moveaxis(self.qkv(x_RxPxD).reshape(R, P, 3, self.heads, D // self.heads), 2, 0)
-        return self.out(attend(rotate(q, angles), rotate(k, angles), v, mask_RxPxP).reshape(R, P, D))
+        return self.out(attend(rotate(q, angles), rotate(k, angles), v, layout).reshape(R, P, D))
 
 
 class VisionBlock(nnx.Module):
@@ -52,8 +52,8 @@ class VisionBlock(nnx.Module):
         self.down = nnx.Linear(config.mlp_width, config.width, **kinds)
         self.activation = config.activation
 
-    def __call__(self, x, angles, mask):
-        x = x + self.attention(self.norm1(x), angles, mask)
+    def __call__(self, x, angles, layout: Layout):
+        x = x + self.attention(self.norm1(x), angles, layout)
         return x + self.down(layers_lib.ACTIVATION[self.activation](self.up(self.norm2(x))))
 
 
@@ -100,11 +100,11 @@ class VisionTower(nnx.Module):
         table = jnp.asarray(self.table.embedding, self.dtype)[batch.table_index]
         x = x + (table * batch.table_weight[..., None]).sum(-2).astype(x.dtype)
         angles = vision_angles(batch.coordinates, self.config)
-        mask_RxPxP = batch.segments[:, :, None] == batch.segments[:, None, :]
+        layout = Segments(batch.segments)
 
         def body(block, carry, index):
             x, kept = carry
-            x = block(x, angles, mask_RxPxP)
+            x = block(x, angles, layout)
             return (x, jnp.where((taken == index)[:, None, None, None], x, kept)), None
 
         kept = jnp.zeros((len(self.config.deepstack), *x.shape), x.dtype)
