@@ -57,12 +57,41 @@ def architecture(
     }  # fmt: skip
 
 
-def random_checkpoint(directory, seed: int = 0, stream: float = 1.0, **kinds):
+def windowed_architecture(
+    tied: bool = True,
+    depth: int = 2,
+    kv_heads: int = 2,
+    sections: tuple[int, int, int] = (2, 3, 3),
+    window: int = 24,
+    full: tuple[int, ...] = (1,),
+    **text,
+) -> dict:
+    """A Qwen2.5-VL of that size; `window` is in pixels, a merged feature is 8 of them wide."""
+    return {
+        "family": "qwen2_5_vl",
+        "vocabulary": 320,
+        "tied": tied,
+        "min_pixels": 256,
+        "max_pixels": 16384,
+        "text": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 2,
+            "num_key_value_heads": kv_heads, "max_position_embeddings": 512, "rope_theta": 10000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": list(sections)}, **text,
+        },
+        "vision": {
+            "depth": 3, "hidden_size": 24, "intermediate_size": 40, "num_heads": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": window,
+            "fullatt_block_indexes": list(full), "tokens_per_second": 2,
+        },
+    }  # fmt: skip
+
+
+def random_checkpoint(directory, seed: int = 0, stream: float = 1.0, make=architecture, **kinds):
     """A checkpoint directory with weights in float32; no parameter is left a constant 0 or 1.
 
     `stream` scales all that is added to the vision tower's residual stream: a quiet one shows its norms' epsilon.
     """
-    source = fresh.write_skeleton(directory.with_name(directory.name + "-skeleton"), TEXTS * 5, architecture(**kinds))
+    source = fresh.write_skeleton(directory.with_name(directory.name + "-skeleton"), TEXTS * 5, make(**kinds))
     config = config_lib.from_directory(source)
     # Drawn by numpy: compiling the initialisers would take longer than all that is tested with them.
     abstract = nnx.state(nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0))))
@@ -101,6 +130,30 @@ def untied_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def windowed_checkpoint(tmp_path_factory):
+    """Qwen2.5-VL: windows of 3 x 3 merged features, the middle block sees whole images."""
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "windowed", seed=7, make=windowed_architecture)
+
+
+@pytest.fixture(scope="session")
+def windowed_untied_checkpoint(tmp_path_factory):
+    """Qwen2.5-VL with a head of its own, small windows, two full blocks, other numbers where a default could hide."""
+    path = tmp_path_factory.mktemp("checkpoints") / "windowed_untied"
+    kinds = dict(tied=False, depth=3, kv_heads=1, sections=(4, 2, 2), window=16, full=(0, 2), rope_theta=70000.0)
+    return random_checkpoint(path, seed=9, stream=0.02, make=windowed_architecture, rms_norm_eps=1e-2, **kinds)
+
+
+@pytest.fixture(scope="session")
+def windowed_model(windowed_checkpoint):
+    return huggingface.load(windowed_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def windowed_untied_model(windowed_untied_checkpoint):
+    return huggingface.load(windowed_untied_checkpoint)
+
+
+@pytest.fixture(scope="session")
 def model(checkpoint):
     return huggingface.load(checkpoint)
 
@@ -125,14 +178,14 @@ def transformers_model():
     """`transformers_model(directory, dtype="float32")`: PyTorch's model of that very checkpoint, loaded once."""
     # Imported here: the tests of data and rewards run without PyTorch's seconds.
     import torch
-    from transformers import Qwen3VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     torch.set_num_threads(1)
 
     @functools.cache
     def load(directory, dtype: str = "float32"):
         kinds = dict(dtype=getattr(torch, dtype), attn_implementation="eager")
-        return Qwen3VLForConditionalGeneration.from_pretrained(str(directory), **kinds).eval()
+        return AutoModelForImageTextToText.from_pretrained(str(directory), **kinds).eval()
 
     return load
 

@@ -1,4 +1,4 @@
-"""The architecture of a Qwen3-VL, read from a checkpoint's config.json (every published dense size)."""
+"""The architecture of a Qwen2.5-VL or Qwen3-VL, read from a checkpoint's config.json (every published dense size)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from typing import Any
 from capcur_jax.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+UNSUPPORTED = {
+    "qwen3_vl_moe": "a mixture of experts",
+    "qwen3_omni_moe": "a mixture of experts with audio",
+    "qwen2_vl": "Qwen2-VL, the generation before windows",
+    "qwen2_5_omni": "audio",
+}
 
 
 class UnsupportedCheckpoint(InputError):
@@ -18,7 +25,12 @@ class UnsupportedCheckpoint(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. `deepstack` holds 0-based block indices whose outputs feed the first decoder layers."""
+    """The vision tower. Block indices are 0-based.
+
+    `deepstack`: blocks whose outputs feed the first decoder layers (Qwen3-VL). `table_size`: entries of the square grid
+    of learned positions, 0 for none. `window`: side of an attention window in merged features, 0 for none; the blocks
+    of `full_blocks` see whole images all the same (Qwen2.5-VL).
+    """
 
     depth: int
     width: int
@@ -26,12 +38,17 @@ class VisionConfig:
     heads: int
     out_width: int
     patch_size: int
-    table_size: int  # learned positions: a square grid of this many entries
-    deepstack: tuple[int, ...]
+    table_size: int = 0
+    deepstack: tuple[int, ...] = ()
+    window: int = 0
+    full_blocks: tuple[int, ...] = ()
     merge_size: int = 2
     temporal_patch_size: int = 2
     channels: int = 3
     activation: str = "gelu_pytorch_tanh"
+    gated: bool = False  # SwiGLU instead of two layers
+    rms_norm: bool = False  # instead of LayerNorm
+    patch_bias: bool = True
     rope_theta: float = 10000.0
 
     @property
@@ -47,6 +64,11 @@ class VisionConfig:
     def table_side(self) -> int:
         return int(self.table_size**0.5)
 
+    @property
+    def window_patches(self) -> int:
+        """The most patches that a window holds; 0: no windows."""
+        return (self.window * self.merge_size) ** 2
+
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
@@ -60,6 +82,9 @@ class TextConfig:
     kv_heads: int
     head_dim: int
     mrope_sections: tuple[int, int, int]
+    mrope_interleaved: bool = True
+    qk_norm: bool = True
+    qkv_bias: bool = False
     rope_theta: float = 5e6
     rms_epsilon: float = 1e-6
     activation: str = "silu"
@@ -80,7 +105,7 @@ class ModelConfig:
 
 def _need(section: dict, key: str, where: str):
     if key not in section:
-        raise UnsupportedCheckpoint(f"{where}: the key '{key}' is missing; is this a Qwen3-VL config.json?")
+        raise UnsupportedCheckpoint(f"{where}: the key '{key}' is missing; is this a Qwen-VL config.json?")
     return section[key]
 
 
@@ -92,62 +117,83 @@ def _activation(name: str, where: str) -> str:
     return name
 
 
-def _vision(section: dict, where: str) -> VisionConfig:
+def _blocks(section: dict, key: str, where: str) -> tuple[int, ...]:
+    blocks, depth = tuple(_need(section, key, where)), section["depth"]
+    if list(blocks) != sorted(set(blocks)) or any(not 0 <= index < depth for index in blocks):
+        raise UnsupportedCheckpoint(f"{where}: {key} {list(blocks)} must rise and lie in 0..{depth - 1}")
+    return blocks
+
+
+def _vision(section: dict, family: str, where: str) -> VisionConfig:
     rope = section.get("rope_parameters") or {}
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         raise UnsupportedCheckpoint(f"{where}: vision rope_type '{rope['rope_type']}' is not supported")
-    config = VisionConfig(
+    patch, merge = _need(section, "patch_size", where), section.get("spatial_merge_size", 2)
+    shared = dict(
         depth=_need(section, "depth", where),
         width=_need(section, "hidden_size", where),
         mlp_width=_need(section, "intermediate_size", where),
         heads=_need(section, "num_heads", where),
         out_width=_need(section, "out_hidden_size", where),
-        patch_size=_need(section, "patch_size", where),
-        table_size=_need(section, "num_position_embeddings", where),
-        deepstack=tuple(_need(section, "deepstack_visual_indexes", where)),
-        merge_size=section.get("spatial_merge_size", 2),
+        patch_size=patch,
+        merge_size=merge,
         temporal_patch_size=section.get("temporal_patch_size", 2),
-        channels=section.get("in_channels", 3),
-        activation=_activation(section.get("hidden_act", "gelu_pytorch_tanh"), where),
+        channels=section.get("in_channels", section.get("in_chans", 3)),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
+    )
+    if family == "qwen2_5_vl":
+        return VisionConfig(
+            **shared,
+            window=section.get("window_size", 112) // (patch * merge),
+            full_blocks=_blocks(section, "fullatt_block_indexes", where),
+            activation=_activation(section.get("hidden_act", "silu"), where),
+            gated=True,
+            rms_norm=True,
+            patch_bias=False,
+        )
+    config = VisionConfig(
+        **shared,
+        table_size=_need(section, "num_position_embeddings", where),
+        deepstack=_blocks(section, "deepstack_visual_indexes", where),
+        activation=_activation(section.get("hidden_act", "gelu_pytorch_tanh"), where),
     )
     if config.table_side**2 != config.table_size:
         raise UnsupportedCheckpoint(f"{where}: num_position_embeddings {config.table_size} is not a square")
-    if any(not 0 <= index < config.depth for index in config.deepstack) or list(config.deepstack) != sorted(
-        set(config.deepstack)
-    ):
-        raise UnsupportedCheckpoint(
-            f"{where}: deepstack_visual_indexes {list(config.deepstack)} must rise and lie in 0..{config.depth - 1}"
-        )
     return config
 
 
-def _text(section: dict, where: str) -> TextConfig:
+def _text(section: dict, family: str, where: str) -> TextConfig:
     # transformers >= 5 writes rope_parameters; the published files have rope_theta and rope_scaling beside it.
     rope = {**(section.get("rope_scaling") or {}), **(section.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise UnsupportedCheckpoint(f"{where}: text rope_type '{kind}' is not supported, only 'default'")
-    if section.get("attention_bias", False):
+    newer = family == "qwen3_vl"
+    if newer and section.get("attention_bias", False):
         raise UnsupportedCheckpoint(f"{where}: attention_bias is not part of Qwen3-VL's decoder")
-    if not rope.get("mrope_interleaved", True):
-        raise UnsupportedCheckpoint(f"{where}: Qwen3-VL's MRoPE is interleaved; mrope_interleaved is false here")
-    heads = _need(section, "num_attention_heads", where)
-    head_dim = section.get("head_dim") or 128
-    sections = tuple(rope.get("mrope_section", (24, 20, 20)))
+    if section.get("use_sliding_window", False):
+        raise UnsupportedCheckpoint(f"{where}: use_sliding_window is not supported; no published size uses it")
+    if rope.get("mrope_interleaved", newer) != newer:
+        raise UnsupportedCheckpoint(f"{where}: mrope_interleaved must be {str(newer).lower()} for {family}")
+    heads, width = _need(section, "num_attention_heads", where), _need(section, "hidden_size", where)
+    head_dim = section.get("head_dim") or (128 if newer else width // heads)
+    sections = tuple(rope.get("mrope_section", (24, 20, 20) if newer else (16, 24, 24)))
     if len(sections) != 3 or sum(sections) != head_dim // 2:
         raise UnsupportedCheckpoint(
             f"{where}: mrope_section {list(sections)} must be three numbers of sum head_dim / 2 = {head_dim // 2}"
         )
     return TextConfig(
         vocabulary=_need(section, "vocab_size", where),
-        width=_need(section, "hidden_size", where),
+        width=width,
         mlp_width=_need(section, "intermediate_size", where),
         depth=_need(section, "num_hidden_layers", where),
         heads=heads,
         kv_heads=_need(section, "num_key_value_heads", where) or heads,
         head_dim=head_dim,
         mrope_sections=sections,
+        mrope_interleaved=newer,
+        qk_norm=newer,
+        qkv_bias=not newer,
         rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else _need(section, "rope_theta", where)),
         rms_epsilon=float(section.get("rms_norm_eps", 1e-6)),
         activation=_activation(section.get("hidden_act", "silu"), where),
@@ -156,11 +202,18 @@ def _text(section: dict, where: str) -> TextConfig:
 
 def from_dict(published: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """`published`: a parsed config.json. Raises `UnsupportedCheckpoint` naming what is missing or not supported."""
-    kind = published.get("model_type")
-    if kind != "qwen3_vl":
-        raise UnsupportedCheckpoint(f"{where}: model_type '{kind}' is not supported; supported: 'qwen3_vl'")
-    text = _text(_need(published, "text_config", where), f"{where} text_config")
-    vision = _vision(_need(published, "vision_config", where), f"{where} vision_config")
+    family = published.get("model_type")
+    if family in UNSUPPORTED:
+        raise UnsupportedCheckpoint(f"{where}: model_type '{family}' ({UNSUPPORTED[family]}) is not supported")
+    if family not in FAMILIES:
+        raise UnsupportedCheckpoint(
+            f"{where}: model_type '{family}' is not supported; supported: {', '.join(map(repr, FAMILIES))}"
+        )
+    # The published Qwen2.5-VL files keep the decoder's keys at the top; newer writers nest them as Qwen3-VL does.
+    flat = family == "qwen2_5_vl" and "text_config" not in published
+    section, place = (published, where) if flat else (_need(published, "text_config", where), f"{where} text_config")
+    text = _text(section, family, place)
+    vision = _vision(_need(published, "vision_config", where), family, f"{where} vision_config")
     if vision.out_width != text.width:
         raise UnsupportedCheckpoint(
             f"{where}: vision out_hidden_size {vision.out_width} differs from the decoder's hidden_size {text.width}"
@@ -168,10 +221,10 @@ def from_dict(published: dict[str, Any], where: str = "config.json") -> ModelCon
     if len(vision.deepstack) > text.depth:
         raise UnsupportedCheckpoint(f"{where}: more DeepStack features than decoder layers")
     return ModelConfig(
-        family=kind,
+        family=family,
         vision=vision,
         text=text,
-        tied=bool(published.get("tie_word_embeddings", published["text_config"].get("tie_word_embeddings", False))),
+        tied=bool(published.get("tie_word_embeddings", section.get("tie_word_embeddings", False))),
         image_token=published.get("image_token_id", 151655),
         published=published,
     )

@@ -90,16 +90,36 @@ def _taps(index: np.ndarray, size: int, side: int) -> tuple[np.ndarray, np.ndarr
     return taps, np.concatenate([1 - fraction, fraction], axis=1).astype(np.float32)
 
 
-def vision_indices(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For one image: table entries [P, 4], their weights [P, 4], patch coordinates [P, 2], in merge-block order."""
+def table_taps(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """For one image: entries of the learned positions [P, 4] and their weights [P, 4], in merge-block order."""
     time, height, width = grid
     rows, columns = _merge_order(height, width, config.merge_size)
     row_taps, row_weights = _taps(rows, height, config.table_side)
     column_taps, column_weights = _taps(columns, width, config.table_side)
     index = (row_taps[:, :, None] * config.table_side + column_taps[:, None, :]).reshape(-1, 4)
     weight = (row_weights[:, :, None] * column_weights[:, None, :]).reshape(-1, 4)
-    coordinates = np.stack([rows, columns], axis=-1).astype(np.int32)
-    return np.tile(index, (time, 1)), np.tile(weight, (time, 1)), np.tile(coordinates, (time, 1))
+    return np.tile(index, (time, 1)), np.tile(weight, (time, 1))
+
+
+def coordinates(grid: tuple[int, int, int], config: VisionConfig) -> np.ndarray:
+    """(row, column) of each patch of one image [P, 2], in merge-block order."""
+    time, height, width = grid
+    return np.tile(np.stack(_merge_order(height, width, config.merge_size), axis=-1).astype(np.int32), (time, 1))
+
+
+def window_order(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """For one image's merged features [M]: the order that puts windows one after the other, and each one's window.
+
+    Windows are squares of `config.window` merged features, cut off at the image's right and lower edges; frames keep
+    theirs apart. Without windows the order is the image's own and the windows are its frames.
+    """
+    time, height, width = (n // m for n, m in zip(grid, (1, config.merge_size, config.merge_size), strict=True))
+    frame, row, column = (x.reshape(-1) for x in np.indices((time, height, width), np.int32))
+    side = config.window or max(height, width)
+    across = -(-width // side)
+    window = (frame * -(-height // side) + row // side) * across + column // side
+    order = np.argsort(window, kind="stable")
+    return order, window[order]
 
 
 def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
@@ -217,10 +237,11 @@ def blank_batch(B: int, T: int, P: int, config: ModelConfig, pad: int) -> Prompt
     if P:
         vision = VisionBatch(
             patches=np.zeros((B, P, config.vision.patch_values), np.float32),
-            table_index=np.zeros((B, P, 4), np.int32),
-            table_weight=np.zeros((B, P, 4), np.float32),
+            table_index=np.zeros((B, P, 4), np.int32) if config.vision.table_size else None,
+            table_weight=np.zeros((B, P, 4), np.float32) if config.vision.table_size else None,
             coordinates=np.zeros((B, P, 2), np.int32),
             segments=np.zeros((B, P), np.int32),
+            windows=np.zeros((B, P), np.int32) if config.vision.window else None,
         )
     return PromptBatch(
         tokens=np.full((B, T), pad, np.int32),
@@ -247,20 +268,31 @@ def collate(
         batch.positions[:, row, :length] = prompt.positions
         batch.lengths[row], batch.next_position[row] = length, prompt.next_position
         if batch.vision is not None:
-            shift = row * (P // config.vision.merge_size**2)
-            batch.visual_index[row, :length] = np.where(prompt.visual_index >= 0, prompt.visual_index + shift, -1)
-            _place(batch.vision, row, prompt, config.vision)
+            places = _place(batch.vision, row, prompt, config.vision) + row * (P // config.vision.merge_size**2)
+            shown = prompt.visual_index >= 0
+            batch.visual_index[row, :length][shown] = places[prompt.visual_index[shown]]
     return batch
 
 
-def _place(vision: VisionBatch, row: int, prompt: Prompt, config: VisionConfig) -> None:
-    """Writes a prompt's images into a patch row; each frame of each image is an attention segment of its own."""
-    at, segment = 0, 1
-    vision.patches[row, : len(prompt.patches)] = prompt.patches
+def _place(vision: VisionBatch, row: int, prompt: Prompt, config: VisionConfig) -> np.ndarray:
+    """Writes a prompt's images into a patch row, in window order; returns where in the row each merged feature lies.
+
+    Each frame of each image is an attention segment of its own, and so is each of its windows.
+    """
+    merged = config.merge_size**2
+    places, at, segment, window = [np.zeros(0, np.int64)], 0, 1, 1
     for grid in prompt.grids:
-        index, weight, coordinates = vision_indices(grid, config)
-        here = slice(at, at + len(index))
-        vision.table_index[row, here], vision.table_weight[row, here] = index, weight
-        vision.coordinates[row, here] = coordinates
+        order, windows = window_order(grid, config)
+        places.append(np.argsort(order) + at // merged)
+        patches = (order[:, None] * merged + np.arange(merged)).reshape(-1)
+        here = slice(at, at + len(patches))
+        vision.patches[row, here] = prompt.patches[here][patches]
+        vision.coordinates[row, here] = coordinates(grid, config)[patches]
         vision.segments[row, here] = segment + np.repeat(np.arange(grid[0]), grid[1] * grid[2])
-        at, segment = here.stop, segment + grid[0]
+        if config.table_size:
+            index, weight = table_taps(grid, config)
+            vision.table_index[row, here], vision.table_weight[row, here] = index[patches], weight[patches]
+        if config.window:
+            vision.windows[row, here] = window + np.repeat(windows, merged)
+        at, segment, window = here.stop, segment + grid[0], window + int(windows[-1]) + 1
+    return np.concatenate(places)

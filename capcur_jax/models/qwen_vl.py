@@ -1,4 +1,4 @@
-"""Qwen3-VL as one module: pure functions of arrays of static shape; every index comes from the host (inputs.py)."""
+"""A Qwen-VL as one module: pure functions of arrays of static shape; every index comes from the host (inputs.py)."""
 
 from __future__ import annotations
 

@@ -9,11 +9,14 @@ import numpy as np
 from capcur_jax.models.config import TextConfig, VisionConfig
 
 
-def mrope_axes(sections: tuple[int, int, int]) -> np.ndarray:
+def mrope_axes(sections: tuple[int, int, int], interleaved: bool) -> np.ndarray:
     """Which of (time, height, width) gives each rotary frequency: [H/2] of 0, 1, 2.
 
-    Qwen3-VL interleaves them (t h w t h w ... t t): only the choice is interleaved, the rotation stays half-split.
+    Qwen2.5-VL has them one after the other. Qwen3-VL interleaves them (t h w t h w ... t t): only the choice is
+    interleaved, the rotation stays half-split.
     """
+    if not interleaved:
+        return np.repeat(np.arange(3, dtype=np.int32), sections)
     axes = np.zeros(sum(sections), np.int32)
     for axis in (1, 2):
         axes[axis : 3 * sections[axis] : 3] = axis
@@ -21,10 +24,11 @@ def mrope_axes(sections: tuple[int, int, int]) -> np.ndarray:
 
 
 def text_angles(positions_3xRxT: jax.Array, config: TextConfig) -> jax.Array:
-    """Angles [R, T, H/2], float32, of the decoder's interleaved MRoPE."""
+    """Angles [R, T, H/2], float32, of the decoder's MRoPE."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1.0 / np.float32(config.rope_theta) ** exponents
-    chosen_RxTxF = jnp.moveaxis(positions_3xRxT[mrope_axes(config.mrope_sections)], 0, -1)
+    axes = mrope_axes(config.mrope_sections, config.mrope_interleaved)
+    chosen_RxTxF = jnp.moveaxis(positions_3xRxT[axes], 0, -1)
     return chosen_RxTxF.astype(jnp.float32) * frequencies
 
 

@@ -1,4 +1,5 @@
-"""Qwen3-VL's decoder: QK-norm, grouped-query attention, SwiGLU, DeepStack features added after the first layers."""
+"""The decoder: grouped-query attention with QK-norm (Qwen3-VL) or biases (Qwen2.5-VL), SwiGLU, and DeepStack features
+added after the first layers (Qwen3-VL)."""
 
 from __future__ import annotations
 
@@ -21,6 +22,10 @@ class KeysValues(NamedTuple):
     values: jax.Array
 
 
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 class DecoderLayer(nnx.Module):
     def __init__(self, config: TextConfig, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -28,12 +33,13 @@ class DecoderLayer(nnx.Module):
         norm = dict(epsilon=config.rms_epsilon, **kinds)
         self.head_dim, self.activation = config.head_dim, config.activation
         self.input_norm = nnx.RMSNorm(config.width, **norm)
-        self.q = nnx.Linear(config.width, config.heads * config.head_dim, **plain)
-        self.k = nnx.Linear(config.width, config.kv_heads * config.head_dim, **plain)
-        self.v = nnx.Linear(config.width, config.kv_heads * config.head_dim, **plain)
+        bias = dict(use_bias=config.qkv_bias, **kinds)
+        self.q = nnx.Linear(config.width, config.heads * config.head_dim, **bias)
+        self.k = nnx.Linear(config.width, config.kv_heads * config.head_dim, **bias)
+        self.v = nnx.Linear(config.width, config.kv_heads * config.head_dim, **bias)
         self.o = nnx.Linear(config.heads * config.head_dim, config.width, **plain)
-        self.q_norm = nnx.RMSNorm(config.head_dim, **norm)
-        self.k_norm = nnx.RMSNorm(config.head_dim, **norm)
+        self.q_norm = nnx.RMSNorm(config.head_dim, **norm) if config.qk_norm else _same
+        self.k_norm = nnx.RMSNorm(config.head_dim, **norm) if config.qk_norm else _same
         self.mlp_norm = nnx.RMSNorm(config.width, **norm)
         self.gate = nnx.Linear(config.width, config.mlp_width, **plain)
         self.up = nnx.Linear(config.width, config.mlp_width, **plain)

@@ -1,8 +1,14 @@
-"""Qwen3-VL's vision tower: patches -> one feature per merged 2 x 2 block, and the DeepStack features of some blocks."""
+"""The vision towers: patches -> one feature per merged 2 x 2 block.
+
+Qwen3-VL adds learned positions, sees whole images, and gives some blocks' features to the decoder (DeepStack);
+Qwen2.5-VL sees windows in most blocks.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capcur_jax.models import layers as layers_lib
-from capcur_jax.models.attention import Layout, Segments, attend
+from capcur_jax.models.attention import Segments, attend
 from capcur_jax.models.config import VisionConfig
 from capcur_jax.models.rope import rotate, vision_angles
 
@@ -20,14 +26,16 @@ from capcur_jax.models.rope import rotate, vision_angles
 class VisionBatch:
     """The images of a batch, packed into R rows of P patches (see inputs.py, which makes every index on the host).
 
-    Patches come in merge-block order: four neighbours that merge into one feature follow one another.
+    Patches come in merge-block order: four neighbours that merge into one feature follow one another. Where the tower
+    has windows, the blocks of a window follow one another too, so that nothing is permuted on the device.
     """
 
     patches: Any  # [R, P, channels x temporal x pixels] float32, normalised
-    table_index: Any  # [R, P, 4] int32 into the learned positions
-    table_weight: Any  # [R, P, 4] float32, bilinear
+    table_index: Any  # [R, P, 4] int32 into the learned positions; None where the tower has none
+    table_weight: Any  # [R, P, 4] float32, bilinear; None likewise
     coordinates: Any  # [R, P, 2] int32 (row, column) of the patch in its image
     segments: Any  # [R, P] int32: 0 padding, otherwise the number of the image frame in its row
+    windows: Any  # [R, P] int32: likewise for the windows of all its images; None where the tower has none
 
 
 class VisionAttention(nnx.Module):
@@ -36,25 +44,34 @@ class VisionAttention(nnx.Module):
         self.qkv = nnx.Linear(config.width, 3 * config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.out = nnx.Linear(config.width, config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x_RxPxD, angles, layout: Layout):
+    def __call__(self, x_RxPxD, angles, attend: Callable):
         R, P, D = x_RxPxD.shape
         q, k, v = jnp.moveaxis(self.qkv(x_RxPxD).reshape(R, P, 3, self.heads, D // self.heads), 2, 0)
-        return self.out(attend(rotate(q, angles), rotate(k, angles), v, layout).reshape(R, P, D))
+        return self.out(attend(rotate(q, angles), rotate(k, angles), v).reshape(R, P, D))
+
+
+def _norm(width: int, rms: bool, **kinds) -> nnx.Module:
+    if rms:
+        return nnx.RMSNorm(width, epsilon=1e-6, **kinds)
+    return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, **kinds)
 
 
 class VisionBlock(nnx.Module):
     def __init__(self, config: VisionConfig, dtype, param_dtype, rngs: nnx.Rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, use_fast_variance=False, **kinds)
-        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, use_fast_variance=False, **kinds)
+        self.norm1 = _norm(config.width, config.rms_norm, **kinds)
+        self.norm2 = _norm(config.width, config.rms_norm, **kinds)
         self.attention = VisionAttention(config, **kinds)
         self.up = nnx.Linear(config.width, config.mlp_width, **kinds)
+        if config.gated:
+            self.gate = nnx.Linear(config.width, config.mlp_width, **kinds)
         self.down = nnx.Linear(config.mlp_width, config.width, **kinds)
-        self.activation = config.activation
+        self.activation, self.gated = config.activation, config.gated
 
-    def __call__(self, x, angles, layout: Layout):
-        x = x + self.attention(self.norm1(x), angles, layout)
-        return x + self.down(layers_lib.ACTIVATION[self.activation](self.up(self.norm2(x))))
+    def __call__(self, x, angles, attend: Callable):
+        x = x + self.attention(self.norm1(x), angles, attend)
+        y, activation = self.norm2(x), layers_lib.ACTIVATION[self.activation]
+        return x + self.down(activation(self.gate(y)) * self.up(y) if self.gated else activation(self.up(y)))
 
 
 class Merger(nnx.Module):
@@ -65,7 +82,7 @@ class Merger(nnx.Module):
         self.after_shuffle = after_shuffle
         self.wide = config.width * config.merge_size**2
         width = self.wide if after_shuffle else config.width
-        self.norm = nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, **kinds)
+        self.norm = _norm(width, config.rms_norm, **kinds)
         self.up = nnx.Linear(self.wide, self.wide, **kinds)
         self.down = nnx.Linear(self.wide, config.out_width, **kinds)
 
@@ -82,10 +99,11 @@ class VisionTower(nnx.Module):
     def __init__(self, config: VisionConfig, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.remat, self.dtype = config, remat, dtype
-        self.patch = nnx.Linear(config.patch_values, config.width, rngs=rngs, **kinds)
-        # As loud as the patches: a fresh tower is to see soon where things are, not only which colors there are.
-        loud = nnx.initializers.normal(0.5)
-        self.table = nnx.Embed(config.table_size, config.width, embedding_init=loud, rngs=rngs, **kinds)
+        self.patch = nnx.Linear(config.patch_values, config.width, use_bias=config.patch_bias, rngs=rngs, **kinds)
+        if config.table_size:
+            # As loud as the patches: a fresh tower is to see soon where things are, not only which colors there are.
+            loud = nnx.initializers.normal(0.5)
+            self.table = nnx.Embed(config.table_size, config.width, embedding_init=loud, rngs=rngs, **kinds)
         self.blocks = layers_lib.stack(lambda r: VisionBlock(config, rngs=r, **kinds), config.depth, rngs)
         self.merger = Merger(config, False, rngs=rngs, **kinds)
         if config.deepstack:
@@ -93,18 +111,32 @@ class VisionTower(nnx.Module):
                 lambda r: Merger(config, True, rngs=r, **kinds), len(config.deepstack), rngs
             )
 
+    def _attend(self, batch: VisionBatch, index: jax.Array) -> Callable:
+        """Attention of block `index`: in windows, but for the blocks that see whole images."""
+        whole = functools.partial(attend, layout=Segments(batch.segments))
+        if not self.config.window:
+            return whole
+        windows = functools.partial(attend, layout=Segments(batch.windows, reach=self.config.window_patches))
+        full = (jnp.array(self.config.full_blocks, jnp.int32) == index).any()
+
+        # The scan keeps for its backward pass what either branch would need, so each keeps its inputs alone.
+        def attention(q, k, v):
+            return jax.lax.cond(full, jax.checkpoint(whole), jax.checkpoint(windows), q, k, v)
+
+        return attention
+
     def __call__(self, batch: VisionBatch) -> tuple[jax.Array, jax.Array | None]:
         """Features [R x P/4, D] and DeepStack features [n, R x P/4, D] (None where the model has none)."""
         taken = jnp.array(self.config.deepstack, jnp.int32)
         x = self.patch(batch.patches)
-        table = jnp.asarray(self.table.embedding, self.dtype)[batch.table_index]
-        x = x + (table * batch.table_weight[..., None]).sum(-2).astype(x.dtype)
+        if self.config.table_size:
+            table = jnp.asarray(self.table.embedding, self.dtype)[batch.table_index]
+            x = x + (table * batch.table_weight[..., None]).sum(-2).astype(x.dtype)
         angles = vision_angles(batch.coordinates, self.config)
-        layout = Segments(batch.segments)
 
         def body(block, carry, index):
             x, kept = carry
-            x = block(x, angles, layout)
+            x = block(x, angles, self._attend(batch, index))
             return (x, jnp.where((taken == index)[:, None, None, None], x, kept)), None
 
         kept = jnp.zeros((len(self.config.deepstack), *x.shape), x.dtype)

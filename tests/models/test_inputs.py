@@ -79,7 +79,8 @@ def test_pixel_bounds_are_respected(checkpoint, pictures, low, high):
 @pytest.mark.parametrize("grid", [(1, 6, 10), (1, 2, 14), (1, 14, 14), (1, 20, 4), (2, 4, 6), (1, 2, 2)], ids=str)
 def test_vision_indices_equal_transformers(processor, grid):
     vision = processor.config.vision
-    index, weight, coordinates = inputs.vision_indices(grid, vision)
+    index, weight = inputs.table_taps(grid, vision)
+    coordinates = inputs.coordinates(grid, vision)
     their_index, their_weight = get_vision_interpolation_indices_and_weights(
         torch.tensor([grid]), vision.table_side, mode="bilinear", align_corners=True, spatial_merge_size=2
     )
@@ -95,7 +96,7 @@ def test_positions_of_the_published_table_equal_transformers(processor):
 
     vision = dataclasses.replace(processor.config.vision, table_size=48 * 48)
     for grid in [(1, 64, 36), (1, 100, 2), (1, 48, 48)]:
-        index, weight, _ = inputs.vision_indices(grid, vision)
+        index, weight = inputs.table_taps(grid, vision)
         their_index, their_weight = get_vision_interpolation_indices_and_weights(
             torch.tensor([grid]), 48, mode="bilinear", align_corners=True, spatial_merge_size=2
         )
