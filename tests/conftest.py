@@ -62,7 +62,7 @@ def windowed_architecture(
     depth: int = 2,
     kv_heads: int = 2,
     sections: tuple[int, int, int] = (2, 3, 3),
-    window: int = 24,
+    window: int = 16,
     full: tuple[int, ...] = (1,),
     **text,
 ) -> dict:
@@ -122,6 +122,11 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tied_checkpoint(checkpoint):
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
 def untied_checkpoint(tmp_path_factory):
     """A head of its own, one DeepStack layer, one kv head, and other numbers where a default could hide."""
     path = tmp_path_factory.mktemp("checkpoints") / "untied"
@@ -131,15 +136,15 @@ def untied_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def windowed_checkpoint(tmp_path_factory):
-    """Qwen2.5-VL: windows of 3 x 3 merged features, the middle block sees whole images."""
+    """Qwen2.5-VL: windows of 2 x 2 merged features, the middle block sees whole images."""
     return random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "windowed", seed=7, make=windowed_architecture)
 
 
 @pytest.fixture(scope="session")
 def windowed_untied_checkpoint(tmp_path_factory):
-    """Qwen2.5-VL with a head of its own, small windows, two full blocks, other numbers where a default could hide."""
+    """Qwen2.5-VL with a head of its own, larger windows, two full blocks, other numbers where a default could hide."""
     path = tmp_path_factory.mktemp("checkpoints") / "windowed_untied"
-    kinds = dict(tied=False, depth=3, kv_heads=1, sections=(4, 2, 2), window=16, full=(0, 2), rope_theta=70000.0)
+    kinds = dict(tied=False, depth=3, kv_heads=1, sections=(4, 2, 2), window=24, full=(0, 2), rope_theta=70000.0)
     return random_checkpoint(path, seed=9, stream=0.02, make=windowed_architecture, rms_norm_eps=1e-2, **kinds)
 
 

@@ -142,9 +142,14 @@ def _vision(section: dict, family: str, where: str) -> VisionConfig:
         rope_theta=float(rope.get("rope_theta", 10000.0)),
     )
     if family == "qwen2_5_vl":
+        side = section.get("window_size", 112)
+        if side < patch * merge:
+            raise UnsupportedCheckpoint(
+                f"{where}: window_size {side} is smaller than a merged feature ({patch * merge})"
+            )
         return VisionConfig(
             **shared,
-            window=section.get("window_size", 112) // (patch * merge),
+            window=side // (patch * merge),
             full_blocks=_blocks(section, "fullatt_block_indexes", where),
             activation=_activation(section.get("hidden_act", "silu"), where),
             gated=True,

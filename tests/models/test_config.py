@@ -39,7 +39,32 @@ PUBLISHED = {
     "vision_start_token_id": 151652,
 }  # fmt: skip
 
-# shared/paper/SIZES.md: width, layers, heads, F, tied, vision (depth, width, F), DeepStack, billions of parameters.
+# The keys of Qwen2.5-VL-7B-Instruct's config.json, as it was published with transformers 4.41.
+WINDOWED = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
+    "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 3584,
+    "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 128000, "max_window_layers": 28,
+    "model_type": "qwen2_5_vl", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
+}  # fmt: skip
+
+# width, layers, heads, kv heads, F, vocabulary, tied, vision F, billions of parameters.
+WINDOWED_SIZES = {
+    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420, 3.755),
+    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420, 8.292),
+    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456, 33.453),
+    "72B": (8192, 80, 64, 8, 29568, 152064, False, 3456, 73.411),
+}
+
+# width, layers, heads, F, tied, vision (depth, width, F), DeepStack, billions of parameters.
 SIZES = {
     "2B": (2048, 28, 16, 6144, True, (24, 1024, 4096), [5, 11, 17], 2.128),
     "4B": (2560, 36, 32, 9728, True, (24, 1024, 4096), [5, 11, 17], 4.438),
@@ -48,9 +73,9 @@ SIZES = {
 }
 
 
-def changed(section: str = "", *, without: str = "", **values) -> dict:
-    """The published file with some values changed (or one key left out) at the top or in a section."""
-    config = copy.deepcopy(PUBLISHED)
+def changed(section: str = "", *, without: str = "", of: dict = PUBLISHED, **values) -> dict:
+    """A published file with some values changed (or one key left out) at the top or in a section."""
+    config = copy.deepcopy(of)
     target = config[section] if section else config
     target.update(values)
     target.pop(without, None)
@@ -66,6 +91,16 @@ def test_the_published_file_is_read():
     assert config.published == PUBLISHED
 
 
+def test_the_published_file_of_qwen2_5_vl_is_read():
+    config = from_dict(WINDOWED)
+    text, vision = config.text, config.vision
+    assert (text.rope_theta, text.mrope_sections, text.head_dim, text.kv_heads) == (1e6, (16, 24, 24), 128, 4)
+    assert (text.mrope_interleaved, text.qk_norm, text.qkv_bias) == (False, False, True)
+    assert (vision.window, vision.window_patches, vision.full_blocks) == (4, 64, (7, 15, 23, 31))
+    assert (vision.table_size, vision.deepstack, vision.head_dim, vision.patch_values) == (0, (), 80, 1176)
+    assert (config.tied, config.image_token, config.published) == (False, 151655, WINDOWED)
+
+
 def test_old_and_new_rope_keys_mean_the_same():
     new = changed("text_config", without="rope_scaling")
     del new["text_config"]["rope_theta"]
@@ -74,6 +109,15 @@ def test_old_and_new_rope_keys_mean_the_same():
     }  # fmt: skip
     new["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
     assert from_dict(new) == from_dict(PUBLISHED)
+
+
+def test_what_transformers_writes_of_qwen2_5_vl_means_the_same(tmp_path):
+    from transformers import Qwen2_5_VLConfig
+
+    Qwen2_5_VLConfig(**copy.deepcopy(WINDOWED)).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert "hidden_size" in written["text_config"] and "hidden_size" not in written
+    assert from_directory(tmp_path) == from_dict(WINDOWED)
 
 
 def test_what_transformers_writes_means_the_same(tmp_path):
@@ -93,8 +137,9 @@ def test_the_checkpoints_own_rope_theta_is_used():
 YARN = {"rope_type": "yarn", "factor": 2.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
 CHUNKED = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": False}
 REFUSED = [
-    (changed(model_type="qwen2_5_vl"), r"config\.json: model_type 'qwen2_5_vl' is not supported.*'qwen3_vl'"),
-    (changed(model_type="qwen3_vl_moe"), "model_type 'qwen3_vl_moe'"),
+    (changed(model_type="llava"), r"config\.json: model_type 'llava' is not supported.*'qwen2_5_vl', 'qwen3_vl'"),
+    (changed(model_type="qwen3_vl_moe"), r"model_type 'qwen3_vl_moe' \(a mixture of experts\) is not supported"),
+    (changed(model_type="qwen2_vl"), r"model_type 'qwen2_vl' \(Qwen2-VL, the generation before windows\)"),
     (changed(without="model_type"), "model_type 'None'"),
     (changed(without="text_config"), "'text_config' is missing"),
     (changed("text_config", without="num_hidden_layers"), "text_config: the key 'num_hidden_layers' is missing"),
@@ -105,13 +150,21 @@ REFUSED = [
     (changed("vision_config", hidden_act="quick_gelu"), "vision_config: hidden_act 'quick_gelu' is not supported"),
     (changed("text_config", attention_bias=True), "attention_bias"),
     (changed("text_config", rope_scaling=YARN), "text rope_type 'yarn' is not supported"),
-    (changed("text_config", rope_scaling=CHUNKED), "mrope_interleaved is false"),
+    (changed("text_config", rope_scaling=CHUNKED), "mrope_interleaved must be true for qwen3_vl"),
     (changed("text_config", head_dim=96), r"mrope_section \[24, 20, 20\] .* 48"),
     (changed("vision_config", rope_parameters={"rope_type": "linear"}), "vision rope_type 'linear'"),
     (changed("vision_config", num_position_embeddings=2300), "num_position_embeddings 2300 is not a square"),
     (changed("vision_config", deepstack_visual_indexes=[8, 16, 27]), r"deepstack_visual_indexes \[8, 16, 27\]"),
     (changed("vision_config", deepstack_visual_indexes=[16, 8]), r"deepstack_visual_indexes \[16, 8\] must rise"),
     (changed("vision_config", out_hidden_size=3584), "out_hidden_size 3584 differs from .* hidden_size 4096"),
+    (changed(of=WINDOWED, without="vision_config"), "'vision_config' is missing"),
+    (changed(of=WINDOWED, without="hidden_size"), r"config\.json: the key 'hidden_size' is missing"),
+    (changed(of=WINDOWED, use_sliding_window=True), "use_sliding_window is not supported"),
+    (changed(of=WINDOWED, rope_scaling={"type": "yarn"}), "text rope_type 'yarn' is not supported"),
+    (changed(of=WINDOWED, rope_scaling=YARN | {"rope_type": "default"}), "mrope_interleaved must be false for qwen2_5"),
+    (changed("vision_config", of=WINDOWED, without="fullatt_block_indexes"), "'fullatt_block_indexes' is missing"),
+    (changed("vision_config", of=WINDOWED, fullatt_block_indexes=[7, 32]), r"fullatt_block_indexes \[7, 32\]"),
+    (changed("vision_config", of=WINDOWED, window_size=20), "window_size 20 is smaller than a merged feature"),
     (changed("text_config", num_hidden_layers=2), "more DeepStack features than decoder layers"),
 ]
 
@@ -133,9 +186,24 @@ def test_parameter_counts_equal_the_published_totals(name):
         depth=depth, hidden_size=vision_width, intermediate_size=vision_wide, out_hidden_size=width,
         deepstack_visual_indexes=deepstack,
     )  # fmt: skip
+    assert billions_of(published) == billions
+
+
+@pytest.mark.parametrize("name", WINDOWED_SIZES)
+def test_parameter_counts_of_qwen2_5_vl_equal_the_published_totals(name):
+    width, layers, heads, kv_heads, wide, vocabulary, tied, vision_wide, billions = WINDOWED_SIZES[name]
+    published = changed(
+        of=WINDOWED, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=wide,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
+    )  # fmt: skip
+    published["vision_config"].update(intermediate_size=vision_wide, out_hidden_size=width)
+    assert billions_of(published) == billions
+
+
+def billions_of(published: dict) -> float:
     config = config_lib.from_dict(published)
     state = nnx.state(nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0))))
-    assert round(sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e9, 3) == billions
+    return round(sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e9, 3)
 
 
 def test_a_directory_without_config_names_what_belongs_there(tmp_path):
@@ -151,6 +219,6 @@ def test_a_broken_config_is_named(tmp_path, content):
 
 
 def test_another_architecture_names_its_file(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(changed(model_type="qwen2_5_vl")), encoding="utf-8")
-    with pytest.raises(UnsupportedCheckpoint, match=rf"{tmp_path}/config\.json: model_type 'qwen2_5_vl'"):
+    (tmp_path / "config.json").write_text(json.dumps(changed(model_type="llava")), encoding="utf-8")
+    with pytest.raises(UnsupportedCheckpoint, match=rf"{tmp_path}/config\.json: model_type 'llava'"):
         from_directory(tmp_path)

@@ -40,6 +40,32 @@ class Scene(NamedTuple):
         return collate(prompts, [tokens], [patches], self.processor.config, self.processor.pad_token)
 
 
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(request, family):
+    return request.getfixturevalue({"qwen3_vl": "tied_checkpoint", "qwen2_5_vl": "windowed_checkpoint"}[family])
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return huggingface.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint):
+    return Processor.from_directory(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def headed_model(request, family):
+    """With a head that is no embedding."""
+    return request.getfixturevalue({"qwen3_vl": "untied_model", "qwen2_5_vl": "windowed_untied_model"}[family])
+
+
 @pytest.fixture(scope="module")
 def scene(processor, make_image):
     parts = [["Red", None, "or", None, "circle?"], [None, "What is 3 x 4?"]]
@@ -103,12 +129,12 @@ def worst_tensor(ours: nnx.State, reference: nnx.State) -> tuple[float, Any]:
 # --- causality and isolation ------------------------------------------------------------------------------------------
 
 
-def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, untied_model, quick_jit):
+def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, headed_model, quick_jit):
     """Derivatives of the logits at one token by the embedding of every token and by every patch, padding included."""
-    graph, parameters = nnx.split(untied_model)  # its head is no embedding: one row a position, whatever the token
+    graph, parameters = nnx.split(headed_model)  # its head is no embedding: one row a position, whatever the token
     rows, length = batch.tokens.shape
     each = dataclasses.replace(batch, tokens=np.arange(rows * length, dtype=np.int32).reshape(rows, length))
-    mix = np.random.default_rng(0).standard_normal(untied_model.config.text.vocabulary).astype(np.float32)
+    mix = np.random.default_rng(0).standard_normal(headed_model.config.text.vocabulary).astype(np.float32)
 
     def logit(table, patches, row, at):
         state = replaced(parameters, lambda path, value: table if path[-2:] == ("embed", "embedding") else value)
@@ -118,7 +144,7 @@ def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, u
         return model.logits(h)[row, at] @ mix
 
     derivative = quick_jit(jax.grad(logit, argnums=(0, 1)))
-    table = np.asarray(untied_model.text.embed.embedding[...])[batch.tokens.reshape(-1)]
+    table = np.asarray(headed_model.text.embed.embedding[...])[batch.tokens.reshape(-1)]
     prompts = scene.prepare()
     first, second = spans(scene, prompts[0])
     points = [(0, first.start - 1), (0, first.start), (0, second.start - 1), (0, second.start + 2)]
@@ -142,7 +168,8 @@ def test_images_do_not_see_each_other_in_the_vision_tower(batch, model, quick_ji
 
     def total(patches, weight_F):
         features, deep = nnx.merge(graph, parameters)(dataclasses.replace(batch.vision, patches=patches))
-        return (features @ jnp.arange(1.0, 1 + features.shape[-1])) @ weight_F + (deep.sum((0, 2)) @ weight_F)
+        total = (features @ jnp.arange(1.0, 1 + features.shape[-1])) @ weight_F
+        return total if deep is None else total + deep.sum((0, 2)) @ weight_F
 
     derivative = quick_jit(jax.grad(total))
     segments = batch.vision.segments
@@ -151,6 +178,35 @@ def test_images_do_not_see_each_other_in_the_vision_tower(batch, model, quick_ji
     for image in (1, 2, 101):
         touched = np.abs(derivative(batch.vision.patches, (of_feature == image).astype(np.float32))).sum(-1) > 0
         np.testing.assert_array_equal(touched, of_patch == image)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("blocks", ["windows", "whole images"])
+def test_windowed_blocks_see_their_window_and_full_blocks_their_image(batch, model, quick_jit, blocks):
+    """The tower with blocks of one kind only; windows are cut into blocks of patches, or masked where a row is short."""
+    config = dataclasses.replace(
+        model.config.vision, full_blocks=() if blocks == "windows" else tuple(range(model.config.vision.depth))
+    )
+    tower = nnx.clone(model.visual)
+    tower.config = config
+    graph, parameters = nnx.split(tower)
+
+    def total(patches, weight_F, vision):
+        features, _ = nnx.merge(graph, parameters)(dataclasses.replace(vision, patches=patches))
+        return (features @ jnp.arange(1.0, 1 + features.shape[-1])) @ weight_F
+
+    derivative = quick_jit(jax.grad(total))
+    # In a row of all patches that is short against a window, the mask of the whole row is used.
+    short = jax.tree.map(lambda x: x[:, : 3 * config.window_patches], batch.vision)
+    assert short.patches.shape[1] < batch.vision.patches.shape[1]
+    for vision in (batch.vision, short):
+        ids = vision.windows if blocks == "windows" else vision.segments
+        assert len(np.unique(vision.windows[0])) > len(np.unique(vision.segments[0])) > 2
+        for row, number in ((0, 1), (0, 2), (1, 1)):
+            here = (ids == number) & (np.arange(len(ids)) == row)[:, None]
+            weight = here.reshape(-1, 4)[:, 0].astype(np.float32)
+            touched = np.abs(derivative(vision.patches, weight, vision)).sum(-1) > 0
+            np.testing.assert_array_equal(touched, here)
 
 
 @pytest.mark.parametrize(("row", "image"), [(0, 0), (0, 1), (1, 0)])
@@ -350,7 +406,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(checkpoint, batch, 
         jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).predicting(np.ones((4, 3), np.int32), batch))(parameters)
         return sum("remat" in e.primitive.name or "checkpoint" in e.primitive.name for e in equations(jaxpr.jaxpr))
 
-    assert recomputed(graph) == 3
+    assert recomputed(graph) == recomputed(nnx.graphdef(huggingface.load(checkpoint))) + 3
 
 
 def test_an_unknown_remat_names_the_key():
@@ -384,7 +440,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
         assert logits.dtype == jnp.float32
         ours = cost(np.asarray(logits)[mask])
         print(f"[measured] bfloat16 against float32: ours {ours:.4f} ({param_dtype.__name__}), theirs {theirs:.4f}")
-        assert 0 < ours < 1.5 * theirs
+        assert 0 < ours < 1.05 * theirs
 
 
 def test_rotary_angles_are_float32_in_a_bfloat16_model(checkpoint, batch):
@@ -410,9 +466,11 @@ def test_rotary_angles_at_large_positions(model):
     expected = np.concatenate([at[:, None] * frequencies, (2 * at)[:, None] * frequencies], axis=-1)
     np.testing.assert_allclose(vision_angles(jnp.stack([at, 2 * at], -1), vision), expected, rtol=1e-6)
 
-    # Sections 4, 2, 2 interleave as t h w t h w t t; every axis has the frequency of its slot.
+    # Sections 4, 2, 2 interleave as t h w t h w t t; 2, 3, 3 in a row are t t h h h w w w. Every axis has the frequency
+    # of its slot.
+    axes = {"qwen3_vl": [1, 2, 3, 1, 2, 3, 1, 1], "qwen2_5_vl": [1, 1, 2, 2, 2, 3, 3, 3]}[model.config.family]
     frequencies = text.rope_theta ** -(np.arange(0, text.head_dim, 2) / text.head_dim)
-    expected = np.array([1, 2, 3, 1, 2, 3, 1, 1]) * at[:, None] * frequencies
+    expected = np.array(axes) * at[:, None] * frequencies
     got = text_angles(jnp.stack([at, 2 * at, 3 * at])[:, None], text)[0]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -420,6 +478,7 @@ def test_rotary_angles_at_large_positions(model):
 # --- DeepStack --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
 def test_deepstack_features_matter(scene, batch, parameters, forward):
     def without(path, value):
         return 0 * value if path[:3] == ("visual", "deepstack", "down") else value
@@ -432,6 +491,7 @@ def test_deepstack_features_matter(scene, batch, parameters, forward):
         assert (changed[row, start : len(prompt)] > 1e-3).all()
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
 def test_deepstack_features_are_added_after_their_layers_only(batch, model, quick_jit):
     """Three layers, n features: feature i first shows in the keys of layer i + 1, and none follows feature n - 1."""
     graph, parameters = nnx.split(model)
