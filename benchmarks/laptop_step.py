@@ -33,7 +33,8 @@ from capcur_jax.data.sources import easy_vqa
 from capcur_jax.learner import Learner
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
-from capcur_jax.models.inputs import Processor, collate
+from capcur_jax.models.batching import Buckets
+from capcur_jax.models.inputs import Processor
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
 
@@ -77,8 +78,8 @@ def ours(checkpoint: Path, problems: list, steps: int) -> list[dict[str, float]]
     ends, processor.end_tokens = processor.end_tokens, (-1,)  # no response may end early
     builder = PromptBuilder(processor, "suffix", 96, 64)
     graph, parameters = nnx.split(model)
-    buckets = {"token_buckets": (64, 96), "patch_buckets": (64,)}
-    engine = LocalEngine(model, processor, max_rows=PROMPTS * GROUP, **buckets)
+    buckets = Buckets((64, 96), patch_row=64, patch_rows=(1.0,))
+    engine = LocalEngine(model, processor, max_rows=PROMPTS * GROUP, buckets=buckets)
     learner = Learner(
         graph, parameters, objective="grpo", freeze="", config=presets.laptop(), temperature=1.0,
         banned=processor.banned_tokens,
@@ -95,7 +96,7 @@ def ours(checkpoint: Path, problems: list, steps: int) -> list[dict[str, float]]
         sampled = time.perf_counter()
         rewards = random.random((PROMPTS, GROUP), np.float32)
         batch = pack(
-            collate(prompts, *buckets.values(), processor.config, processor.pad_token),
+            buckets.collate(prompts, processor.config, processor.pad_token),
             [sample.tokens for sample in samples],
             (TOKENS,),
             processor.pad_token,

@@ -64,7 +64,8 @@ def laptop() -> ConfigDict:
                 "min_pixels": 0,  # 0: the checkpoint's own
                 "max_pixels": 0,
                 "token_buckets": (56, 84, 96),  # declared lengths of prompt rows
-                "patch_buckets": (64,),  # declared lengths of patch rows (a prompt's images)
+                "patch_row": 64,  # patches in a row of the vision tower; no image may have more
+                "patch_rows": (1.0,),  # declared numbers of such rows, for each prompt of a batch
             },
             "rollout": {
                 "group": 5,
@@ -129,7 +130,8 @@ def qwen3_vl_8b() -> ConfigDict:
             "min_pixels": 262_144,
             "max_pixels": 4_194_304,
             "token_buckets": (512, 1024, 2048),
-            "patch_buckets": (1024, 2048, 4096, 8192),
+            "patch_row": 8192,
+            "patch_rows": (0.125, 0.25, 0.375, 0.5, 0.75, 1.0),
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "max_rows": 640, "response_buckets": (512, 1024, 2048)})

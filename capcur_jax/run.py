@@ -26,6 +26,7 @@ from capcur_jax.interruption import Interruption
 from capcur_jax.learner import Learner
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
+from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rewards.reward import make_reward
 from capcur_jax.rollout.engine import Sampling
@@ -145,20 +146,13 @@ class Run:
             self.source = fresh.write_skeleton(self.workdir / "skeleton", self._texts(), config.create.to_dict())
             model = huggingface.create(model_config.from_directory(self.source), config.seed, **kinds)
         self.processor = Processor.from_directory(self.source, prompt.min_pixels, prompt.max_pixels)
-        self.builder = PromptBuilder(
-            self.processor, prompt.instruction, prompt.max_tokens, max(prompt.patch_buckets, default=0)
-        )
+        self.builder = PromptBuilder(self.processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
         merged = self.processor.config.vision.merge_size**2
-        if any(bucket % merged for bucket in prompt.patch_buckets):
-            raise InputError(f"config.prompt.patch_buckets must be multiples of {merged}: so many patches make a token")
+        if prompt.patch_row % merged:
+            raise InputError(f"config.prompt.patch_row must be a multiple of {merged}: so many patches make a token")
+        self.buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
         self.graph, self.parameters = nnx.split(model)
-        self.engine = LocalEngine(
-            model,
-            self.processor,
-            max_rows=config.rollout.max_rows,
-            token_buckets=prompt.token_buckets,
-            patch_buckets=prompt.patch_buckets,
-        )
+        self.engine = LocalEngine(model, self.processor, max_rows=config.rollout.max_rows, buckets=self.buckets)
 
     def _texts(self):
         """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction.

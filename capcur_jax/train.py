@@ -27,7 +27,8 @@ from capcur_jax.display import Display
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.learner import Learner, TrainState
-from capcur_jax.models.inputs import BadInput, Prompt, batch_shape, blank_batch, collate
+from capcur_jax.models.batching import PromptSize, padding
+from capcur_jax.models.inputs import BadInput, Prompt
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample
 from capcur_jax.run import Run
@@ -74,7 +75,9 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
     run.display.stage(stage.name, stage.steps)
     learner = run.learner(stage)
     order = pipeline.in_order(run.problems(stage.data, "train"), seed=config.seed + 1000 * number)
-    reference, state = warm_up(run, stage, learner, order)
+    sizes = measure(run, stage, order)
+    images = any(size.images for size in sizes)
+    reference, state = warm_up(run, stage, learner, sizes)
     updates = config.objective.updates_per_batch if stage.objective == "grpo" else 1
     compiled = run.counter.count
     skipped = run.skipped_updates
@@ -94,6 +97,7 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
             with timer("reward"):
                 rollout = grade(run, examples, groups)
         with timer("update"):
+            packed = make_batches(run, examples, rollout, updates, images)
             minibatches = [
                 dataclasses.replace(
                     batch,
@@ -101,7 +105,7 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
                     # One update on a batch: the policy's own log-probs, computed inside it, are the old ones.
                     old_logprobs=learner.score(state.parameters, batch) if rollout and updates > 1 else None,
                 )
-                for batch in make_batches(run, examples, rollout, updates)
+                for batch in map(jax.device_put, packed)  # once for the reference, old and update passes
             ]
             results = []
             for i, batch in enumerate(minibatches):
@@ -123,6 +127,7 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
             "learning_rate": rate,
             **combine(results),
             **(rollout.metrics(total) if rollout else {}),
+            **padding([batch.prompts for batch in packed]),
             "seconds": total,
             **{f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()},
             "compilations": run.counter.count - compiled,
@@ -175,18 +180,17 @@ def target_of(run: Run, stage: Stage, problem: Problem) -> np.ndarray | None:
 # ---------------------------------------------------------------------- warm-up
 
 
-def warm_up(run: Run, stage: Stage, learner: Learner, order: Any) -> tuple[Any, TrainState]:
+def warm_up(run: Run, stage: Stage, learner: Learner, sizes: Sequence[PromptSize]) -> tuple[Any, TrainState]:
     """Compiles every program that the stage's batches will need; returns the reference policy and the start state.
 
-    The order of the data is known, so the shapes are: prompts are measured (no pixel is decoded), batched, bucketed.
+    The order of the data is known, so the shapes are: `sizes` are those of all its prompts, in order.
     """
     config, known = run.config, run.processor
     grpo = stage.objective == "grpo"
-    sizes = measure(run, stage, order)
     updates = config.objective.updates_per_batch if grpo else 1
     size = stage.prompts // updates
-    buckets = config.prompt.token_buckets, config.prompt.patch_buckets
-    shapes = sorted({batch_shape(sizes[at : at + size], *buckets) for at in range(0, len(sizes), size)})
+    images = any(prompt.images for prompt in sizes)
+    shapes = sorted({run.buckets.shape(sizes[at : at + size], images) for at in range(0, len(sizes), size)})
     rows = size * (config.rollout.group if grpo else 1)
     needs_reference = grpo and config.objective.kl_coefficient != 0
     # Updates donate what they are given, so the stage's start is copied.
@@ -196,13 +200,13 @@ def warm_up(run: Run, stage: Stage, learner: Learner, order: Any) -> tuple[Any, 
     with run.display.progress(f"compiling ({stage.name})", len(shapes) * len(config.rollout.response_buckets)) as done:
         if grpo:
             # As the steps will ask: the engine's batches never reach from one step into the next.
-            for at in range(0, len(sizes), stage.prompts):
-                run.engine.warm_up(sizes[at : at + stage.prompts], run.sampling, config.rollout.group)
+            calls = [sizes[at : at + stage.prompts] for at in range(0, len(sizes), stage.prompts)]
+            run.engine.warm_up(calls, run.sampling, config.rollout.group)
             run.advantages(np.zeros((stage.prompts, config.rollout.group), np.float32))
-        for T, P in shapes:
+        for shape in shapes:
             for length in config.rollout.response_buckets:
                 blank = UpdateBatch(
-                    blank_batch(size, T, P, known.config, known.pad_token),
+                    run.buckets.blank(shape, known.config, known.pad_token),
                     np.zeros((rows, length), np.int32),
                     np.ones(rows, np.int32),
                 )
@@ -222,10 +226,10 @@ def warm_up(run: Run, stage: Stage, learner: Learner, order: Any) -> tuple[Any, 
     return reference, state
 
 
-def measure(run: Run, stage: Stage, order: Any) -> list[tuple[int, int]]:
-    """(tokens, patches) of the prompts that the stage's steps will see, in order, unusable ones left out."""
-    known: dict[Problem, tuple[int, int] | None] = {}
-    sizes: list[tuple[int, int]] = []
+def measure(run: Run, stage: Stage, order: Any) -> list[PromptSize]:
+    """Sizes of the prompts that the stage's steps will see, in order, unusable ones left out; no pixel is decoded."""
+    known: dict[Problem, PromptSize | None] = {}
+    sizes: list[PromptSize] = []
     problems = len(run.problems(stage.data, "train"))
     at = 0
     while len(sizes) < stage.steps * stage.prompts:
@@ -314,18 +318,16 @@ def grade(run: Run, examples: Sequence[Example], groups: Sequence[Sequence[Sampl
     return Rollout(examples, groups, responses, scores, rewards, np.asarray(run.advantages(rewards)))
 
 
-def make_batches(run: Run, examples: Sequence[Example], rollout: Rollout | None, updates: int) -> list[UpdateBatch]:
-    """The step's mini-batches: whole groups, in order, `updates` equal parts."""
+def make_batches(
+    run: Run, examples: Sequence[Example], rollout: Rollout | None, updates: int, images: bool
+) -> list[UpdateBatch]:
+    """The step's mini-batches: whole groups, in order, `updates` equal parts. `images`: the stage has any."""
     config, known = run.config, run.processor
     size, batches = len(examples) // updates, []
     for at in range(0, len(examples), size):
         part = slice(at, at + size)
-        prompts = collate(
-            [example.prompt for example in examples[part]],
-            config.prompt.token_buckets,
-            config.prompt.patch_buckets,
-            known.config,
-            known.pad_token,
+        prompts = run.buckets.collate(
+            [example.prompt for example in examples[part]], known.config, known.pad_token, images
         )
         if rollout is None:
             tokens, extra = [example.target for example in examples[part]], {}
@@ -337,7 +339,7 @@ def make_batches(run: Run, examples: Sequence[Example], rollout: Rollout | None,
                 "sampler_logprobs": [sample.logprobs for sample in samples],
             }
         batch = pack(prompts, tokens, config.rollout.response_buckets, known.pad_token, **extra)
-        batches.append(jax.device_put(batch))  # once for the reference, old and update passes
+        batches.append(batch)
     return batches
 
 

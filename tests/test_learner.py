@@ -15,7 +15,7 @@ from capcur_jax import metrics, presets
 from capcur_jax.data.packing import pack
 from capcur_jax.errors import InputError
 from capcur_jax.learner import Learner, frozen_labels
-from capcur_jax.models.inputs import collate
+from capcur_jax.models.batching import Buckets
 from tests.conftest import random_image
 
 G, T, TEMPERATURE = 3, 8, 0.7
@@ -96,7 +96,9 @@ def imitator(config, parts, processor):
 @pytest.fixture(scope="module")
 def plain(prompts, tokens, processor):
     """The batch of a first update without a reference policy."""
-    packed = pack(collate(prompts, (48, 64), (64, 96), processor.config, 0), tokens, (T, 16), processor.pad_token)
+    packed = pack(
+        Buckets((48, 64), 96, (1.0,)).collate(prompts, processor.config, 0), tokens, (T, 16), processor.pad_token
+    )
     return dataclasses.replace(packed, advantages=ADVANTAGES, sampler_logprobs=np.zeros((6, T), np.float32))
 
 
@@ -146,7 +148,7 @@ def full_sequences(parts, prompts, tokens, processor, quick_jit):
         )
         where[r, :length] = len(prompt) - 1 + np.arange(length)
         place[r, :length] = np.searchsorted(allowed, response)
-    sequences = collate(rows, (80,), (96,), processor.config, processor.pad_token)
+    sequences = Buckets((80,), 96, (1.0,)).collate(rows, processor.config, processor.pad_token)
 
     @quick_jit
     def run(parameters, temperature, weights):

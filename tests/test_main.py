@@ -27,7 +27,7 @@ SMALL = {
     "prompt.max_tokens": 128,
     "prompt.max_pixels": 1024,
     "prompt.token_buckets": (128,),
-    "prompt.patch_buckets": (64,),
+    "prompt.patch_row": 64,
     "rollout.max_new_tokens": 8,
     "rollout.response_buckets": (8,),
     "rollout.group": 3,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from capcur_jax.models.inputs import smallest_bucket
+from capcur_jax.models.batching import smallest_bucket
 from capcur_jax.models.qwen_vl import PromptBatch
 
 

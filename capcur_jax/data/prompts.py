@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.errors import InputError
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadImage, BadInput, Processor, Prompt
 
 # The paper's instruction in our words; the reward looks for exactly this form (section 3).
@@ -74,21 +75,22 @@ class PromptBuilder:
         self._measure(text, problem.images)  # first: nothing is decoded for a prompt that is left out
         return self.processor.prepare(text, [load_image(path) for path in problem.images])
 
-    def measure(self, problem: Problem) -> tuple[int, int]:
-        """(tokens, patches) of the prompt, without decoding a pixel. Raises BadInput as `build` does, but for images
-        whose header alone is sound."""
+    def measure(self, problem: Problem) -> PromptSize:
+        """Tokens of the prompt and patches of each image; no pixel is decoded. Raises BadInput as `build` does, but for
+        images whose header alone is sound."""
         return self._measure(self.render(problem), problem.images)
 
-    def _measure(self, text: str, images: Sequence[str]) -> tuple[int, int]:
-        merged, patches = self.processor.config.vision.merge_size**2, 0
+    def _measure(self, text: str, images: Sequence[str]) -> PromptSize:
+        merged, patches = self.processor.config.vision.merge_size**2, []
         tokens = len(self.processor.tokenize(text, len(images)))
         for path in images:
             # Inside: an image too narrow for the model is a bad image as well.
             with opened_image(path) as image:
                 count = self.processor.images.get_number_of_image_patches(*upright_size(image))
-            patches, tokens = patches + count, tokens + count // merged - 1
-        self._check(tokens, patches)
-        return tokens, patches
+            patches.append(count)
+            tokens += count // merged - 1
+        self._check(tokens, max(patches, default=0))
+        return PromptSize(tokens, tuple(patches))
 
     def _check(self, tokens: int, patches: int) -> None:
         if tokens > self._max_tokens:
@@ -98,8 +100,8 @@ class PromptBuilder:
             )
         if patches > self._max_patches:
             raise BadInput(
-                f"the images have {patches} patches, config.prompt.patch_buckets end at {self._max_patches}: "
-                "declare a larger bucket or lower config.prompt.max_pixels"
+                f"an image has {patches} patches, config.prompt.patch_row = {self._max_patches}: "
+                "raise it or lower config.prompt.max_pixels"
             )
 
     def try_build(self, problem: Problem) -> Prompt | None:

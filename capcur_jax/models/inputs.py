@@ -15,8 +15,6 @@ from PIL import Image
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models.config import ModelConfig, VisionConfig
-from capcur_jax.models.qwen_vl import PromptBatch
-from capcur_jax.models.vision import VisionBatch
 
 # Tokens of Qwen's vocabulary that a sampler must never produce: they crash the next forward pass (EasyR1 #110).
 VISION_PLACEHOLDERS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -122,14 +120,6 @@ def window_order(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.n
     return order, window[order]
 
 
-def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
-    """The smallest declared bucket that holds `needed`. Raises ValueError naming the config key."""
-    fitting = [bucket for bucket in buckets if bucket >= needed]
-    if not fitting:
-        raise ValueError(f"{key} = {tuple(buckets)} has no bucket for {needed}; declare a larger one")
-    return min(fitting)
-
-
 class Processor:
     """A checkpoint's tokenizer, chat template and image processor (transformers' own, the PIL one)."""
 
@@ -219,80 +209,3 @@ class Processor:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of response tokens, end tokens and other special tokens left out."""
         return self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
-
-
-def batch_shape(
-    sizes: Sequence[tuple[int, int]], token_buckets: Sequence[int], patch_buckets: Sequence[int]
-) -> tuple[int, int]:
-    """(T, P) of the batch that prompts of these (token, patch) counts make: the smallest declared buckets that hold
-    the longest. P = 0: no image, no vision arrays. Raises ValueError naming the config key."""
-    tokens, patches = max(t for t, _ in sizes), max(p for _, p in sizes)
-    T = smallest_bucket(token_buckets, tokens, "config.prompt.token_buckets")
-    return T, smallest_bucket(patch_buckets, patches, "config.prompt.patch_buckets") if patches else 0
-
-
-def blank_batch(B: int, T: int, P: int, config: ModelConfig, pad: int) -> PromptBatch:
-    """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
-    vision = None
-    if P:
-        vision = VisionBatch(
-            patches=np.zeros((B, P, config.vision.patch_values), np.float32),
-            table_index=np.zeros((B, P, 4), np.int32) if config.vision.table_size else None,
-            table_weight=np.zeros((B, P, 4), np.float32) if config.vision.table_size else None,
-            coordinates=np.zeros((B, P, 2), np.int32),
-            segments=np.zeros((B, P), np.int32),
-            windows=np.zeros((B, P), np.int32) if config.vision.window else None,
-        )
-    return PromptBatch(
-        tokens=np.full((B, T), pad, np.int32),
-        lengths=np.ones(B, np.int32),
-        positions=np.zeros((3, B, T), np.int32),
-        next_position=np.ones(B, np.int32),
-        visual_index=np.full((B, T), -1, np.int32),
-        vision=vision,
-    )
-
-
-def collate(
-    prompts: Sequence[Prompt], token_buckets: Sequence[int], patch_buckets: Sequence[int], config: ModelConfig, pad: int
-) -> PromptBatch:
-    """B prompts as numpy arrays of declared shape: tokens padded on the right, each prompt's images in a patch row.
-
-    Images lie with their prompt, so that a batch split over devices needs no exchange of features.
-    """
-    T, P = batch_shape([(len(p), len(p.patches)) for p in prompts], token_buckets, patch_buckets)
-    batch = blank_batch(len(prompts), T, P, config, pad)
-    for row, prompt in enumerate(prompts):
-        length = len(prompt)
-        batch.tokens[row, :length] = prompt.tokens
-        batch.positions[:, row, :length] = prompt.positions
-        batch.lengths[row], batch.next_position[row] = length, prompt.next_position
-        if batch.vision is not None:
-            places = _place(batch.vision, row, prompt, config.vision) + row * (P // config.vision.merge_size**2)
-            shown = prompt.visual_index >= 0
-            batch.visual_index[row, :length][shown] = places[prompt.visual_index[shown]]
-    return batch
-
-
-def _place(vision: VisionBatch, row: int, prompt: Prompt, config: VisionConfig) -> np.ndarray:
-    """Writes a prompt's images into a patch row, in window order; returns where in the row each merged feature lies.
-
-    Each frame of each image is an attention segment of its own, and so is each of its windows.
-    """
-    merged = config.merge_size**2
-    places, at, segment, window = [np.zeros(0, np.int64)], 0, 1, 1
-    for grid in prompt.grids:
-        order, windows = window_order(grid, config)
-        places.append(np.argsort(order) + at // merged)
-        patches = (order[:, None] * merged + np.arange(merged)).reshape(-1)
-        here = slice(at, at + len(patches))
-        vision.patches[row, here] = prompt.patches[here][patches]
-        vision.coordinates[row, here] = coordinates(grid, config)[patches]
-        vision.segments[row, here] = segment + np.repeat(np.arange(grid[0]), grid[1] * grid[2])
-        if config.table_size:
-            index, weight = table_taps(grid, config)
-            vision.table_index[row, here], vision.table_weight[row, here] = index[patches], weight[patches]
-        if config.window:
-            vision.windows[row, here] = window + np.repeat(windows, merged)
-        at, segment, window = here.stop, segment + grid[0], window + int(windows[-1]) + 1
-    return np.concatenate(places)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Prompt
 
 
@@ -42,8 +43,8 @@ class Engine(Protocol):
     def update_weights(self, parameters: Any, version: int) -> None:
         """The next `generate` uses these parameters."""
 
-    def warm_up(self, sizes: Sequence[tuple[int, int]], sampling: Sampling, n: int) -> None:
-        """Does now what would make the first `generate` of prompts of these (token, patch) counts slow."""
+    def warm_up(self, calls: Sequence[Sequence[PromptSize]], sampling: Sampling, n: int) -> None:
+        """Does now what would make `generate` slow when it is first called with prompts of these sizes."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int) -> list[list[Sample]]:
         """`n` samples for each prompt, in the prompts' order."""

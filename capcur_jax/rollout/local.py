@@ -7,14 +7,15 @@ ended. Shapes come from declared buckets, so a warmed-up engine never compiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from capcur_jax.models.inputs import Processor, Prompt, batch_shape, blank_batch, collate
+from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.models.text import KeysValues
@@ -107,7 +108,7 @@ class LocalEngine:
         model: gives the architecture and the first parameters.
         processor: gives end, banned and pad tokens.
         max_rows: responses decoded together; a batch holds max_rows // n prompts.
-        token_buckets, patch_buckets: the declared shapes of a batch of prompts.
+        buckets: the declared shapes of a batch of prompts.
     """
 
     def __init__(
@@ -116,13 +117,13 @@ class LocalEngine:
         processor: Processor,
         *,
         max_rows: int,
-        token_buckets: Sequence[int],
-        patch_buckets: Sequence[int],
+        buckets: Buckets,
     ):
         self._graph, self._parameters = nnx.split(model)
         self._processor, self._version, self._max_rows = processor, 0, max_rows
-        self._buckets = tuple(token_buckets), tuple(patch_buckets)
+        self._buckets = buckets
         self._programs: dict[tuple[int, Sampling], Programs] = {}
+        self._images: dict[tuple[int, Sampling], bool] = {}  # whether images may come, as the last warm-up said
 
     def update_weights(self, parameters: nnx.State, version: int) -> None:
         """See engine.Engine; nothing is copied."""
@@ -144,21 +145,31 @@ class LocalEngine:
             self._programs[n, sampling] = Programs(run)
         return self._programs[n, sampling]
 
-    def warm_up(self, sizes: Sequence[tuple[int, int]], sampling: Sampling, n: int) -> None:
-        """Compiles for prompts of these (token, patch) counts, batched in this order."""
+    def warm_up(self, calls: Sequence[Sequence[PromptSize]], sampling: Sampling, n: int) -> None:
+        """See engine.Engine. Compiles; where one call has images, calls without any will take the same programs."""
         size, known = self.batch_prompts(n), self._processor
-        for T, P in {batch_shape(sizes[at : at + size], *self._buckets) for at in range(0, len(sizes), size)}:
-            blank = blank_batch(size, T, P, known.config, known.pad_token)
+        images = self._images[n, sampling] = any(prompt.images for call in calls for prompt in call)
+        for shape in {
+            self._buckets.shape(self._filled(call[at : at + size], size), images)
+            for call in calls
+            for at in range(0, len(call), size)
+        }:
+            blank = self._buckets.blank(shape, known.config, known.pad_token)
             self._program(n, sampling).compile(self._parameters, blank, np.uint32(0))
 
+    @staticmethod
+    def _filled(part: Sequence[Any], size: int) -> list[Any]:
+        """A short last batch repeats its last prompt."""
+        return [*part, *[part[-1]] * (size - len(part))]
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, seed: int = 0) -> list[list[Sample]]:
-        """See engine.Engine. A short last batch repeats its last prompt."""
+        """See engine.Engine."""
         groups: list[list[Sample]] = []
         size, known = self.batch_prompts(n), self._processor
+        images = self._images.get((n, sampling)) or any(prompt.grids for prompt in prompts)
         for number, at in enumerate(range(0, len(prompts), size)):
             part = list(prompts[at : at + size])
-            full = part + [part[-1]] * (size - len(part))
-            batch = collate(full, *self._buckets, known.config, known.pad_token)
+            batch = self._buckets.collate(self._filled(part, size), known.config, known.pad_token, images)
             # One integer seeds a whole batch; each batch of the call draws its own stream.
             stream = np.uint32((seed + 7919 * number) % 2**32)
             drawn = self._program(n, sampling)(self._parameters, batch, stream)

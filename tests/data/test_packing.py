@@ -4,34 +4,14 @@ import numpy as np
 import pytest
 
 from capcur_jax.data.packing import pack, pack_rows
-from capcur_jax.models.inputs import batch_shape, blank_batch, smallest_bucket
+from capcur_jax.models.batching import BatchShape, Buckets
 
 ROWS = [np.arange(3) + 10, np.arange(5) + 20, np.arange(1) + 30, np.arange(2) + 40]
 
 
 @pytest.fixture(scope="module")
 def prompts(processor):
-    return blank_batch(2, 16, 0, processor.config, processor.pad_token)
-
-
-@pytest.mark.parametrize(("needed", "bucket"), [(0, 24), (1, 24), (24, 24), (25, 32), (33, 48), (48, 48)])
-def test_the_smallest_bucket_that_fits_in_whatever_order(needed, bucket):
-    assert smallest_bucket((24, 32, 48), needed, "key") == smallest_bucket((48, 24, 32), needed, "key") == bucket
-
-
-def test_no_bucket_is_an_error_that_names_the_key_and_the_need():
-    with pytest.raises(ValueError, match=r"config\.x\.buckets = \(24, 48\) has no bucket for 49; declare a larger"):
-        smallest_bucket((24, 48), 49, "config.x.buckets")
-
-
-def test_the_shape_of_a_batch_is_that_of_its_longest_prompt():
-    assert batch_shape([(10, 0), (20, 12), (15, 40)], (16, 32), (16, 64)) == (32, 64)
-    assert batch_shape([(10, 12)], (16, 32), (16, 64)) == (16, 16)
-    assert batch_shape([(10, 0), (16, 0)], (16, 32), (16, 64)) == (16, 0)  # no image: no vision arrays
-    with pytest.raises(ValueError, match=r"config\.prompt\.token_buckets .* 33"):
-        batch_shape([(33, 0)], (16, 32), (16,))
-    with pytest.raises(ValueError, match=r"config\.prompt\.patch_buckets .* 17"):
-        batch_shape([(3, 17)], (16, 32), (16,))
+    return Buckets((16,), 4, ()).blank(BatchShape(2, 16, 0), processor.config, processor.pad_token)
 
 
 def test_rows_are_padded_on_the_right():

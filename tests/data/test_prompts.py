@@ -7,6 +7,7 @@ from PIL import ExifTags, Image
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder, explain_skipped, load_image, target_tokens
 from capcur_jax.errors import InputError
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadImage, BadInput
 from tests.conftest import random_image
 
@@ -108,12 +109,13 @@ def test_measuring_gives_the_size_of_what_is_built(builder, tmp_path, size):
         random_image(*size).convert(mode).save(tmp_path / name)
         problem = Problem("1", "<image> and <image>?", "x", (str(tmp_path / name),) * 2)
         prompt = builder.build(problem)
-        assert builder.measure(problem) == (len(prompt), len(prompt.patches)), name
+        assert builder.measure(problem) == PromptSize.of(prompt), name
+        assert sum(builder.measure(problem).images) == len(prompt.patches) > 0
 
 
 def test_measuring_text_alone(builder):
     problem = Problem("1", "What is 3 x 4?", "12")
-    assert builder.measure(problem) == (len(builder.build(problem)), 0)
+    assert builder.measure(problem) == PromptSize(len(builder.build(problem)), ())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -130,7 +132,7 @@ def test_a_photo_is_seen_upright(builder, tmp_path, orientation):
     np.testing.assert_array_equal(load_image(str(tmp_path / "photo.png")), upright)
     problem = Problem("1", "x", "y", (str(tmp_path / "photo.png"),))
     prompt = builder.build(problem)
-    assert builder.measure(problem) == (len(prompt), len(prompt.patches))
+    assert builder.measure(problem) == PromptSize(len(prompt), (len(prompt.patches),))
     assert prompt.grids[0][1] > prompt.grids[0][2]  # taller than wide
 
 
@@ -157,12 +159,12 @@ def test_a_bad_image_is_named_with_the_remedy(builder, images, kind):
 
 def test_an_overlong_prompt_is_left_out_whole(processor, images):
     problem = Problem("1", "How many?", "3", (images["good"],))
-    tokens, patches = make_builder(processor).measure(problem)
+    tokens, (patches,) = make_builder(processor).measure(problem)
     exact = make_builder(processor, max_tokens=tokens, max_patches=patches)
     assert len(exact.build(problem)) == tokens
     for limits, message in (
         ((tokens - 1, patches), rf"has {tokens} tokens, config\.prompt\.max_tokens = {tokens - 1}: raise the limit"),
-        ((tokens, patches - 1), rf"have {patches} patches, config\.prompt\.patch_buckets end at {patches - 1}: "),
+        ((tokens, patches - 1), rf"an image has {patches} patches, config\.prompt\.patch_row = {patches - 1}: "),
     ):
         strict = PromptBuilder(processor, "suffix", *limits)
         for method in (strict.build, strict.measure):

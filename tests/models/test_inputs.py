@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from capcur_jax.errors import InputError
 from capcur_jax.models import inputs
-from capcur_jax.models.inputs import BadInput, Processor, batch_shape, blank_batch, collate, smallest_bucket
+from capcur_jax.models.inputs import BadInput, Processor
 
 SIZES = [(37, 50), (64, 20), (16, 16), (9, 130), (200, 151)]  # the last is above the checkpoint's max_pixels
 
@@ -102,47 +102,6 @@ def test_positions_of_the_published_table_equal_transformers(processor):
         )
         np.testing.assert_array_equal(index, their_index.numpy())
         np.testing.assert_allclose(weight, their_weight.numpy(), atol=1e-6)
-
-
-def test_a_batch_holds_every_prompt_and_blank_padding(processor, pictures):
-    prompts = [
-        processor.prepare(processor.render([None, "or", None]), pictures[:2]),
-        processor.prepare(processor.render(["What is 3 x 4?"])),
-        processor.prepare(processor.render(["boxed{}", None]), pictures[2:3]),
-    ]
-    batch = collate(prompts, [512, 128], [256, 1024], processor.config, processor.pad_token)
-    assert batch.tokens.shape == (3, 128)
-    assert batch.vision.patches.shape[:2] == (3, 256)
-    blank = blank_batch(3, 128, 256, processor.config, processor.pad_token)
-    for row, prompt in enumerate(prompts):
-        length, patches = len(prompt), len(prompt.patches)
-        assert batch.lengths[row] == length
-        np.testing.assert_array_equal(batch.tokens[row, :length], prompt.tokens)
-        assert (batch.tokens[row, length:] == processor.pad_token).all()
-        np.testing.assert_array_equal(batch.vision.patches[row, :patches], prompt.patches)
-        # Feature f of a row is at row x P / 4 + f of the flat features.
-        shown = batch.visual_index[row][batch.visual_index[row] >= 0]
-        np.testing.assert_array_equal(shown, row * 64 + np.arange(patches // 4))
-        assert ((batch.visual_index[row, :length] >= 0) == (prompt.tokens == processor.config.image_token)).all()
-        expected = np.repeat(np.arange(len(prompt.grids)) + 1, [rows * columns for _, rows, columns in prompt.grids])
-        np.testing.assert_array_equal(batch.vision.segments[row, :patches], expected)
-        for name in ("patches", "table_weight", "segments"):
-            padding = getattr(batch.vision, name)[row, patches:]
-            np.testing.assert_array_equal(padding, getattr(blank.vision, name)[row, patches:])
-    text_only = collate(prompts[1:2], [128], [256], processor.config, processor.pad_token)
-    assert text_only.vision is None
-
-
-def test_buckets_name_their_config_key():
-    assert smallest_bucket([256, 64, 128], 65, "config.some.key") == 128
-    assert batch_shape([(10, 0), (64, 0)], [64], []) == (64, 0)
-    assert batch_shape([(10, 96), (64, 0)], [64, 128], [64, 128]) == (64, 128)
-    with pytest.raises(ValueError, match=r"config\.some\.key = \(64, 128\) has no bucket for 129; declare a larger"):
-        smallest_bucket([64, 128], 129, "config.some.key")
-    with pytest.raises(ValueError, match=r"config\.prompt\.token_buckets = \(64,\) has no bucket for 65"):
-        batch_shape([(65, 0)], [64], [64])
-    with pytest.raises(ValueError, match=r"config\.prompt\.patch_buckets = \(64,\) has no bucket for 96"):
-        batch_shape([(10, 96)], [64], [64])
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

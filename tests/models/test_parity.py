@@ -13,12 +13,14 @@ import torch
 from flax import nnx
 
 from capcur_jax.models import huggingface
-from capcur_jax.models.inputs import Processor, Prompt, collate, mrope_positions
+from capcur_jax.models.batching import Buckets
+from capcur_jax.models.inputs import Processor, Prompt, mrope_positions
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
 
-ROWS, TOKENS, PATCHES = 4, 96, 192
+ROWS = 4
+BUCKETS = Buckets((96,), patch_row=192, patch_rows=(1.0,))
 
 
 class Pair(NamedTuple):
@@ -83,7 +85,7 @@ def padded(prompts: list[Prompt], processor: Processor):
         grids=(),
     )
     rows = ROWS if any(prompt.grids for prompt in prompts) else 2
-    return collate(prompts + [blank] * (rows - len(prompts)), [TOKENS], [PATCHES], config, pad)
+    return BUCKETS.collate(prompts + [blank] * (rows - len(prompts)), config, pad)
 
 
 def published_name(name: str, pair: Pair) -> str:
@@ -141,7 +143,8 @@ def test_positions_equal_transformers(pair, make_image, transformers_inputs, siz
     theirs, deltas = pair.theirs.model.get_rope_index(
         inputs["input_ids"], kinds, inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"]
     )
-    batch = collate(prompts, [512], [2048], pair.processor.config, pair.processor.pad_token)
+    buckets = Buckets((512,), 2048, (1.0,))
+    batch = buckets.collate(prompts, pair.processor.config, pair.processor.pad_token)
     for row, prompt in enumerate(prompts):
         np.testing.assert_array_equal(batch.positions[:, row, : len(prompt)], theirs[:, row, : len(prompt)].numpy())
         assert batch.next_position[row] == deltas[row].item() + len(prompt)
@@ -185,7 +188,7 @@ def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_
     known.end_tokens += (late[0],)
     tokens, logprobs = reference()
 
-    engine = LocalEngine(pair.ours, known, max_rows=n * len(prompts), token_buckets=[TOKENS], patch_buckets=[PATCHES])
+    engine = LocalEngine(pair.ours, known, max_rows=n * len(prompts), buckets=BUCKETS)
     groups = engine.generate(prompts, Sampling(length, temperature=0.0), n=n)
     for row, samples in enumerate(groups):
         ends = np.flatnonzero(np.isin(tokens[row], known.end_tokens))

@@ -16,7 +16,8 @@ from flax import nnx
 
 from capcur_jax.errors import InputError
 from capcur_jax.models import huggingface, layers
-from capcur_jax.models.inputs import Processor, Prompt, collate
+from capcur_jax.models.batching import Buckets
+from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import token_logprobs
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.models.rope import text_angles, vision_angles
@@ -37,7 +38,8 @@ class Scene(NamedTuple):
         return [self.processor.prepare(text, of) for text, of in zip(made, images or self.images, strict=True)]
 
     def collate(self, prompts: list[Prompt], tokens: int = TOKENS, patches: int = PATCHES) -> PromptBatch:
-        return collate(prompts, [tokens], [patches], self.processor.config, self.processor.pad_token)
+        buckets = Buckets((tokens,), patches, (1.0,))
+        return buckets.collate(prompts, self.processor.config, self.processor.pad_token)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
@@ -183,7 +185,7 @@ def test_images_do_not_see_each_other_in_the_vision_tower(batch, model, quick_ji
 @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 @pytest.mark.parametrize("blocks", ["windows", "whole images"])
 def test_windowed_blocks_see_their_window_and_full_blocks_their_image(batch, model, quick_jit, blocks):
-    """The tower with blocks of one kind only; windows are cut into blocks of patches, or masked where a row is short."""
+    """The tower with blocks of one kind; windows are cut into blocks of patches, or masked where a row is short."""
     config = dataclasses.replace(
         model.config.vision, full_blocks=() if blocks == "windows" else tuple(range(model.config.vision.depth))
     )

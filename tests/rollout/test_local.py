@@ -11,14 +11,14 @@ from flax import nnx
 from capcur_jax import metrics, presets
 from capcur_jax.data.packing import pack
 from capcur_jax.learner import Learner
-from capcur_jax.models.inputs import collate
+from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.rollout import local
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
 from tests.conftest import random_image
 
 ROWS, G, T = 12, 3, 10
-BUCKETS = (40, 64), (96,)
+BUCKETS = Buckets((40, 64), patch_row=96, patch_rows=(1.0,))
 WARM, COOL, GREEDY = Sampling(T), Sampling(T, temperature=0.7), Sampling(T, temperature=0.0)
 # ---------------------------------------------------------------------- choosing a token
 
@@ -142,7 +142,7 @@ def parameters(model):
 
 @pytest.fixture(scope="module")
 def shared(model, processor):
-    return LocalEngine(model, processor, max_rows=ROWS, token_buckets=BUCKETS[0], patch_buckets=BUCKETS[1])
+    return LocalEngine(model, processor, max_rows=ROWS, buckets=BUCKETS)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_log_probs_equal_the_trainer_s(engine, sampling, prompts, parameters, gr
     groups = engine.generate(prompts[:4], sampling, G, seed=3)
     samples = [sample for group in groups for sample in group]
     batch = pack(
-        collate(prompts[:4], *BUCKETS, processor.config, processor.pad_token),
+        BUCKETS.collate(prompts[:4], processor.config, processor.pad_token),
         [sample.tokens for sample in samples],
         (T,),
         processor.pad_token,
@@ -213,7 +213,7 @@ def biased(parameters, processor):
 
 
 def test_banned_tokens_are_never_sampled_though_likeliest(engine, biased, graph, prompts, processor):
-    batch = collate(prompts[:4], *BUCKETS, processor.config, processor.pad_token)
+    batch = BUCKETS.collate(prompts[:4], processor.config, processor.pad_token)
     model = nnx.merge(graph, biased)
     logits = jax.jit(lambda b: model.logits(model.prefill(b)[0][jnp.arange(4), b.lengths - 1]))(batch)
     banned = list(processor.banned_tokens)
@@ -270,7 +270,7 @@ def test_a_greedy_answer_does_not_depend_on_its_company(engine, prompts):
 
 def test_a_greedy_answer_does_not_depend_on_the_padding(engine, prompts, processor):
     long = processor.prepare(processor.render([None, "What shape is in the image? " * 5]), [random_image(20, 20)])
-    assert max(map(len, prompts)) <= BUCKETS[0][0] < len(long)
+    assert max(map(len, prompts)) <= BUCKETS.tokens[0] < len(long)
     narrow, wide = (engine.generate([*prompts[:2], other], GREEDY, G) for other in (prompts[2], long))
     for a, b in zip(narrow[:2], wide[:2], strict=True):
         assert np.array_equal(a[0].tokens, b[0].tokens)
@@ -300,12 +300,12 @@ def test_new_weights_are_used_and_their_version_is_on_every_sample(engine, param
 
 def test_a_warmed_up_engine_does_not_compile(engine, prompts):
     short = dataclasses.replace(WARM, max_new_tokens=3)
-    sizes = [(len(prompt), len(prompt.patches)) for prompt in prompts]
+    sizes = [PromptSize.of(prompt) for prompt in prompts]
     with metrics.CompilationCounter() as counter:
-        engine.warm_up(sizes, short, G)
+        engine.warm_up([sizes], short, G)
         assert counter.count == 1  # both batches of four have the same shape
         groups = engine.generate(prompts, short, G, seed=1)
-        engine.warm_up(sizes, short, G)
+        engine.warm_up([sizes], short, G)
         assert counter.count == 1
     assert max(len(sample.tokens) for group in groups for sample in group) == 3
 

@@ -1,0 +1,183 @@
+"""Prompts -> arrays of declared shape: tokens in rows of a prompt each, the patches of all images packed together.
+
+Shapes are declared, so that a run compiles a handful of programs: a batch takes the smallest one that holds it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from capcur_jax.models.config import ModelConfig, VisionConfig
+from capcur_jax.models.inputs import Prompt, coordinates, table_taps, window_order
+from capcur_jax.models.qwen_vl import PromptBatch
+from capcur_jax.models.vision import VisionBatch
+
+
+class PromptSize(NamedTuple):
+    """What of a prompt decides the shape of its batch."""
+
+    tokens: int
+    images: tuple[int, ...] = ()  # patches of each
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> PromptSize:
+        return cls(len(prompt), tuple(math.prod(grid) for grid in prompt.grids))
+
+
+class BatchShape(NamedTuple):
+    """B prompts of T tokens; R rows of patches, 0: no vision arrays."""
+
+    prompts: int
+    tokens: int
+    patch_rows: int
+
+
+def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
+    """The smallest declared bucket that holds `needed`. Raises ValueError naming the config key."""
+    fitting = [bucket for bucket in buckets if bucket >= needed]
+    if not fitting:
+        raise ValueError(f"{key} = {tuple(buckets)} has no bucket for {needed}; declare a larger one")
+    return min(fitting)
+
+
+def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """(row, offset) of each image in rows of `length` patches.
+
+    The largest comes first, each goes to the fullest row that holds it. Raises ValueError for one longer than a row.
+    """
+    free: list[int] = []
+    places = [(0, 0)] * len(sizes)
+    for image in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        size = sizes[image]
+        if size > length:
+            raise ValueError(f"config.prompt.patch_row = {length} does not hold an image of {size} patches; raise it")
+        fitting = [row for row, left in enumerate(free) if left >= size]
+        row = min(fitting, key=free.__getitem__, default=len(free))
+        if row == len(free):
+            free.append(length)
+        places[image] = (row, length - free[row])
+        free[row] -= size
+    return places
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The declared shapes of a batch of prompts (`config.prompt`).
+
+    `tokens`: lengths of prompt rows. `patch_row`: patches in a row of the vision tower, at least the largest image's.
+    `patch_rows`: how many such rows a prompt of the batch gets on average, for example (0.25, 0.5, 1.0).
+    """
+
+    tokens: tuple[int, ...]
+    patch_row: int
+    patch_rows: tuple[float, ...]
+
+    def shape(self, sizes: Sequence[PromptSize], images: bool | None = None) -> BatchShape:
+        """The smallest declared shape that holds prompts of these sizes.
+
+        Args:
+          images: whether images may come in batches like this one; a batch without any then takes the same program.
+            None: whether this one has any.
+
+        Raises:
+          ValueError: no bucket is large enough; names the config key.
+        """
+        T = smallest_bucket(self.tokens, max(size.tokens for size in sizes), "config.prompt.token_buckets")
+        patches = [image for size in sizes for image in size.images]
+        if not (patches if images is None else images):
+            return BatchShape(len(sizes), T, 0)
+        needed = 1 + max((row for row, _ in assign_rows(patches, self.patch_row)), default=0)
+        rows = [math.ceil(share * len(sizes)) for share in self.patch_rows]
+        if needed > max(rows, default=0):
+            raise ValueError(
+                f"config.prompt.patch_rows = {self.patch_rows} gives {len(sizes)} prompts at most "
+                f"{max(rows, default=0)} rows of patches, their images need {needed}: "
+                "declare a larger number, or raise config.prompt.patch_row"
+            )
+        return BatchShape(len(sizes), T, min(row for row in rows if row >= needed))
+
+    def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
+        """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
+        (B, T, R), P, vision = shape, self.patch_row, None
+        if R:
+            vision = VisionBatch(
+                patches=np.zeros((R, P, config.vision.patch_values), np.float32),
+                table_index=np.zeros((R, P, 4), np.int32) if config.vision.table_size else None,
+                table_weight=np.zeros((R, P, 4), np.float32) if config.vision.table_size else None,
+                coordinates=np.zeros((R, P, 2), np.int32),
+                segments=np.zeros((R, P), np.int32),
+                windows=np.zeros((R, P), np.int32) if config.vision.window else None,
+            )
+        return PromptBatch(
+            tokens=np.full((B, T), pad, np.int32),
+            lengths=np.ones(B, np.int32),
+            positions=np.zeros((3, B, T), np.int32),
+            next_position=np.ones(B, np.int32),
+            visual_index=np.full((B, T), -1, np.int32),
+            vision=vision,
+        )
+
+    def collate(
+        self, prompts: Sequence[Prompt], config: ModelConfig, pad: int, images: bool | None = None
+    ) -> PromptBatch:
+        """B prompts as numpy arrays of declared shape, tokens padded on the right. `images`: see `shape`."""
+        sizes = [PromptSize.of(prompt) for prompt in prompts]
+        batch = self.blank(self.shape(sizes, images), config, pad)
+        places = iter(assign_rows([image for size in sizes for image in size.images], self.patch_row))
+        packer = _Packer(batch.vision, config.vision)
+        for row, prompt in enumerate(prompts):
+            length = len(prompt)
+            batch.tokens[row, :length] = prompt.tokens
+            batch.positions[:, row, :length] = prompt.positions
+            batch.lengths[row], batch.next_position[row] = length, prompt.next_position
+            if prompt.grids:
+                index = packer.place(prompt, [next(places) for _ in prompt.grids])
+                shown = prompt.visual_index >= 0
+                batch.visual_index[row, :length][shown] = index[prompt.visual_index[shown]]
+        return batch
+
+
+class _Packer:
+    """Writes images into the rows of a vision batch, in window order; each frame of each image is an attention segment
+    of its own, and so is each of its windows."""
+
+    def __init__(self, vision: VisionBatch | None, config: VisionConfig):
+        self._vision, self._config = vision, config
+        rows = 0 if vision is None else len(vision.segments)
+        self._segments, self._windows = np.zeros(rows, np.int32), np.zeros(rows, np.int32)  # used so far, by row
+
+    def place(self, prompt: Prompt, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Where among the flat merged features of the batch each of the prompt's lies."""
+        vision, config, merged = self._vision, self._config, self._config.merge_size**2
+        index, start = [], 0
+        for grid, (row, at) in zip(prompt.grids, places, strict=True):
+            order, windows = window_order(grid, config)
+            index.append(np.argsort(order) + (row * vision.segments.shape[1] + at) // merged)
+            patches = (order[:, None] * merged + np.arange(merged)).reshape(-1)
+            here = (row, slice(at, at + len(patches)))
+            vision.patches[here] = prompt.patches[start + patches]
+            vision.coordinates[here] = coordinates(grid, config)[patches]
+            vision.segments[here] = self._segments[row] + 1 + np.repeat(np.arange(grid[0]), grid[1] * grid[2])
+            if config.table_size:
+                taps, weights = table_taps(grid, config)
+                vision.table_index[here], vision.table_weight[here] = taps[patches], weights[patches]
+            if config.window:
+                vision.windows[here] = self._windows[row] + 1 + np.repeat(windows, merged)
+            self._segments[row] += grid[0]
+            self._windows[row] += windows[-1] + 1
+            start += len(patches)
+        return np.concatenate(index)
+
+
+def padding(batches: Sequence[PromptBatch]) -> dict[str, float]:
+    """Shares of token and patch slots of these batches that hold nothing."""
+    shares = {"token_padding": 1 - sum(b.lengths.sum() for b in batches) / sum(b.tokens.size for b in batches)}
+    shown = [batch.vision.segments for batch in batches if batch.vision is not None]
+    if shown:
+        shares["patch_padding"] = 1 - sum((s > 0).sum() for s in shown) / sum(s.size for s in shown)
+    return {name: float(share) for name, share in shares.items()}

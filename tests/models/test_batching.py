@@ -1,0 +1,130 @@
+"""Prompts packed into batches of declared shape: the smallest that holds them, every image whole and in its place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from capcur_jax.models import inputs
+from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, assign_rows, padding, smallest_bucket
+from capcur_jax.models.inputs import Processor
+
+
+@pytest.fixture(scope="module", params=["checkpoint", "windowed_checkpoint"])
+def processor(request):
+    return Processor.from_directory(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="module")
+def prompts(processor, make_image):
+    pictures = [make_image(*size, seed=i) for i, size in enumerate([(40, 56), (24, 16), (64, 48)])]
+    return [
+        processor.prepare(processor.render([None, "or", None]), pictures[:2]),
+        processor.prepare(processor.render(["What is 3 x 4?"])),
+        processor.prepare(processor.render(["boxed{}", None]), pictures[2:]),
+    ]
+
+
+@pytest.mark.parametrize(("needed", "bucket"), [(0, 24), (1, 24), (24, 24), (25, 32), (33, 48), (48, 48)])
+def test_the_smallest_bucket_that_fits_in_whatever_order(needed, bucket):
+    assert smallest_bucket((24, 32, 48), needed, "key") == smallest_bucket((48, 24, 32), needed, "key") == bucket
+
+
+def test_no_bucket_is_an_error_that_names_the_key_and_the_need():
+    with pytest.raises(ValueError, match=r"config\.x\.buckets = \(24, 48\) has no bucket for 49; declare a larger"):
+        smallest_bucket((24, 48), 49, "config.x.buckets")
+
+
+def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
+    assert assign_rows([10, 60, 36, 24, 4], 64) == [(1, 36), (0, 0), (1, 0), (2, 0), (0, 60)]
+    assert assign_rows([64, 64], 64) == [(0, 0), (1, 0)]
+    assert assign_rows([], 64) == []
+    with pytest.raises(ValueError, match=r"config\.prompt\.patch_row = 64 does not hold an image of 65 patches"):
+        assign_rows([65], 64)
+
+
+def test_rows_hold_what_they_can_and_no_two_images_share_a_slot():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        sizes = (4 * random.integers(1, 65, random.integers(1, 60))).tolist()
+        taken = np.zeros((len(sizes), 256), int)
+        for (row, at), size in zip(assign_rows(sizes, 256), sizes, strict=True):
+            taken[row, at : at + size] += 1
+            assert at % 4 == 0 and at + size <= 256
+        assert taken.max() == 1 and taken.sum() == sum(sizes)
+        rows = np.flatnonzero(taken.any(1))
+        assert rows.tolist() == list(range(len(rows)))
+        assert len(rows) < 1.25 * sum(sizes) / 256 + 2
+
+
+def test_the_shape_of_a_batch():
+    buckets = Buckets((16, 32), patch_row=64, patch_rows=(0.5, 1.0))
+    images = [PromptSize(10), PromptSize(20, (12,)), PromptSize(15, (40, 8)), PromptSize(1)]
+    assert buckets.shape(images) == BatchShape(4, 32, 2)
+    assert buckets.shape([PromptSize(9, (40, 40))] * 2 + [PromptSize(9)] * 2) == BatchShape(4, 16, 4)
+    assert buckets.shape([PromptSize(16)]) == BatchShape(1, 16, 0)  # no image: no vision arrays
+    # Where images may come, a batch without any takes the program of one with few.
+    assert buckets.shape([PromptSize(16)] * 4, images=True) == BatchShape(4, 16, 2)
+    with pytest.raises(ValueError, match=r"config\.prompt\.token_buckets .* 33"):
+        buckets.shape([PromptSize(33)])
+    with pytest.raises(ValueError, match=r"config\.prompt\.patch_row = 64 .* 68"):
+        buckets.shape([PromptSize(3, (68,))])
+    with pytest.raises(
+        ValueError, match=r"config\.prompt\.patch_rows = .* gives 1 prompts at most 1 .* need 2"
+    ):
+        buckets.shape([PromptSize(3, (40, 40))])
+
+
+def test_a_batch_holds_every_prompt_and_blank_padding(processor, prompts):
+    buckets, config = Buckets((128, 512), patch_row=256, patch_rows=(0.6, 1.0)), processor.config
+    batch = buckets.collate(prompts, config, processor.pad_token)
+    assert batch.tokens.shape == (3, 128)
+    assert batch.vision.patches.shape[:2] == (2, 256)
+    blank = buckets.blank(BatchShape(3, 128, 2), config, processor.pad_token)
+    flat, taken = batch.vision.patches.reshape(2 * 256, -1), np.zeros(2 * 256, int)
+    for row, prompt in enumerate(prompts):
+        length = len(prompt)
+        assert batch.lengths[row] == length
+        np.testing.assert_array_equal(batch.tokens[row, :length], prompt.tokens)
+        assert (batch.tokens[row, length:] == processor.pad_token).all()
+        shown = batch.visual_index[row] >= 0
+        assert (shown[:length] == (prompt.tokens == config.image_token)).all() and not shown[length:].any()
+        # An image token's feature is merged from the four patches that its place in the image says.
+        where = (batch.visual_index[row][shown][:, None] * 4 + np.arange(4)).reshape(-1)
+        np.testing.assert_array_equal(flat[where], prompt.patches)
+        expected = [inputs.coordinates(grid, config.vision) for grid in prompt.grids]
+        found = batch.vision.coordinates.reshape(-1, 2)[where]
+        np.testing.assert_array_equal(found, np.concatenate([np.zeros((0, 2), int), *expected]))
+        taken[where] += 1
+        # Each image is a segment of its own.
+        at = 0
+        for grid in prompt.grids:
+            own = where[at : at + np.prod(grid)]
+            segments = batch.vision.segments.reshape(-1)[own]
+            assert len(set(segments.tolist())) == 1 and segments[0] > 0
+            assert (batch.vision.segments[own[0] // 256] == segments[0]).sum() == len(own)
+            at += len(own)
+    nowhere = batch.vision.segments == 0
+    np.testing.assert_array_equal(taken.reshape(2, 256), ~nowhere)
+    for name in ("patches", "table_weight", "coordinates", "windows"):
+        if getattr(blank.vision, name) is not None:
+            np.testing.assert_array_equal(getattr(batch.vision, name)[nowhere], getattr(blank.vision, name)[nowhere])
+    assert buckets.collate(prompts[1:2], config, processor.pad_token).vision is None
+    shares = padding([batch, buckets.collate(prompts[1:2], config, processor.pad_token)])
+    tokens, patches = sum(map(len, prompts)) + len(prompts[1]), sum(len(prompt.patches) for prompt in prompts)
+    assert shares == pytest.approx({"token_padding": 1 - tokens / 512, "patch_padding": 1 - patches / 512})
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 6), (1, 8, 8), (1, 10, 14), (2, 6, 10), (1, 2, 18)])
+def test_window_order_equals_transformers(windowed_checkpoint, grid):
+    import torch
+    from transformers.vision_utils import get_vision_window_index
+
+    vision = inputs.config_lib.from_directory(windowed_checkpoint).vision
+    order, windows = inputs.window_order(grid, vision)
+    theirs, boundaries = get_vision_window_index(
+        torch.tensor([grid]), spatial_merge_size=2, window_size=16, patch_size=4
+    )
+    np.testing.assert_array_equal(order, theirs.numpy())
+    lengths = np.diff(boundaries.numpy()) // 4
+    np.testing.assert_array_equal(windows, np.repeat(np.arange(len(lengths)), lengths))
