@@ -36,7 +36,7 @@ def test_no_bucket_is_an_error_that_names_the_key_and_the_need():
 
 
 def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
-    assert assign_rows([10, 60, 36, 24, 4], 64) == [(1, 36), (0, 0), (1, 0), (2, 0), (0, 60)]
+    assert assign_rows([10, 60, 36, 24, 4], 64) == [(2, 0), (0, 0), (1, 0), (1, 36), (0, 60)]
     assert assign_rows([64, 64], 64) == [(0, 0), (1, 0)]
     assert assign_rows([], 64) == []
     with pytest.raises(ValueError, match=r"config\.prompt\.patch_row = 64 does not hold an image of 65 patches"):
