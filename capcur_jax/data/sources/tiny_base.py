@@ -14,7 +14,7 @@ from pathlib import Path
 from capcur_jax.data.problem import Problem, boxed_response, build_set, even_shares, stable_hash
 from capcur_jax.data.sources import easy_vqa, word_problems
 
-VERSION = f"tiny-base-4/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
+VERSION = f"tiny-base-5/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
 
 # How often the careless annotator answers. The base must be mediocre on purpose: both ways of answering are in it, and
 # where the careless one is the likelier (above 0.5), greedy decoding is mostly wrong while sampling still meets the
@@ -22,14 +22,14 @@ VERSION = f"tiny-base-4/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it 
 # nothing.
 CARELESS = {
     "shape": 0.4,
-    "color": 0.3,
-    "position": 0.7,
-    "size": 0.65,
+    "color": 0.5,
+    "position": 0.6,
+    "size": 0.6,
     "add": 0.3,
-    "subtract": 0.42,
+    "subtract": 0.5,
     "multiply": 0.6,
-    "corners": 0.5,
-    "prices": 0.3,
+    "corners": 0.55,
+    "prices": 0.4,
     "code": 0.5,
 }
 BROKEN = 0.03  # share of question responses without the asked format, so that the format reward has work too
