@@ -131,7 +131,7 @@ def qwen3_vl_8b() -> ConfigDict:
             "max_pixels": 4_194_304,
             "token_buckets": (512, 1024, 2048),
             "patch_row": 8192,
-            "patch_rows": (0.125, 0.25, 0.375, 0.5, 0.75, 1.0),
+            "patch_rows": tuple(share / 32 for share in range(1, 33)),
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "max_rows": 640, "response_buckets": (512, 1024, 2048)})

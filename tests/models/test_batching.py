@@ -69,9 +69,7 @@ def test_the_shape_of_a_batch():
         buckets.shape([PromptSize(33)])
     with pytest.raises(ValueError, match=r"config\.prompt\.patch_row = 64 .* 68"):
         buckets.shape([PromptSize(3, (68,))])
-    with pytest.raises(
-        ValueError, match=r"config\.prompt\.patch_rows = .* gives 1 prompts at most 1 .* need 2"
-    ):
+    with pytest.raises(ValueError, match=r"config\.prompt\.patch_rows = .* gives 1 prompts at most 1 .* need 2"):
         buckets.shape([PromptSize(3, (40, 40))])
 
 

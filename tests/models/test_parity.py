@@ -100,7 +100,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", ["text", "one image", "batch"])
-def test_logits_and_gradients_equal_transformers(pair, make_prompts, transformers_inputs, kind):
+def test_logits_and_gradients_equal_transformers(pair, make_prompts, transformers_inputs, record_property, kind):
     prompts = make_prompts(pair.processor, kind)
     (loss, logits), gradient = pair.step(nnx.state(pair.ours), padded(prompts, pair.processor))
 
@@ -129,7 +129,8 @@ def test_logits_and_gradients_equal_transformers(pair, make_prompts, transformer
     assert all(ours[name].any() for name in errors)
     worst = max(errors, key=errors.get)
     assert errors[worst] < 1e-3, worst
-    print(f"[measured] {kind}: logits {difference:.1e}, gradient {errors[worst]:.1e} ({worst})")
+    record_property("logits", f"{difference:.1e}")
+    record_property("gradient", f"{errors[worst]:.1e} ({worst})")
 
 
 @pytest.mark.parametrize("sizes", [[], [(37, 50)], [(64, 20), (23, 41)], [(16, 16), (120, 24), (9, 100)]], ids=str)
@@ -163,10 +164,10 @@ def test_positions_of_a_hand_made_prompt():
     assert following == 8
 
 
-def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_inputs):
+def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_inputs, record_property):
     """Image and text prompts in one batch, two responses each. On both sides one token is banned that greedy decoding
     likes best, and one ends a response that it comes to late."""
-    prompts, n, length = make_prompts(pair.processor, "batch")[:3], 2, 24
+    prompts, n, length = make_prompts(pair.processor, "batch")[:3], 2, 32
     known = copy.copy(pair.processor)
 
     def reference():
@@ -200,4 +201,4 @@ def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_
             np.testing.assert_allclose(sample.logprobs, chosen, atol=1e-4)
     assert max(len(samples[0].tokens) for samples in groups) >= 16
     assert any(samples[0].finish == "stop" for samples in groups)
-    print("[measured] lengths", [len(samples[0].tokens) for samples in groups])
+    record_property("lengths", [len(samples[0].tokens) for samples in groups])

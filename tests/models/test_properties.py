@@ -325,7 +325,7 @@ def own_slots(batch: PromptBatch) -> np.ndarray:
 
 
 def test_a_prompt_computed_once_equals_full_sequences(
-    scene, batch, responses, parameters, model, whole, once, quick_jit
+    scene, batch, responses, parameters, model, whole, once, quick_jit, record_property
 ):
     tokens, lengths, weights = responses
     graph = nnx.graphdef(model)
@@ -344,7 +344,8 @@ def test_a_prompt_computed_once_equals_full_sequences(
     assert difference < 1e-5
     worst, path = worst_tensor(gradient, reference)
     assert worst < 1e-4, path
-    print(f"[measured] once against full sequences: log-probs {difference:.1e}, gradient {worst:.1e} ({path})")
+    record_property("log-probs", f"{difference:.1e}")
+    record_property("gradient", f"{worst:.1e}")
 
 
 def test_decoding_token_by_token_equals_full_sequences(
@@ -420,7 +421,7 @@ def test_an_unknown_remat_names_the_key():
 
 
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(
-    checkpoint, scene, batch, parameters, forward, transformers_model, transformers_inputs, quick_jit
+    checkpoint, scene, batch, parameters, forward, transformers_model, transformers_inputs, quick_jit, record_property
 ):
     """Root mean square over all logits of what bfloat16 costs, on both sides against float32."""
     prompts = scene.prepare()
@@ -441,8 +442,9 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
         logits = quick_jit(lambda p, b, g=graph: nnx.merge(g, p).logits(nnx.merge(g, p).prefill(b)[0]))(state, batch)
         assert logits.dtype == jnp.float32
         ours = cost(np.asarray(logits)[mask])
-        print(f"[measured] bfloat16 against float32: ours {ours:.4f} ({param_dtype.__name__}), theirs {theirs:.4f}")
+        record_property(f"ours, {param_dtype.__name__} parameters,", f"{ours:.4f}")
         assert 0 < ours < 1.05 * theirs
+    record_property("transformers'", f"{theirs:.4f}")
 
 
 def test_rotary_angles_are_float32_in_a_bfloat16_model(checkpoint, batch):
