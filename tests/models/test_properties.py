@@ -116,6 +116,13 @@ def spans(scene: Scene, prompt: Prompt) -> list[slice]:
     return [slice(int(at), int(at) + np.prod(grid) // merge) for at, grid in zip(starts, prompt.grids, strict=True)]
 
 
+def patches_of(batch: PromptBatch, row: int, span: slice) -> np.ndarray:
+    """[R, P], True at the patches of the image whose tokens lie at `span` of a prompt, wherever it was packed."""
+    shown = np.zeros(batch.vision.segments.size // 4, bool)
+    shown[batch.visual_index[row, span]] = True
+    return np.repeat(shown, 4).reshape(batch.vision.segments.shape)
+
+
 def replaced(parameters: nnx.State, change) -> nnx.State:
     """Parameters with `change(path, value)` in the place of every value."""
     flat = [(path, leaf.replace(change(path, leaf[...]))) for path, leaf in nnx.to_flat_state(parameters)]
@@ -159,9 +166,9 @@ def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, h
         assert np.array_equal(by_token > 0, here & text & (np.arange(length) <= at)), (row, at)
 
         seen = np.zeros(batch.vision.segments.shape, bool)
-        for number, span in enumerate(spans(scene, prompts[row])):
+        for span in spans(scene, prompts[row]):
             # All of an image is seen from its first token on: the tower looks both ways.
-            seen[row] |= (batch.vision.segments[row] == number + 1) & (span.start <= at)
+            seen |= patches_of(batch, row, span) & (span.start <= at)
         assert np.array_equal(np.abs(by_patch).sum(-1) > 0, seen), (row, at)
 
 
@@ -203,7 +210,7 @@ def test_windowed_blocks_see_their_window_and_full_blocks_their_image(batch, mod
     assert short.patches.shape[1] < batch.vision.patches.shape[1]
     for vision in (batch.vision, short):
         ids = vision.windows if blocks == "windows" else vision.segments
-        assert len(np.unique(vision.windows[0])) > len(np.unique(vision.segments[0])) > 2
+        assert len(np.unique(vision.windows[0])) > len(np.unique(vision.segments[0])) >= 2
         for row, number in ((0, 1), (0, 2), (1, 1)):
             here = (ids == number) & (np.arange(len(ids)) == row)[:, None]
             weight = here.reshape(-1, 4)[:, 0].astype(np.float32)
