@@ -23,7 +23,7 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # catches NaN too
             raise ValueError(f"temperature = {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}; it must be in (0, 1]")

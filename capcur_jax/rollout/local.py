@@ -6,7 +6,7 @@ ended. Shapes come from declared buckets, so a warmed-up engine never compiles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,21 +54,39 @@ def sample_tokens(logits_RxV: jax.Array, key: jax.Array, sampling: Sampling) -> 
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
 
 
-def generate(
-    model: QwenVL,
-    batch: PromptBatch,
-    key: jax.Array,
-    n: int,
-    sampling: Sampling,
-    end_tokens: tuple[int, ...],
-    banned: tuple[int, ...],
-    pad: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens [B x n, T], log-probs [B x n, T] and lengths [B x n]; rows of a prompt follow one another."""
+def begin(
+    model: QwenVL, batch: PromptBatch, n: int, sampling: Sampling, banned: tuple[int, ...], pad: int
+) -> tuple[_State, KeysValues]:
+    """Prefill: the state of R = B x n rows before their first token, and the prompts' keys and values."""
     B, T = batch.tokens.shape[0], sampling.max_new_tokens
     R = B * n
     h, prompt = model.prefill(batch)
     first = ban(model.logits(h[jnp.arange(B), batch.lengths - 1]), banned)
+    state = _State(
+        step=jnp.zeros((), jnp.int32),
+        logits=jnp.repeat(first, n, axis=0),
+        cache=model.empty_cache(R, T),
+        tokens=jnp.full((R, T), pad, jnp.int32),
+        logprobs=jnp.zeros((R, T), jnp.float32),
+        lengths=jnp.zeros(R, jnp.int32),
+        done=jnp.zeros(R, bool),
+    )
+    return state, prompt
+
+
+def advance(
+    model: QwenVL,
+    batch: PromptBatch,
+    prompt: KeysValues,
+    state: _State,
+    until: jax.Array | int,
+    key: jax.Array,
+    sampling: Sampling,
+    end_tokens: tuple[int, ...],
+    banned: tuple[int, ...],
+    pad: int,
+) -> _State:
+    """Decodes up to response token number `until` (not included), or to where every row has ended."""
     ends = jnp.array(end_tokens, jnp.int32)
 
     def body(state: _State) -> _State:
@@ -87,16 +105,22 @@ def generate(
             done=state.done | (tokens[:, None] == ends).any(-1),
         )
 
-    start = _State(
-        step=jnp.zeros((), jnp.int32),
-        logits=jnp.repeat(first, n, axis=0),
-        cache=model.empty_cache(R, T),
-        tokens=jnp.full((R, T), pad, jnp.int32),
-        logprobs=jnp.zeros((R, T), jnp.float32),
-        lengths=jnp.zeros(R, jnp.int32),
-        done=jnp.zeros(R, bool),
-    )
-    final = jax.lax.while_loop(lambda s: (s.step < T) & ~s.done.all(), body, start)
+    return jax.lax.while_loop(lambda s: (s.step < until) & ~s.done.all(), body, state)
+
+
+def generate(
+    model: QwenVL,
+    batch: PromptBatch,
+    key: jax.Array,
+    n: int,
+    sampling: Sampling,
+    end_tokens: tuple[int, ...],
+    banned: tuple[int, ...],
+    pad: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [B x n, T], log-probs [B x n, T] and lengths [B x n]; rows of a prompt follow one another."""
+    state, prompt = begin(model, batch, n, sampling, banned, pad)
+    final = advance(model, batch, prompt, state, sampling.max_new_tokens, key, sampling, end_tokens, banned, pad)
     return final.tokens, final.logprobs, final.lengths
 
 
@@ -124,6 +148,7 @@ class LocalEngine:
         self._buckets = buckets
         self._programs: dict[tuple[int, Sampling], Programs] = {}
         self._images: dict[tuple[int, Sampling], bool] = {}  # whether images may come, as the last warm-up said
+        self._steps: dict[Sampling, tuple[Programs, Programs]] = {}
 
     def update_weights(self, parameters: nnx.State, version: int) -> None:
         """See engine.Engine; nothing is copied."""
@@ -178,6 +203,34 @@ class LocalEngine:
                 rows = range(row * n, (row + 1) * n)
                 groups.append([self._sample(tokens[r, : lengths[r]], logprobs[r, : lengths[r]]) for r in rows])
         return groups
+
+    def _step_programs(self, sampling: Sampling) -> tuple[Programs, Programs]:
+        if sampling not in self._steps:
+            known = self._processor
+            banned, pad = known.banned_tokens, known.pad_token
+
+            def first(parameters, batch):
+                return begin(nnx.merge(self._graph, parameters), batch, 1, sampling, banned, pad)
+
+            def further(state, parameters, batch, prompt, until, seed):
+                model, key = nnx.merge(self._graph, parameters), jax.random.key(seed)
+                return advance(model, batch, prompt, state, until, key, sampling, known.end_tokens, banned, pad)
+
+            self._steps[sampling] = Programs(first), Programs(further, donate_argnums=0)  # the cache stays in place
+        return self._steps[sampling]
+
+    def stream(self, prompt: Prompt, sampling: Sampling, seed: int = 0) -> Iterator[tuple[int, float]]:
+        """(token, log-prob) of one response, each as soon as it is decoded: what `generate` of this prompt gives."""
+        known, drawn = self._processor, np.uint32(seed % 2**32)
+        batch = jax.device_put(self._buckets.collate([prompt], known.config, known.pad_token))
+        first, further = self._step_programs(sampling)
+        state, keys_values = first(self._parameters, batch)
+        for step in range(sampling.max_new_tokens):
+            state = further(state, self._parameters, batch, keys_values, np.int32(step + 1), drawn)
+            tokens, logprobs, done = jax.device_get((state.tokens, state.logprobs, state.done))
+            yield int(tokens[0, step]), float(logprobs[0, step])
+            if done[0]:
+                return
 
     def _sample(self, tokens: np.ndarray, logprobs: np.ndarray) -> Sample:
         finish = "stop" if tokens[-1] in self._processor.end_tokens else "length"
