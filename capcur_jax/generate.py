@@ -144,7 +144,8 @@ def answer(options: argparse.Namespace) -> None:
         max_rows=1,
         buckets=Buckets((_rounded_up(tokens, BUCKET),), patch_row=row, patch_rows=tuple(range(1, len(images) + 1))),
     )
-    _tell(f"{tokens} prompt tokens, {sum(images)} image patches, {dtype.name} on {jax.devices()[0].device_kind}; compiling")
+    device = jax.devices()[0].device_kind
+    _tell(f"{tokens} prompt tokens, {sum(images)} image patches, {dtype.name} on {device}; compiling")
 
     ids: list[int] = []
     logprobs: list[float] = []

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from capcur_jax import objectives
 from capcur_jax.data.packing import UpdateBatch
 from capcur_jax.errors import InputError
-from capcur_jax.models.logprobs import token_logprobs
+from capcur_jax.models.logprobs import TokenLogprobs, token_logprobs
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.programs import Programs
 
@@ -92,17 +92,22 @@ class Learner:
         """A fresh optimizer around the parameters, which now belong to the state (an update donates them)."""
         return TrainState(parameters, self._start(parameters), jnp.zeros((), jnp.int32))
 
-    def _predict(self, parameters: nnx.State, batch: UpdateBatch) -> jax.Array:
+    def _predict(self, parameters: nnx.State, batch: UpdateBatch) -> TokenLogprobs:
+        """Of the response tokens, [R, T]."""
         model: QwenVL = nnx.merge(self._graph, parameters)
-        return model.logits(model.predicting(batch.tokens, batch.prompts))
+        h_RxTxD = model.predicting(batch.tokens, batch.prompts)
+        kernel, axis = model.unembedding()
+        return token_logprobs(
+            h_RxTxD, kernel, batch.tokens, vocabulary_axis=axis, temperature=self._temperature, banned=self._banned
+        )
 
     def _score(self, parameters: nnx.State, batch: UpdateBatch) -> jax.Array:
         """Log-probs [R, T] of the response tokens."""
-        return token_logprobs(self._predict(parameters, batch), batch.tokens, self._temperature, self._banned).logprobs
+        return self._predict(parameters, batch).logprobs
 
     def _grpo_loss(self, parameters: nnx.State, batch: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         settings = self._config.objective
-        new = token_logprobs(self._predict(parameters, batch), batch.tokens, self._temperature, self._banned)
+        new = self._predict(parameters, batch)
         mask = objectives.response_mask(batch.lengths, batch.tokens.shape[1])
 
         # Padding is cut out before the losses, not only after: a banned pad token has log-prob -inf, and 0 x NaN of its
@@ -136,11 +141,10 @@ class Learner:
         return loss, metrics
 
     def _sft_loss(self, parameters: nnx.State, batch: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = self._predict(parameters, batch)
-        new = token_logprobs(logits, batch.tokens, self._temperature, self._banned)
+        new = self._predict(parameters, batch)
         mask = objectives.response_mask(batch.lengths, batch.tokens.shape[1])
         return objectives.token_mean(-new.logprobs, mask), {
-            "token_accuracy": objectives.token_mean(logits.argmax(-1) == batch.tokens, mask),
+            "token_accuracy": objectives.token_mean(new.greedy, mask),
             "entropy": objectives.token_mean(new.entropy, mask),
         }
 

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from capcur_jax import generate
 from capcur_jax.data.prompts import INSTRUCTION
 from capcur_jax.errors import InputError
+from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.presets import TINY_CHECKPOINT
 from capcur_jax.rollout.engine import Sampling
@@ -143,7 +144,7 @@ def test_a_stream_gives_the_tokens_of_generate(model, processor):
     known = Processor(processor.tokenizer, processor.images, processor.config)
     known.end_tokens = tuple(range(0, 320, 8))
     prompt = known.prepare(known.render([None, "The shape is"]), [random_image(20, 30)])
-    engine = LocalEngine(model, known, max_rows=1, token_buckets=[48], patch_buckets=[64])
+    engine = LocalEngine(model, known, max_rows=1, buckets=Buckets((48,), 64, (1.0,)))
     finishes = set()
     for seed in range(12):
         [[whole]] = engine.generate([prompt], Sampling(12), n=1, seed=seed)

@@ -91,7 +91,13 @@ class QwenVL(nnx.Module):
         dtype = self.text.embed.dtype
         return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def unembedding(self) -> tuple[jax.Array, int]:
+        """What turns hidden states into logits, as it lies, and which of its axes is the vocabulary: the embedding
+        [V, D] and 0 where it is tied, else the head's kernel [D, V] and 1."""
+        return (self.text.embed.embedding[...], 0) if self.config.tied else (self.head.kernel[...], 1)
+
     def logits(self, h: jax.Array) -> jax.Array:
         """Float32 logits [..., V]."""
-        kernel = self.text.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
-        return jnp.einsum("...d,dv->...v", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
+        kernel, axis = self.unembedding()
+        equation = "...d,dv->...v" if axis else "...d,vd->...v"
+        return jnp.einsum(equation, h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)

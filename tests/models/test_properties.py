@@ -18,7 +18,7 @@ from capcur_jax.errors import InputError
 from capcur_jax.models import huggingface, layers
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor, Prompt
-from capcur_jax.models.logprobs import token_logprobs
+from capcur_jax.models.logprobs import ban, token_logprobs
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.models.rope import text_angles, vision_angles
 
@@ -279,7 +279,8 @@ def test_the_shape_of_the_batch_changes_nothing(scene, batch, parameters, forwar
 
 
 def logprobs_of(model: QwenVL, h: jax.Array, tokens, banned) -> jax.Array:
-    return token_logprobs(model.logits(h), tokens, temperature=0.8, banned=banned).logprobs
+    kernel, axis = model.unembedding()
+    return token_logprobs(h, kernel, tokens, vocabulary_axis=axis, temperature=0.8, banned=banned).logprobs
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +383,8 @@ def test_decoding_token_by_token_equals_full_sequences(
         np.testing.assert_allclose(logits[row, :length], full[row, start : start + length], atol=1e-5)
     # `predicting` gives the same, one slot later: its first column comes from the prompt.
     (_, extended), _ = once
-    chosen = token_logprobs(logits[:, :-1], tokens[:, 1:], 0.8, scene.processor.banned_tokens).logprobs
+    every = jax.nn.log_softmax(ban(logits[:, :-1] / 0.8, scene.processor.banned_tokens))
+    chosen = np.take_along_axis(np.asarray(every), tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(chosen, extended[:, 1:], atol=1e-5)
 
     # An image makes positions run slower than tokens: counting tokens would be another model.
