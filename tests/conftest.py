@@ -35,6 +35,8 @@ def architecture(
     deepstack: tuple[int, ...] = (0, 1),
     kv_heads: int = 2,
     sections: tuple[int, int, int] = (4, 2, 2),
+    merge: int = 2,
+    vision_heads: int = 2,
     **text,
 ) -> dict:
     """A Qwen3-VL small enough for float32 parity in a second; `text` overrides keys of the text_config."""
@@ -50,8 +52,8 @@ def architecture(
             "rope_scaling": rope, **text,
         },
         "vision": {
-            "depth": 3, "hidden_size": 24, "intermediate_size": 40, "num_heads": 2, "patch_size": 4,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 49,
+            "depth": 3, "hidden_size": 24, "intermediate_size": 40, "num_heads": vision_heads, "patch_size": 4,
+            "spatial_merge_size": merge, "temporal_patch_size": 2, "num_position_embeddings": 49,
             "deepstack_visual_indexes": list(deepstack),
         },
     }  # fmt: skip
@@ -64,6 +66,8 @@ def windowed_architecture(
     sections: tuple[int, int, int] = (2, 3, 3),
     window: int = 16,
     full: tuple[int, ...] = (1,),
+    merge: int = 2,
+    vision_heads: int = 2,
     **text,
 ) -> dict:
     """A Qwen2.5-VL of that size; `window` is in pixels, a merged feature is 8 of them wide."""
@@ -79,8 +83,8 @@ def windowed_architecture(
             "rope_scaling": {"type": "mrope", "mrope_section": list(sections)}, **text,
         },
         "vision": {
-            "depth": 3, "hidden_size": 24, "intermediate_size": 40, "num_heads": 2, "patch_size": 4,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": window,
+            "depth": 3, "hidden_size": 24, "intermediate_size": 40, "num_heads": vision_heads, "patch_size": 4,
+            "spatial_merge_size": merge, "temporal_patch_size": 2, "window_size": window,
             "fullatt_block_indexes": list(full), "tokens_per_second": 2,
         },
     }  # fmt: skip
@@ -149,8 +153,18 @@ def windowed_untied_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def windowed_model(windowed_checkpoint):
-    return huggingface.load(windowed_checkpoint)
+def nine_checkpoint(tmp_path_factory):
+    """Qwen3-VL: nine patches to a feature, no DeepStack, as many kv heads as heads, one layer."""
+    kinds = dict(merge=3, vision_heads=3, deepstack=(), kv_heads=4, depth=1)
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "nine", seed=11, **kinds)
+
+
+@pytest.fixture(scope="session")
+def windowed_nine_checkpoint(tmp_path_factory):
+    """Qwen2.5-VL: nine patches to a feature, windows of 2 x 2 of them in every block, one layer."""
+    kinds = dict(merge=3, vision_heads=3, window=24, full=(), depth=1, tied=False)
+    path = tmp_path_factory.mktemp("checkpoints") / "windowed_nine"
+    return random_checkpoint(path, seed=13, make=windowed_architecture, **kinds)
 
 
 @pytest.fixture(scope="session")

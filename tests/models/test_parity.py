@@ -20,7 +20,7 @@ from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
 
 ROWS = 4
-BUCKETS = Buckets((96,), patch_row=192, patch_rows=(1.0,))
+BUCKETS = Buckets((96,), patch_row=288, patch_rows=(1.0,))
 
 
 class Pair(NamedTuple):
@@ -38,11 +38,11 @@ def next_token_loss(logits, batch):
     return -jnp.where(mask, chosen, 0).sum() / mask.sum()
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "windowed", "windowed untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "nine", "windowed", "windowed untied", "windowed nine"])
 def pair(request, transformers_model, quick_jit):
     name = "checkpoint" if request.param == "tied" else request.param.replace(" ", "_") + "_checkpoint"
     directory = request.getfixturevalue(name)
-    ours = request.getfixturevalue(name.replace("checkpoint", "model"))
+    ours = huggingface.load(directory)
     graph = nnx.graphdef(ours)
 
     def loss(parameters, batch):
@@ -144,7 +144,7 @@ def test_positions_equal_transformers(pair, make_image, transformers_inputs, siz
     theirs, deltas = pair.theirs.model.get_rope_index(
         inputs["input_ids"], kinds, inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"]
     )
-    buckets = Buckets((512,), 2048, (1.0,))
+    buckets = Buckets((512,), 2016, (1.0,))
     batch = buckets.collate(prompts, pair.processor.config, pair.processor.pad_token)
     for row, prompt in enumerate(prompts):
         np.testing.assert_array_equal(batch.positions[:, row, : len(prompt)], theirs[:, row, : len(prompt)].numpy())
