@@ -7,10 +7,14 @@ unexpected key, and everything but the weights is copied unchanged from the chec
 
 from __future__ import annotations
 
+import functools
+import glob
+import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import names as names_lib
+from capcur_jax.models import weight_files
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.models.weight_files import WEIGHTS, CheckpointError, Part, Reader, Tensor
 
-SHARD_BYTES = 5 * 1000**3
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
-
-class CheckpointError(InputError):
-    """A checkpoint that can't be read; the message names the file, the tensor and what to do."""
+SHARD_BYTES = 4 * 1000**3  # as the published Qwen checkpoints
+UNQUANTIZED = (
+    "quantized checkpoints (fp8, AWQ, GPTQ, bitsandbytes) are not supported; point config.checkpoint to the model's "
+    "bfloat16 release"
+)
 
 
 def create(config: ModelConfig, seed: int, **kinds: Any) -> QwenVL:
@@ -40,93 +43,178 @@ def create(config: ModelConfig, seed: int, **kinds: Any) -> QwenVL:
     return nnx.jit(lambda: QwenVL(config, rngs=nnx.Rngs(seed), **kinds))()
 
 
-def _open_files(directory: Path) -> dict[str, Path]:
-    """Published name -> file that holds it. Raises naming the directory or file and the remedy."""
-    single, index = (directory / name for name in WEIGHTS)
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError):
-            raise CheckpointError(f"{index} is not a safetensors index; copy the checkpoint again") from None
-        return {name: directory / file for name, file in weight_map.items()}
-    if not single.is_file():
-        raise CheckpointError(
-            f"{directory} holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]} is there. "
-            "Point config.checkpoint to a Hugging Face checkpoint directory with its safetensors"
-        )
-    with _open(single) as file:
-        return {name: single for name in file.keys()}
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}): it is missing or cut off; copy it again") from None
-
-
-def load(directory: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none") -> QwenVL:
+def load(
+    directory: str | Path,
+    *,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat: str = "none",
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> QwenVL:
     """Reads a checkpoint directory into a model; parameters in `param_dtype`, computation in `dtype`.
 
+    Parameter after parameter is read from the files straight into the shards of this process's devices: on the host
+    there are at most two parameters at a time (where the devices are the host, the parameters and nothing else).
+
+    Args:
+        sharding: our dotted path and shape of a parameter -> where it lives. None: the default device.
+
     Raises:
-        CheckpointError, UnsupportedCheckpoint: naming the file, the tensor and the remedy.
+        CheckpointError, UnsupportedCheckpoint: naming the file, the tensor and the remedy, before anything is read.
     """
     directory = Path(directory)
     config = config_lib.from_directory(directory)
-    files = _open_files(directory)
-    opened: dict[Path, Any] = {}
-
-    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in files:
-            raise CheckpointError(f"{directory}: the tensor {name} is missing; the checkpoint is incomplete")
-        if files[name] not in opened:
-            opened[files[name]] = _open(files[name])
-        try:
-            tensor = opened[files[name]].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{files[name]}: tensor {name} can't be read ({error}); copy the file again"
-            ) from None
-        if tensor.shape != shape:
-            raise CheckpointError(f"{files[name]}: {name} has shape {tensor.shape}, config.json asks for {shape}")
-        return tensor
-
+    if "quantization_config" in config.published:
+        raise CheckpointError(f"{directory / 'config.json'} has a quantization_config: {UNQUANTIZED}")
     model = nnx.eval_shape(lambda: QwenVL(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0)))
     graph, abstract = nnx.split(model)
-    flat, table = [], names_lib.table(config)
-    for path, leaf in nnx.to_flat_state(abstract):
-        ours = ".".join(map(str, path))
-        name = table[ours]
-        if "{}" in name:
-            shape = names_lib.published_shape(ours, leaf.shape[1:], config)
-            value = np.stack([names_lib.to_ours(ours, read(name.format(i), shape)) for i in range(leaf.shape[0])])
-        else:
-            value = names_lib.to_ours(ours, read(name, names_lib.published_shape(ours, leaf.shape, config)))
-        flat.append((path, leaf.replace(jnp.asarray(value, leaf.dtype))))
+    leaves = nnx.to_flat_state(abstract)
+    stored = weight_files.find(directory)
+    listing = next(directory / name for name in WEIGHTS if (directory / name).is_file())
+    sources = [_take(stored, ".".join(path), leaf.shape, config, listing) for path, leaf in leaves]
+    flat = []
+    with weight_files.Reader() as reader:
+        _check_rest(stored, dict(zip([".".join(path) for path, _ in leaves], sources, strict=True)), config, reader)
+        for (path, leaf), tensors in zip(leaves, sources, strict=True):
+            ours = ".".join(path)
+            place = sharding(ours, leaf.shape) if sharding else None
+            value = _read(reader, tensors, ours, leaf, _stacked(names_lib.table(config)[ours]), place)
+            # The one before is on its devices: only now does the host let go of it.
+            jax.block_until_ready([last[...] for _, last in flat[-1:]])
+            flat.append((path, leaf.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def published_tensors(parameters: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(published name, array on the host), one after the other, in our parameters' dtype."""
+def _take(
+    stored: dict[str, Tensor], path: str, shape: tuple[int, ...], config: ModelConfig, listing: Path
+) -> list[Tensor]:
+    """Takes the published tensors of a parameter out of `stored`: one, or one for each layer."""
+    template = names_lib.table(config)[path]
+    wanted = names_lib.published_shape(path, shape[_stacked(template) :], config)
+    tensors = []
+    for _, name in _names(template, shape):
+        tensor = stored.pop(weight_files.neutral(name), None)
+        if tensor is None:
+            raise CheckpointError(
+                f"{listing}: the tensor {name} is missing; the checkpoint is incomplete or not the {config.family} "
+                "that config.json describes: copy it again"
+            )
+        if tensor.kind not in weight_files.FLOATS:
+            raise CheckpointError(f"{tensor.file}: {tensor.name} holds {tensor.kind}: {UNQUANTIZED}")
+        if tensor.shape != wanted:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json asks for {wanted}; the two do not "
+                "belong together: copy the checkpoint again"
+            )
+        tensors.append(tensor)
+    return tensors
+
+
+def _check_rest(stored: dict[str, Tensor], taken: dict[str, list[Tensor]], config: ModelConfig, reader: Reader) -> None:
+    """What the model has no use for must be known to be of no use: a head equal to the embeddings, rotary angles."""
+    for name, tensor in stored.items():
+        if name == "lm_head.weight" and config.tied:
+            (embed,) = taken["text.embed.embedding"]
+            if not reader.equal(embed, tensor):
+                raise CheckpointError(
+                    f"{tensor.file}: {name} differs from {embed.name}, though config.json ties the two; set "
+                    "tie_word_embeddings in config.json to false"
+                )
+        elif not name.endswith("rotary_emb.inv_freq"):
+            raise CheckpointError(
+                f"{tensor.file}: the tensor {tensor.name} is not part of the {config.family} that config.json "
+                "describes; the two do not belong together: copy the checkpoint again"
+            )
+
+
+def _read(reader: Reader, tensors: list[Tensor], path: str, leaf: nnx.Variable, stacked: bool, sharding) -> jax.Array:
+    """A parameter on its devices. A shard that several devices hold is read once."""
+    shape = leaf.shape
+    places = sharding.addressable_devices_indices_map(shape).values() if sharding else [(slice(None),) * len(shape)]
+    shards = {bounds: _empty([b - a for a, b in bounds], leaf.dtype) for bounds in (_bounds(i, shape) for i in places)}
+    transposed = path.endswith(".kernel")
+    wanted: list[tuple[Tensor, list[Part]]] = [(tensor, []) for tensor in tensors]
+    for bounds, shard in shards.items():
+        layers = bounds[0] if stacked else (0, 1)
+        for layer in range(*layers):
+            target = shard[layer - layers[0]] if stacked else shard
+            sides = bounds[stacked:]
+            if len(sides) == 1:
+                sides, target = ((0, 1), *sides), target[None]
+            wanted[layer][1].append(Part(*(sides[::-1] if transposed else sides), target))
+    reader.copy([(tensor, parts) for tensor, parts in wanted if parts], transposed)
+    if sharding is None:
+        return jax.device_put(*shards.values())
+    return jax.make_array_from_callback(shape, sharding, lambda index: shards[_bounds(index, shape)])
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
+
+
+def _empty(shape: list[int], dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is: JAX copies what does not start at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def published_tensors(parameters: nnx.State, config: ModelConfig, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+    """(published name, array on the host), one after the other, in `dtype` (None: our parameters').
+
+    A stacked parameter leaves its devices layer by layer; on the host there is one of its layers at a time.
+    """
     table = names_lib.table(config)
     for path, leaf in nnx.to_flat_state(parameters):
-        ours = ".".join(map(str, path))
-        value, name = np.asarray(jax.device_get(leaf[...])), table[ours]
-        if "{}" not in name:
-            yield name, names_lib.to_published(ours, value, config)
-            continue
-        for i, one in enumerate(value):
-            yield name.format(i), names_lib.to_published(ours, one, config)
+        ours, value = ".".join(path), leaf[...]
+        for layer, name in _names(table[ours], value.shape):
+            yield name, names_lib.to_published(ours, _fetch(value, layer, ours.endswith(".kernel"), dtype), config)
 
 
-def save(directory: str | Path, parameters: nnx.State, config: ModelConfig, source: str | Path, dtype=jnp.bfloat16):
+def _stacked(template: str) -> bool:
+    return "{}" in template
+
+
+def _names(template: str, shape: tuple[int, ...]) -> list[tuple[int | None, str]]:
+    """(layer, published name) of each published tensor of a parameter; layer None: the whole parameter."""
+    return [(i, template.format(i)) for i in range(shape[0])] if _stacked(template) else [(None, template)]
+
+
+def _fetch(value: jax.Array | np.ndarray, layer: int | None, transposed: bool, dtype) -> np.ndarray:
+    """One layer (None: all) on the host in our shape; `transposed`: so that turning it around copies nothing."""
+    dtype = jnp.dtype(dtype or value.dtype)
+    if isinstance(value, np.ndarray) or (
+        value.is_fully_replicated and all(device.platform == "cpu" for device in value.devices())
+    ):
+        host = np.asarray(value)  # the devices' own memory
+        return (host if layer is None else host[layer]).astype(dtype, copy=False)
+    host = np.asarray(_one_layer(value, layer, transposed, dtype))
+    return host.T if transposed else host
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _one_layer(value: jax.Array, layer: jax.Array | None, transposed: bool, dtype) -> jax.Array:
+    one = (value if layer is None else value[layer]).astype(dtype)
+    return one.T if transposed else one
+
+
+def save(
+    directory: str | Path,
+    parameters: nnx.State,
+    config: ModelConfig,
+    source: str | Path,
+    dtype=jnp.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes a checkpoint directory that transformers loads as it is; tokenizer and the like come from `source`.
 
-    The directory appears whole or not at all: it is written beside its place and renamed.
+    The directory appears whole or not at all: it is written beside its place and renamed. The weights go to files of at
+    most `shard_bytes` (a tensor larger than that has a file to itself); the host holds one file's tensors at a time.
     """
     directory, source = Path(directory), Path(source)
+    _clean(directory, "partial")
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in WEIGHTS:
@@ -135,29 +223,54 @@ def save(directory: str | Path, parameters: nnx.State, config: ModelConfig, sour
     published.pop("torch_dtype", None)
     (partial / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
 
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = total = 0
-    for name, tensor in published_tensors(parameters, config):
-        tensor = tensor.astype(dtype)
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], partial / WEIGHTS[0], metadata={"format": "pt"})
-    else:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for file, shard in zip(names, shards, strict=True):
-            save_file(shard, partial / file, metadata={"format": "pt"})
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-        }
+    shards, total = _shards(parameters, config, jnp.dtype(dtype).itemsize, shard_bytes)
+    tensors = published_tensors(parameters, config, dtype)
+    for file, names in shards.items():
+        save_file(dict(itertools.islice(tensors, len(names))), partial / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / WEIGHTS[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     # The old directory is set aside, not deleted first: a stop in the middle must not cost both.
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     if directory.exists():
-        os.replace(directory, old)
+        os.replace(directory, directory.with_name(f".{directory.name}.old-{os.getpid()}"))
     os.replace(partial, directory)
-    shutil.rmtree(old, ignore_errors=True)
+    _clean(directory, "old")
+
+
+def _shards(
+    parameters: nnx.State, config: ModelConfig, itemsize: int, shard_bytes: int
+) -> tuple[dict[str, list[str]], int]:
+    """File name -> published names in it, in `published_tensors`' order, and the bytes of all tensors."""
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for path, leaf in nnx.to_flat_state(parameters):
+        names = _names(names_lib.table(config)[".".join(path)], leaf.shape)
+        for _, name in names:
+            bytes_ = leaf.size // len(names) * itemsize
+            if size and size + bytes_ > shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size, total = size + bytes_, total + bytes_
+    if len(shards) == 1:
+        return {WEIGHTS[0]: shards[0]}, total
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}, total
+
+
+def _clean(directory: Path, kind: str) -> None:
+    """Deletes what a stopped save of this directory left beside it: ours, and those of processes that are no more."""
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.{kind}-*"):
+        process = left.name.rpartition("-")[2]
+        if process.isdecimal() and (int(process) == os.getpid() or not _alive(int(process))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone else's
+        return True
+    return True
