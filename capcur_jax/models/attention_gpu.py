@@ -1,7 +1,8 @@
 """Attention on NVIDIA GPUs: cuDNN by way of jax.nn, and jax's Pallas kernel for segments, which cuDNN lacks there.
 
-Legend: models/attention.py. 16-bit floats only (cuDNN's condition), grouped heads (but for segments, which vision towers
-alone use: they have none). Scores are never held in memory.
+Legend: models/attention.py. 16-bit floats only (cuDNN's condition). Grouped heads, but for segments: vision towers
+alone use those and have none. Scores are never held in memory. jax splits cuDNN's calls over a mesh by itself; the
+Pallas kernel belongs inside shard_map.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ def causal(
     q_RxTxNxH: jax.Array, k_RxTxKxH: jax.Array, v_RxTxKxH: jax.Array, *, implementation: str = "cudnn"
 ) -> jax.Array:
     """Each query sees the keys up to itself: [R, T, N, H]."""
-    return jax.nn.dot_product_attention(
-        q_RxTxNxH, k_RxTxKxH, v_RxTxKxH, is_causal=True, implementation=implementation
-    )
+    return jax.nn.dot_product_attention(q_RxTxNxH, k_RxTxKxH, v_RxTxKxH, is_causal=True, implementation=implementation)
 
 
 def extend(
@@ -42,21 +41,21 @@ def extend(
     B, S = keys_BxSxKxH.shape[:2]
     R, T = q_RxTxNxH.shape[:2]
 
-    def behind(own, prompt, length):
-        return jax.lax.dynamic_update_slice_in_dim(jnp.pad(prompt, ((0, T), (0, 0), (0, 0))), own, length, 0)
+    def behind(own_TxNxH, prompt_SxNxH, length):
+        return jax.lax.dynamic_update_slice_in_dim(
+            jnp.pad(prompt_SxNxH, ((0, T), (0, 0), (0, 0))), own_TxNxH, length, 0
+        )
 
-    def per_row(function, *in_axes):
-        return jax.vmap(jax.vmap(function, in_axes=in_axes))
+    def each_row(own_RxTxNxH, prompt_BxSxNxH):
+        own_BxGxTxNxH = own_RxTxNxH.reshape(B, R // B, T, *own_RxTxNxH.shape[2:])
+        whole = jax.vmap(jax.vmap(behind, in_axes=(0, None, None)))(own_BxGxTxNxH, prompt_BxSxNxH, lengths_B)
+        return whole.reshape(R, S + T, *own_RxTxNxH.shape[2:])
 
-    rows = lambda x: x.reshape(B, R // B, *x.shape[1:])  # noqa: E731
-    k = per_row(behind, 0, None, None)(rows(k_RxTxKxH), keys_BxSxKxH, lengths_B)
-    v = per_row(behind, 0, None, None)(rows(v_RxTxKxH), values_BxSxKxH, lengths_B)
     nobody = jnp.zeros((B, S, *q_RxTxNxH.shape[2:]), q_RxTxNxH.dtype)
-    q = per_row(behind, 0, None, None)(rows(q_RxTxNxH), nobody, lengths_B)
-    q, k, v = (x.reshape(R, S + T, *x.shape[3:]) for x in (q, k, v))
-    out = rows(causal(q, k, v, implementation=implementation))
-    cut = lambda x, length: jax.lax.dynamic_slice_in_dim(x, length, T, 0)  # noqa: E731
-    return per_row(cut, 0, None)(out, lengths_B).reshape(q_RxTxNxH.shape)
+    q, k, v = each_row(q_RxTxNxH, nobody), each_row(k_RxTxKxH, keys_BxSxKxH), each_row(v_RxTxKxH, values_BxSxKxH)
+    out = causal(q, k, v, implementation=implementation)
+    start_R = jnp.repeat(lengths_B, R // B, total_repeat_length=R)
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, T, 0))(out, start_R)
 
 
 def segments(
