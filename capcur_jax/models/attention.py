@@ -3,16 +3,30 @@
 Legend (everywhere in models/): B prompts, G responses a prompt, R rows (B x G or B), T query tokens, S key tokens,
 P patches, N heads, K kv heads, M = N / K query heads a kv head, H head dim, D width, L layers, V vocabulary.
 Scores and softmax are float32; grouped heads are never repeated in memory.
+
+What computes it, decided here alone: `reference`, plain XLA, is what everything else is checked against, and serves
+float32, CPUs, short rows, windows and decoding everywhere. 16-bit floats on an accelerator take the kernel of the
+platform that the program is lowered for (attention_tpu.py, attention_gpu.py).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from capcur_jax.errors import InputError
+from capcur_jax.models import attention_gpu, attention_tpu
+
+IMPLEMENTATIONS = ("auto", "xla")
+_BLOCK = 128  # queries that a kernel takes at once; scores of shorter rows are small and XLA's
+# jax asks for cuDNN as soon as it traces a call to it, whatever the platform; only its CUDA plugins know of one.
+_CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+_KERNELS = {"tpu": attention_tpu} | ({"cuda": attention_gpu} if _CUDA else {})
 _MASKED = np.float32(np.finfo(np.float32).min)
 
 
@@ -54,11 +68,52 @@ class Segments(NamedTuple):
 Layout = Causal | Extend | Cached | Segments
 
 
-def attend(q_RxTxNxH: jax.Array, k_RxSxKxH: jax.Array, v_RxSxKxH: jax.Array, layout: Layout) -> jax.Array:
+def attend(
+    q_RxTxNxH: jax.Array, k_RxSxKxH: jax.Array, v_RxSxKxH: jax.Array, layout: Layout, implementation: str = "auto"
+) -> jax.Array:
     """Softmax attention [R, T, N, H] of the queries over the keys that the layout lets them see.
 
-    A query with nothing to look at (padding) gets finite values that nobody reads.
+    A query with nothing to look at (padding) gets finite values that nobody reads. `implementation`: "auto", or "xla"
+    for the reference everywhere. The compiler splits the reference over a mesh by itself but no Pallas kernel: where
+    arrays are sharded, call this inside shard_map (check_vma=False), rows and kv heads split as the mesh has them; row
+    r's prompt r // G must lie on its own device.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(f"config.model.attention = {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "xla" or not _has_kernel(q_RxTxNxH, layout):
+        return reference(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout)
+    return jax.lax.platform_dependent(
+        q_RxTxNxH,
+        k_RxSxKxH,
+        v_RxSxKxH,
+        default=functools.partial(reference, layout=layout),
+        **{platform: functools.partial(_fused, module, layout) for platform, module in _KERNELS.items()},
+    )
+
+
+def _has_kernel(q_RxTxNxH: jax.Array, layout: Layout) -> bool:
+    """Whether a kernel serves this layout better than XLA does.
+
+    Not so: float32 (the reference, and cuDNN has none); decoding, which reads the cache once and is bound by that, for
+    one query a row has no scores worth saving; windows, of which XLA computes 3 x reach keys a query, while a kernel's
+    blocks of 128 and more compute twice that and more.
+    """
+    P = q_RxTxNxH.shape[1]
+    if isinstance(layout, Segments) and 0 < 3 * layout.reach < P:
+        return False
+    return q_RxTxNxH.dtype.itemsize == 2 and P >= _BLOCK and not isinstance(layout, Cached)
+
+
+def _fused(kernels, layout: Layout, q_RxTxNxH, k_RxSxKxH, v_RxSxKxH) -> jax.Array:
+    if isinstance(layout, Causal):
+        return kernels.causal(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH)
+    if isinstance(layout, Extend):
+        return kernels.extend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, *layout)
+    return kernels.segments(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout.ids_RxP)
+
+
+def reference(q_RxTxNxH: jax.Array, k_RxSxKxH: jax.Array, v_RxSxKxH: jax.Array, layout: Layout) -> jax.Array:
+    """`attend` in plain XLA, for any layout, type and platform; it holds the scores of all heads in memory."""
     if isinstance(layout, Segments) and 0 < 3 * layout.reach < q_RxTxNxH.shape[1]:
         return _banded(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout)
     T, S = q_RxTxNxH.shape[1], k_RxSxKxH.shape[1]

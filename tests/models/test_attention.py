@@ -1,0 +1,110 @@
+"""Attention: every kernel against the plain XLA reference, in values and gradients; which one a program is lowered to.
+
+Kernels run in Pallas' interpret mode, cuDNN's part by jax.nn's XLA one: benchmarks/attention_compile.py compiles both.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from capcur_jax.errors import InputError
+from capcur_jax.models import attention_gpu, attention_tpu
+from capcur_jax.models.attention import Cached, Causal, Extend, Segments, attend, reference
+
+ODD = 150  # two blocks of 128, the second one mostly padding
+# Two images and padding; one image.
+IDS = np.repeat([[1, 2, 0], [1, 1, 1]], [90, 40, 20], axis=1)
+LENGTHS = np.array([140, 3], np.int32)  # one prompt full, one mostly padding
+
+
+def normal(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def heads(rows, tokens, query=4, kv=2, size=12, **kinds):
+    shapes = [(rows, tokens, n, size) for n in (query, kv, kv)]
+    return tuple(normal(*shape, seed=seed, **kinds) for seed, shape in enumerate(shapes))
+
+
+def in_group(kernel):
+    """Two prompts of 140 slots with two rows each, and their keys and values to differentiate as well."""
+    arrays = (*heads(4, ODD), normal(2, 140, 2, 12, seed=3), normal(2, 140, 2, 12, seed=4))
+    theirs = lambda q, k, v, *prompt: reference(q, k, v, Extend(*prompt, LENGTHS))  # noqa: E731
+    return lambda *arrays: kernel(*arrays, LENGTHS), theirs, arrays
+
+
+def in_images(kernel):
+    theirs = functools.partial(reference, layout=Segments(IDS))
+    return functools.partial(kernel, ids_RxP=IDS, interpret=True), theirs, heads(2, ODD, kv=4)
+
+
+def alone(kernel):
+    return kernel, functools.partial(reference, layout=Causal()), heads(2, ODD)
+
+
+CASES = {
+    "tpu, causal": (alone, functools.partial(attention_tpu.causal, interpret=True)),
+    "tpu, extend": (in_group, functools.partial(attention_tpu.extend, interpret=True)),
+    "tpu, segments": (in_images, attention_tpu.segments),
+    "gpu, causal": (alone, functools.partial(attention_gpu.causal, implementation="xla")),
+    "gpu, extend": (in_group, functools.partial(attention_gpu.extend, implementation="xla")),
+    "gpu, segments": (in_images, attention_gpu.segments),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_the_reference_in_values_and_gradients(case, quick_jit):
+    setting, kernel = CASES[case]
+    ours, theirs, arrays = setting(kernel)
+
+    @functools.partial(quick_jit, static_argnums=0)
+    def both(function, arrays):
+        out, pull = jax.vjp(function, *arrays)
+        return out, pull(normal(*out.shape, seed=5))
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), both(ours, arrays), both(theirs, arrays))
+
+
+def lowered(platform, layout, *, tokens=128, dtype=jnp.bfloat16, implementation="auto"):
+    arrays = heads(2, tokens, kv=4, dtype=dtype)
+    program = jax.jit(functools.partial(attend, layout=layout, implementation=implementation)).trace(*arrays)
+    return program.lower(lowering_platforms=(platform,)).as_text()
+
+
+def prompt(dtype=jnp.bfloat16):
+    return normal(1, 128, 4, 12, dtype=dtype), normal(1, 128, 4, 12, dtype=dtype), LENGTHS[:1]
+
+
+@pytest.mark.parametrize("layout", [Causal(), Extend(*prompt()), Segments(jnp.zeros((2, 128), jnp.int32))])
+def test_the_platform_that_a_program_is_lowered_for_chooses(layout):
+    assert "tpu_custom_call" in lowered("tpu", layout)
+    assert "custom_call" not in lowered("cpu", layout)
+    assert "tpu_custom_call" not in lowered("tpu", layout, implementation="xla")
+
+
+def test_what_xla_does_as_well_or_exactly_stays_with_xla():
+    assert "tpu_custom_call" not in lowered("tpu", Causal(), dtype=jnp.float32)
+    assert "tpu_custom_call" not in lowered("tpu", Causal(), tokens=64)
+    assert "tpu_custom_call" not in lowered("tpu", Segments(jnp.zeros((2, 128), jnp.int32), reach=16))
+    step = Cached(*prompt(), jnp.int32(3))
+    assert "tpu_custom_call" not in lowered("tpu", step, tokens=1)
+
+
+def test_choosing_by_platform_is_the_reference_itself_on_a_cpu(quick_jit):
+    """Under a scan with rematerialisation, differentiated: the same bits."""
+    arrays = heads(2, 128, dtype=jnp.bfloat16)
+
+    def loss(q, k, v, function):
+        body = jax.checkpoint(lambda q, _: (function(q, k, v, Causal()), None))
+        return jax.lax.scan(body, q, length=2)[0].astype(jnp.float32).var()
+
+    ours, theirs = (quick_jit(jax.grad(functools.partial(loss, function=f)))(*arrays) for f in (attend, reference))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_unknown_implementation_names_the_key():
+    with pytest.raises(InputError, match=r"config\.model\.attention = 'flash'; choose one of auto, xla"):
+        attend(*heads(1, 8), Causal(), "flash")
