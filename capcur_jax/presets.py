@@ -50,7 +50,11 @@ def laptop() -> ConfigDict:
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
             "order": CAPABILITIES,  # names of `stages`
             "stages": stages,
-            "model": {"dtype": "float32", "remat": "none"},  # compute type; none | dots | full
+            "model": {
+                "dtype": "float32",  # of computation
+                "remat": "none",  # none | dots | full: what is computed again backwards instead of kept
+                "attention": "auto",  # the platform's kernel where there is one; "xla": never
+            },
             "data": {
                 "sets": {
                     "perception": _set("easy_vqa"),

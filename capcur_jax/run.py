@@ -139,7 +139,8 @@ class Run:
     def _open_model(self) -> None:
         config, prompt = self.config, self.config.prompt
         self.source = Path(config.checkpoint).expanduser()
-        kinds = {"dtype": _dtype(config.model.dtype, "config.model.dtype"), "remat": config.model.remat}
+        kinds = {"remat": config.model.remat, "attention": config.model.attention}
+        kinds["dtype"] = _dtype(config.model.dtype, "config.model.dtype")
         if config.checkpoint:
             model = huggingface.load(self.source, **kinds)
         else:

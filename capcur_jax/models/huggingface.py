@@ -49,6 +49,7 @@ def load(
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     remat: str = "none",
+    attention: str = "auto",
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> QwenVL:
     """Reads a checkpoint directory into a model; parameters in `param_dtype`, computation in `dtype`.
@@ -57,6 +58,7 @@ def load(
     there are at most two parameters at a time (where the devices are the host, the parameters and nothing else).
 
     Args:
+        remat, attention: see `layers.REMAT` and `attention.attend`.
         sharding: our dotted path and shape of a parameter -> where it lives. None: the default device.
 
     Raises:
@@ -66,7 +68,8 @@ def load(
     config = config_lib.from_directory(directory)
     if "quantization_config" in config.published:
         raise CheckpointError(f"{directory / 'config.json'} has a quantization_config: {UNQUANTIZED}")
-    model = nnx.eval_shape(lambda: QwenVL(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0)))
+    kinds = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention)
+    model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), **kinds))
     graph, abstract = nnx.split(model)
     leaves = nnx.to_flat_state(abstract)
     stored = weight_files.find(directory)

@@ -35,12 +35,20 @@ class PromptBatch:
 
 class QwenVL(nnx.Module):
     def __init__(
-        self, config: ModelConfig, *, dtype=jnp.float32, param_dtype=jnp.float32, remat: str = "none", rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: str = "none",
+        attention: str = "auto",
+        rngs: nnx.Rngs,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config = config
-        self.visual = VisionTower(config.vision, remat=remat, rngs=rngs, **kinds)
-        self.text = Decoder(config.text, remat=remat, rngs=rngs, **kinds)
+        towers = dict(remat=remat, attention=attention, rngs=rngs, **kinds)
+        self.visual = VisionTower(config.vision, **towers)
+        self.text = Decoder(config.text, **towers)
         if not config.tied:
             self.head = nnx.Linear(config.text.width, config.text.vocabulary, use_bias=False, rngs=rngs, **kinds)
 

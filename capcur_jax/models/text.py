@@ -61,9 +61,9 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: TextConfig, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, dtype, param_dtype, remat: str, attention: str, rngs: nnx.Rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.remat = config, remat
+        self.config, self.remat, self.attention = config, remat, attention
         self.embed = nnx.Embed(
             config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs, **kinds
         )
@@ -77,7 +77,7 @@ class Decoder(nnx.Module):
 
         def body(layer, h, index):
             q, k, v = layer.qkv(h, angles)
-            h = layer.finish(h, attend(q, k, v, Causal()))
+            h = layer.finish(h, attend(q, k, v, Causal(), self.attention))
             if deep is not None:
                 # The same body serves every layer: past the last feature the addend is masked away.
                 feature = deep[jnp.minimum(index, deep.shape[0] - 1)]
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
 
         def body(layer, h, prompt):
             q, k, v = layer.qkv(h, angles)
-            return layer.finish(h, attend(q, k, v, Extend(*prompt, lengths_B))), None
+            return layer.finish(h, attend(q, k, v, Extend(*prompt, lengths_B), self.attention)), None
 
         return self.norm(layers_lib.scan(self.layers, body, h_RxTxD, prompt, remat=self.remat)[0])
 
@@ -118,7 +118,8 @@ class Decoder(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.keys, k[None], start),
                 jax.lax.dynamic_update_slice(cache.values, v[None], start),
             )
-            own = attend(q, cache.keys[index], cache.values[index], Cached(*prompt, lengths_B, step))
+            layout = Cached(*prompt, lengths_B, step)
+            own = attend(q, cache.keys[index], cache.values[index], layout, self.attention)
             return (layer.finish(h, own), cache), None
 
         xs = (jnp.arange(self.config.depth), prompt)

@@ -96,9 +96,9 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, dtype, param_dtype, remat: str, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, dtype, param_dtype, remat: str, attention: str, rngs: nnx.Rngs):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.remat, self.dtype = config, remat, dtype
+        self.config, self.remat, self.attention, self.dtype = config, remat, attention, dtype
         self.patch = nnx.Linear(config.patch_values, config.width, use_bias=config.patch_bias, rngs=rngs, **kinds)
         if config.table_size:
             # As loud as the patches: a fresh tower is to see soon where things are, not only which colors there are.
@@ -113,10 +113,11 @@ class VisionTower(nnx.Module):
 
     def _attend(self, batch: VisionBatch, index: jax.Array) -> Callable:
         """Attention of block `index`: in windows, but for the blocks that see whole images."""
-        whole = functools.partial(attend, layout=Segments(batch.segments))
+        of = functools.partial(attend, implementation=self.attention)
+        whole = functools.partial(of, layout=Segments(batch.segments))
         if not self.config.window:
             return whole
-        windows = functools.partial(attend, layout=Segments(batch.windows, reach=self.config.window_patches))
+        windows = functools.partial(of, layout=Segments(batch.windows, reach=self.config.window_patches))
         full = (jnp.array(self.config.full_blocks, jnp.int32) == index).any()
 
         # The scan keeps for its backward pass what either branch would need, so each keeps its inputs alone.
