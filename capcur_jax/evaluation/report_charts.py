@@ -61,6 +61,7 @@ PANELS = (
         ("mean", "max"),
         log=True,
     ),
+    Panel("Padding", "% of slots", ("token_padding", "patch_padding"), ("tokens", "patches"), scale=100),
     Panel("Throughput", "tokens per second", ("tokens_per_second",)),
 )
 _PHASES = ("data", "rollout", "reward", "update", "sync")

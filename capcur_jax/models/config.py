@@ -229,7 +229,8 @@ def from_dict(published: dict[str, Any], where: str = "config.json") -> ModelCon
         family=family,
         vision=vision,
         text=text,
-        tied=bool(published.get("tie_word_embeddings", section.get("tie_word_embeddings", False))),
+        # As transformers has it: of Qwen3-VL's files the top-level key alone counts, of Qwen2.5-VL's either one.
+        tied=any(part.get("tie_word_embeddings") for part in (published, section if family == "qwen2_5_vl" else {})),
         image_token=published.get("image_token_id", 151655),
         published=published,
     )

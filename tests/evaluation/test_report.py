@@ -61,6 +61,8 @@ def step_record(step, stage, stage_step, share, rng, compiles=False):
         "entropy": 0.55 - 0.3 * share + rng.gauss(0, 0.02),
         "clip_fraction": 0.002 * rng.random(),
         "grad_norm": float("nan") if step == 57 else math.exp(rng.gauss(-0.4, 0.35)),
+        "token_padding": 0.2 + 0.02 * rng.random(),
+        "patch_padding": 0.1,
         "equal_groups": min(1.0, 0.3 + 0.35 * share + rng.gauss(0, 0.08)),
         "truncated": 0.02 * rng.random(),
         "logprob_difference_mean": difference,

@@ -101,6 +101,20 @@ def test_the_published_file_of_qwen2_5_vl_is_read():
     assert (config.tied, config.image_token, config.published) == (False, 151655, WINDOWED)
 
 
+@pytest.mark.parametrize(("top", "nested", "qwen3", "qwen2_5"), [
+    (True, None, True, True), (None, True, False, True), (False, True, False, True), (False, False, False, False),
+])  # fmt: skip
+def test_which_key_ties_the_embeddings(tmp_path, top, nested, qwen3, qwen2_5):
+    """As transformers 5.23 reads the two keys."""
+    nested_keys = {key: value for key, value in WINDOWED.items() if key not in ("vision_config", "model_type")}
+    newer = {**WINDOWED, "text_config": nested_keys}
+    for published, tied in ((copy.deepcopy(PUBLISHED), qwen3), (copy.deepcopy(newer), qwen2_5)):
+        for section, value in ((published, top), (published["text_config"], nested)):
+            section.pop("tie_word_embeddings", None)
+            section.update({} if value is None else {"tie_word_embeddings": value})
+        assert from_dict(published).tied == tied
+
+
 def test_old_and_new_rope_keys_mean_the_same():
     new = changed("text_config", without="rope_scaling")
     del new["text_config"]["rope_theta"]
