@@ -122,9 +122,8 @@ def _header(file: Path, holds: str) -> Iterator[Tensor]:
             if not 8 < start <= size:
                 raise ValueError(f"{size} bytes, no whole header")
             header = json.loads(opened.read(start - 8))
-            entries = {
-                n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n[:2] != "__"
-            }
+            header.pop("__metadata__", None)
+            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(
