@@ -85,18 +85,11 @@ def table(config: ModelConfig) -> dict[str, str]:
 
 
 def published_shape(path: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    """Shape of one published tensor, from ours without the layer axis."""
+    """Shape of one published tensor, from ours without the layer axis: kernels, and they alone, are transposed."""
     if path == "visual.patch.kernel":
         v = config.vision
         return (v.width, v.channels, v.temporal_patch_size, v.patch_size, v.patch_size)
     return shape[::-1] if path.endswith(".kernel") else shape
-
-
-def to_ours(path: str, tensor: np.ndarray) -> np.ndarray:
-    """One published tensor in our shape."""
-    if path == "visual.patch.kernel":
-        return tensor.reshape(tensor.shape[0], -1).T
-    return tensor.T if path.endswith(".kernel") else tensor
 
 
 def to_published(path: str, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
