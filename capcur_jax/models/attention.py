@@ -37,7 +37,8 @@ class Causal(NamedTuple):
 class Extend(NamedTuple):
     """Response rows after their group's prompt: each query sees the prompt's tokens and its row's own up to itself.
 
-    Row r belongs to prompt r // G. The prompt's keys and values are computed once and never repeated.
+    Row r belongs to prompt r // G. The prompt's keys and values are computed once and never repeated (cuDNN's way alone
+    copies them a row, one layer at a time).
     """
 
     keys_BxSxKxH: jax.Array
@@ -94,9 +95,8 @@ def attend(
 def _has_kernel(q_RxTxNxH: jax.Array, layout: Layout) -> bool:
     """Whether a kernel serves this layout better than XLA does.
 
-    Not so: float32 (the reference, and cuDNN has none); decoding, which reads the cache once and is bound by that, for
-    one query a row has no scores worth saving; windows, of which XLA computes 3 x reach keys a query, while a kernel's
-    blocks of 128 and more compute twice that and more.
+    Not so: float32 (the reference, and cuDNN has none); decoding, whose one query a row has no scores worth saving;
+    windows, for which XLA computes 3 x reach keys a query and kernels, whose blocks hold several windows, many more.
     """
     P = q_RxTxNxH.shape[1]
     if isinstance(layout, Segments) and 0 < 3 * layout.reach < P:

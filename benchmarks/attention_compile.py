@@ -1,0 +1,118 @@
+"""What attention compiles to on a TPU and a GPU that aren't there, and its memory beside plain XLA's. Needs no device.
+
+    python benchmarks/attention_compile.py --targets=v5p:2x2x1,h100:2
+
+For every layout of models/attention.py at an 8B model's sizes (bfloat16), forward and backward: the kernels that the
+compiled program really calls, and the bytes it needs beyond arguments and results, as `attend` chooses and with
+implementation="xla". The last two rows are split over two devices inside shard_map, by heads or by rows. What to
+install for a target is said in capcur_jax/aot.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+_TARGETS = flags.DEFINE_list("targets", ["v5p:2x2x1", "h100:2"], "topologies or cards, see capcur_jax/aot.py")
+_ONLY = flags.DEFINE_list("only", [], "layouts, by the beginnings of their names; none: all")
+_KERNEL = re.compile(r"splash_mha_(?:fwd|dq|dkv)|__cudnn\$\w+|\bmha_(?:forward|backward)\b")
+_MIB = 2**20
+
+
+def cases():
+    """Name -> (shapes of q, k, v and the layout's arrays, layout of those arrays, what to split over two devices)."""
+    from capcur_jax.models.attention import Cached, Causal, Extend, Segments
+
+    G, T, S, N, K, H = 5, 2048, 2048, 32, 8, 128  # Qwen3-VL-8B's heads, a group of 5
+
+    def own(rows, tokens, slots=T):
+        return (rows, tokens, N, H), (rows, slots, K, H), (rows, slots, K, H)
+
+    def prompt(B):
+        return (B, S, K, H), (B, S, K, H), (B,)
+
+    def images(patches, heads, size):
+        return *((1, patches, heads, size) for _ in range(3)), (1, patches)
+
+    return {
+        "prompt rows": (own(2, T), lambda: Causal(), None),
+        "response rows": ((*own(G, T), *prompt(1)), Extend, None),
+        "images (heads of 80)": (images(8192, 16, 80), Segments, None),
+        "images (heads of 72)": (images(8192, 16, 72), Segments, None),
+        "windows of 64": (images(8192, 16, 80), functools.partial(Segments, reach=64), None),
+        "decoding": ((*own(16 * G, 1), *prompt(16)), lambda *a: Cached(*a, T - 1), None),
+        "response rows (heads / 2)": ((*own(G, T), *prompt(1)), Extend, "heads"),
+        "response rows (rows / 2)": ((*own(2 * G, T), *prompt(2)), Extend, "rows"),
+    }
+
+
+def measure(target: str) -> None:
+    """Prints the target's table."""
+    from capcur_jax import aot
+
+    devices = aot.devices(target)  # before anything else of jax
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from capcur_jax.models.attention import attend
+
+    def compiled(shapes, layout, split, implementation, backward):
+        mesh = Mesh(np.array(devices[: 2 if split else 1]), ("x",))
+        place = {"rows": ("x",), "heads": (None, None, "x"), None: ()}[split]
+        # Lengths and segment ids have no heads.
+        specs = [PartitionSpec(*place if len(s) == 4 or split == "rows" else ()) for s in shapes]
+        arrays = [
+            jax.ShapeDtypeStruct(s, jnp.bfloat16 if len(s) == 4 else jnp.int32, sharding=NamedSharding(mesh, spec))
+            for s, spec in zip(shapes, specs, strict=True)
+        ]
+
+        def function(q, k, v, *rest):
+            return attend(q, k, v, layout(*rest), implementation)
+
+        if split:
+            function = jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+
+        def gradients(*arrays):
+            floats = tuple(i for i, array in enumerate(arrays) if array.ndim == 4)
+            return jax.grad(lambda *a: function(*a).astype(jnp.float32).sum(), argnums=floats)(*arrays)
+
+        return jax.jit(gradients if backward else function).lower(*arrays).compile()
+
+    print(f"\n{target}: {devices[0].device_kind}, jax {jax.__version__}; MiB beyond arguments and results, a device")
+    print(f"{'layout':<28}{'pass':<10}{'attend':>10}{'xla':>10}  kernels of attend")
+    for name, case in cases().items():
+        if _ONLY.value and not name.startswith(tuple(_ONLY.value)):
+            continue
+        for backward in (False, True):
+            if backward and name == "decoding":
+                continue
+            began = time.perf_counter()
+            programs = [compiled(*case, implementation, backward) for implementation in ("auto", "xla")]
+            ours, theirs = (f"{p.memory_analysis().temp_size_in_bytes / _MIB:.0f}" for p in programs)
+            calls = re.findall(r".* custom-call\(.*", programs[0].as_text())
+            kernels = sorted({kernel for call in calls for kernel in _KERNEL.findall(call)}) or ["none: XLA"]
+            seconds = time.perf_counter() - began
+            line = f"{name:<28}{'backward' if backward else 'forward':<10}{ours:>10}{theirs:>10}  {', '.join(kernels)}"
+            print(f"{line} ({seconds:.0f} s)", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(_TARGETS.value) == 1:
+        measure(_TARGETS.value[0])
+        return
+    # One process a target: each has compiler settings of its own.
+    for target in _TARGETS.value:
+        only = f"--only={','.join(_ONLY.value)}"
+        subprocess.run([sys.executable, argv[0], f"--targets={target}", only], check=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
