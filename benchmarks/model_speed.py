@@ -1,9 +1,9 @@
 """Forward, and forward + backward, in tokens/s: this project against transformers' PyTorch model, in one run.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/model_speed.py [--rounds=5] [--prompts=8] [--tokens=256] [--image=224]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/model_speed.py [--rounds=9]
 
-Both sides load the same checkpoint (written here, random weights, both families), get the same batch of prompts with
-an image each, compute in float32 on the same threads, and take turns. Loss: mean cross-entropy of the next token;
+Both sides load the same checkpoint (written here, random weights; both families, two sizes), get the same batch of
+prompts with an image each, compute in float32 on the same threads, and take turns. Loss: mean cross-entropy of the next token;
 gradients of every parameter. PyTorch runs with its default attention (sdpa).
 """
 
@@ -13,11 +13,13 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin take the cores from JAX
 
+import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,51 +35,72 @@ from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import QwenVL
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Measurements of each side; the median counts.")
-_PROMPTS = flags.DEFINE_integer("prompts", 8, "Prompts in the batch.")
-_TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens of each prompt, about; its image included.")
-_IMAGE = flags.DEFINE_integer("image", 224, "Pixels of a side of the image.")
-TEXT = {
-    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "rope_theta": 1e6,
-}  # fmt: skip
-VISION = {
-    "depth": 6, "hidden_size": 192, "intermediate_size": 512, "num_heads": 4, "patch_size": 14,
-    "spatial_merge_size": 2, "temporal_patch_size": 2,
-}  # fmt: skip
-COMMON = {"vocabulary": 2048, "tied": False, "min_pixels": 3136, "max_pixels": 1 << 20}
-ROPE = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}
-ARCHITECTURES = {
-    "qwen3_vl": {
-        **COMMON, "family": "qwen3_vl", "text": {**TEXT, "head_dim": 32, "rope_scaling": ROPE},
-        "vision": {**VISION, "num_position_embeddings": 576, "deepstack_visual_indexes": [1, 3]},
-    },
-    "qwen2_5_vl": {
-        **COMMON, "family": "qwen2_5_vl",
-        "text": {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
-        "vision": {**VISION, "window_size": 112, "fullatt_block_indexes": [2, 5]},
-    },
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Measurements of each side; the median counts.")
+
+
+class Size(NamedTuple):
+    """A model and a batch."""
+
+    prompts: int
+    tokens: int  # of each prompt, about; its image included
+    image: int  # pixels of a side
+    vocabulary: int
+    text: dict[str, int]
+    vision: dict[str, int]
+
+
+# Widths of the shipped base checkpoint and the laptop run's batches; a model and a batch in which arithmetic, not
+# overhead, takes the time.
+SIZES = {
+    "laptop": Size(
+        16, 64, 64, 640,
+        {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 1},
+        {"depth": 3, "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "patch_size": 8},
+    ),
+    "wide": Size(
+        8, 256, 224, 2048,
+        {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
+         "num_key_value_heads": 2},
+        {"depth": 6, "hidden_size": 192, "intermediate_size": 512, "num_heads": 4, "patch_size": 14},
+    ),
 }  # fmt: skip
 
 
-def write_checkpoint(directory: Path, architecture: dict) -> Path:
-    source = fresh.write_skeleton(directory / "skeleton", ["a few words of text"] * 50, architecture)
+def architecture(family: str, size: Size) -> dict:
+    """Heads of 32 in the decoder; the family's own parts beside the sizes."""
+    text = {**size.text, "max_position_embeddings": 4096, "rope_theta": 1e6}
+    vision = {**size.vision, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if family == "qwen3_vl":
+        rope = {"rope_type": "default", "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+        text |= {"head_dim": 32, "rope_scaling": rope}
+        vision |= {"num_position_embeddings": 576, "deepstack_visual_indexes": [0, 1]}
+    else:
+        text |= {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+        vision |= {"window_size": 8 * size.vision["patch_size"], "fullatt_block_indexes": [size.vision["depth"] - 1]}
+    return {
+        "family": family, "vocabulary": size.vocabulary, "tied": False, "min_pixels": 3136, "max_pixels": 1 << 20,
+        "text": text, "vision": vision,
+    }  # fmt: skip
+
+
+def write_checkpoint(directory: Path, made: dict) -> Path:
+    source = fresh.write_skeleton(directory / "skeleton", ["a few words of text"] * 50, made)
     config = model_config.from_directory(source)
     huggingface.save(directory / "model", nnx.state(huggingface.create(config, 0)), config, source, np.float32)
     return directory / "model"
 
 
-def make_prompts(processor: Processor) -> list[Prompt]:
+def make_prompts(processor: Processor, size: Size) -> list[Prompt]:
     random, prompts = np.random.default_rng(0), []
-    side = _IMAGE.value
-    for _ in range(_PROMPTS.value):
-        image = Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8))
+    for _ in range(size.prompts):
+        image = Image.fromarray(random.integers(0, 255, (size.image, size.image, 3), dtype=np.uint8))
         words = "a "
         while True:
             prompt = processor.prepare(processor.render([None, words]), [image])
-            if len(prompt) >= _TOKENS.value:
+            if len(prompt) >= size.tokens:
                 break
-            words += "few words of text " * max(1, (_TOKENS.value - len(prompt)) // 40)
+            words += "few words of text " * max(1, (size.tokens - len(prompt)) // 40)
         prompts.append(prompt)
     return prompts
 
@@ -143,20 +166,22 @@ def seconds(function: Callable) -> float:
 
 def main(_) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
-    print("| family | pass | ours, tokens/s | transformers, tokens/s | ratio |")
-    print("|---|---|---|---|---|")
-    for family, architecture in ARCHITECTURES.items():
+    print("| size | family | pass | ours, tokens/s | transformers, tokens/s | ratio |")
+    print("|---|---|---|---|---|---|")
+    for name_of_size, family in itertools.product(SIZES, model_config.FAMILIES):
         with tempfile.TemporaryDirectory() as directory:
-            path = write_checkpoint(Path(directory), architecture)
+            size = SIZES[name_of_size]
+            path = write_checkpoint(Path(directory), architecture(family, size))
             processor = Processor.from_directory(path)
-            prompts = make_prompts(processor)
+            prompts = make_prompts(processor, size)
             sides = [ours(path, processor, prompts), theirs(path, processor, prompts)]
             count = sum(map(len, prompts))
             for name, (mine, peer) in zip(("forward", "forward + backward"), zip(*sides, strict=True), strict=True):
                 assert abs(mine() - peer()) < 1e-3, "the two sides disagree: no comparison"
                 times = [(seconds(mine), seconds(peer)) for _ in range(_ROUNDS.value)]
                 a, b = (statistics.median(column) for column in zip(*times, strict=True))
-                print(f"| {family} | {name} | {count / a:,.0f} | {count / b:,.0f} | {b / a:.2f} |", flush=True)
+                rates = f"{count / a:,.0f} | {count / b:,.0f} | {b / a:.2f}"
+                print(f"| {name_of_size} | {family} | {name} | {rates} |", flush=True)
 
 
 if __name__ == "__main__":
