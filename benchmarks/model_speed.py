@@ -3,8 +3,8 @@
     OMP_WAIT_POLICY=PASSIVE python benchmarks/model_speed.py [--rounds=9]
 
 Both sides load the same checkpoint (written here, random weights; both families, two sizes), get the same batch of
-prompts with an image each, compute in float32 on the same threads, and take turns. Loss: mean cross-entropy of the next token;
-gradients of every parameter. PyTorch runs with its default attention (sdpa).
+prompts with an image each, compute in float32 on the same threads, and take turns. Loss: mean cross-entropy of the next
+token; gradients of every parameter. PyTorch runs with its default attention (sdpa).
 """
 
 from __future__ import annotations
