@@ -93,7 +93,7 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
         if stage.objective == "grpo":
             with timer("rollout"):
                 prompts = [example.prompt for example in examples]
-                groups = run.engine.generate(prompts, run.sampling, config.rollout.group, rollout_seed(run))
+                groups = run.engine.generate(prompts, run.sampling, config.rollout.group, rollout_seed(run), images)
             with timer("reward"):
                 rollout = grade(run, examples, groups)
         with timer("update"):
@@ -200,8 +200,8 @@ def warm_up(run: Run, stage: Stage, learner: Learner, sizes: Sequence[PromptSize
     with run.display.progress(f"compiling ({stage.name})", len(shapes) * len(config.rollout.response_buckets)) as done:
         if grpo:
             # As the steps will ask: the engine's batches never reach from one step into the next.
-            calls = [sizes[at : at + stage.prompts] for at in range(0, len(sizes), stage.prompts)]
-            run.engine.warm_up(calls, run.sampling, config.rollout.group)
+            for at in range(0, len(sizes), stage.prompts):
+                run.engine.warm_up(sizes[at : at + stage.prompts], run.sampling, config.rollout.group, images)
             run.advantages(np.zeros((stage.prompts, config.rollout.group), np.float32))
         for shape in shapes:
             for length in config.rollout.response_buckets:

@@ -132,7 +132,7 @@ def test_step_records_have_every_figure(finished):
     workdir, _, _ = finished
     step = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"][-1]
     keys = """reward accuracy format response_length kl entropy loss grad_norm clip_fraction equal_groups truncated
-        token_padding tokens_per_second seconds seconds_rollout seconds_reward seconds_update seconds_sync
+        token_padding patch_padding tokens_per_second seconds seconds_rollout seconds_reward seconds_update seconds_sync
         logprob_difference_max learning_rate"""
     for key in keys.split():
         assert np.isfinite(step[key]), key

@@ -39,11 +39,12 @@ def evaluate(
     processor: Processor = builder.processor
     accuracy, form, lengths = [], [], []
     by_kind: dict[str, list[float]] = collections.defaultdict(list)
+    images = any(problem.images for problem in problems)
     for number, part in enumerate(_parts(problems, batch)):
         built = [(problem, builder.try_build(problem)) for problem in part]
         built = [(problem, prompt) for problem, prompt in built if prompt is not None]
         if built:
-            groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number)
+            groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
             samples = [group[0] for group in groups]
             asked = [problem for problem, _ in built]
             for problem, sample, score in zip(

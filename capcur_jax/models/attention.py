@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from ctypes.util import find_library
 from typing import NamedTuple
 
 import jax
@@ -24,8 +25,10 @@ from capcur_jax.models import attention_gpu, attention_tpu
 
 IMPLEMENTATIONS = ("auto", "xla")
 _BLOCK = 128  # queries that a kernel takes at once; scores of shorter rows are small and XLA's
-# jax asks for cuDNN as soon as it traces a call to it, whatever the platform; only its CUDA plugins know of one.
-_CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+# jax asks for cuDNN as soon as it traces a call to it, whatever the platform: its CUDA plugin and cuDNN must be there.
+_CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)) and bool(
+    (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")) or find_library("cudnn")
+)
 _KERNELS = {"tpu": attention_tpu} | ({"cuda": attention_gpu} if _CUDA else {})
 _MASKED = np.float32(np.finfo(np.float32).min)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from capcur_jax.errors import InputError
 from capcur_jax.models.config import ModelConfig, VisionConfig
 from capcur_jax.models.inputs import Prompt, coordinates, table_taps, window_order
 from capcur_jax.models.qwen_vl import PromptBatch
@@ -38,24 +39,24 @@ class BatchShape(NamedTuple):
 
 
 def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
-    """The smallest declared bucket that holds `needed`. Raises ValueError naming the config key."""
+    """The smallest declared bucket that holds `needed`. Raises InputError naming the config key."""
     fitting = [bucket for bucket in buckets if bucket >= needed]
     if not fitting:
-        raise ValueError(f"{key} = {tuple(buckets)} has no bucket for {needed}; declare a larger one")
+        raise InputError(f"{key} = {tuple(buckets)} has no bucket for {needed}; declare a larger one")
     return min(fitting)
 
 
 def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
     """(row, offset) of each image in rows of `length` patches.
 
-    The largest comes first, each goes to the fullest row that holds it. Raises ValueError for one longer than a row.
+    The largest comes first, each goes to the fullest row that holds it. Raises InputError for one longer than a row.
     """
     free: list[int] = []
     places = [(0, 0)] * len(sizes)
     for image in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[image]
         if size > length:
-            raise ValueError(f"config.prompt.patch_row = {length} does not hold an image of {size} patches; raise it")
+            raise InputError(f"config.prompt.patch_row = {length} does not hold an image of {size} patches; raise it")
         fitting = [row for row, left in enumerate(free) if left >= size]
         row = min(fitting, key=free.__getitem__, default=len(free))
         if row == len(free):
@@ -77,29 +78,31 @@ class Buckets:
     patch_row: int
     patch_rows: tuple[float, ...]
 
-    def shape(self, sizes: Sequence[PromptSize], images: bool | None = None) -> BatchShape:
+    def shape(self, sizes: Sequence[PromptSize], images: bool | None = None, rows: int = 0) -> BatchShape:
         """The smallest declared shape that holds prompts of these sizes.
 
         Args:
           images: whether images may come in batches like this one; a batch without any then takes the same program.
             None: whether this one has any.
+          rows: prompts of the batch; 0: as many as there are sizes.
 
         Raises:
-          ValueError: no bucket is large enough; names the config key.
+          InputError: no bucket is large enough; names the config key.
         """
+        B = rows or len(sizes)
         T = smallest_bucket(self.tokens, max(size.tokens for size in sizes), "config.prompt.token_buckets")
         patches = [image for size in sizes for image in size.images]
         if not (patches if images is None else images):
-            return BatchShape(len(sizes), T, 0)
+            return BatchShape(B, T, 0)
         needed = 1 + max((row for row, _ in assign_rows(patches, self.patch_row)), default=0)
-        rows = [math.ceil(share * len(sizes)) for share in self.patch_rows]
-        if needed > max(rows, default=0):
-            raise ValueError(
-                f"config.prompt.patch_rows = {self.patch_rows} gives {len(sizes)} prompts at most "
-                f"{max(rows, default=0)} rows of patches, their images need {needed}: "
+        declared = [math.ceil(share * B) for share in self.patch_rows]
+        if needed > max(declared, default=0):
+            raise InputError(
+                f"config.prompt.patch_rows = {self.patch_rows} gives {B} prompts at most "
+                f"{max(declared, default=0)} rows of patches, their images need {needed}: "
                 "declare a larger number, or raise config.prompt.patch_row"
             )
-        return BatchShape(len(sizes), T, min(row for row in rows if row >= needed))
+        return BatchShape(B, T, min(count for count in declared if count >= needed))
 
     def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
@@ -123,11 +126,14 @@ class Buckets:
         )
 
     def collate(
-        self, prompts: Sequence[Prompt], config: ModelConfig, pad: int, images: bool | None = None
+        self, prompts: Sequence[Prompt], config: ModelConfig, pad: int, images: bool | None = None, rows: int = 0
     ) -> PromptBatch:
-        """B prompts as numpy arrays of declared shape, tokens padded on the right. `images`: see `shape`."""
+        """B prompts as numpy arrays of declared shape, tokens padded on the right. `images`, `rows`: see `shape`.
+
+        Rows without a prompt of their own repeat the last one, its images included, which are in the batch once.
+        """
         sizes = [PromptSize.of(prompt) for prompt in prompts]
-        batch = self.blank(self.shape(sizes, images), config, pad)
+        batch = self.blank(self.shape(sizes, images, rows), config, pad)
         places = iter(assign_rows([image for size in sizes for image in size.images], self.patch_row))
         packer = _Packer(batch.vision, config.vision)
         for row, prompt in enumerate(prompts):
@@ -139,6 +145,10 @@ class Buckets:
                 index = packer.place(prompt, [next(places) for _ in prompt.grids])
                 shown = prompt.visual_index >= 0
                 batch.visual_index[row, :length][shown] = index[prompt.visual_index[shown]]
+        last = len(prompts) - 1
+        for rowwise in (batch.tokens, batch.lengths, batch.next_position, batch.visual_index, batch.positions[0],
+                        batch.positions[1], batch.positions[2]):  # fmt: skip
+            rowwise[last:] = rowwise[last]
         return batch
 
 

@@ -17,6 +17,32 @@ UNSUPPORTED = {
     "qwen2_vl": "Qwen2-VL, the generation before windows",
     "qwen2_5_omni": "audio",
 }
+# Older writers leave out what equals the defaults of transformers' configuration classes; these are those.
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen2_5_vl": {
+        "vision": {
+            "depth": 32, "hidden_size": 3584, "hidden_act": "silu", "intermediate_size": 3420, "num_heads": 16,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+            "out_hidden_size": 3584, "fullatt_block_indexes": (7, 15, 23, 31),
+        },
+        "text": {
+            "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+            "num_attention_heads": 64, "num_key_value_heads": 8, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        },
+    },
+    "qwen3_vl": {
+        "vision": {
+            "depth": 27, "hidden_size": 1152, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": 4304,
+            "num_heads": 16, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "out_hidden_size": 3584, "num_position_embeddings": 2304, "deepstack_visual_indexes": (8, 16, 24),
+        },
+        "text": {
+            "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+        },
+    },
+}  # fmt: skip
 
 
 class UnsupportedCheckpoint(InputError):
@@ -118,31 +144,32 @@ def _activation(name: str, where: str) -> str:
 
 
 def _blocks(section: dict, key: str, where: str) -> tuple[int, ...]:
-    blocks, depth = tuple(_need(section, key, where)), section["depth"]
+    blocks, depth = tuple(section[key]), section["depth"]
     if list(blocks) != sorted(set(blocks)) or any(not 0 <= index < depth for index in blocks):
         raise UnsupportedCheckpoint(f"{where}: {key} {list(blocks)} must rise and lie in 0..{depth - 1}")
     return blocks
 
 
 def _vision(section: dict, family: str, where: str) -> VisionConfig:
+    section = {**DEFAULTS[family]["vision"], **section}
     rope = section.get("rope_parameters") or {}
     if rope.get("rope_type", "axial") not in ("axial", "default"):
         raise UnsupportedCheckpoint(f"{where}: vision rope_type '{rope['rope_type']}' is not supported")
-    patch, merge = _need(section, "patch_size", where), section.get("spatial_merge_size", 2)
+    patch, merge = section["patch_size"], section["spatial_merge_size"]
     shared = dict(
-        depth=_need(section, "depth", where),
-        width=_need(section, "hidden_size", where),
-        mlp_width=_need(section, "intermediate_size", where),
-        heads=_need(section, "num_heads", where),
-        out_width=_need(section, "out_hidden_size", where),
+        depth=section["depth"],
+        width=section["hidden_size"],
+        mlp_width=section["intermediate_size"],
+        heads=section["num_heads"],
+        out_width=section["out_hidden_size"],
         patch_size=patch,
         merge_size=merge,
-        temporal_patch_size=section.get("temporal_patch_size", 2),
+        temporal_patch_size=section["temporal_patch_size"],
         channels=section.get("in_channels", section.get("in_chans", 3)),
         rope_theta=float(rope.get("rope_theta", 10000.0)),
     )
     if family == "qwen2_5_vl":
-        side = section.get("window_size", 112)
+        side = section["window_size"]
         if side < patch * merge:
             raise UnsupportedCheckpoint(
                 f"{where}: window_size {side} is smaller than a merged feature ({patch * merge})"
@@ -151,16 +178,16 @@ def _vision(section: dict, family: str, where: str) -> VisionConfig:
             **shared,
             window=side // (patch * merge),
             full_blocks=_blocks(section, "fullatt_block_indexes", where),
-            activation=_activation(section.get("hidden_act", "silu"), where),
+            activation=_activation(section["hidden_act"], where),
             gated=True,
             rms_norm=True,
             patch_bias=False,
         )
     config = VisionConfig(
         **shared,
-        table_size=_need(section, "num_position_embeddings", where),
+        table_size=section["num_position_embeddings"],
         deepstack=_blocks(section, "deepstack_visual_indexes", where),
-        activation=_activation(section.get("hidden_act", "gelu_pytorch_tanh"), where),
+        activation=_activation(section["hidden_act"], where),
     )
     if config.table_side**2 != config.table_size:
         raise UnsupportedCheckpoint(f"{where}: num_position_embeddings {config.table_size} is not a square")
@@ -168,6 +195,7 @@ def _vision(section: dict, family: str, where: str) -> VisionConfig:
 
 
 def _text(section: dict, family: str, where: str) -> TextConfig:
+    section = {**DEFAULTS[family]["text"], **section}
     # transformers >= 5 writes rope_parameters; the published files have rope_theta and rope_scaling beside it.
     rope = {**(section.get("rope_scaling") or {}), **(section.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -180,28 +208,28 @@ def _text(section: dict, family: str, where: str) -> TextConfig:
         raise UnsupportedCheckpoint(f"{where}: use_sliding_window is not supported; no published size uses it")
     if rope.get("mrope_interleaved", newer) != newer:
         raise UnsupportedCheckpoint(f"{where}: mrope_interleaved must be {str(newer).lower()} for {family}")
-    heads, width = _need(section, "num_attention_heads", where), _need(section, "hidden_size", where)
-    head_dim = section.get("head_dim") or (128 if newer else width // heads)
+    heads, width = section["num_attention_heads"], section["hidden_size"]
+    head_dim = section.get("head_dim") or width // heads
     sections = tuple(rope.get("mrope_section", (24, 20, 20) if newer else (16, 24, 24)))
     if len(sections) != 3 or sum(sections) != head_dim // 2:
         raise UnsupportedCheckpoint(
             f"{where}: mrope_section {list(sections)} must be three numbers of sum head_dim / 2 = {head_dim // 2}"
         )
     return TextConfig(
-        vocabulary=_need(section, "vocab_size", where),
+        vocabulary=section["vocab_size"],
         width=width,
-        mlp_width=_need(section, "intermediate_size", where),
-        depth=_need(section, "num_hidden_layers", where),
+        mlp_width=section["intermediate_size"],
+        depth=section["num_hidden_layers"],
         heads=heads,
-        kv_heads=_need(section, "num_key_value_heads", where) or heads,
+        kv_heads=section["num_key_value_heads"] or heads,
         head_dim=head_dim,
         mrope_sections=sections,
         mrope_interleaved=newer,
         qk_norm=newer,
         qkv_bias=not newer,
         rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else _need(section, "rope_theta", where)),
-        rms_epsilon=float(section.get("rms_norm_eps", 1e-6)),
-        activation=_activation(section.get("hidden_act", "silu"), where),
+        rms_epsilon=float(section["rms_norm_eps"]),
+        activation=_activation(section["hidden_act"], where),
     )
 
 

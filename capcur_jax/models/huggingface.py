@@ -222,8 +222,9 @@ def save(
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in WEIGHTS:
             shutil.copyfile(file, partial / file.name)
-    published = {**config.published, "dtype": jnp.dtype(dtype).name}
-    published.pop("torch_dtype", None)
+    published = _with_dtype(config.published, jnp.dtype(dtype).name)
+    if not {"dtype", "torch_dtype"} & set(published):
+        published["dtype"] = jnp.dtype(dtype).name
     (partial / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
 
     shards, total = _shards(parameters, config, jnp.dtype(dtype).itemsize, shard_bytes)
@@ -234,11 +235,33 @@ def save(
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / WEIGHTS[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for written in (*partial.iterdir(), partial):
+        _sync(written)  # a machine that fails after the renames must not leave empty files in their place
     # The old directory is set aside, not deleted first: a stop in the middle must not cost both.
     if directory.exists():
         os.replace(directory, directory.with_name(f".{directory.name}.old-{os.getpid()}"))
     os.replace(partial, directory)
     _clean(directory, "old")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _with_dtype(published: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json with `dtype` wherever it names one, under the key that its readers know."""
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype")
+        else _with_dtype(value, dtype)
+        if key.endswith("_config") and isinstance(value, dict)
+        else value
+        for key, value in published.items()
+    }
 
 
 def _shards(

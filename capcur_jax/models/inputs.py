@@ -6,6 +6,7 @@ Done once for a prompt; nothing downstream tokenises or looks at an image again 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,6 +121,18 @@ def window_order(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.n
     return order, window[order]
 
 
+def _chat_template(directory: Path) -> str | None:
+    """The template of chat_template.json, which counts before the tokenizer's own: the published Qwen2.5-VL tokenizers
+    bring one that knows of tools and not of images."""
+    file = directory / "chat_template.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file} holds no chat template; copy the file again") from None
+
+
 class Processor:
     """A checkpoint's tokenizer, chat template and image processor (transformers' own, the PIL one)."""
 
@@ -142,7 +155,10 @@ class Processor:
         from transformers import AutoImageProcessor, AutoTokenizer
 
         config = config_lib.from_directory(directory)
-        if not (Path(directory) / "preprocessor_config.json").is_file():
+        # Newer writers keep the image settings in processor_config.json.
+        if not any(
+            (Path(directory) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+        ):
             raise InputError(f"{directory}: preprocessor_config.json is missing; copy the whole checkpoint")
         # Without its files transformers builds an empty tokenizer of Qwen's class and says nothing.
         if not any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -151,6 +167,7 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{directory}: no usable tokenizer ({error}); copy tokenizer.json too") from None
+        tokenizer.chat_template = _chat_template(Path(directory)) or tokenizer.chat_template
         if not tokenizer.chat_template:
             raise InputError(f"{directory}: the tokenizer has no chat template; copy chat_template.jinja too")
         # backend="pil": the torchvision one gives slightly different pixels and needs PyTorch.
@@ -182,6 +199,8 @@ class Processor:
     def tokenize(self, text: str, images: int) -> np.ndarray:
         """Token ids of a rendered prompt. Raises BadInput unless it holds one placeholder for each image."""
         tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        if (tokens == self.config.published.get("video_token_id")).any():
+            raise BadInput("the prompt holds a video placeholder; videos are not supported, images are")
         placeholders = int((tokens == self.config.image_token).sum())
         if placeholders != images:
             raise BadInput(

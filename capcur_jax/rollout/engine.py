@@ -43,11 +43,17 @@ class Engine(Protocol):
     def update_weights(self, parameters: Any, version: int) -> None:
         """The next `generate` uses these parameters."""
 
-    def warm_up(self, calls: Sequence[Sequence[PromptSize]], sampling: Sampling, n: int) -> None:
+    def warm_up(self, sizes: Sequence[PromptSize], sampling: Sampling, n: int, images: bool | None = None) -> None:
         """Does now what would make `generate` slow when it is first called with prompts of these sizes."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int) -> list[list[Sample]]:
-        """`n` samples for each prompt, in the prompts' order."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int, images: bool | None = None
+    ) -> list[list[Sample]]:
+        """`n` samples for each prompt, in the prompts' order.
+
+        `images`: whether images may come in calls like this one, so that one without any is served by the same program.
+        None: whether this one has any.
+        """
 
     def close(self) -> None:
         """Releases what the engine holds."""

@@ -7,7 +7,7 @@ ended. Shapes come from declared buckets, so a warmed-up engine never compiles.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,6 @@ class LocalEngine:
         self._processor, self._version, self._max_rows = processor, 0, max_rows
         self._buckets = buckets
         self._programs: dict[tuple[int, Sampling], Programs] = {}
-        self._images: dict[tuple[int, Sampling], bool] = {}  # whether images may come, as the last warm-up said
         self._steps: dict[Sampling, tuple[Programs, Programs]] = {}
 
     def update_weights(self, parameters: nnx.State, version: int) -> None:
@@ -170,31 +169,30 @@ class LocalEngine:
             self._programs[n, sampling] = Programs(run)
         return self._programs[n, sampling]
 
-    def warm_up(self, calls: Sequence[Sequence[PromptSize]], sampling: Sampling, n: int) -> None:
-        """See engine.Engine. Compiles; where one call has images, calls without any will take the same programs."""
+    def warm_up(self, sizes: Sequence[PromptSize], sampling: Sampling, n: int, images: bool | None = None) -> None:
+        """See engine.Engine."""
         size, known = self.batch_prompts(n), self._processor
-        images = self._images[n, sampling] = any(prompt.images for call in calls for prompt in call)
-        for shape in {
-            self._buckets.shape(self._filled(call[at : at + size], size), images)
-            for call in calls
-            for at in range(0, len(call), size)
-        }:
+        images = any(prompt.images for prompt in sizes) if images is None else images
+        parts = (sizes[at : at + size] for at in range(0, len(sizes), size))
+        for shape in {self._buckets.shape(part, images, size) for part in parts}:
             blank = self._buckets.blank(shape, known.config, known.pad_token)
             self._program(n, sampling).compile(self._parameters, blank, np.uint32(0))
 
-    @staticmethod
-    def _filled(part: Sequence[Any], size: int) -> list[Any]:
-        """A short last batch repeats its last prompt."""
-        return [*part, *[part[-1]] * (size - len(part))]
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int = 1, seed: int = 0) -> list[list[Sample]]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        n: int = 1,
+        seed: int = 0,
+        images: bool | None = None,
+    ) -> list[list[Sample]]:
         """See engine.Engine."""
         groups: list[list[Sample]] = []
         size, known = self.batch_prompts(n), self._processor
-        images = self._images.get((n, sampling)) or any(prompt.grids for prompt in prompts)
+        images = any(prompt.grids for prompt in prompts) if images is None else images
         for number, at in enumerate(range(0, len(prompts), size)):
             part = list(prompts[at : at + size])
-            batch = self._buckets.collate(self._filled(part, size), known.config, known.pad_token, images)
+            batch = self._buckets.collate(part, known.config, known.pad_token, images, size)
             # One integer seeds a whole batch; each batch of the call draws its own stream.
             stream = np.uint32((seed + 7919 * number) % 2**32)
             drawn = self._program(n, sampling)(self._parameters, batch, stream)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from capcur_jax.data.packing import pack, pack_rows
+from capcur_jax.errors import InputError
 from capcur_jax.models.batching import BatchShape, Buckets
 
 ROWS = [np.arange(3) + 10, np.arange(5) + 20, np.arange(1) + 30, np.arange(2) + 40]
@@ -46,5 +47,5 @@ def test_a_last_token_that_is_the_pad_token_counts(prompts):
 
 
 def test_a_response_over_the_buckets_is_an_error_and_never_cut(prompts):
-    with pytest.raises(ValueError, match=r"config\.rollout\.response_buckets = \(2, 4\) has no bucket for 5"):
+    with pytest.raises(InputError, match=r"config\.rollout\.response_buckets = \(2, 4\) has no bucket for 5"):
         pack(prompts, ROWS, (2, 4), 0)

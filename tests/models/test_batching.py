@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from capcur_jax.errors import InputError
+from capcur_jax.models import config as config_lib
 from capcur_jax.models import inputs
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, assign_rows, padding, smallest_bucket
 from capcur_jax.models.inputs import Processor
@@ -31,7 +33,7 @@ def test_the_smallest_bucket_that_fits_in_whatever_order(needed, bucket):
 
 
 def test_no_bucket_is_an_error_that_names_the_key_and_the_need():
-    with pytest.raises(ValueError, match=r"config\.x\.buckets = \(24, 48\) has no bucket for 49; declare a larger"):
+    with pytest.raises(InputError, match=r"config\.x\.buckets = \(24, 48\) has no bucket for 49; declare a larger"):
         smallest_bucket((24, 48), 49, "config.x.buckets")
 
 
@@ -39,7 +41,7 @@ def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
     assert assign_rows([10, 60, 36, 24, 4], 64) == [(2, 0), (0, 0), (1, 0), (1, 36), (0, 60)]
     assert assign_rows([64, 64], 64) == [(0, 0), (1, 0)]
     assert assign_rows([], 64) == []
-    with pytest.raises(ValueError, match=r"config\.prompt\.patch_row = 64 does not hold an image of 65 patches"):
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_row = 64 does not hold an image of 65 patches"):
         assign_rows([65], 64)
 
 
@@ -65,11 +67,11 @@ def test_the_shape_of_a_batch():
     assert buckets.shape([PromptSize(16)]) == BatchShape(1, 16, 0)  # no image: no vision arrays
     # Where images may come, a batch without any takes the program of one with few.
     assert buckets.shape([PromptSize(16)] * 4, images=True) == BatchShape(4, 16, 2)
-    with pytest.raises(ValueError, match=r"config\.prompt\.token_buckets .* 33"):
+    with pytest.raises(InputError, match=r"config\.prompt\.token_buckets .* 33"):
         buckets.shape([PromptSize(33)])
-    with pytest.raises(ValueError, match=r"config\.prompt\.patch_row = 64 .* 68"):
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_row = 64 .* 68"):
         buckets.shape([PromptSize(3, (68,))])
-    with pytest.raises(ValueError, match=r"config\.prompt\.patch_rows = .* gives 1 prompts at most 1 .* need 2"):
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_rows = .* gives 1 prompts at most 1 .* need 2"):
         buckets.shape([PromptSize(3, (40, 40))])
 
 
@@ -118,7 +120,7 @@ def test_window_order_equals_transformers(windowed_checkpoint, grid):
     import torch
     from transformers.vision_utils import get_vision_window_index
 
-    vision = inputs.config_lib.from_directory(windowed_checkpoint).vision
+    vision = config_lib.from_directory(windowed_checkpoint).vision
     order, windows = inputs.window_order(grid, vision)
     theirs, boundaries = get_vision_window_index(
         torch.tensor([grid]), spatial_merge_size=2, window_size=16, patch_size=4

@@ -101,6 +101,25 @@ def test_the_published_file_of_qwen2_5_vl_is_read():
     assert (config.tied, config.image_token, config.published) == (False, 151655, WINDOWED)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_what_is_left_out_is_the_default_of_transformers(family):
+    """Older writers leave out what equals the defaults of the configuration classes."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+
+    kind = {"qwen3_vl": Qwen3VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[family]
+    whole = kind().to_dict()
+    whole["vision_config"]["out_hidden_size"] = whole["text_config"]["hidden_size"]
+    sections = (whole["text_config"]["head_dim"] if family == "qwen3_vl" else 128) // 8
+    rope = {"rope_type": "default", "mrope_section": [sections * 2, sections, sections], "rope_theta": 1e6}
+    whole["text_config"]["rope_parameters"] = rope
+    bare = {
+        "model_type": family,
+        "text_config": {"rope_parameters": rope},
+        "vision_config": {"out_hidden_size": whole["text_config"]["hidden_size"]},
+    }
+    assert from_dict(bare) == from_dict(whole)
+
+
 @pytest.mark.parametrize(("top", "nested", "qwen3", "qwen2_5"), [
     (True, None, True, True), (None, True, False, True), (False, True, False, True), (False, False, False, False),
 ])  # fmt: skip
@@ -156,10 +175,7 @@ REFUSED = [
     (changed(model_type="qwen2_vl"), r"model_type 'qwen2_vl' \(Qwen2-VL, the generation before windows\)"),
     (changed(without="model_type"), "model_type 'None'"),
     (changed(without="text_config"), "'text_config' is missing"),
-    (changed("text_config", without="num_hidden_layers"), "text_config: the key 'num_hidden_layers' is missing"),
-    (changed("text_config", without="num_key_value_heads"), "'num_key_value_heads' is missing"),
     (changed("text_config", without="rope_theta"), "'rope_theta' is missing"),
-    (changed("vision_config", without="depth"), "vision_config: the key 'depth' is missing"),
     (changed("text_config", hidden_act="relu"), "text_config: hidden_act 'relu' is not supported.*silu"),
     (changed("vision_config", hidden_act="quick_gelu"), "vision_config: hidden_act 'quick_gelu' is not supported"),
     (changed("text_config", attention_bias=True), "attention_bias"),
@@ -172,11 +188,9 @@ REFUSED = [
     (changed("vision_config", deepstack_visual_indexes=[16, 8]), r"deepstack_visual_indexes \[16, 8\] must rise"),
     (changed("vision_config", out_hidden_size=3584), "out_hidden_size 3584 differs from .* hidden_size 4096"),
     (changed(of=WINDOWED, without="vision_config"), "'vision_config' is missing"),
-    (changed(of=WINDOWED, without="hidden_size"), r"config\.json: the key 'hidden_size' is missing"),
     (changed(of=WINDOWED, use_sliding_window=True), "use_sliding_window is not supported"),
     (changed(of=WINDOWED, rope_scaling={"type": "yarn"}), "text rope_type 'yarn' is not supported"),
     (changed(of=WINDOWED, rope_scaling=YARN | {"rope_type": "default"}), "mrope_interleaved must be false for qwen2_5"),
-    (changed("vision_config", of=WINDOWED, without="fullatt_block_indexes"), "'fullatt_block_indexes' is missing"),
     (changed("vision_config", of=WINDOWED, fullatt_block_indexes=[7, 32]), r"fullatt_block_indexes \[7, 32\]"),
     (changed("vision_config", of=WINDOWED, window_size=20), "window_size 20 is smaller than a merged feature"),
     (changed("text_config", num_hidden_layers=2), "more DeepStack features than decoder layers"),

@@ -146,6 +146,11 @@ def test_everything_but_the_weights_is_copied(checkpoint, tmp_path):
     before, after = (json.loads((d / "config.json").read_text(encoding="utf-8")) for d in (checkpoint, out))
     assert (before.pop("dtype"), after.pop("dtype")) == ("float32", "bfloat16")
     assert before == after
+    # An older file keeps the key that its readers know, nested ones too.
+    old = {**before, "torch_dtype": "bfloat16", "text_config": {**before["text_config"], "torch_dtype": "bfloat16"}}
+    written = huggingface._with_dtype(old, "float32")
+    assert (written["torch_dtype"], written["text_config"]["torch_dtype"]) == ("float32", "float32")
+    assert "dtype" not in written and written["vision_config"] == before["vision_config"]
     text = "<|im_start|>What shape is in the image?<think>"
     assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(checkpoint)(text)
 
@@ -413,6 +418,23 @@ def test_a_broken_config(copy):
 
 
 # --- a save that fails ------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_between_the_two_renames_keeps_the_old_weights(copy, monkeypatch):
+    before, model, rename = stored(copy), huggingface.load(copy), os.replace
+
+    def fail(source, target):
+        if target == copy:
+            raise OSError("killed")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("capcur_jax.models.huggingface.os.replace", fail)
+        with pytest.raises(OSError, match="killed"):
+            huggingface.save(copy, nnx.state(model), model.config, copy)
+    (old,) = copy.parent.glob(".copy.old-*")
+    after = stored(old)
+    assert set(after) == set(before) and all((bits(after[name]) == bits(before[name])).all() for name in before)
 
 
 @pytest.mark.parametrize("failing", ["save_file", "published_tensors", "os.replace"])

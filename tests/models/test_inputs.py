@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
@@ -41,8 +42,6 @@ def test_patches_equal_transformers_pil_processor(checkpoint, processor, picture
 
 def test_a_patch_holds_its_pixels(processor):
     """Channel, frame, row, column inside a patch; four neighbours that merge follow one another; frames are equal."""
-    from PIL import Image
-
     size = 16  # no resizing: 16 x 16 is within bounds and divisible
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     prompt = processor.prepare(processor.render([None]), [Image.fromarray(pixels)])
@@ -182,6 +181,58 @@ def test_what_a_checkpoint_lacks_is_named(checkpoint, tmp_path):
         (bare / name).write_text(content.replace("<|im_end|>", "<|a|>").replace("<|endoftext|>", "<|b|>"), "utf-8")
     with pytest.raises(InputError, match="knows none of the end tokens"):
         Processor.from_directory(bare)
+
+
+def test_the_template_of_the_processor_counts_before_the_tokenizer_s(windowed_checkpoint, tmp_path):
+    """As published for Qwen2.5-VL: the tokenizer's own template knows of texts alone, chat_template.json of images."""
+    published = shutil.copytree(windowed_checkpoint, tmp_path / "published")
+    textual = "{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}"
+    (published / "chat_template.jinja").write_text(textual, encoding="utf-8")
+    prompt = Processor.from_directory(published).render([None, "Where?"])
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    sight = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert prompt == f"{system}<|im_start|>user\n{sight}Where?<|im_end|>\n<|im_start|>assistant\n"
+    (published / "chat_template.jinja").unlink()  # nor does it need one of its own
+    known = Processor.from_directory(published)
+    assert known.render([None, "Where?"]) == prompt
+    assert known.render(["Hello."], system="Be short.").startswith(
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user"
+    )
+    (published / "chat_template.json").write_text('{"chat": 1}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"chat_template\.json holds no chat template; copy the file again"):
+        Processor.from_directory(published)
+
+
+def test_image_settings_of_qwen2_5_vl(windowed_checkpoint, pictures):
+    """Bounds as min_pixels and max_pixels, CLIP's mean and deviation: as transformers' own processor reads the file."""
+    settings = json.loads((windowed_checkpoint / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert settings["image_mean"] == [0.48145466, 0.4578275, 0.40821073] and "size" not in settings
+    known = Processor.from_directory(windowed_checkpoint)
+    assert dict(known.images.size) == {"shortest_edge": 256, "longest_edge": 16384}
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(str(windowed_checkpoint))
+    prompt = known.prepare(known.render([None] * len(pictures)), pictures)
+    done = theirs(images=pictures, return_tensors="np")
+    np.testing.assert_array_equal(prompt.patches, done["pixel_values"])
+    pixel = Image.new("RGB", (16, 16), (255, 255, 255))
+    white = known.prepare(known.render([None]), [pixel]).patches.reshape(-1, 3, 2, 4, 4)
+    np.testing.assert_allclose(white[:, 0], (1 - 0.48145466) / 0.26862954, rtol=1e-5)
+
+
+def test_image_settings_in_processor_config(checkpoint, pictures, tmp_path):
+    """Newer writers nest them there and leave preprocessor_config.json out."""
+    newer = shutil.copytree(checkpoint, tmp_path / "newer")
+    settings = json.loads((newer / "preprocessor_config.json").read_text(encoding="utf-8"))
+    (newer / "preprocessor_config.json").unlink()
+    nested = {"processor_class": "Qwen3VLProcessor", "image_processor": settings}
+    (newer / "processor_config.json").write_text(json.dumps(nested), encoding="utf-8")
+    ours, same = Processor.from_directory(checkpoint), Processor.from_directory(newer)
+    text = ours.render([None])
+    np.testing.assert_array_equal(ours.prepare(text, pictures[:1]).patches, same.prepare(text, pictures[:1]).patches)
+
+
+def test_a_video_is_refused_by_name(processor):
+    with pytest.raises(BadInput, match="video placeholder; videos are not supported"):
+        processor.prepare(processor.render(["<|vision_start|><|video_pad|><|vision_end|> What happens?"]))
 
 
 @pytest.mark.parametrize(

@@ -302,12 +302,40 @@ def test_a_warmed_up_engine_does_not_compile(engine, prompts):
     short = dataclasses.replace(WARM, max_new_tokens=3)
     sizes = [PromptSize.of(prompt) for prompt in prompts]
     with metrics.CompilationCounter() as counter:
-        engine.warm_up([sizes], short, G)
+        engine.warm_up(sizes, short, G)
         assert counter.count == 1  # both batches of four have the same shape
         groups = engine.generate(prompts, short, G, seed=1)
-        engine.warm_up([sizes], short, G)
+        engine.warm_up(sizes, short, G)
         assert counter.count == 1
     assert max(len(sample.tokens) for group in groups for sample in group) == 3
+
+
+def test_a_call_without_images_takes_the_program_of_those_with_images(engine, prompts):
+    text = [prompt for prompt in prompts if not prompt.grids]
+    short = dataclasses.replace(GREEDY, max_new_tokens=4)
+    sizes = [PromptSize.of(prompt) for prompt in prompts]
+    with metrics.CompilationCounter() as counter:
+        engine.warm_up(sizes, short, G, images=True)
+        engine.warm_up([PromptSize.of(prompt) for prompt in text], short, G, images=True)
+        assert counter.count == 1
+        with_tower = engine.generate(text, short, G, images=True)
+        assert counter.count == 1
+        without = engine.generate(text, short, G)
+        assert counter.count == 2  # a program without a vision tower
+    for a, b in zip(with_tower, without, strict=True):
+        assert np.array_equal(a[0].tokens, b[0].tokens)
+
+
+def test_a_short_batch_holds_the_images_of_its_last_prompt_once(engine, prompts, processor):
+    """Two images in one prompt, alone in a batch of four."""
+    ((sample, *_),) = engine.generate([prompts[3]], GREEDY, G)
+    together = engine.generate(prompts, GREEDY, G)
+    assert np.array_equal(sample.tokens, together[3][0].tokens)
+    batch = BUCKETS.collate([prompts[3]], processor.config, processor.pad_token, rows=4)
+    assert (batch.vision.segments > 0).sum() == len(prompts[3].patches)
+    for row in range(1, 4):
+        for rowwise in (batch.tokens, batch.lengths, batch.visual_index, batch.positions[1]):
+            np.testing.assert_array_equal(rowwise[row], rowwise[0])
 
 
 def test_a_group_larger_than_the_batch_still_gets_its_samples(engine):
