@@ -73,9 +73,18 @@ def user(text):
 # ---------------------------------------------------------------------- the answer
 
 
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [
+        ("checkpoint", ""),
+        ("windowed_checkpoint", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),  # its template's own
+    ],
+)
 def test_json_equals_transformers_greedy_generation(
-    ask, checkpoint, processor, images, transformers_model, transformers_inputs
+    ask, request, images, transformers_model, transformers_inputs, name, system
 ):
+    checkpoint = request.getfixturevalue(name)
+    processor = Processor.from_directory(checkpoint)
     arguments = [f"--image={image}" for image in images] + ["--prompt=What shape is <image> and <image>?"]
     out = ask(f"--checkpoint={checkpoint}", *arguments, "--max_new_tokens=24", "--temperature=0", "--json")
     assert out.count("\n") == 1 and out.endswith("\n")
@@ -97,6 +106,8 @@ def test_json_equals_transformers_greedy_generation(
     logprobs = [float(s[0].log_softmax(-1)[token]) for s, token in zip(theirs.scores, ours["ids"], strict=True)]
     np.testing.assert_allclose(ours["logprobs"], logprobs, atol=1e-4)
     assert ours["text"] == processor.tokenizer.decode(ours["ids"], skip_special_tokens=True)
+    sight = f"What shape is {SIGHT} and {SIGHT}?"
+    assert shown(processor, prompt) == system + user(sight)
     assert (inputs["input_ids"][0] == processor.config.image_token).sum() == len(prompt.patches) // 4 > 20
 
 
