@@ -74,7 +74,7 @@ def write_inputs(directory: Path) -> tuple[Path, list]:
 
 def ours(checkpoint: Path, problems: list, steps: int) -> list[dict[str, float]]:
     """Seconds of each step after warm-up, by phase; the very functions that a run calls."""
-    processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint)
+    processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint, remat="full")
     ends, processor.end_tokens = processor.end_tokens, (-1,)  # no response may end early
     builder = PromptBuilder(processor, "suffix", 96, 64)
     graph, parameters = nnx.split(model)

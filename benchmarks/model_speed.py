@@ -4,7 +4,8 @@
 
 Both sides load the same checkpoint (written here, random weights; both families, two sizes), get the same batch of
 prompts with an image each, compute in float32 on the same threads, and take turns. Loss: mean cross-entropy of the next
-token; gradients of every parameter. PyTorch runs with its default attention (sdpa).
+token; gradients of every parameter. Ours recomputes layers backwards, as the laptop preset does; PyTorch runs with its
+default attention (sdpa).
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def make_prompts(processor: Processor, size: Size) -> list[Prompt]:
 
 
 def ours(directory: Path, processor: Processor, prompts: list[Prompt]) -> tuple[Callable, Callable]:
-    graph, parameters = nnx.split(huggingface.load(directory))
+    graph, parameters = nnx.split(huggingface.load(directory, remat="full"))
     longest = max(map(len, prompts))
     row = max(len(prompt.patches) for prompt in prompts)
     batch = Buckets((longest,), row, (1.0,)).collate(prompts, processor.config, processor.pad_token)

@@ -52,7 +52,9 @@ def laptop() -> ConfigDict:
             "stages": stages,
             "model": {
                 "dtype": "float32",  # of computation
-                "remat": "none",  # none | dots | full: what is computed again backwards instead of kept
+                # none | dots | full: what is computed again backwards instead of kept. On a CPU that is faster, too:
+                # keeping costs copies of all that every layer keeps.
+                "remat": "full",
                 "attention": "auto",  # the platform's kernel where there is one; "xla": never
             },
             "data": {
