@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from tqdm import tqdm
+from rich.progress import track
 
 from capcur_jax import presets
 from capcur_jax.data.problem import Problem
@@ -57,7 +57,7 @@ def main(_) -> None:
     files = sorted(str(path) for path in Path(_IMAGES.value).rglob("*") if path.is_file())
     made = (
         builder.try_build(Problem(file, "What is in the image?", "?", (file,)))
-        for file in tqdm(files, "preprocessing", disable=None)
+        for file in track(files, "preprocessing")
     )
     prompts = [prompt for prompt in made if prompt is not None]
     for line in explain_skipped(builder):
@@ -67,7 +67,7 @@ def main(_) -> None:
     random, shapes, shares = np.random.default_rng(_SEED.value), set[BatchShape](), []
     for epoch in range(_EPOCHS.value):
         order, seen = random.permutation(len(prompts)), set()
-        for at in tqdm(range(0, len(order) - _PROMPTS.value + 1, _PROMPTS.value), f"epoch {epoch}", disable=None):
+        for at in range(0, len(order) - _PROMPTS.value + 1, _PROMPTS.value):
             part = [prompts[i] for i in order[at : at + _PROMPTS.value]]
             seen.add(buckets.shape([PromptSize.of(prompt) for prompt in part]))
             shares.append(padding([buckets.collate(part, processor.config, processor.pad_token)])["patch_padding"])
