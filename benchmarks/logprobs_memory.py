@@ -7,7 +7,8 @@ installed), and the compiler says how much temporary memory a device needs besid
 log-probs [T] and the gradients of their weighted sum to h [T, D] and to the kernel [D, V]; the blockwise side computes
 the entropy and differentiates through it as well. Factors are bfloat16, logits and log-probs float32.
 
-A minute or two a program for a TPU, on two idle cores; seconds for a GPU.
+Seconds a program for a GPU, minutes for a TPU. Temporary memory with jax 0.10.2: H100 0.319 GiB of 9.273 (1/29), TPU
+v5p 0.255 of 9.274 (1/36); with --tensor=2, 8 x H100 0.160 of 1.739.
 """
 
 from __future__ import annotations
