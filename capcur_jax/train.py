@@ -77,7 +77,7 @@ def train_stage(run: Run, stage: Stage, number: int) -> None:
     order = pipeline.in_order(run.problems(stage.data, "train"), seed=config.seed + 1000 * number)
     sizes = measure(run, stage, order)
     images = any(size.images for size in sizes)
-    reference, state = warm_up(run, stage, learner, sizes)
+    reference, state = warm_up(run, stage, learner, sizes, images)
     updates = config.objective.updates_per_batch if stage.objective == "grpo" else 1
     compiled = run.counter.count
     skipped = run.skipped_updates
@@ -180,16 +180,18 @@ def target_of(run: Run, stage: Stage, problem: Problem) -> np.ndarray | None:
 # ---------------------------------------------------------------------- warm-up
 
 
-def warm_up(run: Run, stage: Stage, learner: Learner, sizes: Sequence[PromptSize]) -> tuple[Any, TrainState]:
+def warm_up(
+    run: Run, stage: Stage, learner: Learner, sizes: Sequence[PromptSize], images: bool
+) -> tuple[Any, TrainState]:
     """Compiles every program that the stage's batches will need; returns the reference policy and the start state.
 
-    The order of the data is known, so the shapes are: `sizes` are those of all its prompts, in order.
+    The order of the data is known, so the shapes are: `sizes` are those of all its prompts, in order,
+    `images` says whether any has one.
     """
     config, known = run.config, run.processor
     grpo = stage.objective == "grpo"
     updates = config.objective.updates_per_batch if grpo else 1
     size = stage.prompts // updates
-    images = any(prompt.images for prompt in sizes)
     shapes = sorted({run.buckets.shape(sizes[at : at + size], images) for at in range(0, len(sizes), size)})
     rows = size * (config.rollout.group if grpo else 1)
     needs_reference = grpo and config.objective.kl_coefficient != 0

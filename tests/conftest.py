@@ -172,12 +172,13 @@ def windowed_untied_model(windowed_untied_checkpoint):
     return huggingface.load(windowed_untied_checkpoint)
 
 
-@pytest.fixture(scope="session")
+# Of a module, not the session: a module may have a `checkpoint` of its own.
+@pytest.fixture(scope="module")
 def model(checkpoint):
     return huggingface.load(checkpoint)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def processor(checkpoint):
     return Processor.from_directory(checkpoint)
 
@@ -229,6 +230,14 @@ def transformers_inputs():
         return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
     return make
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Half the time for a module whose programs run a few times only."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

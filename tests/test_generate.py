@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 
-import jax
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -21,15 +20,8 @@ from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
 from tests.conftest import random_image
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIGHT = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Half the time: these programs run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

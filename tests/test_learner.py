@@ -18,20 +18,13 @@ from capcur_jax.learner import Learner, frozen_labels
 from capcur_jax.models.batching import Buckets
 from tests.conftest import random_image
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 G, T, TEMPERATURE = 3, 8, 0.7
 LENGTHS = [8, 5, 1, 3, 8, 6]
 ADVANTAGES = np.array([1.5, -0.75, -0.75, 0.4, -1.2, 0.8], np.float32)
 
 
 # ---------------------------------------------------------------------- one batch, two learners, one reference
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Half the time: these programs run a few times only."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -145,9 +145,8 @@ class Buckets:
                 index = packer.place(prompt, [next(places) for _ in prompt.grids])
                 shown = prompt.visual_index >= 0
                 batch.visual_index[row, :length][shown] = index[prompt.visual_index[shown]]
-        last = len(prompts) - 1
-        for rowwise in (batch.tokens, batch.lengths, batch.next_position, batch.visual_index, batch.positions[0],
-                        batch.positions[1], batch.positions[2]):  # fmt: skip
+        last, positions = len(prompts) - 1, batch.positions.swapaxes(0, 1)
+        for rowwise in (batch.tokens, batch.lengths, batch.next_position, batch.visual_index, positions):
             rowwise[last:] = rowwise[last]
         return batch
 

@@ -53,16 +53,6 @@ def checkpoint(request, family):
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return huggingface.load(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def processor(checkpoint):
-    return Processor.from_directory(checkpoint)
-
-
-@pytest.fixture(scope="module")
 def headed_model(request, family):
     """With a head that is no embedding."""
     return request.getfixturevalue({"qwen3_vl": "untied_model", "qwen2_5_vl": "windowed_untied_model"}[family])

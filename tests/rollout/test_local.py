@@ -17,6 +17,7 @@ from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
 from tests.conftest import random_image
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS, G, T = 12, 3, 10
 BUCKETS = Buckets((40, 64), patch_row=96, patch_rows=(1.0,))
 WARM, COOL, GREEDY = Sampling(T), Sampling(T, temperature=0.7), Sampling(T, temperature=0.0)
@@ -108,14 +109,6 @@ def test_impossible_sampling_is_refused(given, message):
 
 
 # ---------------------------------------------------------------------- a model that answers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Half the time: these programs run a few times only."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
