@@ -184,7 +184,8 @@ def test_gspo_shares_the_geometric_mean_of_a_row():
     # Row 1: log-ratios 0.3, -0.1, 0.1, mean 0.1; row 2: its only token's 0.2; row 3 has none.
     new = jnp.array([[-0.7, -1.1, -0.9, 5.0], [-0.8, 9.0, 9.0, 9.0], [7.0, 7.0, 7.0, 7.0]])
     mask = objectives.response_mask(jnp.array([3, 1, 0]), 4)
-    terms = objectives.policy_terms(new, jnp.full((3, 4), -1.0), jnp.array([2.0, 1.0, 1.0]), mask, level="sequence")
+    with jax.debug_nans(True):  # nor is there a NaN on the way, of the row without tokens
+        terms = objectives.policy_terms(new, jnp.full((3, 4), -1.0), jnp.array([2.0, 1.0, 1.0]), mask, level="sequence")
     first, second = np.exp(0.1), np.exp(0.2)
     np.testing.assert_allclose(terms.ratio, [[first] * 3 + [1], [second, 1, 1, 1], [1] * 4], rtol=1e-6)
     np.testing.assert_allclose(terms.loss, [[-2 * first] * 3 + [0], [-second, 0, 0, 0], [0] * 4], rtol=1e-6)
@@ -278,6 +279,15 @@ def test_the_divergence_from_itself_is_exactly_zero_and_has_no_gradient_but_k1_s
 
     value, gradient = jax.value_and_grad(total)(logprobs)
     assert value == 0 and (np.asarray(gradient) == (estimator == "k1")).all()
+
+
+@pytest.mark.parametrize("estimator", objectives.KL_ESTIMATORS)
+def test_neither_the_reference_nor_the_old_policy_gets_a_gradient(estimator):
+    def total(others):
+        return objectives.divergence(estimator, jnp.full((1, 2), -1.0), *others).sum()
+
+    for gradient in jax.grad(total)((jnp.array([[-2.0, -0.5]]), jnp.array([[-1.5, -0.8]]))):
+        assert (np.asarray(gradient) == 0).all()
 
 
 def test_gradient_of_k3_as_a_loss_and_none_where_clamped():
