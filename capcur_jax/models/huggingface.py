@@ -38,9 +38,19 @@ UNQUANTIZED = (
 )
 
 
-def create(config: ModelConfig, seed: int, **kinds: Any) -> QwenVL:
-    """A model with random weights."""
-    return nnx.jit(lambda: QwenVL(config, rngs=nnx.Rngs(seed), **kinds))()
+def create(
+    config: ModelConfig,
+    seed: int,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    **kinds: Any,
+) -> QwenVL:
+    """A model with random weights, the same on any mesh; `sharding` as in `load`."""
+    graph, parameters = nnx.split(nnx.jit(lambda: QwenVL(config, rngs=nnx.Rngs(seed), **kinds))())
+    if sharding is not None:
+        flat = nnx.to_flat_state(parameters)
+        placed = [(path, jax.device_put(leaf, sharding(".".join(path), leaf.shape))) for path, leaf in flat]
+        parameters = nnx.from_flat_state(placed)
+    return nnx.merge(graph, parameters)
 
 
 def load(
@@ -50,6 +60,7 @@ def load(
     param_dtype=jnp.float32,
     remat: str = "none",
     attention: str = "auto",
+    mesh: jax.sharding.Mesh | None = None,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> QwenVL:
     """Reads a checkpoint directory into a model; parameters in `param_dtype`, computation in `dtype`.
@@ -58,7 +69,7 @@ def load(
     there are at most two parameters at a time (where the devices are the host, the parameters and nothing else).
 
     Args:
-        remat, attention: see `layers.REMAT` and `attention.attend`.
+        remat, attention, mesh: see `layers.REMAT`, `attention.attend` and sharding.py.
         sharding: our dotted path and shape of a parameter -> where it lives. None: the default device.
 
     Raises:
@@ -68,7 +79,7 @@ def load(
     config = config_lib.from_directory(directory)
     if "quantization_config" in config.published:
         raise CheckpointError(f"{directory / 'config.json'} has a quantization_config: {UNQUANTIZED}")
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention)
+    kinds = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, mesh=mesh)
     model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), **kinds))
     graph, abstract = nnx.split(model)
     leaves = nnx.to_flat_state(abstract)
