@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
     mesh = sharding.make_mesh(config.mesh)
     model = huggingface.load(checkpoint, mesh=mesh, sharding=lambda *a: sharding.of_parameter(mesh, *a), remat="full")
     processor = Processor.from_directory(checkpoint)
-    buckets = Buckets((64, 128), 64 * 4, (1.0, 2.0))
+    buckets = Buckets((64, 160), 64 * 4, (1.0, 2.0))
     graph, parameters = nnx.split(model)
     prompts, groups = recorded(processor)
     engine = LocalEngine(model, processor, max_rows=PROMPTS * 2, buckets=buckets, mesh=mesh)
