@@ -29,8 +29,10 @@ setup(
         "numpy>=2.4.6",
         "optax>=0.2.8",
         "pillow>=13.0.0",
+        "psutil>=7.2.2",
         "rich>=15.0.0",
         "safetensors>=0.8.0",
+        "tensorboardX>=2.6.5",
         "tokenizers>=0.23.3",
         "transformers>=5.23.0",
     ],
@@ -38,6 +40,7 @@ setup(
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "test": TEST,
+        "wandb": ["wandb>=0.21"],
         "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "pandas>=2.2"],
     },
     classifiers=[

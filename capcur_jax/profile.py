@@ -19,8 +19,9 @@ TRACE = "perfetto_trace.json.gz"
 class Profile:
     """Traces steps `steps` of a run; what fails in it is a warning and doesn't end the run.
 
-    The trace shows the devices' operations, each step, and what runs inside a `jax.profiler.TraceAnnotation`, as the
-    phases of `metrics.PhaseTimer` do. A few steps are enough: the file grows by megabytes a step.
+    The trace shows the operations of GPUs and TPUs (of a CPU the calls only), each step, and what runs inside a
+    `jax.profiler.TraceAnnotation`, as the phases of `metrics.PhaseTimer` do. A few steps are enough: the file grows by
+    megabytes a step.
 
     Args:
       workdir: profile/perfetto_trace.json.gz goes there; with several processes, each has profile/process_<i>/.
