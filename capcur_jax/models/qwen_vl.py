@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import text_angles
 from capcur_jax.models.text import Decoder, KeysValues
 from capcur_jax.models.vision import VisionBatch, VisionTower
@@ -42,13 +43,14 @@ class QwenVL(nnx.Module):
         param_dtype=jnp.float32,
         remat: str = "none",
         attention: str = "auto",
+        lora: LoRA | None = None,
         rngs: nnx.Rngs,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config = config
         towers = dict(remat=remat, attention=attention, rngs=rngs, **kinds)
         self.visual = VisionTower(config.vision, **towers)
-        self.text = Decoder(config.text, **towers)
+        self.text = Decoder(config.text, lora=lora, **towers)
         if not config.tied:
             self.head = nnx.Linear(config.text.width, config.text.vocabulary, use_bias=False, rngs=rngs, **kinds)
 
