@@ -90,7 +90,7 @@ def make_optimizer(settings: ConfigDict) -> optax.GradientTransformation:
                 change, low = _split(parameter, master + change)
             if moments == jnp.bfloat16:
                 bits = jax.random.bits(jax.random.fold_in(noise, number), mu.shape, jnp.uint32)
-                mu, nu = mu.astype(jnp.bfloat16), nu.astype(jnp.bfloat16)
+                mu, nu = _rounded(mu, bits & 0xFFFF), _rounded(nu, bits >> 16)
             return change, mu, nu, low
 
         leaves, structure = jax.tree.flatten(gradients)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from capcur_jax import sharding
 from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import text_angles
 from capcur_jax.models.text import Decoder, KeysValues
 from capcur_jax.models.vision import VisionBatch, VisionTower
@@ -47,13 +48,14 @@ class QwenVL(nnx.Module):
         remat: str = "none",
         attention: str = "auto",
         mesh: Mesh | None = None,
+        lora: LoRA | None = None,
         rngs: nnx.Rngs,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.mesh = config, mesh
         towers = dict(remat=remat, attention=attention, mesh=mesh, rngs=rngs, **kinds)
         self.visual = VisionTower(config.vision, **towers)
-        self.text = Decoder(config.text, **towers)
+        self.text = Decoder(config.text, lora=lora, **towers)
         if not config.tied:
             self.head = nnx.Linear(config.text.width, config.text.vocabulary, use_bias=False, rngs=rngs, **kinds)
 

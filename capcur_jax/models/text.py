@@ -3,6 +3,7 @@ added after the first layers (Qwen3-VL)."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from capcur_jax import sharding
 from capcur_jax.models import layers as layers_lib
+from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.attention import Cached, Causal, Extend, attend
 from capcur_jax.models.config import TextConfig
 from capcur_jax.models.rope import rotate
@@ -30,23 +32,24 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: TextConfig, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, dtype, param_dtype, rngs: nnx.Rngs, lora=None):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         plain = dict(use_bias=False, **kinds)
         norm = dict(epsilon=config.rms_epsilon, **kinds)
         self.head_dim, self.activation = config.head_dim, config.activation
         self.input_norm = nnx.RMSNorm(config.width, **norm)
         bias = dict(use_bias=config.qkv_bias, **kinds)
-        self.q = nnx.Linear(config.width, config.heads * config.head_dim, **bias)
-        self.k = nnx.Linear(config.width, config.kv_heads * config.head_dim, **bias)
-        self.v = nnx.Linear(config.width, config.kv_heads * config.head_dim, **bias)
-        self.o = nnx.Linear(config.heads * config.head_dim, config.width, **plain)
+        linear = functools.partial(lora_lib.linear, lora)
+        self.q = linear("q", config.width, config.heads * config.head_dim, **bias)
+        self.k = linear("k", config.width, config.kv_heads * config.head_dim, **bias)
+        self.v = linear("v", config.width, config.kv_heads * config.head_dim, **bias)
+        self.o = linear("o", config.heads * config.head_dim, config.width, **plain)
         self.q_norm = nnx.RMSNorm(config.head_dim, **norm) if config.qk_norm else _same
         self.k_norm = nnx.RMSNorm(config.head_dim, **norm) if config.qk_norm else _same
         self.mlp_norm = nnx.RMSNorm(config.width, **norm)
-        self.gate = nnx.Linear(config.width, config.mlp_width, **plain)
-        self.up = nnx.Linear(config.width, config.mlp_width, **plain)
-        self.down = nnx.Linear(config.mlp_width, config.width, **plain)
+        self.gate = linear("gate", config.width, config.mlp_width, **plain)
+        self.up = linear("up", config.width, config.mlp_width, **plain)
+        self.down = linear("down", config.mlp_width, config.width, **plain)
 
     def qkv(self, h_RxTxD: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [R, T, N, H], rotated keys and values [R, T, K, H]."""
@@ -65,14 +68,22 @@ class DecoderLayer(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(
-        self, config: TextConfig, dtype, param_dtype, remat: str, attention: str, mesh: Mesh | None, rngs: nnx.Rngs
+        self,
+        config: TextConfig,
+        dtype,
+        param_dtype,
+        remat: str,
+        attention: str,
+        mesh: Mesh | None,
+        rngs: nnx.Rngs,
+        lora: LoRA | None = None,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.remat, self.attention, self.mesh, self.dtype = config, remat, attention, mesh, dtype
         self.embed = nnx.Embed(
             config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs, **kinds
         )
-        self.layers = layers_lib.stack(lambda r: DecoderLayer(config, rngs=r, **kinds), config.depth, rngs)
+        self.layers = layers_lib.stack(lambda r: DecoderLayer(config, rngs=r, lora=lora, **kinds), config.depth, rngs)
         self.norm = nnx.RMSNorm(config.width, epsilon=config.rms_epsilon, rngs=rngs, **kinds)
 
     def embedded(self, tokens_RxT: jax.Array) -> jax.Array:
