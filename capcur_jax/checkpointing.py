@@ -60,9 +60,7 @@ class Checkpoints:
         self._references = _Store(self.directory / "reference", policies.LatestN(), timeout)
         self._reference: int | None = None  # the number of the one in use
 
-    def save(
-        self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False
-    ) -> None:
+    def save(self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False) -> None:
         """Writes a checkpoint in the background; returns when the arrays are copied, so they may be donated then.
 
         A step that is there already is left alone if its position and metric are the same and replaced otherwise; the
@@ -327,7 +325,11 @@ class _Store:
                 f"{self.directory / str(step)} was not written: {str(error).strip().splitlines()[0]}\n"
                 f"It takes {_size(needed)} and {_size(free)} are free there. Make room, lower checkpointing.keep or put "
                 f"the --workdir elsewhere; "
-                + ("nothing is complete there yet." if last is None else f"{last} is complete: the same command goes on.")
+                + (
+                    "nothing is complete there yet."
+                    if last is None
+                    else f"{last} is complete: the same command goes on."
+                )
             ) from error
 
 

@@ -2,8 +2,8 @@
 
 python -m capcur_jax.main --config=configs/staged.py[:preset] [--workdir=DIR] [--config.key=value ...]
 
-With a --workdir that holds a run already, the run goes on where its last checkpoint left it. Several processes: the same
-command in each, started by Slurm, Kubernetes, on TPU VMs, or with --coordinator, --process_id and --process_count.
+With a --workdir that holds a run already, the run goes on where its last checkpoint left it. Several processes: the
+same command in each, started by Slurm, Kubernetes, on TPU VMs, or with --coordinator, --process_id and --process_count.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def laptop() -> ConfigDict:
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
             "order": CAPABILITIES,  # names of `stages`
             "stages": stages,
-            "architecture": "",  # a published size (models/published.py): what `plan` takes where there is no checkpoint
-            # Devices along each axis; -1: all that are left. data: copies of the model, over hosts; fsdp: parameters,
-            # gradients and optimizer state split; tensor: heads and feed-forward split. Prompts are split over data x fsdp.
+            "architecture": "",  # a published size (models/published.py), for `plan` where there is no checkpoint
+            # Devices along each axis, -1: all that are left. data: copies of the model, over hosts; fsdp: parameters,
+            # gradients and optimizer state split; tensor: heads and feed-forward split. data x fsdp split prompts.
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "model": {
                 "dtype": "float32",  # of computation
@@ -60,6 +60,8 @@ def laptop() -> ConfigDict:
                 # keeping costs copies of all that every layer keeps.
                 "remat": "full",
                 "attention": "auto",  # the platform's kernel where there is one; "xla": never
+                # Low-rank factors beside the decoder's layers; they alone are trained then; exports have them merged.
+                "lora": {"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")},
             },
             "data": {
                 "sets": {
@@ -83,12 +85,12 @@ def laptop() -> ConfigDict:
                 "temperature": 1.0,
                 "top_p": 1.0,
                 "max_rows": 80,  # responses that the engine decodes together
-                # 0: train on what comes. Else groups without an advantage are dropped and drawn again, so often at most.
+                # 0: train on what comes. Else groups without an advantage are drawn again, so often at most.
                 "dynamic_retries": 0,
             },
             "packing": {
-                "micro_prompts": 0,  # prompts for each device row whose gradient is taken at once; 0: all of an update's
-                "slabs": (),  # rows of each group that share a length, shortest first, such as (3, 2); (): all of them
+                "micro_prompts": 0,  # prompts of a device row whose gradient is taken at once; 0: an update's
+                "slabs": (),  # rows of a group that share a length, shortest first, such as (3, 2); (): all
                 "buckets": ((16,), (20,), (24,), (32,), (48,)),  # declared lengths, one for each slab
             },
             "reward": {
@@ -104,8 +106,8 @@ def laptop() -> ConfigDict:
                 "clip_low": 0.2,
                 "clip_high": 0.3,
                 "clip_dual": 3.0,  # 0: none
-                "kl_estimator": "k3",  # k1 | k2 | k3 | k3_unbiased | none; against the policy that the stage started from
-                "kl_coefficient": 0.01,  # 0: no reference pass
+                "kl_estimator": "k3",  # k1 | k2 | k3 | k3_unbiased | none
+                "kl_coefficient": 0.01,  # of the KL to the policy that the stage started from; 0: no reference pass
                 "aggregation": "token",  # | sequence | constant (Dr.GRPO, with rollout.max_new_tokens)
                 "advantage_std": True,  # False: advantages are not divided by the group's standard deviation
                 "advantage_epsilon": 1e-6,
@@ -129,11 +131,6 @@ def laptop() -> ConfigDict:
                 "parameters": "float32",  # bfloat16: with a compensation, half the memory
                 "moments": "float32",  # | bfloat16, rounded stochastically
                 "memory": "device",  # pinned_host: moments leave the devices between updates
-            },
-            "lora": {  # of the decoder's layers; exported merged
-                "rank": 0,  # 0: none
-                "alpha": 16.0,
-                "targets": ("q", "k", "v", "o", "gate", "up", "down"),
             },
             "checkpointing": {
                 "every": 50,  # steps; a stage's start and end are saved, too

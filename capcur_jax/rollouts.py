@@ -135,8 +135,8 @@ def collect(
 ) -> Rollout:
     """A rollout of `wanted` groups (of this process).
 
-    `draw(attempt)` gives `wanted` graded groups. With `retries`, groups whose rewards are all equal are dropped and more
-    are drawn until there are enough, at most so often (DAPO's dynamic sampling, arXiv:2503.14476); what is then missing
+    `draw(attempt)` gives `wanted` graded groups. With `retries`, groups whose rewards are all equal are dropped and
+    more are drawn until there are enough, at most so often (DAPO's dynamic sampling, arXiv:2503.14476); what is then missing
     is filled with dropped ones, whose advantages are 0. The owner decides for all processes, which draw together.
     """
     kept: list[Group] = []

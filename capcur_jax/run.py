@@ -32,8 +32,10 @@ from capcur_jax.interruption import Interruption
 from capcur_jax.learner import Learner
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
+from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
+from capcur_jax.models.lora import LoRA
 from capcur_jax.rewards.reward import make_reward
 from capcur_jax.rollout.engine import Sample, Sampling
 from capcur_jax.rollout.local import LocalEngine
@@ -197,7 +199,9 @@ class Run:
         for turn in (True, False):
             if self.owner == turn:
                 for name in sorted(names):
-                    self.sets.path(name, "train" if not self.sets.missing(name, "train") else self.config.evaluation.split)
+                    self.sets.path(
+                        name, "train" if not self.sets.missing(name, "train") else self.config.evaluation.split
+                    )
             distributed.barrier(f"data-{turn}")
 
     def _start_anew(self, plain: dict[str, Any]) -> None:
@@ -232,9 +236,11 @@ class Run:
         kinds = {"remat": config.model.remat, "attention": config.model.attention, "mesh": self.mesh}
         kinds["dtype"] = _dtype(config.model.dtype, "config.model.dtype")
         kinds["param_dtype"] = _dtype(config.optimizer.parameters, "config.optimizer.parameters")
+        lora = config.model.lora
+        self.lora = kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
         place = functools.partial(sharding.of_parameter, self.mesh)
         if config.checkpoint:
-            model = huggingface.load(self.source, sharding=place, **kinds)
+            model = huggingface.load(self.source, seed=config.seed, sharding=place, **kinds)
         else:
             self.source = self.workdir / "skeleton"
             if self.owner and not self.source.exists():
@@ -282,7 +288,7 @@ class Run:
                 self.graph,
                 self.parameters,
                 objective=stage.objective,
-                freeze=stage.freeze,
+                freeze=lora_lib.pattern() if self.lora else stage.freeze,
                 config=self.config,
                 temperature=self.config.rollout.temperature,
                 banned=self.processor.banned_tokens,
@@ -445,9 +451,7 @@ class Run:
     def _accuracies(self, title: str, split: str, questions: int, sampling: Sampling) -> list[dict[str, Any]]:
         """Accuracy of every capability now, on the first `questions` of a split (0: all)."""
         results = []
-        sets = {
-            name: self.sets.problems(name, split)[: questions or None] for name in self.config.evaluation.sets
-        }
+        sets = {name: self.sets.problems(name, split)[: questions or None] for name in self.config.evaluation.sets}
         with self.display.progress(title, sum(map(len, sets.values()))) as progress:
 
             def advance(count: int) -> None:
@@ -518,7 +522,7 @@ class Run:
         """Writes the parameters as a Hugging Face checkpoint."""
         directory = self.workdir / "checkpoints" / name
         dtype = _dtype(self.config.export.dtype, "config.export.dtype")
-        huggingface.save(directory, self.parameters, self.processor.config, self.source, dtype)
+        huggingface.save(directory, self.parameters, self.processor.config, self.source, dtype, lora=self.lora)
         return directory
 
     def finish(self, status: str) -> dict[str, Any]:

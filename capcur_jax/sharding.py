@@ -29,8 +29,8 @@ from capcur_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
-# Dotted parameter path -> the mesh axes of its last dimensions (leading layer axes are never split). The first rule that
-# fits counts; what none names is replicated. A dimension that its axis does not divide is replicated, too.
+# Dotted parameter path -> the mesh axes of its last dimensions (leading layer axes are never split). The first rule
+# that fits counts; what none names is replicated. A dimension that its axis does not divide is replicated, too.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"^text\.embed\.embedding$", ("tensor", "fsdp")),  # [V, D]
     (r"^head\.kernel$", ("fsdp", "tensor")),  # [D, V]
@@ -125,7 +125,9 @@ def spec_of(mesh: Mesh | None, path: str, shape: Sequence[int]) -> P:
     entries: list[str | None] = [None] * (len(shape) - len(axes)) + list(axes)
     if mesh is None:
         return P(*entries)
-    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(entries, shape, strict=True)))
+    return P(
+        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(entries, shape, strict=True))
+    )
 
 
 def of_parameter(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
@@ -158,7 +160,8 @@ def abstract(mesh: Mesh | None, batch: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
     sharding, share = by_rows(mesh), row_shards(mesh) // local_row_shards(mesh)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * share, *leaf.shape[1:]), leaf.dtype, sharding=sharding), batch
+        lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * share, *leaf.shape[1:]), leaf.dtype, sharding=sharding),
+        batch,
     )
 
 

@@ -1,12 +1,12 @@
 """The training loop, from top to bottom: base evaluation, then each stage (warm-up, steps, export, evaluation), result.
 
 Steps are synchronous: rollouts come from the parameters that the update then changes, so old log-probs are the
-policy's own where a rollout batch makes one update. The host runs ahead of the devices by one step's update: its metrics
-are fetched when the next step has drawn its rollouts.
+policy's own where a rollout batch makes one update. The host runs ahead of the devices by one step's update: its
+metrics are fetched when the next step has drawn its rollouts.
 
 What a run goes on from after a stop is the last checkpoint in its work directory: parameters, optimizer state, reference
-policy, the number of rollout batches consumed, and how long its record files were. Samples and the order of data follow
-from the seed and from numbers in the checkpoint, so the continuation is the unbroken run, bit for bit.
+policy, the number of rollout batches consumed, and how long its record files were. Samples and the order of data
+follow from the seed and from numbers in the checkpoint, so the continuation is the unbroken run, bit for bit.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class Maker:
         self.local = stage.prompts // self._processes  # examples of a batch that are this process's
 
     def number(self, index: int) -> int:
-        """Where this process's example `index` stands in the order: of each update's prompts a process has its share."""
+        """Where this process's example `index` stands in the order: of each update's prompts it has its share."""
         batch, at = divmod(index, self.local)
         share = self.local // self._updates
         update, within = divmod(at, share)

@@ -53,7 +53,9 @@ class Packer:
         images: whether any of the stage's prompts has one.
     """
 
-    def __init__(self, stage: Stage, config: ConfigDict, buckets: Buckets, processor: Processor, mesh: Mesh, images: bool):
+    def __init__(
+        self, stage: Stage, config: ConfigDict, buckets: Buckets, processor: Processor, mesh: Mesh, images: bool
+    ):
         self._config, self._buckets, self._processor, self._mesh = config, buckets, processor, mesh
         self._images, self._grpo = images, stage.objective == "grpo"
         self.updates = config.objective.updates_per_batch if self._grpo else 1
@@ -72,8 +74,8 @@ class Packer:
         self._micro = self._shards * (config.packing.micro_prompts or mini // self._shards)
         if mini % self._micro:
             raise InputError(
-                f"config.packing.micro_prompts = {config.packing.micro_prompts} prompts for each device row do not divide "
-                f"the {mini // self._shards} that an update of stage {stage.name} has there"
+                f"config.packing.micro_prompts = {config.packing.micro_prompts} prompts for each device row do not "
+                f"divide the {mini // self._shards} that an update of stage {stage.name} has there"
             )
         self.old = self._grpo and self.updates > 1
         self.reference = needs_reference(config) and self._grpo
@@ -231,9 +233,7 @@ class Trainer:
             results.append(metrics)
         return results
 
-    def _scored(
-        self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool
-    ) -> Iterator[dict[str, list[jax.Array]]]:
+    def _scored(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> Iterator[dict[str, list[jax.Array]]]:
         """Log-probs of other passes for each micro-batch, by field. Patches are put on the devices once more for the
         gradient: those of a whole step at once would take gigabytes."""
         policies: dict[str, nnx.State] = {}

@@ -1,7 +1,7 @@
 """Rollouts -> update batches of static shape: prompt rows once a group, response rows sorted into length buckets.
 
-A mini-batch (one optimizer update) is split into micro-batches (one gradient each). Its groups are sorted by length
-first, so that a micro-batch's groups are alike; the rows of each group are sorted too, and the shortest of all groups
+A mini-batch (one optimizer update) is split into micro-batches (one gradient each). Its groups are sorted by
+length first, so that a micro-batch's groups are alike; the rows of each group are sorted too, and the shortest of all groups
 make one slab, the longest another, each as long as its own longest row needs (config.packing.slabs). None of this changes
 loss or gradient: every row carries its weight in the whole mini-batch.
 """
@@ -53,11 +53,13 @@ class Row(NamedTuple):
 
 
 def ranks(group: int, slabs: Sequence[int]) -> tuple[int, ...]:
-    """How many rows of each group go to which slab, shortest rows first. Raises InputError naming config.packing.slabs."""
+    """How many rows of each group go to which slab, shortest rows first. Raises InputError."""
     if not slabs or group == 1:
         return (group,)
     if sum(slabs) != group or min(slabs) < 1:
-        raise InputError(f"config.packing.slabs = {tuple(slabs)} must be whole numbers that add up to {group} responses")
+        raise InputError(
+            f"config.packing.slabs = {tuple(slabs)} must be whole numbers that add up to {group} responses"
+        )
     return tuple(slabs)
 
 
@@ -147,8 +149,8 @@ SLOTS = ("real", "computed", "full", "patches", "patch_slots")
 
 
 def slots(batches: Sequence[UpdateBatch]) -> np.ndarray:
-    """Counts in the order of SLOTS of these batches (numpy): real tokens, token slots computed, tokens of full sequences
-    (each response with its prompt in front), real patches, patch slots."""
+    """Counts in the order of SLOTS of these batches (numpy): real tokens, token slots computed, tokens of full
+    sequences (each response with its prompt in front), real patches, patch slots."""
     counts = np.zeros(len(SLOTS), np.int64)
     for batch in batches:
         prompts, vision = np.asarray(batch.prompts.lengths), batch.prompts.vision
@@ -163,7 +165,7 @@ def slots(batches: Sequence[UpdateBatch]) -> np.ndarray:
 
 
 def shares(counts: np.ndarray) -> dict[str, float]:
-    """What the counts of `slots` say: the share of padding in what is computed, and real tokens against full sequences."""
+    """What the counts of `slots` say: padding's share in what is computed, and real tokens against full sequences."""
     real, computed, full, patches, slots_ = (float(count) for count in counts)
     record = {"token_padding": 1 - real / computed, "packing": real / full}
     if slots_:

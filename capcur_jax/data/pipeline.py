@@ -68,9 +68,7 @@ def in_order(problems: Sequence[Problem], seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
 
 
-def batches(
-    make: Callable[[int], Any], size: int, *, start: int = 0, threads: int = 2
-) -> Iterator[list[Any]]:
+def batches(make: Callable[[int], Any], size: int, *, start: int = 0, threads: int = 2) -> Iterator[list[Any]]:
     """Batches of `size` examples make(0), make(1), ..., prepared ahead in threads; from batch number `start` on.
 
     Batches run across the borders of epochs, so none is ever partial.

@@ -85,9 +85,7 @@ def load(
     config = config_lib.from_directory(directory)
     if "quantization_config" in config.published:
         raise CheckpointError(f"{directory / 'config.json'} has a quantization_config: {UNQUANTIZED}")
-    kinds = dict(
-        dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, lora=lora, mesh=mesh
-    )
+    kinds = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, lora=lora, mesh=mesh)
     model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), **kinds))
     graph, abstract = nnx.split(model)
     leaves = [(".".join(path), path, leaf) for path, leaf in nnx.to_flat_state(abstract)]
@@ -237,13 +235,18 @@ def _fetch(value: jax.Array | np.ndarray, layer: int | None, transposed: bool, d
     ):
         host = np.asarray(value)  # the devices' own memory
         return (host if layer is None else host[layer]).astype(dtype, copy=False)
-    host = np.asarray(_one_layer(value, layer, change, transposed, dtype))
+    whole = value.sharding if isinstance(value, jax.Array) and not value.is_fully_addressable else None
+    if whole is not None:  # of several processes: every one of them gets all of the layer
+        whole = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec())
+    host = np.asarray(_one_layer(value, layer, change, transposed, dtype, whole))
     return host.T if transposed else host
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _one_layer(value: jax.Array, layer: jax.Array | None, change, transposed: bool, dtype) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype", "place"))
+def _one_layer(value: jax.Array, layer: jax.Array | None, change, transposed: bool, dtype, place) -> jax.Array:
     one = value if layer is None else value[layer]
+    if place is not None:
+        one = jax.lax.with_sharding_constraint(one, place)
     if change is not None:
         a, b, scale = change
         one = lora_lib.merge(one, a[layer], b[layer], scale)
@@ -264,9 +267,14 @@ def save(
 
     The directory appears whole or not at all: it is written beside its place and renamed. The weights go to files of at
     most `shard_bytes` (a tensor larger than that has a file to itself); the host holds one file's tensors at a time.
-    Low-rank factors are merged into their kernels in float32; `lora` is what the model was made with.
+    Low-rank factors are merged into their kernels in float32; `lora` is what the model was made with. Of several
+    processes all call this; the first one writes.
     """
     directory, source = Path(directory), Path(source)
+    if jax.process_index():
+        for _ in published_tensors(parameters, config, dtype, lora):
+            pass  # its shards were needed
+        return
     _clean(directory, "partial")
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)

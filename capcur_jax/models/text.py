@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
 from jax.sharding import Mesh
 
 from capcur_jax import sharding
@@ -17,6 +16,7 @@ from capcur_jax.models import layers as layers_lib
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.attention import Cached, Causal, Extend, attend
 from capcur_jax.models.config import TextConfig
+from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import rotate
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
 from jax.sharding import Mesh
 
 from capcur_jax import sharding
