@@ -40,7 +40,7 @@ setup(
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         "test": TEST,
-        "wandb": ["wandb>=0.21"],
+        "wandb": ["wandb>=0.31.0"],
         "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "pandas>=2.2"],
     },
     classifiers=[

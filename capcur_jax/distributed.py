@@ -5,6 +5,9 @@ Process 0 is the owner: servers, records and refill decisions are its own, and t
 order, from one thread. They go through JAX's coordination service (the one that `jax.distributed` starts) and not
 through the devices: a device collective waits behind the step that is running, is compiled for each shape, and without
 x64 cuts 64-bit values.
+
+A run ends well with `barrier("end")`: at exit JAX waits half a minute for the other processes and then ends them all,
+so that an error in one of them isn't waited out by the rest.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ _REMEDY = {
     f"and --process_count (the process id is then the job's completion index); {_ALONE}",
 }
 _START_S = 300  # for all processes to be there, as in jax.distributed
+_EXIT_S = 30
 _WAIT_S = 3 * 3600  # a dead process ends the others within minutes by its heartbeat; this is for one that is slow
 
 _turns = itertools.count()
@@ -210,7 +214,7 @@ def _meet(given: Settings) -> None:
 
 def _start(source: str, *where, **options) -> None:
     try:
-        jax.distributed.initialize(*where, initialization_timeout=_START_S, **options)
+        jax.distributed.initialize(*where, initialization_timeout=_START_S, shutdown_timeout_seconds=_EXIT_S, **options)
     except Exception as error:  # KeyError and RuntimeError of the detection, the kubernetes package's, requests'
         raise InputError(
             f"starting as one of several processes ({source}) failed: {error or type(error).__name__}; "

@@ -232,7 +232,7 @@ class _WandB:
             self._axes.add(group)
             self._run.define_metric(f"{group}/step")
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-        self._run.log({**values, f"{group}/step": step}, commit=False)  # goes out with the next step, or at the end
+        self._run.log({**values, f"{group}/step": step}, step=max(step, self._run.step))
 
     def close(self) -> None:
         self._run.finish()

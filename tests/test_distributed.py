@@ -223,6 +223,22 @@ def test_a_process_that_dies_ends_the_others():
         assert other.returncode != 0 and "went on alone" not in output
 
 
+def test_an_error_in_one_process_ends_the_others():
+    code = """
+        distributed._EXIT_S = 1
+        distributed.initialize()
+        distributed.barrier("both are here")
+        if i == 1:
+            raise FloatingPointError("a bug")
+        distributed.barrier("never")
+        print("went on alone")
+    """
+    with processes(code, *by_variables(free_port())) as (owner, other):
+        assert "FloatingPointError: a bug" in other.communicate(timeout=120)[0]
+        assert "went on alone" not in owner.communicate(timeout=120)[0]
+        assert owner.returncode != 0 and other.returncode != 0
+
+
 # ---------------------------------------------------------------------- one process
 
 
