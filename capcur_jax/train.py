@@ -4,9 +4,9 @@ Steps are synchronous: rollouts come from the parameters that the update then ch
 policy's own where a rollout batch makes one update. The host runs ahead of the devices by one step's update: its
 metrics are fetched when the next step has drawn its rollouts.
 
-What a run goes on from after a stop is the last checkpoint in its work directory: parameters, optimizer state, reference
-policy, the number of rollout batches consumed, and how long its record files were. Samples and the order of data
-follow from the seed and from numbers in the checkpoint, so the continuation is the unbroken run, bit for bit.
+What a run goes on from after a stop is the last checkpoint in its work directory: parameters, optimizer state,
+reference policy, the number of rollout batches consumed, and how long its record files were. Samples and the order of
+data follow from the seed and from numbers in the checkpoint: the continuation is the unbroken run, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rollouts -> update batches of static shape: prompt rows once a group, response rows sorted into length buckets.
 
-A mini-batch (one optimizer update) is split into micro-batches (one gradient each). Its groups are sorted by
-length first, so that a micro-batch's groups are alike; the rows of each group are sorted too, and the shortest of all groups
-make one slab, the longest another, each as long as its own longest row needs (config.packing.slabs). None of this changes
+A mini-batch (one optimizer update) is split into micro-batches (one gradient each). Its groups are sorted by length
+first, so that a micro-batch's groups are alike. The rows of each group are sorted too: the shortest of all groups make
+one slab, the longest another, each as long as its own longest row needs (config.packing.slabs). None of this changes
 loss or gradient: every row carries its weight in the whole mini-batch.
 """
 
