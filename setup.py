@@ -39,6 +39,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        "plan": ["jax[tpu,cuda12-local]", "nvidia-cudnn-cu12>=9.28"],  # compilers and cuDNN's headers, no driver
         "test": TEST,
         "wandb": ["wandb>=0.31.0"],
         "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "pandas>=2.2"],

@@ -1,6 +1,6 @@
 """What attention compiles to on a TPU and a GPU that aren't there, and its memory beside plain XLA's. Needs no device.
 
-    python benchmarks/attention_compile.py --targets=v5p:2x2x1,h100:2
+    python benchmarks/attention_compile.py --targets=tpu:v5p:2x2x1,cuda:h100:1x1x2
 
 For every layout of models/attention.py at an 8B model's sizes (bfloat16), forward and backward: the kernels that the
 compiled program really calls, and the bytes it needs beyond arguments and results, as `attend` chooses and with
@@ -18,7 +18,7 @@ import time
 
 from absl import app, flags
 
-_TARGETS = flags.DEFINE_list("targets", ["v5p:2x2x1", "h100:2"], "topologies or cards, see capcur_jax/aot.py")
+_TARGETS = flags.DEFINE_list("targets", ["tpu:v5p:2x2x1", "cuda:h100:1x1x2"], "topologies, see capcur_jax/aot.py")
 _ONLY = flags.DEFINE_list("only", [], "layouts, by the beginnings of their names; none: all")
 _KERNEL = re.compile(r"splash_mha_(?:fwd|dq|dkv)|__cudnn\$\w+|\bmha_(?:forward|backward)\b")
 _MIB = 2**20

@@ -1,6 +1,6 @@
 """Memory of token log-probs and their gradients at the 8B model's size: blockwise against all logits at once.
 
-    python benchmarks/logprobs_memory.py --target=v5p:2x2x1 --target=h100:1 [--block=4096] [--tensor=2]
+    python benchmarks/logprobs_memory.py --target=tpu:v5p:2x2x1 --target=cuda:h100:1x1x1 [--block=4096] [--tensor=2]
 
 Nothing runs: both are compiled for devices that aren't there (capcur_jax/aot.py lists targets and what each needs
 installed), and the compiler says how much temporary memory a device needs besides arguments and results. Both compute
@@ -26,7 +26,9 @@ from capcur_jax import aot
 from capcur_jax.errors import InputError
 from capcur_jax.models.logprobs import BLOCK, Shards, token_logprobs
 
-_TARGET = flags.DEFINE_multi_string("target", ["v5p:2x2x1", "h100:1"], "What to compile for; may be repeated.")
+_TARGET = flags.DEFINE_multi_string(
+    "target", ["tpu:v5p:2x2x1", "cuda:h100:1x1x1"], "What to compile for; may be repeated."
+)
 _TOKENS = flags.DEFINE_integer("tokens", 8192, "T")
 _WIDTH = flags.DEFINE_integer("width", 4096, "D")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 151_936, "V")
@@ -86,14 +88,14 @@ def measure(target: str) -> None:
         sizes[name] = compiled(loss, mesh, tokens, kernel).memory_analysis().temp_size_in_bytes
         ratio = f"1/{sizes[name] / sizes['blockwise']:.1f}" if name != "blockwise" else ""
         seconds = time.perf_counter() - start
-        print(f"{target:12} {count:7} {name:12} {sizes[name] / 2**30:9.3f} {ratio:>9} {seconds:8.0f}", flush=True)
+        print(f"{target:16} {count:7} {name:12} {sizes[name] / 2**30:9.3f} {ratio:>9} {seconds:8.0f}", flush=True)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     print(f"T = {_TOKENS.value:,}, D = {_WIDTH.value:,}, V = {_VOCABULARY.value:,}, block {_BLOCK.value:,}, bfloat16")
-    print(f"{'target':12} {'devices':>7} {'log-probs':12} {'temp, GiB':>9} {'blockwise':>9} {'compile s':>9}")
+    print(f"{'target':16} {'devices':>7} {'log-probs':12} {'temp, GiB':>9} {'blockwise':>9} {'compile s':>9}")
     try:
         for target in _TARGET.value:
             measure(target)

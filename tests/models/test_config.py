@@ -9,68 +9,16 @@ import jax
 import pytest
 from flax import nnx
 
-from capcur_jax.models import config as config_lib
+from capcur_jax.errors import InputError
+from capcur_jax.models import published
 from capcur_jax.models.config import UnsupportedCheckpoint, from_dict, from_directory
 from capcur_jax.models.qwen_vl import QwenVL
 
-# The keys of Qwen3-VL-8B-Instruct's config.json, as it was published with transformers 4.57.
-PUBLISHED = {
-    "architectures": ["Qwen3VLForConditionalGeneration"],
-    "image_token_id": 151655,
-    "model_type": "qwen3_vl",
-    "text_config": {
-        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16",
-        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-        "intermediate_size": 12288, "max_position_embeddings": 262144, "model_type": "qwen3_vl_text",
-        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
-        "rope_theta": 5000000, "use_cache": True, "vocab_size": 151936,
-    },
-    "tie_word_embeddings": False,
-    "transformers_version": "4.57.0.dev0",
-    "video_token_id": 151656,
-    "vision_config": {
-        "deepstack_visual_indexes": [8, 16, 24], "depth": 27, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
-        "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304, "model_type": "qwen3_vl",
-        "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 4096, "patch_size": 16,
-        "spatial_merge_size": 2, "temporal_patch_size": 2,
-    },
-    "vision_end_token_id": 151653,
-    "vision_start_token_id": 151652,
+PUBLISHED, WINDOWED = published.config("qwen3_vl_8b"), published.config("qwen2_5_vl_7b")
+BILLIONS = {
+    "qwen2_5_vl_3b": 3.755, "qwen2_5_vl_7b": 8.292, "qwen2_5_vl_32b": 33.453, "qwen2_5_vl_72b": 73.411,
+    "qwen3_vl_2b": 2.128, "qwen3_vl_4b": 4.438, "qwen3_vl_8b": 8.767, "qwen3_vl_32b": 33.357,
 }  # fmt: skip
-
-# The keys of Qwen2.5-VL-7B-Instruct's config.json, as it was published with transformers 4.41.
-WINDOWED = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654,
-    "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 3584,
-    "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 128000, "max_window_layers": 28,
-    "model_type": "qwen2_5_vl", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
-    "vision_config": {
-        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-        "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
-        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
-    },
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
-}  # fmt: skip
-
-# width, layers, heads, kv heads, F, vocabulary, tied, vision F, billions of parameters.
-WINDOWED_SIZES = {
-    "3B": (2048, 36, 16, 2, 11008, 151936, True, 3420, 3.755),
-    "7B": (3584, 28, 28, 4, 18944, 152064, False, 3420, 8.292),
-    "32B": (5120, 64, 40, 8, 27648, 152064, False, 3456, 33.453),
-    "72B": (8192, 80, 64, 8, 29568, 152064, False, 3456, 73.411),
-}
-
-# width, layers, heads, F, tied, vision (depth, width, F), DeepStack, billions of parameters.
-SIZES = {
-    "2B": (2048, 28, 16, 6144, True, (24, 1024, 4096), [5, 11, 17], 2.128),
-    "4B": (2560, 36, 32, 9728, True, (24, 1024, 4096), [5, 11, 17], 4.438),
-    "8B": (4096, 36, 32, 12288, False, (27, 1152, 4304), [8, 16, 24], 8.767),
-    "32B": (5120, 64, 64, 25600, False, (27, 1152, 4304), [8, 16, 24], 33.357),
-}
 
 
 def changed(section: str = "", *, without: str = "", of: dict = PUBLISHED, **values) -> dict:
@@ -127,11 +75,11 @@ def test_which_key_ties_the_embeddings(tmp_path, top, nested, qwen3, qwen2_5):
     """As transformers 5.23 reads the two keys."""
     nested_keys = {key: value for key, value in WINDOWED.items() if key not in ("vision_config", "model_type")}
     newer = {**WINDOWED, "text_config": nested_keys}
-    for published, tied in ((copy.deepcopy(PUBLISHED), qwen3), (copy.deepcopy(newer), qwen2_5)):
-        for section, value in ((published, top), (published["text_config"], nested)):
+    for whole, tied in ((copy.deepcopy(PUBLISHED), qwen3), (copy.deepcopy(newer), qwen2_5)):
+        for section, value in ((whole, top), (whole["text_config"], nested)):
             section.pop("tie_word_embeddings", None)
             section.update({} if value is None else {"tie_word_embeddings": value})
-        assert from_dict(published).tied == tied
+        assert from_dict(whole).tied == tied
 
 
 def test_old_and_new_rope_keys_mean_the_same():
@@ -197,41 +145,27 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("published", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_what_is_not_supported_is_refused_by_name(published, message):
+@pytest.mark.parametrize(("content", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_is_not_supported_is_refused_by_name(content, message):
     with pytest.raises(UnsupportedCheckpoint, match=message):
-        from_dict(published)
+        from_dict(content)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", published.NAMES)
 def test_parameter_counts_equal_the_published_totals(name):
-    width, layers, heads, wide, tied, (depth, vision_width, vision_wide), deepstack, billions = SIZES[name]
-    published = changed(tie_word_embeddings=tied)
-    published["text_config"].update(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=wide
-    )
-    published["vision_config"].update(
-        depth=depth, hidden_size=vision_width, intermediate_size=vision_wide, out_hidden_size=width,
-        deepstack_visual_indexes=deepstack,
-    )  # fmt: skip
-    assert billions_of(published) == billions
-
-
-@pytest.mark.parametrize("name", WINDOWED_SIZES)
-def test_parameter_counts_of_qwen2_5_vl_equal_the_published_totals(name):
-    width, layers, heads, kv_heads, wide, vocabulary, tied, vision_wide, billions = WINDOWED_SIZES[name]
-    published = changed(
-        of=WINDOWED, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=wide,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
-    )  # fmt: skip
-    published["vision_config"].update(intermediate_size=vision_wide, out_hidden_size=width)
-    assert billions_of(published) == billions
-
-
-def billions_of(published: dict) -> float:
-    config = config_lib.from_dict(published)
+    config = from_dict(published.config(name))
     state = nnx.state(nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0))))
-    return round(sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e9, 3)
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e9, 3) == BILLIONS[name]
+
+
+def test_a_published_config_is_the_callers_own():
+    published.config("qwen3_vl_8b")["vision_config"]["deepstack_visual_indexes"].append(26)
+    assert published.config("qwen3_vl_8b") == PUBLISHED
+
+
+def test_an_unpublished_architecture_is_refused():
+    with pytest.raises(InputError, match="unknown architecture 'qwen4'; published are qwen2_5_vl_3b"):
+        published.config("qwen4")
 
 
 def test_a_directory_without_config_names_what_belongs_there(tmp_path):
