@@ -28,6 +28,7 @@ setup(
         "ml-collections>=1.1.0",
         "numpy>=2.4.6",
         "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",
         "psutil>=7.2.2",
         "rich>=15.0.0",

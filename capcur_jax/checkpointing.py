@@ -1,36 +1,15 @@
-"""Checkpoints of a run, by Orbax: written beside the training, complete or not there at all, restored on any mesh."""
+"""Checkpoints of a run: what they hold, which are kept, and what a continuation checks before it uses one."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
-
+from capcur_jax.checkpoint_store import CheckpointFailed, Store, difference, plain
 from capcur_jax.errors import InputError
 
-_ARRAYS, _DOCUMENT = "arrays", "document"
-_TEMPORARY = "*.orbax-checkpoint-tmp*"
-_REPLACED = "replaced-"
-# What a full disk, a quota or a file-size limit looks like, from Python and from TensorStore.
-_FULL = ("no space left", "quota exceeded", "file too large", "resource_exhausted")
-
-# Orbax reports progress and, with its traceback, each failure that is raised here again.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-
-
-class CheckpointFailed(InputError):
-    """A checkpoint could not be written; what was complete before it still is."""
+__all__ = ["CheckpointFailed", "Checkpoints", "check_same_config", "truncate_records"]
 
 
 class Checkpoints:
@@ -52,12 +31,9 @@ class Checkpoints:
         if keep < 1:
             raise InputError(f"checkpointing.keep = {keep}: at least the last checkpoint has to be kept")
         self.directory = Path(directory).absolute()
-        self._config = _plain(config)
-        policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)
-        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-        self._steps = _Store(self.directory, kept, timeout)
-        self._references = _Store(self.directory / "reference", policies.LatestN(), timeout)
+        self._config = plain(config)
+        self._steps = Store(self.directory, keep, timeout)
+        self._references = Store(self.directory / "reference", None, timeout)
         self._reference: int | None = None  # the number of the one in use
 
     def save(self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False) -> None:
@@ -89,7 +65,7 @@ class Checkpoints:
         document = {"position": position, "config": self._config, "metric": metric, "reference": self._reference}
         if last == step:
             stored = self._steps.document(step)
-            if all(stored[key] == _plain(document)[key] for key in ("position", "metric", "reference")):
+            if all(stored[key] == plain(document)[key] for key in ("position", "metric", "reference")):
                 return
             self._steps.set_aside(step)
         self._steps.save(step, state, document, metric)
@@ -108,10 +84,12 @@ class Checkpoints:
 
     def position(self, step: int) -> dict:
         """What was saved as `position`; nothing else is read."""
+        self._settle()
         return self._steps.document(step)["position"]
 
     def config(self, step: int) -> dict:
         """The config with which the step was saved."""
+        self._settle()
         return self._steps.document(step)["config"]
 
     def restore(self, step: int, abstract: Any) -> Any:
@@ -119,12 +97,13 @@ class Checkpoints:
 
         Args:
           step: one that is there.
-          abstract: its pytree of jax.ShapeDtypeStruct with the shardings that it shall have, on any mesh. A leaf without
-            one comes to this process's first device.
+          abstract: its pytree of jax.ShapeDtypeStruct with the shardings that it shall have, on any mesh. A leaf
+            without one comes to this process's first device.
 
         Raises:
           InputError: no such step, or arrays with other names, shapes or dtypes.
         """
+        self._settle()
         return self._steps.restore(step, abstract)
 
     def save_reference(self, name: str, parameters: Any) -> None:
@@ -182,157 +161,6 @@ class Checkpoints:
         self.close()
 
 
-class _Store:
-    """Numbered pytrees of arrays in a directory, each with a JSON document: an Orbax manager and what it lacks."""
-
-    def __init__(self, directory: Path, kept: Any, timeout: int):
-        self.directory = directory
-        self._processes = set(range(jax.process_count()))
-        self._prefix = directory.name  # of barriers: two stores may write at the same time
-        self._bytes: dict[int, int] = {}
-        directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            self._put_back()
-        # Every process lists the directory next. With the processes named, Orbax meets at barriers of the coordination
-        # service, not at a collective, which it would have to compile.
-        ocp.multihost.sync_global_processes(f"{self._prefix}:open", processes=self._processes)
-        sharing = ocp.options.MultiprocessingOptions(
-            active_processes=self._processes, barrier_sync_key_prefix=self._prefix
-        )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept,
-            best_fn=_metric,
-            create=False,
-            cleanup_tmp_directories=True,
-            multiprocessing_options=sharing,
-            async_options=ocp.AsyncOptions(timeout_secs=timeout),
-        )
-        # Replicated arrays are written by one replica: sharing them out would compile a slice for every shape and hold
-        # the slices on the device. Weights hardly compress, and compression takes the cores from a run on a CPU.
-        types = ocp.type_handlers.create_type_handler_registry(
-            (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)),
-            (np.ndarray, ocp.type_handlers.NumpyHandler()),
-        )
-        arrays = ocp.PyTreeCheckpointHandler(
-            use_compression=False, multiprocessing_options=sharing, type_handler_registry=types
-        )
-        document = ocp.JsonCheckpointHandler(multiprocessing_options=sharing)
-        registry = ocp.DefaultCheckpointHandlerRegistry()
-        for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
-            registry.add(_ARRAYS, arguments, arrays)
-        for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
-            registry.add(_DOCUMENT, arguments, document)
-        self._manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
-
-    def all(self) -> list[int]:
-        return sorted(self._manager.all_steps())
-
-    def latest(self) -> int | None:
-        return max(self._manager.all_steps(), default=None)
-
-    def best(self) -> tuple[int, float] | None:
-        step = self._manager.best_step()
-        return None if step is None else (step, _metric(self._manager.metrics(step)))
-
-    def save(self, step: int, tree: Any, document: dict, metric: float | None = None) -> None:
-        arrays = {name: _savable(leaf) for name, leaf in _named(tree).items()}
-        kinds = {name: _kind(array) for name, array in arrays.items()}
-        self._bytes = {step: sum(array.nbytes for array in arrays.values())}
-        items = ocp.args.Composite(
-            **{
-                _ARRAYS: ocp.args.PyTreeSave(arrays),
-                _DOCUMENT: ocp.args.JsonSave(_plain({**document, "arrays": kinds})),
-            }
-        )
-        with self._explained():
-            self._manager.save(
-                step, args=items, metrics=None if metric is None else {"metric": float(metric)}, force=True
-            )
-
-    def wait(self) -> None:
-        """Until what is being written is complete; raises what went wrong, once."""
-        with self._explained():
-            self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            for old in self.directory.glob(_REPLACED + "*"):
-                shutil.rmtree(old)
-
-    def document(self, step: int) -> dict:
-        self._check(step)
-        return self._manager.restore(step, args=ocp.args.Composite(**{_DOCUMENT: ocp.args.JsonRestore()}))[_DOCUMENT]
-
-    def restore(self, step: int, abstract: Any) -> Any:
-        wanted = _named(abstract)
-        stored = self.document(step)["arrays"]
-        kinds = {name: _kind(leaf) for name, leaf in wanted.items()}
-        if stored != kinds:
-            raise InputError(
-                f"{self.directory / str(step)} does not fit the model and optimizer of this config:\n"
-                + _difference(stored, kinds, "checkpoint", "config")
-            )
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        arguments = {
-            name: ocp.ArrayRestoreArgs(
-                restore_type=jax.Array, sharding=leaf.sharding or here, global_shape=leaf.shape, dtype=leaf.dtype
-            )
-            for name, leaf in wanted.items()
-        }
-        items = ocp.args.Composite(**{_ARRAYS: ocp.args.PyTreeRestore(item=wanted, restore_args=arguments)})
-        arrays = self._manager.restore(step, args=items)[_ARRAYS]
-        return jax.tree.structure(abstract).unflatten([arrays[name] for name in wanted])
-
-    def set_aside(self, step: int) -> None:
-        """Takes a step away under a name that `_put_back` knows, until another one of that number is complete."""
-        if jax.process_index() == 0:
-            path = self.directory / str(step)
-            path.rename(path.with_name(_REPLACED + path.name))
-        self.delete(step)  # from the manager's list
-
-    def _put_back(self) -> None:
-        for old in self.directory.glob(_REPLACED + "*"):
-            new = old.with_name(old.name.removeprefix(_REPLACED))
-            if new.exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(new)
-
-    def delete(self, step: int) -> None:
-        self._manager.delete(step)
-
-    def close(self) -> None:
-        self._manager.close()
-
-    def _check(self, step: int) -> None:
-        if step not in self._manager.all_steps():
-            raise InputError(f"{self.directory} has no checkpoint of step {step}, only of {self.all() or 'none'}")
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if jax.process_index() == 0:
-                for part in self.directory.glob(_TEMPORARY):
-                    shutil.rmtree(part, ignore_errors=True)
-                self._put_back()
-            self._manager.reload()
-            if not isinstance(error, OSError) and not any(text in str(error).lower() for text in _FULL):
-                raise
-            ((step, needed),) = self._bytes.items()
-            free = shutil.disk_usage(self.directory).free
-            last = self.latest()
-            raise CheckpointFailed(
-                f"{self.directory / str(step)} was not written: {str(error).strip().splitlines()[0]}\n"
-                f"It takes {_size(needed)} and {_size(free)} are free there. Make room, lower checkpointing.keep or put "
-                f"the --workdir elsewhere; "
-                + (
-                    "nothing is complete there yet."
-                    if last is None
-                    else f"{last} is complete: the same command goes on."
-                )
-            ) from error
-
-
 def check_same_config(stored: dict, now: dict, may_change: tuple[str, ...]) -> None:
     """Refuses to go on with a run under another config.
 
@@ -344,16 +172,16 @@ def check_same_config(stored: dict, now: dict, may_change: tuple[str, ...]) -> N
     Raises:
       InputError: other keys differ; lists them with both values.
     """
-    before, after = _flat(_plain(stored)), _flat(_plain(now))
+    before, after = _flat(plain(stored)), _flat(plain(now))
 
     def fixed(values: dict) -> dict:
         return {key: value for key, value in values.items() if not f"{key}.".startswith(allowed)}
 
     allowed = tuple(f"{key}." for key in may_change)
-    difference = _difference(fixed(before), fixed(after), "stored", "now")
-    if difference:
+    changes = difference(fixed(before), fixed(after), "stored", "new")
+    if changes:
         raise InputError(
-            f"this run was started with another config (stored -> now):\n{difference}\n"
+            f"this run was started with another config (stored -> new):\n{changes}\n"
             f"Give it the config it was started with, or another --workdir."
         )
 
@@ -368,8 +196,8 @@ def truncate_records(path: Path, offset: int) -> None:
     size = path.stat().st_size if path.exists() else 0
     if size < offset:
         raise InputError(
-            f"{path} has {size} bytes, but {offset} when the checkpoint was saved: records are lost. Put the file back, "
-            f"or start anew with another --workdir."
+            f"{path} has {size} bytes, but {offset} when the checkpoint was saved: records are lost. Put the file "
+            f"back, or start anew with another --workdir."
         )
     if not size:
         return
@@ -383,58 +211,13 @@ def truncate_records(path: Path, offset: int) -> None:
         file.truncate(offset)
 
 
-def _metric(metrics: dict) -> float:
-    return metrics["metric"]
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON; a copy."""
-    return json.loads(json.dumps(value))
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path, in the order of the tree."""
-    paths, _ = jax.tree.flatten_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
-    if len(named) < len(paths):
-        raise ValueError("two leaves of the state have the same dotted path")
-    return named
-
-
-def _savable(leaf: Any) -> jax.Array | np.ndarray:
-    if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
-        return leaf
-    array = np.array(leaf)  # a copy: the caller may go on writing to his
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
-
-
-def _kind(array: Any) -> str:
-    return f"{np.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; a list of dicts is told apart by number."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(number): item for number, item in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
     flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
     return flat
-
-
-def _difference(before: dict, after: dict, old: str, new: str) -> str:
-    """A line for each key with other values, at most 20."""
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        if key not in before:
-            lines.append(f"  {key}: not in the {old} one -> {after[key]!r}")
-        elif key not in after:
-            lines.append(f"  {key}: {before[key]!r} -> not in the {new} one")
-        elif before[key] != after[key]:
-            lines.append(f"  {key}: {before[key]!r} -> {after[key]!r}")
-    more = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return "\n".join(lines[:20] + more)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from capcur_jax.errors import InputError
 
@@ -48,8 +48,11 @@ def prepare_workdir(path: str | None, config_file: str) -> Path:
     return workdir
 
 
-def finished(workdir: Path) -> dict | None:
-    """The summary of the run that the directory holds, if it came to its end."""
+def finished(workdir: Path, config: ConfigDict) -> dict | None:
+    """The summary of the run that the directory holds, if it came to its end. Raises InputError if it was another."""
+    from capcur_jax.run import check_same
+
+    check_same(workdir, config)
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -63,15 +66,15 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))
-        if done := finished(workdir):
-            print(f"{workdir} holds a finished run: {done['steps']} steps, checkpoint {done['checkpoint']}")
-            return
         # Imported late: a mistyped flag should not wait for JAX.
         from capcur_jax import distributed
 
         distributed.initialize(distributed.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
         from capcur_jax.train import train
 
+        if done := finished(workdir, _CONFIG.value):
+            print(f"{workdir} holds a finished run: {done['steps']} steps, checkpoint {done['checkpoint']}")
+            return
         summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value)
     except InputError as error:
         sys.exit(f"error: {error}")

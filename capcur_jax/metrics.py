@@ -177,16 +177,18 @@ class PhaseTimer:
 
     Attributes:
       seconds: dict from phase to seconds since the last `reset()`, in order of first use.
+      starts: dict from phase to when it first began since then (time.perf_counter()).
     """
 
     def __init__(self):
-        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.reset()
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         from jax.profiler import TraceAnnotation  # here, so that readers of records need no jax
 
         start = time.perf_counter()
+        self.starts.setdefault(phase, start)
         try:
             with TraceAnnotation(phase):
                 yield
@@ -194,7 +196,8 @@ class PhaseTimer:
             self.seconds[phase] += time.perf_counter() - start
 
     def reset(self) -> None:
-        self.seconds = collections.defaultdict(float)  # a new dict: the caller may keep the old one
+        self.seconds: dict[str, float] = collections.defaultdict(float)  # new ones: the caller may keep the old
+        self.starts: dict[str, float] = {}
 
 
 class Pending:

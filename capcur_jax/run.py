@@ -127,6 +127,14 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
         raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
 
 
+def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """The config in plain JSON types; raises InputError if the directory holds a run with another one."""
+    plain, stored = json.loads(metrics.to_json(config.to_dict())), workdir / "config.json"
+    if stored.exists():
+        check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
+    return plain
+
+
 class Run:
     """Opens everything; `stages` are labelled uniquely in their order. Used as a context manager."""
 
@@ -148,7 +156,7 @@ class Run:
         check(config, stages, self.sets)
         self._build_data()
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
-        plain = json.loads(metrics.to_json(config.to_dict()))
+        plain = check_same(workdir, config)
         self.checkpoints = self._closing.enter_context(
             Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
         )
@@ -158,9 +166,9 @@ class Run:
         self._steps: list[dict] = []
         self.best: float | None = None
         if self.checkpoint is not None:
-            self._go_on(plain)
+            self._go_on()
         else:
-            self._start_anew(plain)
+            self._start_anew()
         self.step, self.version = self._counts["step"], self._counts["version"]
         self.skipped_updates = self.skipped_before = self._counts["skipped_updates"]
         self._open_model()
@@ -177,7 +185,7 @@ class Run:
         self.sinks = None
         if self.owner:
             kinds = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
-            self.sinks = Sinks(workdir, **kinds, config=plain, resume_step=self.step)
+            self.sinks = Sinks(workdir, **kinds, config=plain, resume_step=self.step, warn=display.warn)
             self._closing.callback(self.sinks.close)
         self._learners: dict[tuple[str, str], Learner] = {}
         settings = config.objective
@@ -204,18 +212,15 @@ class Run:
                     )
             distributed.barrier(f"data-{turn}")
 
-    def _start_anew(self, plain: dict[str, Any]) -> None:
-        """What a run left that was stopped before its first checkpoint is removed. Raises InputError for another's."""
-        stored = self.workdir / "config.json"
-        if self.owner and stored.exists():
-            check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
+    def _start_anew(self) -> None:
+        """What a run left that was stopped before its first checkpoint is removed."""
+        if self.owner:
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (self.workdir / name).unlink(missing_ok=True)
         distributed.barrier("anew")
 
-    def _go_on(self, plain: dict[str, Any]) -> None:
+    def _go_on(self) -> None:
         """Takes up the run where the last checkpoint left it: its records end there, too."""
-        check_same_config(self.checkpoints.config(self.checkpoint), plain, MAY_CHANGE)
         stored = self.checkpoints.position(self.checkpoint)
         self.position, self._counts = Position(**stored["position"]), stored["counts"]
         self.best, self.started = stored["best"], self.started - self._counts["seconds"]

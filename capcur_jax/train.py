@@ -52,7 +52,7 @@ def train(
     stages = schedule.stages(config)
     quiet = quiet or not distributed.is_owner()
     display = Display(total_steps=sum(stage.steps for stage in stages), quiet=quiet)
-    tracer = Profile(workdir, profile)
+    tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
         run.plan()
         at = run.position
@@ -73,7 +73,9 @@ def train(
             raise
         finally:
             tracer.close()
-        return run.finish(status)
+        summary = run.finish(status)
+        distributed.barrier("end")  # a process that leaves earlier would take the others with it
+        return summary
 
 
 def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
@@ -120,7 +122,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
         else:
             with timer("data"):
                 items = [sft_item(example.prompt, example.target) for example in run.next_batch(batches)]
-        late.write()  # of the step before: the devices have done with it by now
+        late.write(timer)  # of the step before: the devices have done with it by now
         with timer("pack"):
             minibatches = packer.minibatches(items)
         started = time.perf_counter()
@@ -310,8 +312,8 @@ class Late:
         """Seconds of what comes after an update, for the next record."""
         return _timed(self._extra, name)
 
-    def write(self) -> None:
-        """Writes what is pending."""
+    def write(self, next_step: metrics.PhaseTimer | None = None) -> None:
+        """Writes what is pending; `next_step`: the phases of the step that has been drawn meanwhile."""
         if self._pending is None:
             return
         (record, results, timer, started, thread, done), self._pending = self._pending, None
@@ -319,6 +321,8 @@ class Late:
         thread.join()
         timer.seconds["update"] = done[0] - started
         total, self._ended = done[0] - self._ended, done[0]
+        if next_step and "rollout" in next_step.starts:  # it began with waiting for this update
+            next_step.seconds["rollout"] -= max(0.0, done[0] - next_step.starts["rollout"])
         record |= values
         record["skipped_updates"] = self._run.skipped_before + record["skipped_updates"]
         record["seconds"] = total
