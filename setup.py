@@ -28,9 +28,12 @@ setup(
         "ml-collections>=1.1.0",
         "numpy>=2.4.6",
         "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",
+        "psutil>=7.2.2",
         "rich>=15.0.0",
         "safetensors>=0.8.0",
+        "tensorboardX>=2.6.5",
         "tokenizers>=0.23.3",
         "transformers>=5.23.0",
     ],
@@ -39,6 +42,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "plan": ["jax[tpu,cuda12-local]", "nvidia-cudnn-cu12>=9.28"],  # compilers and cuDNN's headers, no driver
         "test": TEST,
+        "wandb": ["wandb>=0.31.0"],
         "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "pandas>=2.2"],
     },
     classifiers=[

@@ -105,6 +105,10 @@ class Display:
                 rows = _table(list(content[0]) if content else [], [list(row.values()) for row in content])
             self._print(Text(_clean(heading), style="bold"), rows, Text())
 
+    def table(self, heading: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Prints a table: the first row's keys are the columns."""
+        self.plan({heading: rows})
+
     def stage(self, name: str, steps: int) -> None:
         """Announces a stage of `steps` steps."""
         self._stage, self._new_stage = _clean(name), True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
@@ -32,7 +33,7 @@ class Interruption:
             raise KeyboardInterrupt
         self._name = signal.Signals(number).name
 
-    def check(self) -> None:
-        """Raises Interrupted if a signal came."""
-        if self._name:
-            raise Interrupted(self._name)
+    def check(self, agree: Callable[[bool], bool] = bool) -> None:
+        """Raises Interrupted if a signal came, to this process or (as `agree` finds out) to another one of the run."""
+        if agree(bool(self._name)):
+            raise Interrupted(self._name or "a signal to another process")

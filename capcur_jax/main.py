@@ -1,18 +1,22 @@
 """Runs an experiment.
 
 python -m capcur_jax.main --config=configs/staged.py[:preset] [--workdir=DIR] [--config.key=value ...]
+
+With a --workdir that holds a run already, the run goes on where its last checkpoint left it. Several processes: the
+same command in each, started by Slurm, Kubernetes, on TPU VMs, or with --coordinator, --process_id and --process_count.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import sys
 import time
 import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from capcur_jax.errors import InputError
 
@@ -21,15 +25,19 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file, e.g. configs/staged.py or configs/staged.py:qwen3_vl_8b.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where all that the run writes goes; default: a dated folder in runs/.")
+_PROFILE = flags.DEFINE_string("profile", "", "Steps to trace, such as 10-12; Perfetto reads WORKDIR/profile.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, in a run of several processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes the run has.")
 
 
 def prepare_workdir(path: str | None, config_file: str) -> Path:
-    """A new work directory. Raises InputError where another run's records lie already."""
+    """The work directory: a new one, or the given one, which may hold a run to go on with.
+
+    Raises InputError where records lie of which no checkpoint is left.
+    """
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     workdir = Path(path) if path else Path("runs") / f"{stamp}_{Path(config_file).stem}"
-    records = workdir / "metrics.jsonl"
-    if records.exists() and records.stat().st_size:
-        raise InputError(f"{workdir} holds a run already (metrics.jsonl); give another --workdir or delete it")
     try:
         # Two runs that start in the same second must not share a dated folder.
         while not path and workdir.exists():
@@ -40,6 +48,18 @@ def prepare_workdir(path: str | None, config_file: str) -> Path:
     return workdir
 
 
+def finished(workdir: Path, config: ConfigDict) -> dict | None:
+    """The summary of the run that the directory holds, if it came to its end. Raises InputError if it was another."""
+    from capcur_jax.run import check_same
+
+    check_same(workdir, config)
+    try:
+        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("status") == "finished" else None
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unknown argument {arguments[1]!r}; settings look like --config.seed=1")
@@ -47,9 +67,15 @@ def main(arguments: list[str]) -> None:
     try:
         workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))
         # Imported late: a mistyped flag should not wait for JAX.
+        from capcur_jax import distributed
+
+        distributed.initialize(distributed.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
         from capcur_jax.train import train
 
-        summary = train(_CONFIG.value, workdir, started=_STARTED)
+        if done := finished(workdir, _CONFIG.value):
+            print(f"{workdir} holds a finished run: {done['steps']} steps, checkpoint {done['checkpoint']}")
+            return
+        summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     if summary["status"] != "finished":

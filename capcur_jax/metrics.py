@@ -171,25 +171,86 @@ def moment_of(evaluation: Mapping[str, Any]) -> str:
 class PhaseTimer:
     """Wall seconds of named phases: `with timer("rollout"): ...`. Times of the same name add up until `reset()`.
 
+    A profiler's trace (`--profile`) shows the phases by their names.
+
     JAX returns before the device is done: block on (or fetch) the results inside the phase that computes them.
 
     Attributes:
       seconds: dict from phase to seconds since the last `reset()`, in order of first use.
+      starts: dict from phase to when it first began since then (time.perf_counter()).
     """
 
     def __init__(self):
-        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.reset()
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        from jax.profiler import TraceAnnotation  # here, so that readers of records need no jax
+
         start = time.perf_counter()
+        self.starts.setdefault(phase, start)
         try:
-            yield
+            with TraceAnnotation(phase):
+                yield
         finally:
             self.seconds[phase] += time.perf_counter() - start
 
     def reset(self) -> None:
-        self.seconds = collections.defaultdict(float)  # a new dict: the caller may keep the old one
+        self.seconds: dict[str, float] = collections.defaultdict(float)  # new ones: the caller may keep the old
+        self.starts: dict[str, float] = {}
+
+
+class Pending:
+    """A step's metrics, left on the devices while the next step is dispatched, so that fetching them stops nothing.
+
+    The arrays must not be donated to a later step.
+    """
+
+    def __init__(self):
+        self._held: tuple[dict[str, Any], Any] | None = None
+
+    def put(self, record: dict[str, Any], device_metrics: Any) -> tuple[dict[str, Any], Any] | None:
+        """Keeps a step's record and its metrics, a pytree of device arrays; returns those put before, as numpy."""
+        import jax
+
+        for leaf in jax.tree.leaves(device_metrics):
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()  # once it is computed; nothing waits for it here
+        before, self._held = self._held, (record, device_metrics)
+        return self._fetch(before)
+
+    def flush(self) -> tuple[dict[str, Any], Any] | None:
+        """The last record put and its metrics as numpy; None if there is none or it was returned already."""
+        before, self._held = self._held, None
+        return self._fetch(before)
+
+    @staticmethod
+    def _fetch(held: tuple[dict[str, Any], Any] | None) -> tuple[dict[str, Any], Any] | None:
+        import jax
+
+        return held and (held[0], jax.device_get(held[1]))
+
+
+def device_memory() -> dict[str, float]:
+    """Memory for a step record, in GiB: the local devices' maxima, and what this process holds of the host's.
+
+    `device_gib` (now), `device_peak_gib` (since the start), `device_limit_gib`: each where the devices report it, which
+    CPU devices don't; and `host_rss_gib`.
+    """
+    import jax
+    import psutil
+
+    found = {"host_rss_gib": psutil.Process().memory_info().rss / 2**30}
+    reports = [device.memory_stats() or {} for device in jax.local_devices()]
+    for name, key in (
+        ("device", "bytes_in_use"),
+        ("device_peak", "peak_bytes_in_use"),
+        ("device_limit", "bytes_limit"),
+    ):
+        values = [report[key] for report in reports if key in report]
+        if values:
+            found[f"{name}_gib"] = max(values) / 2**30
+    return found
 
 
 class CompilationCounter:

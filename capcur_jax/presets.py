@@ -50,12 +50,18 @@ def laptop() -> ConfigDict:
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
             "order": CAPABILITIES,  # names of `stages`
             "stages": stages,
+            "architecture": "",  # a published size (models/published.py), for `plan` where there is no checkpoint
+            # Devices along each axis, -1: all that are left. data: copies of the model, over hosts; fsdp: parameters,
+            # gradients and optimizer state split; tensor: heads and feed-forward split. data x fsdp split prompts.
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "model": {
                 "dtype": "float32",  # of computation
                 # none | dots | full: what is computed again backwards instead of kept. On a CPU that is faster, too:
                 # keeping costs copies of all that every layer keeps.
                 "remat": "full",
                 "attention": "auto",  # the platform's kernel where there is one; "xla": never
+                # Low-rank factors beside the decoder's layers; they alone are trained then; exports have them merged.
+                "lora": {"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")},
             },
             "data": {
                 "sets": {
@@ -79,7 +85,13 @@ def laptop() -> ConfigDict:
                 "temperature": 1.0,
                 "top_p": 1.0,
                 "max_rows": 80,  # responses that the engine decodes together
-                "response_buckets": (32, 48),  # declared lengths of response rows in an update
+                # 0: train on what comes. Else groups without an advantage are drawn again, so often at most.
+                "dynamic_retries": 0,
+            },
+            "packing": {
+                "micro_prompts": 0,  # prompts of a device row whose gradient is taken at once; 0: an update's
+                "slabs": (),  # rows of a group that share a length, shortest first, such as (3, 2); (): all
+                "buckets": ((16,), (20,), (24,), (32,), (48,)),  # declared lengths, one for each slab
             },
             "reward": {
                 "accuracy_weight": 0.9,
@@ -89,13 +101,26 @@ def laptop() -> ConfigDict:
                 "timeout_s": 5.0,
                 "memory_mb": 1024,
             },
-            "objective": {
+            "objective": {  # the paper's choices; objectives.py says what the others are
+                "ratio": "token",  # or "sequence" (GSPO)
                 "clip_low": 0.2,
                 "clip_high": 0.3,
-                "clip_dual": 3.0,
-                "kl_coefficient": 0.01,  # k3 against the policy that the stage started from; 0: no reference pass
+                "clip_dual": 3.0,  # 0: none
+                "kl_estimator": "k3",  # k1 | k2 | k3 | k3_unbiased | none
+                "kl_coefficient": 0.01,  # of the KL to the policy that the stage started from; 0: no reference pass
+                "aggregation": "token",  # | sequence | constant (Dr.GRPO, with rollout.max_new_tokens)
+                "advantage_std": True,  # False: advantages are not divided by the group's standard deviation
                 "advantage_epsilon": 1e-6,
+                "sampler_correction": "none",  # | truncate | mask: importance weights between sampler and trainer
+                "sampler_cap": 2.0,
+                "sampler_level": "token",  # | sequence
+                "mask_truncated": False,  # True: responses cut off at max_new_tokens count for nothing
+                "entropy_coefficient": 0.0,  # of a bonus
                 "updates_per_batch": 1,  # a rollout batch is split into so many updates
+            },
+            "reference": {
+                "dtype": "float32",  # of what is kept of it
+                "memory": "device",  # | pinned_host
             },
             "optimizer": {
                 "beta1": 0.9,
@@ -103,6 +128,19 @@ def laptop() -> ConfigDict:
                 "epsilon": 1e-8,
                 "weight_decay": 0.01,
                 "max_gradient_norm": 1.0,
+                "parameters": "float32",  # bfloat16: with a compensation, half the memory
+                "moments": "float32",  # | bfloat16, rounded stochastically
+                "memory": "device",  # pinned_host: moments leave the devices between updates
+            },
+            "checkpointing": {
+                "every": 50,  # steps; a stage's start and end are saved, too
+                "keep": 2,  # the last so many, and the best of those that were validated
+            },
+            "validation": {
+                "every": 0,  # steps of a stage; 0: none. The best checkpoint is exported as checkpoints/best
+                "questions": 100,  # of each of evaluation.sets; 0: all
+                "temperature": 0.0,
+                "top_p": 1.0,
             },
             "evaluation": {
                 "sets": CAPABILITIES,
@@ -115,6 +153,8 @@ def laptop() -> ConfigDict:
             "log": {
                 "rollouts_every": 5,  # steps between logged rollouts
                 "rollout_prompts": 2,  # prompts logged then, with all their responses
+                "tensorboard": True,
+                "wandb": "",  # a project of Weights & Biases
             },
             "export": {"dtype": "float32", "each_stage": True},  # Hugging Face checkpoints
         }
@@ -124,7 +164,7 @@ def laptop() -> ConfigDict:
 def qwen3_vl_8b() -> ConfigDict:
     """The paper's run (sections 3 and 4): needs a Qwen3-VL-8B checkpoint, the three data sets and 8 x H200."""
     config = laptop()
-    config.checkpoint = ""
+    config.checkpoint, config.architecture = "", "qwen3_vl_8b"
     for name, steps in (("perception", 90), ("text", 375), ("visual", 465)):
         config.stages[name] = _stage((name,), steps, 512, 1e-6, freeze="^visual" if name == "text" else "")
     config.stages.merged = _stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
@@ -137,11 +177,21 @@ def qwen3_vl_8b() -> ConfigDict:
             "max_pixels": 4_194_304,
             "token_buckets": (512, 1024, 2048),
             "patch_row": 8192,
-            "patch_rows": tuple(share / 32 for share in range(1, 33)),
+            "patch_rows": (0.5, 1.0),
         }
     )
-    config.rollout.update({"max_new_tokens": 2048, "max_rows": 640, "response_buckets": (512, 1024, 2048)})
+    config.rollout.update({"max_new_tokens": 2048, "max_rows": 640})
+    config.packing.update(
+        {
+            "micro_prompts": 2,
+            "slabs": (3, 2),
+            "buckets": ((256, 512), (512, 768), (512, 1024), (1024, 1536), (1024, 2048), (2048, 2048)),
+        }
+    )
     config.objective.updates_per_batch = 4
+    config.reference.dtype = "bfloat16"
+    config.checkpointing.update({"every": 10})
+    config.validation.update({"every": 10, "questions": 300, "temperature": 0.6, "top_p": 0.95})
     config.export.dtype = "bfloat16"
     config.evaluation.update({"temperature": 0.6, "top_p": 0.95})
     return config

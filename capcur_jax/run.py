@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capcur_jax import metrics, objectives
+from capcur_jax import distributed, metrics, objectives, sharding
+from capcur_jax.checkpointing import Checkpoints, check_same_config, truncate_records
 from capcur_jax.data.blind import blind_accuracy
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
@@ -26,14 +32,31 @@ from capcur_jax.interruption import Interruption
 from capcur_jax.learner import Learner
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
+from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
+from capcur_jax.models.lora import LoRA
 from capcur_jax.rewards.reward import make_reward
-from capcur_jax.rollout.engine import Sampling
+from capcur_jax.rollout.engine import Sample, Sampling
 from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollouts import Example, Group
 from capcur_jax.schedule import Stage
+from capcur_jax.sinks import Sinks
+from capcur_jax.updates import Offload, Trainer, needs_reference
 
 DTYPES = ("float32", "bfloat16")
+# What a run that goes on may have changed: where it computes, what it writes, and how long it is.
+MAY_CHANGE = ("mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands: what of a checkpoint is not arrays."""
+
+    stage: int = 0  # number in config.order
+    stage_step: int = 0  # steps of it that are done
+    batches: int = 0  # rollout batches of it that were drawn
+    evaluated: bool = False  # the base was
 
 
 def _dtype(name: str, key: str):
@@ -56,6 +79,8 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
         missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
     needed = {(name, "train") for stage in stages for name in stage.data}
     needed |= {(name, config.evaluation.split) for name in config.evaluation.sets}
+    if config.validation.every:
+        needed |= {(name, "validation") for name in config.evaluation.sets}
     for name, split in sorted(needed):
         if name not in config.data.sets:
             missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")
@@ -76,7 +101,9 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
     """Values that would otherwise fail hours later, or quietly train nothing."""
     least = {
         "seed": 0, "prompt.max_tokens": 1, "rollout.max_rows": 1, "objective.updates_per_batch": 1,
-        "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0,
+        "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0, "rollout.dynamic_retries": 0,
+        "packing.micro_prompts": 0, "checkpointing.every": 1, "checkpointing.keep": 1, "validation.every": 0,
+        "validation.questions": 0,
     }  # fmt: skip
     if any(stage.objective == "grpo" for stage in stages):
         least["rollout.group"] = 2  # an advantage is a comparison inside the group
@@ -96,10 +123,16 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
             )
         if config.rollout.temperature <= 0:
             raise InputError("config.rollout.temperature must be above 0: greedy groups are all equal")
-    if max(config.rollout.response_buckets, default=0) < config.rollout.max_new_tokens:
-        raise InputError("config.rollout.response_buckets must reach config.rollout.max_new_tokens")
     if max(config.prompt.token_buckets, default=0) < config.prompt.max_tokens:
         raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
+
+
+def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """The config in plain JSON types; raises InputError if the directory holds a run with another one."""
+    plain, stored = json.loads(metrics.to_json(config.to_dict())), workdir / "config.json"
+    if stored.exists():
+        check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
+    return plain
 
 
 class Run:
@@ -117,35 +150,108 @@ class Run:
         self.started = time.monotonic() if started is None else started
         self.config, self.workdir, self.stages = config, workdir, stages
         self.display, self.interruption = display, interruption
+        self.owner = distributed.is_owner()
+        self._closing = contextlib.ExitStack()
         self.sets = Sets(config.data, workdir / "data")
         check(config, stages, self.sets)
+        self._build_data()
+        self.mesh: Mesh = sharding.make_mesh(config.mesh)
+        plain = check_same(workdir, config)
+        self.checkpoints = self._closing.enter_context(
+            Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
+        )
+        self.checkpoint = self.checkpoints.latest()
+        self.position, self._counts = Position(), {"step": 0, "version": 0, "skipped_updates": 0, "seconds": 0.0}
+        self.evaluations: list[dict] = []
+        self._steps: list[dict] = []
+        self.best: float | None = None
+        if self.checkpoint is not None:
+            self._go_on()
+        else:
+            self._start_anew()
+        self.step, self.version = self._counts["step"], self._counts["version"]
+        self.skipped_updates = self.skipped_before = self._counts["skipped_updates"]
         self._open_model()
-        self.counter = metrics.CompilationCounter()
+        self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
         self.sampling = _sampling(config, "rollout")
-        self._greedy = _sampling(config, "evaluation")
+        self._greedy, self._validating = _sampling(config, "evaluation"), _sampling(config, "validation")
         try:
             self.reward = make_reward(config.reward)
         except ValueError as error:
             raise InputError(str(error)) from None
-        self.records = metrics.JsonLines(workdir / "metrics.jsonl")
-        self.rollouts = metrics.JsonLines(workdir / "rollouts.jsonl")
+        self._closing.callback(self.reward.close)
+        self.records = self._lines("metrics.jsonl")
+        self.rollouts = self._lines("rollouts.jsonl")
+        self.sinks = None
+        if self.owner:
+            kinds = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
+            self.sinks = Sinks(workdir, **kinds, config=plain, resume_step=self.step, warn=display.warn)
+            self._closing.callback(self.sinks.close)
         self._learners: dict[tuple[str, str], Learner] = {}
-        epsilon = config.objective.advantage_epsilon
-        self.advantages = jax.jit(functools.partial(objectives.group_advantages, epsilon=epsilon))
-        self._evaluations: list[dict] = []
-        self._steps: list[dict] = []
-        self.step = self.version = self.skipped_updates = 0
+        settings = config.objective
+        self._advantages = jax.jit(
+            functools.partial(
+                objectives.group_advantages, epsilon=settings.advantage_epsilon, normalise=settings.advantage_std
+            )
+        )
+
+    def _lines(self, name: str) -> metrics.JsonLines | _Nowhere:
+        """Records of the owner; the other processes write none."""
+        if not self.owner:
+            return _Nowhere()
+        return self._closing.enter_context(metrics.JsonLines(self.workdir / name))
+
+    def _build_data(self) -> None:
+        """The owner builds the sets that are built on first use; the others read what it wrote."""
+        names = {name for stage in self.stages for name in stage.data} | set(self.config.evaluation.sets)
+        for turn in (True, False):
+            if self.owner == turn:
+                for name in sorted(names):
+                    self.sets.path(
+                        name, "train" if not self.sets.missing(name, "train") else self.config.evaluation.split
+                    )
+            distributed.barrier(f"data-{turn}")
+
+    def _start_anew(self) -> None:
+        """What a run left that was stopped before its first checkpoint is removed."""
+        if self.owner:
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                (self.workdir / name).unlink(missing_ok=True)
+        distributed.barrier("anew")
+
+    def _go_on(self) -> None:
+        """Takes up the run where the last checkpoint left it: its records end there, too."""
+        stored = self.checkpoints.position(self.checkpoint)
+        self.position, self._counts = Position(**stored["position"]), stored["counts"]
+        self.best, self.started = stored["best"], self.started - self._counts["seconds"]
+        if self.owner:
+            for name, size in stored["bytes"].items():
+                truncate_records(self.workdir / name, size)
+        distributed.barrier("records")
+        for record in metrics.read_jsonl(self.workdir / "metrics.jsonl"):
+            if record["type"] == "step":
+                self._steps.append(record)
+            elif record["type"] == "evaluation":
+                self.evaluations.append(record)
+        self.display.warn(f"{self.workdir}: going on after step {self._counts['step']}")
 
     def _open_model(self) -> None:
         config, prompt = self.config, self.config.prompt
         self.source = Path(config.checkpoint).expanduser()
-        kinds = {"remat": config.model.remat, "attention": config.model.attention}
+        kinds = {"remat": config.model.remat, "attention": config.model.attention, "mesh": self.mesh}
         kinds["dtype"] = _dtype(config.model.dtype, "config.model.dtype")
+        kinds["param_dtype"] = _dtype(config.optimizer.parameters, "config.optimizer.parameters")
+        lora = config.model.lora
+        self.lora = kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+        place = functools.partial(sharding.of_parameter, self.mesh)
         if config.checkpoint:
-            model = huggingface.load(self.source, **kinds)
+            model = huggingface.load(self.source, seed=config.seed, sharding=place, **kinds)
         else:
-            self.source = fresh.write_skeleton(self.workdir / "skeleton", self._texts(), config.create.to_dict())
-            model = huggingface.create(model_config.from_directory(self.source), config.seed, **kinds)
+            self.source = self.workdir / "skeleton"
+            if self.owner and not self.source.exists():
+                fresh.write_skeleton(self.source, self._texts(), config.create.to_dict())
+            distributed.barrier("skeleton")
+            model = huggingface.create(model_config.from_directory(self.source), config.seed, sharding=place, **kinds)
         self.processor = Processor.from_directory(self.source, prompt.min_pixels, prompt.max_pixels)
         self.builder = PromptBuilder(self.processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
         merged = self.processor.config.vision.merge_size**2
@@ -153,7 +259,10 @@ class Run:
             raise InputError(f"config.prompt.patch_row must be a multiple of {merged}: so many patches make a token")
         self.buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
         self.graph, self.parameters = nnx.split(model)
-        self.engine = LocalEngine(model, self.processor, max_rows=config.rollout.max_rows, buckets=self.buckets)
+        self.engine = LocalEngine(
+            model, self.processor, max_rows=config.rollout.max_rows, buckets=self.buckets, mesh=self.mesh
+        )
+        self._closing.callback(self.engine.close)
 
     def _texts(self):
         """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction.
@@ -170,8 +279,7 @@ class Run:
         return self
 
     def __exit__(self, *unused) -> None:
-        for closing in (self.engine, self.reward, self.records, self.rollouts, self.counter):
-            closing.close()
+        self._closing.close()
 
     def problems(self, names: Sequence[str], split: str) -> list[Problem]:
         """The problems of several sets, one after the other."""
@@ -185,10 +293,11 @@ class Run:
                 self.graph,
                 self.parameters,
                 objective=stage.objective,
-                freeze=stage.freeze,
+                freeze=lora_lib.pattern() if self.lora else stage.freeze,
                 config=self.config,
                 temperature=self.config.rollout.temperature,
                 banned=self.processor.banned_tokens,
+                mesh=self.mesh,
             )
         return self._learners[key]
 
@@ -197,19 +306,96 @@ class Run:
         self.parameters, self.version = parameters, self.version + updates
         self.engine.update_weights(parameters, self.version)
 
+    def trainer(self, stage: Stage, number: int) -> Trainer:
+        """The stage's state: a fresh one around the present parameters, or the one that the last checkpoint holds."""
+        config, learner = self.config, self.learner(stage)
+        trained, frozen = learner.split(self.parameters)
+        name = f"{number}-{stage.name}"
+        resumed = self.checkpoint is not None and self._resuming(number)
+        wanted = stage.objective == "grpo" and needs_reference(config)
+        dtype = _dtype(config.reference.dtype, "config.reference.dtype")
+        # Updates donate what they are given, so the stage's start is copied.
+        copied = learner.copy_as(trained, dtype) if wanted else None
+        if resumed:
+            start = {"frozen": frozen, "reference": copied}
+            start = self.checkpoints.restore_reference(name, jax.tree.map(sharding.shape_of, start))
+            frozen, copied = start["frozen"], start["reference"]
+            state = self.checkpoints.restore(self.checkpoint, jax.tree.map(sharding.shape_of, learner.start(trained)))
+            self.checkpoint = None
+            self.parameters = nnx.merge_state(state.trained, frozen)
+            self.engine.update_weights(self.parameters, self.version)
+        else:
+            self.checkpoints.save_reference(name, {"frozen": frozen, "reference": copied})
+            state = learner.start(trained)
+            self.position = Position(stage=number, evaluated=True)
+        trainer = Trainer(learner, self.mesh, state, frozen, reference=copied)
+        trainer.offload = Offload.of(config.optimizer.memory, state.optimizer, "config.optimizer.memory")
+        trainer.offload_reference = Offload.of(config.reference.memory, copied, "config.reference.memory")
+        trainer.to_host()
+        if not resumed:
+            self.save(trainer, wait=True)
+        return trainer
+
+    def _resuming(self, number: int) -> bool:
+        return self.position.stage == number
+
+    def save(self, trainer: Trainer, metric: float | None = None, wait: bool = False) -> None:
+        """A checkpoint from which the run goes on here; written in the background."""
+        counts = {
+            "step": self.step,
+            "version": self.version,
+            "skipped_updates": self.skipped_updates,
+            "seconds": time.monotonic() - self.started,
+        }
+        sizes = {file.path.name: file.path.stat().st_size for file in (self.records, self.rollouts) if self.owner}
+        position = {
+            "position": dataclasses.asdict(self.position),
+            "counts": counts,
+            "best": self.best,
+            "bytes": sizes,
+        }
+        # A stage's start has a number of its own beside the end of the stage before.
+        self.checkpoints.save(self.step + self.position.stage, trainer.state, position, metric=metric, wait=wait)
+
+    def next_batch(self, batches: Iterator[list[Example]]) -> list[Example]:
+        """The next rollout batch of this process; a run that goes on takes up the count."""
+        self.position = dataclasses.replace(self.position, batches=self.position.batches + 1)
+        return next(batches)
+
+    def grade(self, examples: Sequence[Example], drawn: Sequence[Sequence[Sample]]) -> list[Group]:
+        """Rewards and advantages of a rollout batch."""
+        G = len(drawn[0])
+        responses = [self.processor.decode(sample.tokens) for samples in drawn for sample in samples]
+        scores = self.reward([example.problem for example in examples for _ in range(G)], responses)
+        rewards = np.array([score.reward for score in scores], np.float32).reshape(len(drawn), G)
+        advantages = np.asarray(self._advantages(rewards))
+        return [
+            Group(example, samples, responses[b * G : (b + 1) * G], scores[b * G : (b + 1) * G], advantages[b])
+            for b, (example, samples) in enumerate(zip(examples, drawn, strict=True))
+        ]
+
+    def warm_up_advantages(self, prompts: int) -> None:
+        """Compiles what `grade` computes for so many prompts."""
+        self._advantages(np.zeros((prompts, self.config.rollout.group), np.float32))
+
+    def capabilities(self, stage: Stage) -> tuple[str, ...]:
+        """Those of the stage's problems, in the same order in every process."""
+        return tuple(sorted({problem.capability for problem in self.problems(stage.data, "train")}))
+
     # ------------------------------------------------------------------ what the user sees
 
     def plan(self) -> None:
         """Writes config and versions; prints stages, data, steps, parameters and devices."""
         config = self.config
-        metrics.write_json_atomic(self.workdir / "config.json", config.to_dict())
-        metrics.write_json_atomic(self.workdir / "versions.json", metrics.versions())
+        if self.owner:
+            metrics.write_json_atomic(self.workdir / "config.json", config.to_dict())
+            metrics.write_json_atomic(self.workdir / "versions.json", metrics.versions())
         sizes = {path[0]: 0 for path, _ in nnx.to_flat_state(self.parameters)}
         for path, leaf in nnx.to_flat_state(self.parameters):
             sizes[path[0]] += leaf.size
         self.parameter_count = sum(sizes.values())
         self.blind = self._blind()
-        devices = jax.devices()
+        devices, rows = jax.devices(), sharding.row_shards(self.mesh)
         self.display.plan(
             {
                 "Run": {
@@ -219,6 +405,9 @@ class Run:
                     "of them vision": sizes["visual"],
                     "compute": config.model.dtype,
                     "devices": f"{len(devices)} x {devices[0].device_kind}",
+                    "mesh": " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+                    + f": {rows} device rows, each with its own prompts",
+                    **distributed.describe(),
                     "seed": config.seed,
                 },
                 "Stages": [self._plan_of(stage) for stage in self.stages],
@@ -232,6 +421,7 @@ class Run:
                 ],
             }
         )
+        self.display.table("Where parameters lie", sharding.described(self.mesh, self.parameters))
         for (name, split), lines in self.sets.skipped_rows.items():
             self.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")
 
@@ -263,14 +453,14 @@ class Run:
         problems = self.sets.problems(name, self.config.evaluation.split)
         return problems[: self.config.evaluation.questions or None]
 
-    def evaluate(self, label: str) -> None:
-        """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
-        records, started = [], time.monotonic()
-        sets = {name: self._questions(name) for name in self.config.evaluation.sets}
-        with self.display.progress(f"evaluating ({label})", sum(map(len, sets.values()))) as progress:
+    def _accuracies(self, title: str, split: str, questions: int, sampling: Sampling) -> list[dict[str, Any]]:
+        """Accuracy of every capability now, on the first `questions` of a split (0: all)."""
+        results = []
+        sets = {name: self.sets.problems(name, split)[: questions or None] for name in self.config.evaluation.sets}
+        with self.display.progress(title, sum(map(len, sets.values()))) as progress:
 
             def advance(count: int) -> None:
-                self.interruption.check()
+                self.interruption.check(distributed.agree)
                 progress(count)
 
             for name, problems in sets.items():
@@ -279,23 +469,56 @@ class Run:
                     engine=self.engine,
                     builder=self.builder,
                     reward=self.reward,
-                    sampling=self._greedy,
+                    sampling=sampling,
                     seed=self.config.seed,
                     batch=self.config.rollout.max_rows,
                     progress=advance,
                 )
                 if not result["questions"]:
-                    raise InputError(f"no held-out question of '{name}' can be used: {self.builder.reasons()}")
-                records.append({"type": "evaluation", "step": self.step, "after": label, "capability": name, **result})
+                    raise InputError(f"no {split} question of '{name}' can be used: {self.builder.reasons()}")
+                results.append({"capability": name, **result})
+        return results
+
+    def evaluate(self, label: str) -> None:
+        """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
+        settings, started = self.config.evaluation, time.monotonic()
+        results = self._accuracies(f"evaluating ({label})", settings.split, settings.questions, self._greedy)
+        records = [{"type": "evaluation", "step": self.step, "after": label, **result} for result in results]
         for record in records:
-            self.records.write({**record, "seconds_all": time.monotonic() - started})
-        self._evaluations += records
+            self._write({**record, "seconds_all": time.monotonic() - started})
+        self.evaluations += records
+        self.position = dataclasses.replace(self.position, evaluated=True)
         self.display.evaluation(records)
+
+    def validate(self, stage: str) -> float:
+        """Mean accuracy over the capabilities on validation questions; the best so far is exported."""
+        settings, started = self.config.validation, time.monotonic()
+        results = self._accuracies(f"validating ({stage})", "validation", settings.questions, self._validating)
+        accuracy = statistics.fmean(result["accuracy"] for result in results)
+        record = {
+            "type": "validation",
+            "step": self.step,
+            "stage": stage,
+            "accuracy": accuracy,
+            **{result["capability"]: {k: v for k, v in result.items() if k != "by_kind"} for result in results},
+            "seconds_all": time.monotonic() - started,
+        }
+        self._write(record)
+        if self.best is None or accuracy > self.best:
+            self.best = accuracy
+            self.export("best")
+        return accuracy
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self.records.write(record)
+        if self.sinks:
+            self.sinks.write(record)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One training step: to metrics.jsonl and the progress bar."""
-        self.records.write(record)
+        self._write(record)
         self._steps.append(dict(record))
+        self.skipped_updates = record["skipped_updates"]
         self.display.step(record)
 
     # ------------------------------------------------------------------ what the run leaves
@@ -304,17 +527,18 @@ class Run:
         """Writes the parameters as a Hugging Face checkpoint."""
         directory = self.workdir / "checkpoints" / name
         dtype = _dtype(self.config.export.dtype, "config.export.dtype")
-        huggingface.save(directory, self.parameters, self.processor.config, self.source, dtype)
+        huggingface.save(directory, self.parameters, self.processor.config, self.source, dtype, lora=self.lora)
         return directory
 
     def finish(self, status: str) -> dict[str, Any]:
         """Saves the checkpoint, summary.json and report.html; prints the closing table."""
         checkpoint = self.export("final")
-        accuracy = metrics.accuracy_of(self._evaluations)
+        self.checkpoints.close()
+        accuracy = metrics.accuracy_of(self.evaluations)
         if status != "finished":
             for values in accuracy.values():
                 values.pop("final")
-        last = self._evaluations[-len(self.config.evaluation.sets) :] if status == "finished" else []
+        last = self.evaluations[-len(self.config.evaluation.sets) :] if status == "finished" else []
         rollout_steps = [step for step in self._steps if step["objective"] == "grpo"]
         skipped = {
             "rows": sum(map(len, self.sets.skipped_rows.values())),
@@ -335,16 +559,26 @@ class Run:
             ),
             "format_reward_final": _over(statistics.fmean, [record["format"] for record in last]),
             "steps": self.step,
+            "best_validation": self.best,
             "parameters": self.parameter_count,
             "checkpoint": str(checkpoint),
             "skipped": skipped,
         }
+        if not self.owner:
+            return summary
         metrics.write_json_atomic(self.workdir / "summary.json", summary)
         files = {"report": report.write_report(self.workdir), "metrics": self.workdir / "metrics.jsonl"}
         for line in explain_skipped(self.builder):
             self.display.warn(f"left out: {line}")
         self.display.final(summary, files)
         return summary
+
+
+class _Nowhere:
+    """Stands for a record file in processes that write none."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        pass
 
 
 def _over(function, values: Sequence[float]) -> float | None:

@@ -29,7 +29,7 @@ SMALL = {
     "prompt.token_buckets": (128,),
     "prompt.patch_row": 64,
     "rollout.max_new_tokens": 8,
-    "rollout.response_buckets": (8,),
+    "packing.buckets": ((8,),),
     "rollout.group": 3,
     "rollout.max_rows": 12,
     "evaluation.questions": 12,

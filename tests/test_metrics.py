@@ -134,6 +134,50 @@ def test_phase_timer_adds_up_and_resets():
     assert timer.seconds == {} and len(kept) == 2
 
 
+def test_pending_returns_metrics_one_step_late():
+    pending = metrics.Pending()
+    step = jax.jit(lambda x: {"loss": x * 2, "parts": [x + 1]})
+    assert pending.flush() is None
+    assert pending.put({"step": 1}, step(1.0)) is None
+    record, fetched = pending.put({"step": 2}, step(2.0))
+    assert record == {"step": 1} and fetched == {"loss": 2.0, "parts": [2.0]}
+    assert isinstance(fetched["loss"], np.ndarray)
+    record, fetched = pending.put({"step": 3}, {"loss": 0.5})  # what isn't on a device passes
+    assert record == {"step": 2} and fetched["loss"] == 4.0
+    assert pending.flush() == ({"step": 3}, {"loss": 0.5})
+    assert pending.flush() is None
+
+
+def test_pending_fetches_nothing_of_the_step_that_is_put(monkeypatch):
+    fetched, device_get = [], jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or device_get(tree))
+    pending = metrics.Pending()
+    first, second = {"loss": jnp.float32(1), "kl": jnp.float32(2)}, {"loss": jnp.float32(3)}
+    pending.put({}, first)
+    assert fetched == []
+    pending.put({}, second)
+    assert len(fetched) == 1 and fetched[0] is first
+    pending.flush()
+    assert len(fetched) == 2 and fetched[1] is second
+
+
+def test_device_memory(monkeypatch):
+    here = metrics.device_memory()
+    assert 0.01 < here["host_rss_gib"] < 1000
+    if jax.default_backend() == "cpu":
+        assert here.keys() == {"host_rss_gib"}
+
+    class Device:
+        def __init__(self, **stats):
+            self.memory_stats = lambda: {key: value * 2**30 for key, value in stats.items()} or None
+
+    devices = [Device(bytes_in_use=2, peak_bytes_in_use=5, bytes_limit=8), Device(bytes_in_use=3, peak_bytes_in_use=4)]
+    monkeypatch.setattr(jax, "local_devices", lambda: [*devices, Device()])
+    found = metrics.device_memory()
+    del found["host_rss_gib"]
+    assert found == {"device_gib": 3, "device_peak_gib": 5, "device_limit_gib": 8}
+
+
 def test_compilation_counter_counts_a_fresh_jit_and_not_a_cached_call():
     # Made before counting starts: even a constant can be a small compilation.
     x_4, x_5 = jnp.ones(4), jnp.ones(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,11 @@ def in_order(problems: Sequence[Problem], seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
 
 
-def batches(
-    ordered: grain.MapDataset, build: Callable[[Problem], Any | None], size: int, threads: int = 2
-) -> Iterator[list[Any]]:
-    """Batches of `size` built examples, prepared ahead in threads; `build` returns None for a problem to leave out.
+def batches(make: Callable[[int], Any], size: int, *, start: int = 0, threads: int = 2) -> Iterator[list[Any]]:
+    """Batches of `size` examples make(0), make(1), ..., prepared ahead in threads; from batch number `start` on.
 
     Batches run across the borders of epochs, so none is ever partial.
     """
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
-    examples = ordered.map(build).to_iter_dataset(options)
-    return iter(examples.batch(size, drop_remainder=True, batch_fn=list))
+    numbers = grain.MapDataset.range(start * size, sys.maxsize // 2)
+    return iter(numbers.map(make).to_iter_dataset(options).batch(size, drop_remainder=True, batch_fn=list))

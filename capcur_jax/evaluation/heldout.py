@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
+import numpy as np
+
+from capcur_jax import distributed
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rewards.reward import Reward
 from capcur_jax.rollout.engine import Engine, Sampling
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
 
 
 def _parts(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
@@ -37,28 +36,30 @@ def evaluate(
     A problem whose prompt can't be built is counted by the builder and left out of the mean.
     """
     processor: Processor = builder.processor
-    accuracy, form, lengths = [], [], []
-    by_kind: dict[str, list[float]] = collections.defaultdict(list)
+    kinds = sorted({problem.kind for problem in problems if problem.kind})
+    # Right answers, well-formed ones, tokens and questions, of all problems and of each kind.
+    sums = np.zeros((1 + len(kinds), 4))
     images = any(problem.images for problem in problems)
     for number, part in enumerate(_parts(problems, batch)):
-        built = [(problem, builder.try_build(problem)) for problem in part]
+        # Of several processes each asks its share; all of them sample together.
+        built = [(problem, builder.try_build(problem)) for problem in part[jax.process_index() :: jax.process_count()]]
         built = [(problem, prompt) for problem, prompt in built if prompt is not None]
-        if built:
-            groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
-            samples = [group[0] for group in groups]
-            asked = [problem for problem, _ in built]
-            for problem, sample, score in zip(
-                asked, samples, reward(asked, [processor.decode(s.tokens) for s in samples]), strict=True
-            ):
-                accuracy.append(score.accuracy)
-                form.append(score.format)
-                lengths.append(float(len(sample.tokens)))
-                by_kind[problem.kind].append(score.accuracy)
+        groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
+        samples, asked = [group[0] for group in groups], [problem for problem, _ in built]
+        scores = reward(asked, [processor.decode(sample.tokens) for sample in samples])
+        for problem, sample, score in zip(asked, samples, scores, strict=True):
+            row = np.array([score.accuracy, score.format, len(sample.tokens), 1])
+            sums[0] += row
+            if problem.kind:
+                sums[1 + kinds.index(problem.kind)] += row
         progress(len(part))
+    sums = distributed.exchange(sums).sum(0)
+    means = sums[:, :3] / np.where(sums[:, 3:] > 0, sums[:, 3:], np.nan)
+    accuracy, form, length = means[0].tolist()
     return {
-        "accuracy": _mean(accuracy),
-        "format": _mean(form),
-        "response_length": _mean(lengths),
-        "questions": len(accuracy),
-        "by_kind": {kind: _mean(values) for kind, values in sorted(by_kind.items()) if kind},
+        "accuracy": accuracy,
+        "format": form,
+        "response_length": length,
+        "questions": int(sums[0, 3]),
+        "by_kind": {kind: float(means[1 + i, 0]) for i, kind in enumerate(kinds) if sums[1 + i, 3]},
     }

@@ -19,7 +19,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from capcur_jax import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import attention_gpu, attention_tpu
 
@@ -73,17 +76,35 @@ Layout = Causal | Extend | Cached | Segments
 
 
 def attend(
-    q_RxTxNxH: jax.Array, k_RxSxKxH: jax.Array, v_RxSxKxH: jax.Array, layout: Layout, implementation: str = "auto"
+    q_RxTxNxH: jax.Array,
+    k_RxSxKxH: jax.Array,
+    v_RxSxKxH: jax.Array,
+    layout: Layout,
+    implementation: str = "auto",
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Softmax attention [R, T, N, H] of the queries over the keys that the layout lets them see.
 
     A query with nothing to look at (padding) gets finite values that nobody reads. `implementation`: "auto", or "xla"
-    for the reference everywhere. The compiler splits the reference over a mesh by itself but no Pallas kernel: where
-    arrays are sharded, call this inside shard_map (check_vma=False), rows and kv heads split as the mesh has them; row
-    r's prompt r // G must lie on its own device.
+    for the reference everywhere. On a mesh each device attends for its own rows and kv heads (the compiler could not
+    split a Pallas kernel), so row r's prompt r // G lies with it.
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"config.model.attention = {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    rows_heads, rows = P(sharding.ROWS, None, "tensor"), P(sharding.ROWS)
+    reach = layout.reach if isinstance(layout, Segments) else 0
+
+    def own(q, k, v, *arrays):
+        of_device = Segments(*arrays, reach) if isinstance(layout, Segments) else type(layout)(*arrays)
+        return _attend_here(q, k, v, of_device, implementation)
+
+    arrays = (layout.ids_RxP,) if isinstance(layout, Segments) else tuple(layout)
+    specs = (rows,) if isinstance(layout, Segments) else (rows_heads, rows_heads, rows, P())[: len(arrays)]
+    attended = sharding.local(mesh, own, (rows_heads,) * 3 + specs, rows_heads)
+    return attended(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, *arrays)
+
+
+def _attend_here(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout: Layout, implementation: str) -> jax.Array:
     if implementation == "xla" or not _has_kernel(q_RxTxNxH, layout):
         return reference(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout)
     return jax.lax.platform_dependent(

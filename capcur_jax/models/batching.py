@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,31 +78,50 @@ class Buckets:
     patch_row: int
     patch_rows: tuple[float, ...]
 
-    def shape(self, sizes: Sequence[PromptSize], images: bool | None = None, rows: int = 0) -> BatchShape:
+    def shape(
+        self, sizes: Sequence[PromptSize], images: bool | None = None, rows: int = 0, shards: int = 1
+    ) -> BatchShape:
         """The smallest declared shape that holds prompts of these sizes.
 
         Args:
           images: whether images may come in batches like this one; a batch without any then takes the same program.
             None: whether this one has any.
           rows: prompts of the batch; 0: as many as there are sizes.
+          shards: equal parts, one after the other, each with its own rows of patches (see sharding.py).
 
         Raises:
           InputError: no bucket is large enough; names the config key.
         """
         B = rows or len(sizes)
-        T = smallest_bucket(self.tokens, max(size.tokens for size in sizes), "config.prompt.token_buckets")
-        patches = [image for size in sizes for image in size.images]
-        if not (patches if images is None else images):
+        T = smallest_bucket(self.tokens, max((size.tokens for size in sizes), default=1), "config.prompt.token_buckets")
+        if not (any(size.images for size in sizes) if images is None else images):
             return BatchShape(B, T, 0)
-        needed = 1 + max((row for row, _ in assign_rows(patches, self.patch_row)), default=0)
-        declared = [math.ceil(share * B) for share in self.patch_rows]
-        if needed > max(declared, default=0):
+        needed = 0
+        for part in _parts(sizes, B, shards):
+            patches = [image for size in part for image in size.images]
+            needed = max(needed, 1 + max((row for row, _ in assign_rows(patches, self.patch_row)), default=0))
+        declared = self.patch_row_counts(B // shards)
+        if needed > declared[-1]:
             raise InputError(
-                f"config.prompt.patch_rows = {self.patch_rows} gives {B} prompts at most "
-                f"{max(declared, default=0)} rows of patches, their images need {needed}: "
+                f"config.prompt.patch_rows = {self.patch_rows} gives {B // shards} prompts at most {declared[-1]} rows "
+                f"of patches, their images need {needed}: "
                 "declare a larger number, or raise config.prompt.patch_row"
             )
-        return BatchShape(B, T, min(count for count in declared if count >= needed))
+        return BatchShape(B, T, shards * min(count for count in declared if count >= needed))
+
+    def patch_row_counts(self, prompts: int) -> list[int]:
+        """The declared numbers of rows of patches for so many prompts, rising."""
+        return sorted({math.ceil(share * prompts) for share in self.patch_rows} or {0})
+
+    def shapes(self, sizes: Sequence[PromptSize], images: bool, rows: int, shards: int = 1) -> list[BatchShape]:
+        """Every shape that a batch of `rows` prompts drawn from these sizes can take, whichever meet in it."""
+        each = rows // shards
+        tokens = sorted({self.shape([size], False).tokens for size in sizes})
+        if not images:
+            return [BatchShape(rows, T, 0) for T in tokens]
+        largest = sorted(sizes, key=lambda size: -sum(size.images))[:each]
+        most = self.shape(largest, True, each).patch_rows
+        return [BatchShape(rows, T, shards * n) for T in tokens for n in self.patch_row_counts(each) if n <= most]
 
     def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
@@ -119,54 +138,80 @@ class Buckets:
         return PromptBatch(
             tokens=np.full((B, T), pad, np.int32),
             lengths=np.ones(B, np.int32),
-            positions=np.zeros((3, B, T), np.int32),
+            positions=np.zeros((B, 3, T), np.int32),
             next_position=np.ones(B, np.int32),
             visual_index=np.full((B, T), -1, np.int32),
             vision=vision,
         )
 
     def collate(
-        self, prompts: Sequence[Prompt], config: ModelConfig, pad: int, images: bool | None = None, rows: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        config: ModelConfig,
+        pad: int,
+        images: bool | None = None,
+        rows: int = 0,
+        shards: int = 1,
+        shape: BatchShape | None = None,
     ) -> PromptBatch:
-        """B prompts as numpy arrays of declared shape, tokens padded on the right. `images`, `rows`: see `shape`.
+        """B prompts as numpy arrays of declared shape, tokens padded on the right.
 
-        Rows without a prompt of their own repeat the last one, its images included, which are in the batch once.
+        `images`, `rows`, `shards`: see `shape`, which is also what to fill if it is given (processes must agree on it).
+        Rows without a prompt of their own repeat the last one, its images included, which are in each part once.
         """
         sizes = [PromptSize.of(prompt) for prompt in prompts]
-        batch = self.blank(self.shape(sizes, images, rows), config, pad)
-        places = iter(assign_rows([image for size in sizes for image in size.images], self.patch_row))
-        packer = _Packer(batch.vision, config.vision)
-        for row, prompt in enumerate(prompts):
-            length = len(prompt)
-            batch.tokens[row, :length] = prompt.tokens
-            batch.positions[:, row, :length] = prompt.positions
-            batch.lengths[row], batch.next_position[row] = length, prompt.next_position
-            if prompt.grids:
-                index = packer.place(prompt, [next(places) for _ in prompt.grids])
-                shown = prompt.visual_index >= 0
-                batch.visual_index[row, :length][shown] = index[prompt.visual_index[shown]]
-        last, positions = len(prompts) - 1, batch.positions.swapaxes(0, 1)
-        for rowwise in (batch.tokens, batch.lengths, batch.next_position, batch.visual_index, positions):
-            rowwise[last:] = rowwise[last]
+        shape = shape or self.shape(sizes, images, rows, shards)
+        batch = self.blank(shape, config, pad)
+        if not prompts:
+            return batch
+        packer = _Packer(batch.vision, config.vision, shape.patch_rows // shards)
+        each = shape.prompts // shards
+        for shard, part in enumerate(_parts(prompts, shape.prompts, shards)):
+            places = iter(assign_rows([math.prod(grid) for prompt in part for grid in prompt.grids], self.patch_row))
+            packer.start(shard)
+            for row, prompt in enumerate(part, shard * each):
+                length = len(prompt)
+                batch.tokens[row, :length] = prompt.tokens
+                batch.positions[row, :, :length] = prompt.positions
+                batch.lengths[row], batch.next_position[row] = length, prompt.next_position
+                if prompt.grids:
+                    index = packer.place(prompt, [next(places) for _ in prompt.grids])
+                    shown = prompt.visual_index >= 0
+                    batch.visual_index[row, :length][shown] = index[prompt.visual_index[shown]]
+            filled = slice(shard * each + len(part), (shard + 1) * each)
+            for rowwise in (batch.tokens, batch.lengths, batch.next_position, batch.visual_index, batch.positions):
+                rowwise[filled] = rowwise[filled.start - 1]
         return batch
+
+
+def _parts(items: Sequence[Any], rows: int, shards: int) -> Iterator[Sequence[Any]]:
+    """What each of `shards` equal parts of `rows` rows holds of its own; a part that gets nothing has the last item."""
+    each = rows // shards
+    for at in range(0, rows, each):
+        yield items[at : at + each] or items[-1:]
 
 
 class _Packer:
     """Writes images into the rows of a vision batch, in window order; each frame of each image is an attention segment
     of its own, and so is each of its windows."""
 
-    def __init__(self, vision: VisionBatch | None, config: VisionConfig):
-        self._vision, self._config = vision, config
-        rows = 0 if vision is None else len(vision.segments)
-        self._segments, self._windows = np.zeros(rows, np.int32), np.zeros(rows, np.int32)  # used so far, by row
+    def __init__(self, vision: VisionBatch | None, config: VisionConfig, rows: int):
+        self._vision, self._config, self._rows, self._first = vision, config, rows, 0  # rows of a part
+        total = 0 if vision is None else len(vision.segments)
+        self._segments, self._windows = np.zeros(total, np.int32), np.zeros(total, np.int32)  # used so far, by row
+
+    def start(self, shard: int) -> None:
+        """What is placed from now on belongs to this part."""
+        self._first = shard * self._rows
 
     def place(self, prompt: Prompt, places: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Where among the flat merged features of the batch each of the prompt's lies."""
+        """Where among the flat merged features of its part each of the prompt's lies."""
         vision, config, merged = self._vision, self._config, self._config.merge_size**2
         index, start = [], 0
         for grid, (row, at) in zip(prompt.grids, places, strict=True):
             order, windows = window_order(grid, config)
             index.append(np.argsort(order) + (row * vision.segments.shape[1] + at) // merged)
+            row += self._first
             patches = (order[:, None] * merged + np.arange(merged)).reshape(-1)
             here = (row, slice(at, at + len(patches)))
             vision.patches[here] = prompt.patches[start + patches]

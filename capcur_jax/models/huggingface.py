@@ -25,9 +25,11 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from capcur_jax.models import config as config_lib
+from capcur_jax.models import lora as lora_lib
 from capcur_jax.models import names as names_lib
 from capcur_jax.models import weight_files
 from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.models.weight_files import WEIGHTS, CheckpointError, Part, Reader, Tensor
 
@@ -38,9 +40,19 @@ UNQUANTIZED = (
 )
 
 
-def create(config: ModelConfig, seed: int, **kinds: Any) -> QwenVL:
-    """A model with random weights."""
-    return nnx.jit(lambda: QwenVL(config, rngs=nnx.Rngs(seed), **kinds))()
+def create(
+    config: ModelConfig,
+    seed: int,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    **kinds: Any,
+) -> QwenVL:
+    """A model with random weights, the same on any mesh; `sharding` as in `load`."""
+    graph, parameters = nnx.split(nnx.jit(lambda: QwenVL(config, rngs=nnx.Rngs(seed), **kinds))())
+    if sharding is not None:
+        flat = nnx.to_flat_state(parameters)
+        placed = [(path, jax.device_put(leaf, sharding(".".join(path), leaf.shape))) for path, leaf in flat]
+        parameters = nnx.from_flat_state(placed)
+    return nnx.merge(graph, parameters)
 
 
 def load(
@@ -50,6 +62,9 @@ def load(
     param_dtype=jnp.float32,
     remat: str = "none",
     attention: str = "auto",
+    mesh: jax.sharding.Mesh | None = None,
+    lora: LoRA | None = None,
+    seed: int = 0,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> QwenVL:
     """Reads a checkpoint directory into a model; parameters in `param_dtype`, computation in `dtype`.
@@ -58,7 +73,9 @@ def load(
     there are at most two parameters at a time (where the devices are the host, the parameters and nothing else).
 
     Args:
-        remat, attention: see `layers.REMAT` and `attention.attend`.
+        remat, attention, mesh: see `layers.REMAT`, `attention.attend` and sharding.py.
+        lora: the low-rank factors that the model gets beside what the files hold.
+        seed: of these.
         sharding: our dotted path and shape of a parameter -> where it lives. None: the default device.
 
     Raises:
@@ -68,20 +85,26 @@ def load(
     config = config_lib.from_directory(directory)
     if "quantization_config" in config.published:
         raise CheckpointError(f"{directory / 'config.json'} has a quantization_config: {UNQUANTIZED}")
-    kinds = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention)
+    kinds = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, lora=lora, mesh=mesh)
     model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), **kinds))
     graph, abstract = nnx.split(model)
-    leaves = nnx.to_flat_state(abstract)
+    leaves = [(".".join(path), path, leaf) for path, leaf in nnx.to_flat_state(abstract)]
     stored = weight_files.find(directory)
     listing = next(directory / name for name in WEIGHTS if (directory / name).is_file())
-    sources = [_take(stored, ".".join(path), leaf.shape, config, listing) for path, leaf in leaves]
+    sources = {
+        ours: _take(stored, ours, leaf.shape, config, listing)
+        for ours, _, leaf in leaves
+        if not lora_lib.is_factor(ours)
+    }
     flat = []
     with weight_files.Reader() as reader:
-        _check_rest(stored, dict(zip([".".join(path) for path, _ in leaves], sources, strict=True)), config, reader)
-        for (path, leaf), tensors in zip(leaves, sources, strict=True):
-            ours = ".".join(path)
+        _check_rest(stored, sources, config, reader)
+        for ours, path, leaf in leaves:
             place = sharding(ours, leaf.shape) if sharding else None
-            value = _read(reader, tensors, ours, leaf, _stacked(names_lib.table(config)[ours]), place)
+            if ours in sources:
+                value = _read(reader, sources[ours], ours, leaf, _stacked(names_lib.table(config)[ours]), place)
+            else:
+                value = lora_lib.start(ours, leaf.shape, leaf.dtype, seed, place)
             # The one before is on its devices: only now does the host let go of it.
             jax.block_until_ready([last[...] for _, last in flat[-1:]])
             flat.append((path, leaf.replace(value)))
@@ -163,16 +186,32 @@ def _empty(shape: list[int], dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def published_tensors(parameters: nnx.State, config: ModelConfig, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+def published_tensors(
+    parameters: nnx.State, config: ModelConfig, dtype=None, lora: LoRA | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """(published name, array on the host), one after the other, in `dtype` (None: our parameters').
 
-    A stacked parameter leaves its devices layer by layer; on the host there is one of its layers at a time.
+    A stacked parameter leaves its devices layer by layer; on the host there is one of its layers at a time. A kernel
+    that `lora` adapts comes with its factors merged into it.
     """
     table = names_lib.table(config)
-    for path, leaf in nnx.to_flat_state(parameters):
-        ours, value = ".".join(path), leaf[...]
+    values, factors = _by_path(parameters)
+    if bool(factors) != bool(lora and lora.rank):
+        raise ValueError(f"lora = {lora} is not what the parameters were made with ({len(factors)} LoRA factors)")
+    for ours, leaf in values.items():
+        value, root = leaf[...], ours.removesuffix(".kernel")
+        adapted = f"{root}.lora_a" in factors
+        change = (*(factors[f"{root}.lora_{side}"][...] for side in "ab"), lora.scale) if adapted else None
         for layer, name in _names(table[ours], value.shape):
-            yield name, names_lib.to_published(ours, _fetch(value, layer, ours.endswith(".kernel"), dtype), config)
+            host = _fetch(value, layer, ours.endswith(".kernel"), dtype, change)
+            yield name, names_lib.to_published(ours, host, config)
+
+
+def _by_path(parameters: nnx.State) -> tuple[dict[str, nnx.Variable], dict[str, nnx.Variable]]:
+    """What is published, and the low-rank factors, which are not: each by its dotted path."""
+    every = {".".join(path): leaf for path, leaf in nnx.to_flat_state(parameters)}
+    factors = {path: leaf for path, leaf in every.items() if lora_lib.is_factor(path)}
+    return {path: leaf for path, leaf in every.items() if path not in factors}, factors
 
 
 def _stacked(template: str) -> bool:
@@ -184,21 +223,34 @@ def _names(template: str, shape: tuple[int, ...]) -> list[tuple[int | None, str]
     return [(i, template.format(i)) for i in range(shape[0])] if _stacked(template) else [(None, template)]
 
 
-def _fetch(value: jax.Array | np.ndarray, layer: int | None, transposed: bool, dtype) -> np.ndarray:
-    """One layer (None: all) on the host in our shape; `transposed`: so that turning it around copies nothing."""
+def _fetch(value: jax.Array | np.ndarray, layer: int | None, transposed: bool, dtype, change=None) -> np.ndarray:
+    """One layer (None: all) on the host in our shape; `transposed`: so that turning it around copies nothing.
+
+    `change`: the (A, B, scale) to merge into it.
+    """
     dtype = jnp.dtype(dtype or value.dtype)
-    if isinstance(value, np.ndarray) or (
-        value.is_fully_replicated and all(device.platform == "cpu" for device in value.devices())
+    if change is None and (
+        isinstance(value, np.ndarray)
+        or (value.is_fully_replicated and all(device.platform == "cpu" for device in value.devices()))
     ):
         host = np.asarray(value)  # the devices' own memory
         return (host if layer is None else host[layer]).astype(dtype, copy=False)
-    host = np.asarray(_one_layer(value, layer, transposed, dtype))
+    whole = value.sharding if isinstance(value, jax.Array) and not value.is_fully_addressable else None
+    if whole is not None:  # of several processes: every one of them gets all of the layer
+        whole = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec())
+    host = np.asarray(_one_layer(value, layer, change, transposed, dtype, whole))
     return host.T if transposed else host
 
 
-@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _one_layer(value: jax.Array, layer: jax.Array | None, transposed: bool, dtype) -> jax.Array:
-    one = (value if layer is None else value[layer]).astype(dtype)
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype", "place"))
+def _one_layer(value: jax.Array, layer: jax.Array | None, change, transposed: bool, dtype, place) -> jax.Array:
+    one = value if layer is None else value[layer]
+    if place is not None:
+        one = jax.lax.with_sharding_constraint(one, place)
+    if change is not None:
+        a, b, scale = change
+        one = lora_lib.merge(one, a[layer], b[layer], scale)
+    one = one.astype(dtype)
     return one.T if transposed else one
 
 
@@ -209,13 +261,20 @@ def save(
     source: str | Path,
     dtype=jnp.bfloat16,
     shard_bytes: int = SHARD_BYTES,
+    lora: LoRA | None = None,
 ) -> None:
     """Writes a checkpoint directory that transformers loads as it is; tokenizer and the like come from `source`.
 
     The directory appears whole or not at all: it is written beside its place and renamed. The weights go to files of at
     most `shard_bytes` (a tensor larger than that has a file to itself); the host holds one file's tensors at a time.
+    Low-rank factors are merged into their kernels in float32; `lora` is what the model was made with. Of several
+    processes all call this; the first one writes.
     """
     directory, source = Path(directory), Path(source)
+    if jax.process_index():
+        for _ in published_tensors(parameters, config, dtype, lora):
+            pass  # its shards were needed
+        return
     _clean(directory, "partial")
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -228,7 +287,7 @@ def save(
     (partial / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
 
     shards, total = _shards(parameters, config, jnp.dtype(dtype).itemsize, shard_bytes)
-    tensors = published_tensors(parameters, config, dtype)
+    tensors = published_tensors(parameters, config, dtype, lora)
     for file, names in shards.items():
         save_file(dict(itertools.islice(tensors, len(names))), partial / file, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -270,8 +329,8 @@ def _shards(
     """File name -> published names in it, in `published_tensors`' order, and the bytes of all tensors."""
     shards: list[list[str]] = [[]]
     size = total = 0
-    for path, leaf in nnx.to_flat_state(parameters):
-        names = _names(names_lib.table(config)[".".join(path)], leaf.shape)
+    for path, leaf in _by_path(parameters)[0].items():
+        names = _names(names_lib.table(config)[path], leaf.shape)
         for _, name in names:
             bytes_ = leaf.size // len(names) * itemsize
             if size and size + bytes_ > shard_bytes:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from capcur_jax import sharding
 from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import text_angles
 from capcur_jax.models.text import Decoder, KeysValues
 from capcur_jax.models.vision import VisionBatch, VisionTower
@@ -22,9 +27,9 @@ class PromptBatch:
 
     tokens: Any  # [B, T] int32, image tokens expanded
     lengths: Any  # [B] int32
-    positions: Any  # [3, B, T] int32: MRoPE time, height, width
+    positions: Any  # [B, 3, T] int32: MRoPE time, height, width
     next_position: Any  # [B] int32: the position of the first response token, max + 1 over the prompt
-    visual_index: Any  # [B, T] int32 into the flat merged features, -1 at text tokens
+    visual_index: Any  # [B, T] int32 into the flat merged features (of the prompt's device row), -1 at text tokens
     vision: VisionBatch | None  # None: no image in this batch
 
     @property
@@ -42,24 +47,27 @@ class QwenVL(nnx.Module):
         param_dtype=jnp.float32,
         remat: str = "none",
         attention: str = "auto",
+        mesh: Mesh | None = None,
+        lora: LoRA | None = None,
         rngs: nnx.Rngs,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config = config
-        towers = dict(remat=remat, attention=attention, rngs=rngs, **kinds)
+        self.config, self.mesh = config, mesh
+        towers = dict(remat=remat, attention=attention, mesh=mesh, rngs=rngs, **kinds)
         self.visual = VisionTower(config.vision, **towers)
-        self.text = Decoder(config.text, **towers)
+        self.text = Decoder(config.text, lora=lora, **towers)
         if not config.tied:
             self.head = nnx.Linear(config.text.width, config.text.vocabulary, use_bias=False, rngs=rngs, **kinds)
 
     def prefill(self, batch: PromptBatch) -> tuple[jax.Array, KeysValues]:
         """Final hidden states [B, T, D] and the prompt's keys and values of every layer."""
-        h, deep, index = self.text.embed(batch.tokens), None, None
+        h, deep, index = self.text.embedded(batch.tokens), None, None
         if batch.vision is not None:
             features, deep = self.visual(batch.vision)
             index = batch.visual_index
-            h = jnp.where((index >= 0)[..., None], features[index].astype(h.dtype), h)
-        return self.text.prefill(h, text_angles(batch.positions, self.config.text), deep, index)
+            h = jnp.where((index >= 0)[..., None], sharding.take(self.mesh, features, index).astype(h.dtype), h)
+        angles = text_angles(jnp.moveaxis(batch.positions, 1, 0), self.config.text)
+        return self.text.prefill(sharding.constrain(self.mesh, h), angles, deep, index)
 
     def _response_angles(self, batch: PromptBatch, offsets_T: jax.Array, rows: int) -> jax.Array:
         # Text after an image goes on from max + 1 of all three axes, not from the sequence length.
@@ -71,33 +79,45 @@ class QwenVL(nnx.Module):
         """Final hidden states [R, T, D] of response rows (row r answers prompt r // G)."""
         rows, length = tokens_RxT.shape
         angles = self._response_angles(batch, jnp.arange(length), rows)
-        return self.text.extend(self.text.embed(tokens_RxT), angles, prompt, batch.lengths)
+        return self.text.extend(self.text.embedded(tokens_RxT), angles, prompt, batch.lengths)
 
     def decode(
         self, tokens_R: jax.Array, step: jax.Array, cache: KeysValues, batch: PromptBatch, prompt: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
         """Hidden states [R, D] of response token number `step` of every row, and the cache with it written."""
         angles = self._response_angles(batch, step[None], tokens_R.shape[0])
-        h, cache = self.text.decode(self.text.embed(tokens_R[:, None]), angles, step, cache, prompt, batch.lengths)
+        h, cache = self.text.decode(self.text.embedded(tokens_R[:, None]), angles, step, cache, prompt, batch.lengths)
         return h[:, 0], cache
 
-    def predicting(self, tokens_RxT: jax.Array, batch: PromptBatch) -> jax.Array:
-        """Hidden states [R, T, D] that predict each response token: the prompt's last one, then the row's own.
+    def predicting(self, responses: Sequence[jax.Array], batch: PromptBatch) -> list[jax.Array]:
+        """For each set of response rows [R, T] (row r answers prompt r // G, G its own for each set): the hidden states
+        [R, T, D] that predict its tokens, the prompt's last one, then the row's own.
 
         A group's prompt, image included, is computed once and equals full sequences in value and gradient.
         """
         h_BxSxD, prompt = self.prefill(batch)
-        last_BxD = h_BxSxD[jnp.arange(batch.lengths.shape[0]), batch.lengths - 1]
-        first_RxD = jnp.repeat(last_BxD, tokens_RxT.shape[0] // last_BxD.shape[0], axis=0)
-        own = self.extend(tokens_RxT[:, :-1], batch, prompt)
-        return jnp.concatenate([first_RxD[:, None], own], axis=1)
+        last_BxD = self.last(h_BxSxD, batch)
+        predicting = []
+        for tokens_RxT in responses:
+            first_RxD = jnp.repeat(last_BxD, tokens_RxT.shape[0] // last_BxD.shape[0], axis=0)
+            own = self.extend(tokens_RxT[:, :-1], batch, prompt)
+            predicting.append(jnp.concatenate([first_RxD[:, None], own], axis=1))
+        return predicting
+
+    @staticmethod
+    def last(h_BxSxD: jax.Array, batch: PromptBatch) -> jax.Array:
+        """The hidden state [B, D] of each prompt's last token."""
+        return jnp.take_along_axis(h_BxSxD, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def empty_cache(self, rows: int, length: int) -> KeysValues:
         """An empty own-token cache for `rows` rows of up to `length` tokens."""
         text = self.config.text
         shape = (text.depth, rows, length, text.kv_heads, text.head_dim)
-        dtype = self.text.embed.dtype
-        return KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        empty = jnp.zeros(shape, self.text.dtype)
+        if self.mesh is not None:
+            spec = P(None, sharding.ROWS, None, "tensor")
+            empty = jax.lax.with_sharding_constraint(empty, NamedSharding(self.mesh, spec))
+        return KeysValues(empty, empty)
 
     def unembedding(self) -> tuple[jax.Array, int]:
         """What turns hidden states into logits, as it lies, and which of its axes is the vocabulary: the embedding

@@ -3,15 +3,20 @@ added after the first layers (Qwen3-VL)."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from capcur_jax import sharding
 from capcur_jax.models import layers as layers_lib
+from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.attention import Cached, Causal, Extend, attend
 from capcur_jax.models.config import TextConfig
+from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import rotate
 
 
@@ -27,23 +32,24 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: TextConfig, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, dtype, param_dtype, rngs: nnx.Rngs, lora=None):
         kinds = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         plain = dict(use_bias=False, **kinds)
         norm = dict(epsilon=config.rms_epsilon, **kinds)
         self.head_dim, self.activation = config.head_dim, config.activation
         self.input_norm = nnx.RMSNorm(config.width, **norm)
         bias = dict(use_bias=config.qkv_bias, **kinds)
-        self.q = nnx.Linear(config.width, config.heads * config.head_dim, **bias)
-        self.k = nnx.Linear(config.width, config.kv_heads * config.head_dim, **bias)
-        self.v = nnx.Linear(config.width, config.kv_heads * config.head_dim, **bias)
-        self.o = nnx.Linear(config.heads * config.head_dim, config.width, **plain)
+        linear = functools.partial(lora_lib.linear, lora)
+        self.q = linear("q", config.width, config.heads * config.head_dim, **bias)
+        self.k = linear("k", config.width, config.kv_heads * config.head_dim, **bias)
+        self.v = linear("v", config.width, config.kv_heads * config.head_dim, **bias)
+        self.o = linear("o", config.heads * config.head_dim, config.width, **plain)
         self.q_norm = nnx.RMSNorm(config.head_dim, **norm) if config.qk_norm else _same
         self.k_norm = nnx.RMSNorm(config.head_dim, **norm) if config.qk_norm else _same
         self.mlp_norm = nnx.RMSNorm(config.width, **norm)
-        self.gate = nnx.Linear(config.width, config.mlp_width, **plain)
-        self.up = nnx.Linear(config.width, config.mlp_width, **plain)
-        self.down = nnx.Linear(config.mlp_width, config.width, **plain)
+        self.gate = linear("gate", config.width, config.mlp_width, **plain)
+        self.up = linear("up", config.width, config.mlp_width, **plain)
+        self.down = linear("down", config.mlp_width, config.width, **plain)
 
     def qkv(self, h_RxTxD: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [R, T, N, H], rotated keys and values [R, T, K, H]."""
@@ -61,14 +67,31 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: TextConfig, dtype, param_dtype, remat: str, attention: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: TextConfig,
+        dtype,
+        param_dtype,
+        remat: str,
+        attention: str,
+        mesh: Mesh | None,
+        rngs: nnx.Rngs,
+        lora: LoRA | None = None,
+    ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.remat, self.attention = config, remat, attention
+        self.config, self.remat, self.attention, self.mesh, self.dtype = config, remat, attention, mesh, dtype
         self.embed = nnx.Embed(
             config.vocabulary, config.width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs, **kinds
         )
-        self.layers = layers_lib.stack(lambda r: DecoderLayer(config, rngs=r, **kinds), config.depth, rngs)
+        self.layers = layers_lib.stack(lambda r: DecoderLayer(config, rngs=r, lora=lora, **kinds), config.depth, rngs)
         self.norm = nnx.RMSNorm(config.width, epsilon=config.rms_epsilon, rngs=rngs, **kinds)
+
+    def embedded(self, tokens_RxT: jax.Array) -> jax.Array:
+        """The tokens' embeddings [R, T, D]."""
+        return sharding.lookup(self.mesh, self.embed.embedding[...], tokens_RxT).astype(self.dtype)
+
+    def _attend(self, q, k, v, layout) -> jax.Array:
+        return attend(q, k, v, layout, self.attention, self.mesh)
 
     def prefill(
         self, h_BxTxD: jax.Array, angles: jax.Array, deep: jax.Array | None, visual_index_BxT: jax.Array | None
@@ -77,13 +100,14 @@ class Decoder(nnx.Module):
 
         def body(layer, h, index):
             q, k, v = layer.qkv(h, angles)
-            h = layer.finish(h, attend(q, k, v, Causal(), self.attention))
+            h = layer.finish(h, self._attend(q, k, v, Causal()))
             if deep is not None:
                 # The same body serves every layer: past the last feature the addend is masked away.
                 feature = deep[jnp.minimum(index, deep.shape[0] - 1)]
                 shown = (visual_index_BxT >= 0) & (index < deep.shape[0])
-                h = h + jnp.where(shown[..., None], feature[visual_index_BxT], 0).astype(h.dtype)
-            return h, KeysValues(k, v)
+                here = sharding.take(self.mesh, feature, visual_index_BxT)
+                h = h + jnp.where(shown[..., None], here, 0).astype(h.dtype)
+            return sharding.constrain(self.mesh, h), KeysValues(k, v)
 
         h, cache = layers_lib.scan(self.layers, body, h_BxTxD, jnp.arange(self.config.depth), remat=self.remat)
         return self.norm(h), cache
@@ -93,7 +117,8 @@ class Decoder(nnx.Module):
 
         def body(layer, h, prompt):
             q, k, v = layer.qkv(h, angles)
-            return layer.finish(h, attend(q, k, v, Extend(*prompt, lengths_B), self.attention)), None
+            h = layer.finish(h, self._attend(q, k, v, Extend(*prompt, lengths_B)))
+            return sharding.constrain(self.mesh, h), None
 
         return self.norm(layers_lib.scan(self.layers, body, h_RxTxD, prompt, remat=self.remat)[0])
 
@@ -119,8 +144,8 @@ class Decoder(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.values, v[None], start),
             )
             layout = Cached(*prompt, lengths_B, step)
-            own = attend(q, cache.keys[index], cache.values[index], layout, self.attention)
-            return (layer.finish(h, own), cache), None
+            own = self._attend(q, cache.keys[index], cache.values[index], layout)
+            return (sharding.constrain(self.mesh, layer.finish(h, own)), cache), None
 
         xs = (jnp.arange(self.config.depth), prompt)
         (h, cache), _ = layers_lib.scan(self.layers, body, (h_Rx1xD, cache), xs)

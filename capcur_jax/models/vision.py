@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from capcur_jax import sharding
 from capcur_jax.models import layers as layers_lib
 from capcur_jax.models.attention import Segments, attend
 from capcur_jax.models.config import VisionConfig
@@ -96,9 +98,11 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, dtype, param_dtype, remat: str, attention: str, rngs: nnx.Rngs):
+    def __init__(
+        self, config: VisionConfig, dtype, param_dtype, remat: str, attention: str, mesh: Mesh | None, rngs: nnx.Rngs
+    ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.remat, self.attention, self.dtype = config, remat, attention, dtype
+        self.config, self.remat, self.attention, self.mesh, self.dtype = config, remat, attention, mesh, dtype
         self.patch = nnx.Linear(config.patch_values, config.width, use_bias=config.patch_bias, rngs=rngs, **kinds)
         if config.table_size:
             # As loud as the patches: a fresh tower is to see soon where things are, not only which colors there are.
@@ -113,7 +117,7 @@ class VisionTower(nnx.Module):
 
     def _attend(self, batch: VisionBatch, index: jax.Array) -> Callable:
         """Attention of block `index`: in windows, but for the blocks that see whole images."""
-        of = functools.partial(attend, implementation=self.attention)
+        of = functools.partial(attend, implementation=self.attention, mesh=self.mesh)
         whole = functools.partial(of, layout=Segments(batch.segments))
         if not self.config.window:
             return whole
@@ -137,7 +141,7 @@ class VisionTower(nnx.Module):
 
         def body(block, carry, index):
             x, kept = carry
-            x = block(x, angles, self._attend(batch, index))
+            x = sharding.constrain(self.mesh, block(x, angles, self._attend(batch, index)))
             return (x, jnp.where((taken == index)[:, None, None, None], x, kept)), None
 
         kept = jnp.zeros((len(self.config.deepstack), *x.shape), x.dtype)

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax import distributed, sharding
+from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
@@ -61,7 +63,7 @@ def begin(
     B, T = batch.tokens.shape[0], sampling.max_new_tokens
     R = B * n
     h, prompt = model.prefill(batch)
-    first = ban(model.logits(h[jnp.arange(B), batch.lengths - 1]), banned)
+    first = ban(model.logits(model.last(h, batch)), banned)
     state = _State(
         step=jnp.zeros((), jnp.int32),
         logits=jnp.repeat(first, n, axis=0),
@@ -131,8 +133,10 @@ class LocalEngine:
     Args:
         model: gives the architecture and the first parameters.
         processor: gives end, banned and pad tokens.
-        max_rows: responses decoded together; a batch holds max_rows // n prompts.
+        max_rows: responses decoded together; a batch holds max_rows // n prompts, and one for each device row at least.
         buckets: the declared shapes of a batch of prompts.
+        mesh: the trainer's, on which the parameters lie; None: the default device. Of several processes each gives its
+            own prompts and gets their samples; all of them call `generate` together, with equally many prompts.
     """
 
     def __init__(
@@ -142,8 +146,10 @@ class LocalEngine:
         *,
         max_rows: int,
         buckets: Buckets,
+        mesh: Mesh | None = None,
     ):
         self._graph, self._parameters = nnx.split(model)
+        self._mesh, self._shards = mesh, sharding.local_row_shards(mesh)
         self._processor, self._version, self._max_rows = processor, 0, max_rows
         self._buckets = buckets
         self._programs: dict[tuple[int, Sampling], Programs] = {}
@@ -154,8 +160,8 @@ class LocalEngine:
         self._parameters, self._version = parameters, version
 
     def batch_prompts(self, n: int) -> int:
-        """Prompts in a batch when each gets `n` responses."""
-        return max(1, self._max_rows // n)
+        """This process's prompts in a batch when each gets `n` responses."""
+        return max(1, self._max_rows // n // sharding.row_shards(self._mesh)) * self._shards
 
     def _program(self, n: int, sampling: Sampling) -> Programs:
         if (n, sampling) not in self._programs:
@@ -166,17 +172,18 @@ class LocalEngine:
                 tokens = known.end_tokens, known.banned_tokens, known.pad_token
                 return generate(model, batch, jax.random.key(seed), n, sampling, *tokens)
 
-            self._programs[n, sampling] = Programs(run)
+            out = {} if self._mesh is None else {"out_shardings": sharding.by_rows(self._mesh)}
+            self._programs[n, sampling] = Programs(run, **out)
         return self._programs[n, sampling]
 
     def warm_up(self, sizes: Sequence[PromptSize], sampling: Sampling, n: int, images: bool | None = None) -> None:
         """See engine.Engine."""
         size, known = self.batch_prompts(n), self._processor
         images = any(prompt.images for prompt in sizes) if images is None else images
-        parts = (sizes[at : at + size] for at in range(0, len(sizes), size))
-        for shape in {self._buckets.shape(part, images, size) for part in parts}:
+        for shape in self._buckets.shapes(sizes, images, size, self._shards):
             blank = self._buckets.blank(shape, known.config, known.pad_token)
-            self._program(n, sampling).compile(self._parameters, blank, np.uint32(0))
+            abstract = sharding.abstract(self._mesh, blank)
+            self._program(n, sampling).compile(self._parameters, abstract, np.uint32(0))
 
     def generate(
         self,
@@ -190,13 +197,17 @@ class LocalEngine:
         groups: list[list[Sample]] = []
         size, known = self.batch_prompts(n), self._processor
         images = any(prompt.grids for prompt in prompts) if images is None else images
-        for number, at in enumerate(range(0, len(prompts), size)):
-            part = list(prompts[at : at + size])
-            batch = self._buckets.collate(part, known.config, known.pad_token, images, size)
+        calls = int(distributed.exchange(np.array([-(-len(prompts) // size)])).max())
+        for number in range(calls):
+            part = list(prompts[number * size : (number + 1) * size])
+            shape = self._buckets.shape([PromptSize.of(prompt) for prompt in part], images, size, self._shards)
+            shape = BatchShape(*distributed.exchange(np.array(shape)).max(0).tolist())
+            batch = self._buckets.collate(part, known.config, known.pad_token, shards=self._shards, shape=shape)
+            batch = sharding.put(self._mesh, batch)
             # One integer seeds a whole batch; each batch of the call draws its own stream.
             stream = np.uint32((seed + 7919 * number) % 2**32)
             drawn = self._program(n, sampling)(self._parameters, batch, stream)
-            tokens, logprobs, lengths = jax.device_get(drawn)
+            tokens, logprobs, lengths = map(sharding.fetch_rows, drawn)
             for row in range(len(part)):
                 rows = range(row * n, (row + 1) * n)
                 groups.append([self._sample(tokens[r, : lengths[r]], logprobs[r, : lengths[r]]) for r in rows])
@@ -220,7 +231,7 @@ class LocalEngine:
     def stream(self, prompt: Prompt, sampling: Sampling, seed: int = 0) -> Iterator[tuple[int, float]]:
         """(token, log-prob) of one response, each as soon as it is decoded: what `generate` of this prompt gives."""
         known, drawn = self._processor, np.uint32(seed % 2**32)
-        batch = jax.device_put(self._buckets.collate([prompt], known.config, known.pad_token))
+        batch = jax.device_put(self._buckets.collate([prompt], known.config, known.pad_token))  # of a mesh: not here
         first, further = self._step_programs(sampling)
         state, keys_values = first(self._parameters, batch)
         for step in range(sampling.max_new_tokens):

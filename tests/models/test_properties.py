@@ -244,7 +244,7 @@ def test_what_lies_in_the_padding_changes_nothing(scene, batch, parameters, forw
     littered = dataclasses.replace(
         batch,
         tokens=np.where(padding, random.integers(0, 300, batch.tokens.shape), batch.tokens).astype(np.int32),
-        positions=np.where(padding, 77, batch.positions).astype(np.int32),
+        positions=np.where(padding[:, None], 77, batch.positions).astype(np.int32),
         vision=vision,
     )
     ours, same = forward(parameters, batch), forward(parameters, littered)

@@ -1,0 +1,257 @@
+"""Numbered pytrees of arrays, each with a JSON document, in a directory: Orbax's manager and what it lacks.
+
+They are written beside the training, are complete or not there at all, and are restored on any mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from capcur_jax.errors import InputError
+
+_ARRAYS, _DOCUMENT = "arrays", "document"
+_TEMPORARY = "*.orbax-checkpoint-tmp*"
+_REPLACED = "replaced-"
+# What a full disk, a quota or a file-size limit looks like, from Python and from TensorStore.
+_FULL = ("no space left", "quota exceeded", "file too large")
+
+# Orbax reports progress and, with its traceback, each failure that is raised here again.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+class CheckpointFailed(InputError):
+    """A checkpoint could not be written; what was complete before it still is."""
+
+
+class Store:
+    """Numbered trees in `directory`, the last `keep` of them (None for all) and that of the highest metric. One method
+    runs at a time, and in all processes of the run.
+
+    Args:
+      directory: made if it does not exist; what killed processes left there is put in order.
+      keep: see above.
+      timeout: seconds that writing one may take.
+    """
+
+    def __init__(self, directory: Path, keep: int | None, timeout: int):
+        self.directory = directory
+        self._processes = set(range(jax.process_count()))
+        self._prefix = directory.name  # of barriers: two stores may write at the same time
+        self._bytes: dict[int, int] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            self._put_back()
+        # Every process lists the directory next. With the processes named, Orbax meets at barriers of the coordination
+        # service, not at a collective, which it would have to compile.
+        ocp.multihost.sync_global_processes(f"{self._prefix}:open", processes=self._processes)
+        sharing = ocp.options.MultiprocessingOptions(
+            active_processes=self._processes, barrier_sync_key_prefix=self._prefix
+        )
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            best_fn=_metric,
+            create=False,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=sharing,
+            async_options=ocp.AsyncOptions(timeout_secs=timeout),
+        )
+        # Replicated arrays are written by one replica: sharing them out would compile a slice for every shape and hold
+        # the slices on the device. Weights hardly compress, and compression takes the cores from a run on a CPU.
+        types = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)),
+            (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        )
+        arrays = ocp.PyTreeCheckpointHandler(
+            use_compression=False, multiprocessing_options=sharing, type_handler_registry=types
+        )
+        document = ocp.JsonCheckpointHandler(multiprocessing_options=sharing)
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+            registry.add(_ARRAYS, arguments, arrays)
+        for arguments in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            registry.add(_DOCUMENT, arguments, document)
+        self._manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+
+    def all(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        return max(self._manager.all_steps(), default=None)
+
+    def best(self) -> tuple[int, float] | None:
+        step = self._manager.best_step()
+        return None if step is None else (step, _metric(self._manager.metrics(step)))
+
+    def save(self, step: int, tree: Any, document: dict, metric: float | None = None) -> None:
+        arrays = {name: _savable(leaf) for name, leaf in _named(tree).items()}
+        kinds = {name: _kind(array) for name, array in arrays.items()}
+        self._bytes = {step: sum(array.nbytes for array in arrays.values())}
+        items = ocp.args.Composite(
+            **{
+                _ARRAYS: ocp.args.PyTreeSave(arrays),
+                _DOCUMENT: ocp.args.JsonSave(plain({**document, "arrays": kinds})),
+            }
+        )
+        with self._explained():
+            self._manager.save(
+                step, args=items, metrics=None if metric is None else {"metric": float(metric)}, force=True
+            )
+
+    def wait(self) -> None:
+        """Until what is being written is complete; raises what went wrong, once."""
+        with self._explained():
+            self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for old in self.directory.glob(_REPLACED + "*"):
+                shutil.rmtree(old)
+
+    def document(self, step: int) -> dict:
+        self._check(step)
+        return self._manager.restore(step, args=ocp.args.Composite(**{_DOCUMENT: ocp.args.JsonRestore()}))[_DOCUMENT]
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        wanted = _named(abstract)
+        stored = self.document(step)["arrays"]
+        kinds = {name: _kind(leaf) for name, leaf in wanted.items()}
+        if stored != kinds:
+            raise InputError(
+                f"{self.directory / str(step)} does not fit the model and optimizer of this config:\n"
+                + difference(stored, kinds, "checkpoint", "config")
+            )
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        arguments = {
+            name: ocp.ArrayRestoreArgs(
+                restore_type=jax.Array, sharding=leaf.sharding or here, global_shape=leaf.shape, dtype=leaf.dtype
+            )
+            for name, leaf in wanted.items()
+        }
+        items = ocp.args.Composite(**{_ARRAYS: ocp.args.PyTreeRestore(item=wanted, restore_args=arguments)})
+        arrays = self._manager.restore(step, args=items)[_ARRAYS]
+        return jax.tree.structure(abstract).unflatten([arrays[name] for name in wanted])
+
+    def set_aside(self, step: int) -> None:
+        """Takes a step away under a name that `_put_back` knows, until another one of that number is complete."""
+        if jax.process_index() == 0:
+            path = self.directory / str(step)
+            path.rename(path.with_name(_REPLACED + path.name))
+        self.delete(step)  # from the manager's list
+
+    def _put_back(self) -> None:
+        for old in self.directory.glob(_REPLACED + "*"):
+            new = old.with_name(old.name.removeprefix(_REPLACED))
+            if new.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(new)
+
+    def delete(self, step: int) -> None:
+        self._manager.delete(step)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _check(self, step: int) -> None:
+        if step not in self._manager.all_steps():
+            raise InputError(f"{self.directory} has no checkpoint of step {step}, only of {self.all() or 'none'}")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if jax.process_index() == 0:
+                for part in self.directory.glob(_TEMPORARY):
+                    shutil.rmtree(part, ignore_errors=True)
+                self._put_back()
+            self._manager.reload()
+            reason = _reason(error)
+            if not reason:
+                raise
+            ((step, needed),) = self._bytes.items()
+            free = shutil.disk_usage(self.directory).free
+            last = self.latest()
+            whole = "Nothing is complete there" if last is None else f"{last} is complete: the same command goes on"
+            raise CheckpointFailed(
+                f"{self.directory / str(step)} was not written: {reason}. It takes {_size(needed)}, and {_size(free)} "
+                f"are free. Make room (checkpointing.keep says how many are kept) or put the --workdir elsewhere. "
+                f"{whole}."
+            ) from error
+
+
+def _metric(metrics: dict) -> float:
+    return metrics["metric"]
+
+
+def _reason(error: BaseException | None) -> str:
+    """What went wrong on the disk, or with another process's part; "" for any other error. A process whose write failed
+    waits for the others before it says so, so that the cause may be behind a barrier's time-out."""
+    while error is not None:
+        text = str(error).strip()
+        if any(sign in text.lower() for sign in _FULL):
+            return re.sub(r"\s*\[[^]]*\]$", "", text.splitlines()[0].rsplit(": ", 1)[-1])
+        if isinstance(error, OSError):
+            return error.strerror or text.rstrip(".")
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def plain(value: Any) -> Any:
+    """As it comes back from JSON; a copy."""
+    return json.loads(json.dumps(value))
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path, in the order of the tree."""
+    paths, _ = jax.tree.flatten_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    if len(named) < len(paths):
+        raise ValueError("two leaves of the state have the same dotted path")
+    return named
+
+
+def _savable(leaf: Any) -> jax.Array | np.ndarray:
+    if isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable):
+        return leaf
+    if isinstance(leaf, (bool, int, float)):
+        return np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
+    array = np.array(leaf)  # a copy: the caller may go on writing to his
+    if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
+        raise ValueError(f"a leaf of the state is {array.dtype}, which JAX would not restore")
+    return array
+
+
+def _kind(array: Any) -> str:
+    return f"{np.dtype(array.dtype).name}[{','.join(map(str, array.shape))}]"
+
+
+def difference(before: dict, after: dict, old: str, new: str) -> str:
+    """A line for each key with other values, at most 20."""
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if key not in before:
+            lines.append(f"  {key}: not in the {old} one -> {after[key]!r}")
+        elif key not in after:
+            lines.append(f"  {key}: {before[key]!r} -> not in the {new} one")
+        elif before[key] != after[key]:
+            lines.append(f"  {key}: {before[key]!r} -> {after[key]!r}")
+    more = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "\n".join(lines[:20] + more)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,223 @@
+"""Checkpoints of a run: what they hold, which are kept, and what a continuation checks before it uses one."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from capcur_jax.checkpoint_store import CheckpointFailed, Store, difference, plain
+from capcur_jax.errors import InputError
+
+__all__ = ["CheckpointFailed", "Checkpoints", "check_same_config", "truncate_records"]
+
+
+class Checkpoints:
+    """Checkpoints of a run in `directory`, the last `keep` and the best. With several processes, all of them call every
+    method, in the same order, and share the file system.
+
+    A checkpoint holds a pytree of arrays and a JSON document. Its directory gets its name when all of it is written, so
+    that a killed run leaves nothing that looks like one; leftovers go when the next run opens the directory. For a
+    moment a checkpoint more than is kept lies on the disk.
+
+    Args:
+      directory: where they lie, one directory a step; made if it does not exist.
+      keep: the last so many are kept, and the best by metric besides.
+      config: the resolved config of the run in plain JSON types, written with each.
+      timeout: seconds that writing one may take. When one process of several fails, the others learn of it then.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, config: dict, timeout: int = 1200):
+        if keep < 1:
+            raise InputError(f"checkpointing.keep = {keep}: at least the last checkpoint has to be kept")
+        self.directory = Path(directory).absolute()
+        self._config = plain(config)
+        self._steps = Store(self.directory, keep, timeout)
+        self._references = Store(self.directory / "reference", None, timeout)
+        self._reference: int | None = None  # the number of the one in use
+
+    def save(self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False) -> None:
+        """Writes a checkpoint in the background; returns when the arrays are copied, so they may be donated then.
+
+        A step that is there already is left alone if its position and metric are the same and replaced otherwise; the
+        old one stays until the new one is complete.
+
+        Args:
+          step: updates made so far; none may be there that is later.
+          state: pytree of arrays. In a run of several processes, an array on the devices of one of them alone (or of
+            numpy) has to be the same in all.
+          position: the rest of what a continuation needs, as JSON.
+          metric: of a validation at this step, higher is better.
+          wait: returns when it is complete.
+
+        Raises:
+          CheckpointFailed: this one or the one before was not written.
+        """
+        if metric is not None and not math.isfinite(metric):
+            raise ValueError(f"the metric of step {step} is {metric}")
+        self._settle()
+        last = self._steps.latest()
+        if last is not None and last > step:
+            raise InputError(
+                f"{self.directory} has a checkpoint of step {last}, later than step {step}, which is to be saved. "
+                f"Delete what is later to go on from there, or use another --workdir."
+            )
+        document = {"position": position, "config": self._config, "metric": metric, "reference": self._reference}
+        if last == step:
+            stored = self._steps.document(step)
+            if all(stored[key] == plain(document)[key] for key in ("position", "metric", "reference")):
+                return
+            self._steps.set_aside(step)
+        self._steps.save(step, state, document, metric)
+        if wait:
+            self._settle()
+
+    def latest(self) -> int | None:
+        """The last step with a complete checkpoint."""
+        self._settle()
+        return self._steps.latest()
+
+    def best(self) -> tuple[int, float] | None:
+        """The step with the highest metric, the later one of equals, and the metric."""
+        self._settle()
+        return self._steps.best()
+
+    def position(self, step: int) -> dict:
+        """What was saved as `position`; nothing else is read."""
+        self._settle()
+        return self._steps.document(step)["position"]
+
+    def config(self, step: int) -> dict:
+        """The config with which the step was saved."""
+        self._settle()
+        return self._steps.document(step)["config"]
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The state of a step, bit for bit.
+
+        Args:
+          step: one that is there.
+          abstract: its pytree of jax.ShapeDtypeStruct with the shardings that it shall have, on any mesh. A leaf
+            without one comes to this process's first device.
+
+        Raises:
+          InputError: no such step, or arrays with other names, shapes or dtypes.
+        """
+        self._settle()
+        return self._steps.restore(step, abstract)
+
+    def save_reference(self, name: str, parameters: Any) -> None:
+        """Writes a stage's reference policy and waits for it, before the stage's first checkpoint is saved. That of the
+        stage before goes when that checkpoint is complete: until then a continuation may need it.
+
+        Raises:
+          CheckpointFailed: it could not be written.
+        """
+        self._settle()
+        number = (self._references.latest() or 0) + 1
+        self._references.save(number, parameters, {"name": name})
+        self._references.wait()
+        self._reference = number
+
+    def restore_reference(self, name: str, abstract: Any) -> Any:
+        """The last reference saved under this name; as `restore`."""
+        for number in reversed(self._references.all()):
+            if self._references.document(number)["name"] == name:
+                self._reference = number
+                return self._references.restore(number, abstract)
+        raise InputError(f"{self._references.directory} holds no reference policy {name!r}")
+
+    def forget_reference(self) -> None:
+        """No reference policy is needed any more: the next complete checkpoint takes the stored ones away."""
+        self._reference = None
+
+    def _settle(self) -> None:
+        """Waits for what is being written, then deletes the references that the latest checkpoint does without."""
+        self._steps.wait()
+        last, stored = self._steps.latest(), self._references.all()
+        if last is None or not stored:
+            return
+        needed = {self._reference, self._steps.document(last)["reference"]}
+        for number in stored:
+            if number not in needed:
+                self._references.delete(number)
+
+    def close(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          CheckpointFailed: it could not be written.
+        """
+        try:
+            self._settle()
+        finally:
+            self._steps.close()
+            self._references.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+
+def check_same_config(stored: dict, now: dict, may_change: tuple[str, ...]) -> None:
+    """Refuses to go on with a run under another config.
+
+    Args:
+      stored: the config with which it was saved, as it comes out of JSON.
+      now: today's.
+      may_change: dotted keys that may differ, with all below them.
+
+    Raises:
+      InputError: other keys differ; lists them with both values.
+    """
+    before, after = _flat(plain(stored)), _flat(plain(now))
+
+    def fixed(values: dict) -> dict:
+        return {key: value for key, value in values.items() if not f"{key}.".startswith(allowed)}
+
+    allowed = tuple(f"{key}." for key in may_change)
+    changes = difference(fixed(before), fixed(after), "stored", "new")
+    if changes:
+        raise InputError(
+            f"this run was started with another config (stored -> new):\n{changes}\n"
+            f"Give it the config it was started with, or another --workdir."
+        )
+
+
+def truncate_records(path: Path, offset: int) -> None:
+    """Cuts a JSON-lines file to its first `offset` bytes: what follows was recorded after the checkpoint, and will be
+    once more. A file that is not there has none.
+
+    Raises:
+      InputError: it is shorter, or no record ends there.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    if size < offset:
+        raise InputError(
+            f"{path} has {size} bytes, but {offset} when the checkpoint was saved: records are lost. Put the file "
+            f"back, or start anew with another --workdir."
+        )
+    if not size:
+        return
+    with open(path, "rb+") as file:
+        file.seek(max(offset - 1, 0))
+        if offset and file.read(1) != b"\n":
+            raise InputError(
+                f"{path}: no record ends at byte {offset}, where the checkpoint has it. Put the file back, or start "
+                f"anew with another --workdir."
+            )
+        file.truncate(offset)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; a list of dicts is told apart by number."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(number): item for number, item in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat

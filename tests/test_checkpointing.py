@@ -1,0 +1,510 @@
+"""Checkpoints are exact, whole or absent, and fit any mesh. Run as a script, this file is the processes it tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from capcur_jax.checkpointing import CheckpointFailed, Checkpoints, check_same_config, truncate_records
+from capcur_jax.errors import InputError
+from capcur_jax.metrics import CompilationCounter
+
+
+class State(NamedTuple):
+    parameters: Any
+    optimizer: Any
+    skipped: Any
+
+
+def make_state(seed: int, size: int = 64) -> State:
+    """Every dtype of a run's state, numbers that a cast or a text would spoil among them, and optax's records."""
+    draw = np.random.default_rng(seed)
+    kernel = draw.standard_normal((8, size)).astype(np.float32)
+    kernel[0, :4] = [np.nan, -0.0, np.inf, 1e-42]
+    parameters = {
+        "blocks": {0: {"kernel": kernel}, 1: {"kernel": kernel[::-1].astype(jnp.bfloat16)}},
+        "random": draw.integers(0, 2**32, 2, dtype=np.uint32),
+        "steps": draw.integers(-(2**31), 2**31, (8,), dtype=np.int32),
+    }
+    parameters = jax.tree.map(jnp.asarray, parameters)
+    floating = {"kernel": parameters["blocks"][0]["kernel"]}
+    transform = optax.chain(optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.adamw)(learning_rate=0.1))
+    return State(parameters, transform.init(floating), jnp.int32(seed))
+
+
+def shapes(tree: Any, sharding=None) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def bits(tree: Any) -> list:
+    return [(leaf.dtype.name, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def listed(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.name != "reference")
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_types(tmp_path):
+    state, position = make_state(1), {"stage": 2, "order": [3, 1], "accuracy": 0.1}
+    with Checkpoints(tmp_path, keep=1, config={"seeds": (1, 2)}) as checkpoints:
+        assert checkpoints.latest() is None and checkpoints.best() is None
+        checkpoints.save(7, state, position)
+        position["stage"] = 3  # the trainer goes on
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        assert checkpoints.latest() == 7
+        assert checkpoints.position(7) == {"stage": 2, "order": [3, 1], "accuracy": 0.1}
+        assert checkpoints.config(7) == {"seeds": [1, 2]}
+        restored = checkpoints.restore(7, shapes(state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert bits(restored) == bits(state)
+
+
+def test_an_nnx_state_and_scalars_come_back(tmp_path):
+    parameters = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    state = {"parameters": parameters, "step": 3, "rate": 0.5}
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save(1, state, {}, wait=True)
+        restored = checkpoints.restore(1, jax.eval_shape(lambda: state))
+    assert isinstance(restored["parameters"], nnx.State) and bits(restored["parameters"]) == bits(parameters)
+    assert (int(restored["step"]), float(restored["rate"])) == (3, 0.5)
+
+
+def test_buffers_may_be_donated_and_rewritten_at_once(tmp_path):
+    state = {"device": jnp.arange(1 << 20, dtype=jnp.float32), "host": np.arange(1 << 20, dtype=np.int32)}
+    before, abstract = bits(state), shapes(state)
+    overwrite = jax.jit(lambda array: array * 0 - 1, donate_argnums=0)
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save(1, state, {})
+        overwrite(state["device"]).block_until_ready()
+        state["host"][:] = -1
+        assert bits(checkpoints.restore(checkpoints.latest(), abstract)) == before
+
+
+def test_a_save_returns_before_it_is_written(tmp_path, monkeypatch):
+    written, go_on = ocp.JsonCheckpointHandler._save_fn, threading.Event()
+
+    async def late(*arguments):
+        assert go_on.wait(60)
+        await written(*arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones(3)}, {})
+        assert listed(tmp_path) != ["1"]
+        go_on.set()
+        assert checkpoints.latest() == 1 and listed(tmp_path) == ["1"]
+
+
+def test_restored_buffers_can_be_donated(tmp_path):
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save(1, {"a": jnp.arange(1024.0)}, {}, wait=True)
+        restored = checkpoints.restore(1, shapes({"a": jnp.arange(1024.0)}))
+        assert float(jax.jit(lambda tree: tree["a"] + 1, donate_argnums=0)(restored)[3]) == 4
+        assert float(checkpoints.restore(1, shapes({"a": jnp.arange(1024.0)}))["a"][3]) == 3
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    metrics = [0.2, 0.5, None, 0.5, 0.1, None, 0.3]
+    with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+        for step, metric in enumerate(metrics):
+            checkpoints.save(step, {"a": jnp.float32(step)}, {"step": step}, metric=metric)
+        assert checkpoints.best() == (3, 0.5)
+    assert listed(tmp_path) == ["3", "5", "6"]
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        assert (checkpoints.best(), checkpoints.latest()) == ((3, 0.5), 6)
+        checkpoints.save(9, {"a": jnp.float32(9)}, {})
+    assert listed(tmp_path) == ["3", "9"]
+    with pytest.raises(InputError, match="keep"):
+        Checkpoints(tmp_path, keep=0, config={})
+
+
+def test_a_step_saved_anew(tmp_path):
+    old, new = {"a": jnp.float32(1)}, {"a": jnp.float32(2)}
+    with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+        checkpoints.save(4, old, {"evaluated": False})
+        checkpoints.save(4, new, {"evaluated": False})  # the same step in the same run is the same state
+        assert bits(checkpoints.restore(4, shapes(old))) == bits(old)
+        checkpoints.save(4, new, {"evaluated": True}, metric=0.5)
+        assert checkpoints.best() == (4, 0.5) and checkpoints.position(4) == {"evaluated": True}
+        assert bits(checkpoints.restore(4, shapes(old))) == bits(new)
+        with pytest.raises(InputError, match="step 4, later than step 3"):
+            checkpoints.save(3, old, {})
+    assert listed(tmp_path) == ["4"]
+    # Killed while 4 was being replaced: before the new one was complete, and after.
+    (tmp_path / "4").rename(tmp_path / "replaced-4")
+    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
+    for _ in range(2):
+        with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+            assert checkpoints.latest() == 4 and bits(checkpoints.restore(4, shapes(old))) == bits(new)
+            checkpoints.save(5, old, {})
+        assert listed(tmp_path) == ["4", "5"]
+        (tmp_path / "replaced-4").mkdir()
+        (tmp_path / "5").rename(tmp_path / "6.orbax-checkpoint-tmp")
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+    state = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": jnp.ones((), jnp.int32)}
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save(1, state, {}, wait=True)
+        other = {"a": {"kernel": jnp.ones((3, 2)), "scale": jnp.ones(3)}, "b": jnp.ones((), jnp.uint32)}
+        with pytest.raises(InputError) as caught:
+            checkpoints.restore(1, shapes(other))
+        for line in (
+            "a.kernel: 'float32[2,3]' -> 'float32[3,2]'",
+            "a.bias: 'float32[3]' -> not in",
+            "a.scale: not in",
+            "b: 'int32[]' -> 'uint32[]'",
+        ):
+            assert line in str(caught.value)
+        with pytest.raises(InputError, match=r"no checkpoint of step 2, only of \[1\]"):
+            checkpoints.restore(2, shapes(state))
+
+
+def test_nothing_is_compiled(tmp_path):
+    state = make_state(1)
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints, CompilationCounter() as counter:
+        for step in range(3):
+            checkpoints.save(step, state, {}, metric=0.5)
+        checkpoints.save_reference("grpo", state.parameters)
+        checkpoints.restore(checkpoints.latest(), shapes(state))
+    assert counter.count == 0
+
+
+def test_references_stay_as_long_as_a_continuation_may_need_them(tmp_path):
+    first, second = {"a": jnp.float32(1)}, {"a": jnp.float32(2)}
+
+    def stored() -> int:
+        return len([path for path in (tmp_path / "reference").iterdir() if path.name.isdigit()])
+
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save_reference("perception", first)
+        checkpoints.save(1, first, {})
+        checkpoints.save_reference("reasoning", second)
+    # Killed here, a continuation would start from step 1.
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        assert bits(checkpoints.restore_reference("perception", shapes(first))) == bits(first)
+        checkpoints.save_reference("reasoning", first)
+        checkpoints.save_reference("reasoning", second)
+        assert bits(checkpoints.restore_reference("reasoning", shapes(first))) == bits(second)
+        assert bits(checkpoints.restore_reference("perception", shapes(first))) == bits(first)
+        checkpoints.restore_reference("reasoning", shapes(first))
+        checkpoints.save(2, second, {})
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        assert checkpoints.latest() == 2 and stored() == 1
+        assert bits(checkpoints.restore_reference("reasoning", shapes(first))) == bits(second)
+        with pytest.raises(InputError, match="perception"):
+            checkpoints.restore_reference("perception", shapes(first))
+        checkpoints.forget_reference()
+        checkpoints.save(3, second, {})
+    assert stored() == 0
+
+
+def test_configs_are_compared_by_key():
+    stored = {"mesh": {"fsdp": 1}, "meshes": 1, "stages": [{"rate": 0.1}], "optimizer": {"beta1": 0.9, "old": 1}}
+    now = {"mesh": {"fsdp": 8, "data": 2}, "meshes": 1, "stages": ({"rate": 0.1},), "optimizer": stored["optimizer"]}
+    check_same_config(stored, now, ("mesh", "log"))
+    now = {**now, "meshes": 2, "stages": [{"rate": 0.2}, {"rate": 1}], "optimizer": {"beta1": 0.95, "new": {"a": []}}}
+    with pytest.raises(InputError) as caught:
+        check_same_config(stored, now, ("mesh",))
+    assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == [
+        "meshes: 1 -> 2",
+        "optimizer.beta1: 0.9 -> 0.95",
+        "optimizer.new.a: not in the stored one -> []",
+        "optimizer.old: 1 -> not in the new one",
+        "stages.0.rate: 0.1 -> 0.2",
+        "stages.1.rate: not in the stored one -> 1",
+    ]
+    check_same_config(stored, now, ("meshes", "mesh", "optimizer", "stages"))
+
+
+def test_records_after_the_checkpoint_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    truncate_records(path, 0)
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    truncate_records(path, 12)
+    assert path.read_text() == '{"step": 1}\n'
+    truncate_records(path, 12)
+    with pytest.raises(InputError, match="12 bytes, but 24"):
+        truncate_records(path, 24)
+    with pytest.raises(InputError, match="no record ends at byte 5"):
+        truncate_records(path, 5)
+    truncate_records(path, 0)
+    assert path.read_text() == ""
+    with pytest.raises(InputError):
+        truncate_records(tmp_path / "none.jsonl", 1)
+
+
+# What needs processes of its own: each function `run_...` below is one, started by its name.
+
+
+def start(name: str, *arguments: Any, devices: int = 1) -> subprocess.Popen:
+    root = str(Path(__file__).resolve().parents[1])
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    settings = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, __file__, name, *map(str, arguments)]
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def sharded(mesh: Mesh, spec: tuple, values: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, NamedSharding(mesh, PartitionSpec(*spec)), lambda i: values[i])
+
+
+def mesh_state(mesh: Mesh | None) -> dict[str, Any]:
+    """Sharded by both axes, by one (a replica by the other), by neither, and on the host's memory; [16, 8] each."""
+    values = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    if mesh is None:
+        return {"both": values, "one": values * 2, "none": values.astype(jnp.bfloat16), "count": np.int32(5)}
+    pinned = NamedSharding(mesh, PartitionSpec("fsdp"), memory_kind="pinned_host")
+    return {
+        "both": sharded(mesh, ("data", "fsdp"), values),
+        "one": jax.device_put(sharded(mesh, ("fsdp",), values * 2), pinned),
+        "none": sharded(mesh, (), values.astype(jnp.bfloat16)),
+        "count": sharded(mesh, (), np.array(5, np.int32)),
+    }
+
+
+def run_meshes(directory: str) -> None:
+    devices = np.array(jax.devices())
+    assert len(devices) == 8
+    state = mesh_state(Mesh(devices.reshape(4, 2), ("data", "fsdp")))
+    with Checkpoints(Path(directory), keep=1, config={}) as checkpoints:
+        with CompilationCounter() as counter:
+            checkpoints.save(1, state, {}, wait=True)
+        assert counter.count == 0, counter.count
+        for shape in ((4, 2), (2, 4), (1, 8), (8, 1)):
+            target = mesh_state(Mesh(devices.reshape(shape), ("data", "fsdp")))
+            abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), target)
+            restored = checkpoints.restore(1, abstract)
+            assert bits(restored) == bits(mesh_state(None))
+            for name, array in restored.items():
+                assert array.sharding == target[name].sharding and array.sharding.memory_kind == (
+                    "pinned_host" if name == "one" else "device"
+                ), (name, array.sharding)
+
+
+def test_a_checkpoint_fits_any_mesh(tmp_path):
+    finish(start("meshes", tmp_path, devices=8))
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:  # and one device
+        assert bits(checkpoints.restore(1, shapes(mesh_state(None)))) == bits(mesh_state(None))
+
+
+def connect(number: str, port: str) -> np.ndarray:
+    """The four devices of two processes, [process, device]."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(number))
+    return np.array(jax.devices()).reshape(2, 2)
+
+
+def start_two(name: str, *arguments: Any) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(name, number, port, *arguments, devices=2) for number in range(2)]
+
+
+def run_process(number: str, port: str, directory: str) -> None:
+    devices = connect(number, port)
+    state = mesh_state(Mesh(devices, ("fsdp", "data")))  # "both" and "one" lie half on either process
+    state["local"] = jnp.arange(3)
+    checkpoints = Checkpoints(Path(directory), keep=1, config={})
+    with CompilationCounter() as counter:
+        checkpoints.save_reference("grpo", {"both": state["both"]})
+        for step in (1, 2):
+            checkpoints.save(step, state, {"step": step}, metric=0.5 - step)
+        checkpoints.save(2, state, {"step": 2, "evaluated": True})
+        assert checkpoints.latest() == 2 and checkpoints.best() == (1, -0.5)
+    assert counter.count == 0, counter.count
+    target = mesh_state(Mesh(devices.T, ("fsdp", "data")))
+    target["local"] = sharded(Mesh(devices, ("fsdp", "data")), (), np.zeros(3, np.int32))
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), target)
+    restored = checkpoints.restore(2, abstract)
+    expected = {**mesh_state(None), "local": np.arange(3)}
+    for name, array in restored.items():
+        assert array.sharding == target[name].sharding
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), expected[name][shard.index])
+    checkpoints.restore_reference("grpo", {"both": abstract["both"]})
+    checkpoints.close()
+
+
+def test_two_processes_write_one_checkpoint(tmp_path):
+    finish(*start_two("process", tmp_path))
+    assert listed(tmp_path) == ["1", "2"]
+    parts = {path.name for path in (tmp_path / "2" / "arrays").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts, "one process wrote it all"
+    expected = {**mesh_state(None), "local": np.arange(3, dtype=np.int32)}
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        assert checkpoints.position(2) == {"step": 2, "evaluated": True}
+        assert bits(checkpoints.restore(2, shapes(expected))) == bits(expected)
+
+
+def run_half(number: str, port: str, directory: str) -> None:
+    """The second process cannot write its half of step 2."""
+    devices = connect(number, port)
+    values = np.random.default_rng(0).standard_normal((2, 1 << 19)).astype(np.float32)
+    state = {"a": sharded(Mesh(devices, ("fsdp", "data")), ("fsdp",), values)}
+    with Checkpoints(Path(directory), keep=1, config={}) as checkpoints:
+        checkpoints.save(1, state, {})
+    if number == "1":
+        limit_files(1 << 20)
+    checkpoints = Checkpoints(Path(directory), keep=1, config={}, timeout=2)
+    checkpoints.save(2, state, {})
+    reason = "File too large" if number == "1" else "Timed out"
+    with pytest.raises(CheckpointFailed, match=f"2 was not written: {reason}.*1 is complete"):
+        checkpoints.save(3, state, {})
+    checkpoints.close()
+
+
+def test_half_a_checkpoint_is_none(tmp_path):
+    finish(*start_two("half", tmp_path))
+    assert listed(tmp_path) == ["1"]
+
+
+def killed_state(step: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(step)
+    return {f"layer{i}": draw.integers(0, 2**32, 1 << 15, dtype=np.uint32) for i in range(40)}
+
+
+def continue_until_killed(directory: Path, report: int) -> None:
+    checkpoints = Checkpoints(directory, keep=2, config={})
+    last = checkpoints.latest()
+    if last is not None:
+        assert checkpoints.position(last) == {"step": last}
+        assert bits(checkpoints.restore(last, shapes(killed_state(last)))) == bits(killed_state(last))
+    os.write(report, b"ready")
+    for step in range((last or 0) + 1, 10**6):
+        checkpoints.save(step, killed_state(step), {"step": step}, metric=float(step % 5))
+
+
+def run_kills(directory: str, count: str, seed: str) -> None:
+    """Forks before JAX has threads: importing it anew for every kill would take most of the time."""
+    draw, done = random.Random(int(seed)), []
+    for _ in range(int(count)):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                continue_until_killed(Path(directory), writing)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(writing)
+        assert os.read(reading, 5) == b"ready", "the checkpoint that the last kill left is not whole"
+        time.sleep(draw.uniform(0.02, 0.5))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        os.close(reading)
+        names = os.listdir(directory)
+        done.append({"partial": any("tmp" in name for name in names), "names": names})
+    print(json.dumps(done))
+
+
+def test_kills_leave_whole_checkpoints(tmp_path):
+    seed = random.randrange(10**6)
+    (output,) = finish(start("kills", tmp_path, 12, seed))
+    done = json.loads(output.splitlines()[-1])
+    assert len(done) == 12 and any(kill["partial"] for kill in done), f"no kill hit a save (seed {seed})"
+    assert max(int(name) for name in done[-1]["names"] if name.isdigit()) > 12 / 3, "the run hardly went on"
+    with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+        last = checkpoints.latest()
+        assert bits(checkpoints.restore(last, shapes(killed_state(last)))) == bits(killed_state(last)), seed
+        checkpoints.save(last + 1, killed_state(last + 1), {})
+    assert not [name for name in listed(tmp_path) if not name.isdigit()]
+
+
+def save_on_full(directory: Path, reason: str, fill: Any, empty: Any) -> None:
+    """One checkpoint fits, the next does not, and once there is room a later one does."""
+    state = {"a": np.random.default_rng(0).standard_normal(2 << 18).astype(np.float32)}  # 2 MiB
+    checkpoints = Checkpoints(directory, keep=1, config={})
+    checkpoints.save(1, state, {}, wait=True)
+    fill()
+    for last in ("save", "close"):
+        checkpoints.save(2, state, {})  # the error comes with the next call
+        with pytest.raises(CheckpointFailed) as caught:
+            checkpoints.save(3, state, {}) if last == "save" else checkpoints.close()
+        for part in (f"{directory}/2 was not written: {reason}. It takes 2.0 MiB", "Make room", "1 is complete"):
+            assert part in str(caught.value), str(caught.value)
+        assert listed(directory)[0] == "1" and not [name for name in listed(directory) if "tmp" in name]
+    empty()
+    with Checkpoints(directory, keep=1, config={}) as checkpoints:
+        assert checkpoints.latest() == 1
+        assert bits(checkpoints.restore(1, shapes(state))) == bits(state)
+        fill()
+        checkpoints.save(2, state, {})
+        with pytest.raises(CheckpointFailed):
+            checkpoints.save(1, state, {"replaced": True}, wait=True)
+        assert checkpoints.latest() == 1 and checkpoints.position(1) == {}
+        with pytest.raises(CheckpointFailed):
+            checkpoints.save(1, state, {"replaced": True}, wait=True)
+        assert checkpoints.latest() == 1 and checkpoints.position(1) == {}
+        empty()
+        checkpoints.save(2, state, {})
+    assert listed(directory)[0] == "2"
+
+
+def limit_files(size: int | None) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
+
+
+def run_limit(directory: str) -> None:
+    """Files of half the size may be written, so that the document goes through and the arrays do not."""
+    save_on_full(Path(directory), "File too large", lambda: limit_files(1 << 20), lambda: limit_files(None))
+
+
+def test_a_write_that_fails_is_an_error_and_leaves_the_last(tmp_path):
+    finish(start("limit", tmp_path))
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_last(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    filler = tmp_path / "filler"
+    try:
+        directory = tmp_path / "checkpoints"
+
+        def fill():
+            with open(filler, "wb") as file:
+                file.write(bytes(os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize - (3 << 19)))
+
+        save_on_full(directory, "No space left on device", fill, filler.unlink)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+if __name__ == "__main__":
+    globals()[f"run_{sys.argv[1]}"](*sys.argv[2:])

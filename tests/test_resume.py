@@ -1,0 +1,169 @@
+"""A run that is killed goes on, and ends bit for bit where an unbroken one does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from capcur_jax.metrics import read_jsonl
+from tests.test_main import ROOT, SMALL
+
+STAGES = {"perception": 5, "text": 4}
+SETTINGS = {
+    **SMALL,
+    **{f"stages.{name}.steps": steps for name, steps in STAGES.items()},
+    **{f"stages.{name}.prompts": 4 for name in STAGES},
+    "order": tuple(STAGES),
+    "checkpointing.every": 2,
+    "validation.every": 2,
+    "validation.questions": 4,
+    "evaluation.questions": 4,
+    "reward.workers": 1,
+    "objective.updates_per_batch": 2,
+    "rollout.dynamic_retries": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def command(checkpoint, tmp_path_factory):
+    """command(workdir, *arguments): a run in a process of its own; executables are shared by a cache on the disk."""
+    cache = tmp_path_factory.mktemp("cache")
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+
+    def start(workdir: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
+        flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        settings = {**SETTINGS, "checkpoint": str(checkpoint)}
+        return subprocess.Popen(
+            [
+                sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={workdir}",
+                *(f"--config.{key}={value}" for key, value in settings.items()), *arguments,
+            ],
+            cwd=ROOT, env={**environment, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+def finish(process: subprocess.Popen) -> str:
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def unbroken(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(command(workdir))
+    return workdir
+
+
+def records(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock and the machine."""
+    timed = ("seconds", "tokens_per_second", "host_", "compilations")
+    lines = read_jsonl(workdir / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def killed_somewhere(process: subprocess.Popen, workdir: Path, choice: random.Random) -> bool:
+    """Kills the run a little after it has written a record, a checkpoint or nothing yet; False: it was done before."""
+    watched = choice.choice(["metrics.jsonl", "metrics.jsonl", "rollouts.jsonl", "state"])
+    grown, start, limit = choice.randint(1, 4), None, time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit:
+        path = workdir / watched
+        seen = len(list(path.glob("*"))) if path.is_dir() else size(path) and path.read_bytes().count(b"\n")
+        start = seen if start is None else start
+        if seen >= start + grown or (seen < start):
+            time.sleep(choice.uniform(0.0, 0.3))
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(command, unbroken, tmp_path, seed):
+    choice, workdir, kills = random.Random(seed), tmp_path / "run", 0
+    while kills < 5 and killed_somewhere(command(workdir), workdir, choice):
+        kills += 1
+    assert kills >= 3  # or the run is too short for this test
+    finish(command(workdir))
+    for name in ("1-perception", "final"):
+        ours, theirs = (load_file(d / "checkpoints" / name / "model.safetensors") for d in (workdir, unbroken))
+        assert all((ours[key] == theirs[key]).all() for key in theirs) and set(ours) == set(theirs)
+    assert records(workdir) == records(unbroken)
+    assert read_jsonl(workdir / "rollouts.jsonl") == read_jsonl(unbroken / "rollouts.jsonl")
+    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (workdir, unbroken))
+    for key in ("accuracy", "steps", "best_validation", "status", "skipped"):
+        assert ours[key] == theirs[key], key
+    assert ours["compilations_after_warmup"] == 0
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(command, unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    process = command(workdir, "--config.checkpointing.every=100")
+    limit = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < limit:
+        if b'"stage_step":' in (workdir / "metrics.jsonl").read_bytes() if size(workdir / "metrics.jsonl") else False:
+            break
+        time.sleep(0.02)
+    process.terminate()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output[-2000:]
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and 1 <= summary["steps"] < sum(STAGES.values())
+    output = finish(command(workdir))  # a setting of checkpointing may change
+    assert f"going on after step {summary['steps']}" in output
+    assert records(workdir) == records(unbroken)
+
+
+def test_a_finished_run_says_so_and_another_config_is_refused(command, unbroken):
+    before = (unbroken / "summary.json").read_bytes()
+    assert "holds a finished run" in finish(command(unbroken))
+    assert (unbroken / "summary.json").read_bytes() == before
+    process = command(unbroken, "--config.seed=3", "--config.stages.text.learning_rate=0.5")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "Traceback" not in output
+    assert "seed: 0 -> 3" in output and "stages.text.learning_rate: 0.0001 -> 0.5" in output
+
+
+def test_a_run_goes_on_on_another_mesh(command, unbroken, tmp_path):
+    """Four virtual devices take up what one has left; the figures agree within float32's accuracy."""
+    workdir = tmp_path / "run"
+    process = command(workdir)
+    limit = time.monotonic() + 120
+    with contextlib.suppress(FileNotFoundError):
+        while process.poll() is None and time.monotonic() < limit:
+            if (workdir / "state" / "2").exists():
+                break
+            time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    stopped = len(records(workdir))
+    more = "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
+    finish(command(workdir, *more, devices=4))
+    ours, theirs = records(workdir), records(unbroken)
+    assert [r["type"] for r in ours] == [r["type"] for r in theirs] and stopped < len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        if mine["type"] == "step":
+            assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-6)
