@@ -198,11 +198,11 @@ def described(mesh: Mesh, parameters: nnx.State) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------- inside a model
 
 
-def constrain(mesh: Mesh | None, x: jax.Array, *axes: Any) -> jax.Array:
-    """`x` split by rows on its first axis and by `axes` on the next ones."""
+def constrain(mesh: Mesh | None, x: jax.Array, *axes: Any, leading: int = 0) -> jax.Array:
+    """`x` split by rows on its first axis, after `leading` whole ones, and by `axes` on the next ones."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS, *axes)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*[None] * leading, ROWS, *axes)))
 
 
 def local(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: Any) -> Callable:

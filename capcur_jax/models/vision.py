@@ -142,7 +142,9 @@ class VisionTower(nnx.Module):
         def body(block, carry, index):
             x, kept = carry
             x = sharding.constrain(self.mesh, block(x, angles, self._attend(batch, index)))
-            return (x, jnp.where((taken == index)[:, None, None, None], x, kept)), None
+            kept = jnp.where((taken == index)[:, None, None, None], x, kept)
+            # Unless it is told, XLA splits what is kept by its width and moves it at every block.
+            return (x, sharding.constrain(self.mesh, kept, leading=1)), None
 
         kept = jnp.zeros((len(self.config.deepstack), *x.shape), x.dtype)
         (x, kept), _ = layers_lib.scan(self.blocks, body, (x, kept), jnp.arange(self.config.depth), remat=self.remat)

@@ -1,0 +1,278 @@
+"""The programs that a run of a config compiles, with abstract arguments: for devices that aren't there, without a
+checkpoint and without data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from capcur_jax import optimizer, schedule, sharding
+from capcur_jax.data.packing import UpdateBatch
+from capcur_jax.errors import InputError
+from capcur_jax.learner import Learner, Sums, TrainState
+from capcur_jax.models import config as config_lib
+from capcur_jax.models import lora as lora_lib
+from capcur_jax.models import published
+from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.lora import LoRA
+from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.rollout.engine import Sampling
+from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.schedule import Stage
+from capcur_jax.updates import Packer, needs_reference
+
+# Of every published tokenizer: both end tokens, the vision placeholders, padding.
+END, BANNED, PAD = (151645, 151643), (151652, 151653, 151654, 151655, 151656), 151643
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of a stage at its largest declared shapes; `smallest` traces it at the smallest ones."""
+
+    name: str
+    times: int  # runs in a step
+    trace: Callable[[], Any]
+    smallest: Callable[[], Any]
+    resident: int  # bytes a device of what lies there while it runs and is no argument
+    trips: tuple[int, int] = (1, 1)  # of its loop of unknown length, at the largest and the smallest shapes
+    reads: int = 0  # bytes that each turn of that loop reads from a device's memory
+
+
+class Variant(NamedTuple):
+    """Stages that share their programs."""
+
+    stages: tuple[Stage, ...]
+    images: bool
+    mesh: Mesh  # of the trainer
+    programs: tuple[Program, ...]
+    shapes: dict[str, Any]  # what the largest shapes are
+
+
+def architecture(config: ConfigDict) -> ModelConfig:
+    """Of the checkpoint, if it is there, else of `config.architecture`. Raises InputError."""
+    if config.checkpoint and Path(config.checkpoint).is_dir():
+        return config_lib.from_directory(config.checkpoint)
+    if config.architecture:
+        return config_lib.from_dict(published.config(config.architecture))
+    raise InputError(
+        "a plan needs the model's sizes: give --config.checkpoint=DIR, or --config.architecture with one of "
+        + ", ".join(published.NAMES)
+    )
+
+
+def on_device(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on each device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def abstract_model(config: ConfigDict, known: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without its parameters, and these as shapes where they would lie."""
+    settings, lora = config.model, config.model.lora
+    kinds = {"dtype": jnp.dtype(settings.dtype), "remat": settings.remat, "attention": settings.attention}
+    kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
+    model = nnx.eval_shape(lambda: QwenVL(known, param_dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0), **kinds))
+    graph, parameters = nnx.split(model)
+    leaves = [
+        (path, leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_of(mesh, path, leaf.shape))))
+        for path, leaf in nnx.to_flat_state(parameters)
+    ]
+    return graph, nnx.from_flat_state(leaves)
+
+
+def _of(mesh: Mesh, path: Sequence[Any], shape: Sequence[int]):
+    return sharding.of_parameter(mesh, ".".join(map(str, path)), shape)
+
+
+def variants(
+    config: ConfigDict, devices: Sequence[jax.Device], rollout_devices: int, without_images: Sequence[str]
+) -> list[Variant]:
+    """What the stages of `config.order` compile.
+
+    Args:
+        rollout_devices: so many of the devices sample, the others train; 0: all of them do both.
+        without_images: stages whose prompts have none.
+    """
+    known = architecture(config)
+    trained_on = devices[: len(devices) - rollout_devices]
+    groups: dict[Any, list[Stage]] = {}
+    for stage in schedule.stages(config):
+        key = stage.objective, stage.freeze, stage.name in without_images, stage.prompts
+        groups.setdefault(key, []).append(stage)
+    result = []
+    for (_, _, textual, _), stages in groups.items():
+        mesh = sharding.make_mesh(config.mesh, trained_on)
+        apart = sharding.make_mesh(config.mesh, devices[-rollout_devices:]) if rollout_devices else None
+        result.append(_variant(config, known, tuple(stages), mesh, apart, not textual))
+    return result
+
+
+def _variant(
+    config: ConfigDict, known: ModelConfig, stages: tuple[Stage, ...], mesh: Mesh, apart: Mesh | None, images: bool
+) -> Variant:
+    stage, grpo = stages[0], stages[0].objective == "grpo"
+    processor: Any = SimpleNamespace(config=known, end_tokens=END, banned_tokens=BANNED, pad_token=PAD)
+    buckets = Buckets(config.prompt.token_buckets, config.prompt.patch_row, config.prompt.patch_rows)
+    graph, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
+    learner = Learner(
+        graph, parameters, objective=stage.objective, config=config,
+        freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
+        temperature=config.rollout.temperature, banned=BANNED, mesh=mesh,
+    )  # fmt: skip
+    packer = Packer(stage, config, buckets, processor, mesh, images)
+    large, small = (_sizes(config, largest, images) for largest in (True, False))
+    scored, scored_small = (_extreme(packer.blanks(s, passes=True), k) for s, k in ((large, max), (small, min)))
+    batch, batch_small = (_extreme(packer.blanks(s, passes=False), k) for s, k in ((large, max), (small, min)))
+
+    trained, frozen = learner.split(parameters)
+    state, sums = _state(learner, trained, mesh), _sums(learner, trained, frozen, batch, mesh)
+    rate = jax.ShapeDtypeStruct((), np.float32)
+    reference = None
+    if grpo and needs_reference(config):
+        reference = _as(trained, jnp.dtype(config.reference.dtype))
+
+    moments = 0 if config.optimizer.memory != "device" else on_device(state.optimizer)
+    kept = 0 if reference is None or config.reference.memory != "device" else on_device(reference)
+    ahead = on_device(batch)  # the next one is on its way while a batch is being worked on
+    micro = stage.prompts // batch.prompts.tokens.shape[0]
+    programs = []
+    if reference is not None:
+        beside = on_device(trained) + moments + on_device(sums) + ahead
+        programs.append(_score("reference log-probs", learner, reference, frozen, scored, scored_small, micro, beside))
+    if packer.old:
+        beside = moments + on_device(sums) + ahead
+        beside += on_device(reference) if reference is not None else 0  # fetched for the pass if it lies on the host
+        programs.append(_score("old log-probs", learner, trained, frozen, scored, scored_small, micro, beside))
+    programs.append(
+        Program(
+            "gradient",
+            micro,
+            lambda: learner.accumulate.trace(trained, frozen, sums, batch),
+            lambda: learner.accumulate.trace(trained, frozen, sums, batch_small),
+            moments + kept + ahead,
+        )
+    )
+    apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
+    programs.append(Program("update", packer.updates, apply, apply, on_device(frozen) + kept))
+    if grpo:
+        beside = 0 if apart else moments + on_device(sums) + kept
+        engine = (config, known, processor, buckets, stage, apart or mesh)
+        programs.append(_sampling(*engine, large, small, images, beside))
+    shapes = {
+        "prompts of a step": stage.prompts,
+        "updates of a step": packer.updates,
+        "prompts of a gradient": batch.prompts.tokens.shape[0],
+        "of them on a device row": batch.prompts.tokens.shape[0] // sharding.row_shards(mesh),
+        "responses of a prompt": config.rollout.group if grpo else 1,
+        "tokens of a prompt": batch.prompts.tokens.shape[1],
+        "patches of a prompt": 0 if batch.prompts.vision is None else _patches(batch),
+        "tokens of a response": [slab.tokens.shape[1] for slab in batch.slabs],
+        "tokens to sample": config.rollout.max_new_tokens if grpo else 0,
+    }
+    return Variant(stages, images, mesh, tuple(programs), shapes)
+
+
+def _state(learner: Learner, trained: nnx.State, mesh: Mesh) -> TrainState:
+    shapes, one = learner.start_optimizer.trace(trained).out_info, sharding.replicated(mesh)
+    where = optimizer.state_sharding(shapes, jax.tree.map(lambda leaf: leaf.sharding, trained), one)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
+    return TrainState(trained, state, jax.ShapeDtypeStruct((), np.int32, sharding=one))
+
+
+def _sums(learner: Learner, trained: nnx.State, frozen: nnx.State, batch: UpdateBatch, mesh: Mesh) -> Sums:
+    one = sharding.replicated(mesh)
+    metrics = learner.zeros.trace(trained, frozen, batch).out_info.metrics
+    return Sums(
+        _as(trained, np.float32), jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), metrics)
+    )
+
+
+def _score(name, learner, policy, frozen, batch, smallest, times, resident) -> Program:
+    return Program(
+        name,
+        times,
+        lambda: learner.score.trace(policy, frozen, batch),
+        lambda: learner.score.trace(policy, frozen, smallest),
+        resident,
+    )
+
+
+def _sampling(
+    config: ConfigDict,
+    known: ModelConfig,
+    processor: Any,
+    buckets: Buckets,
+    stage: Stage,
+    mesh: Mesh,
+    large: list[PromptSize],
+    small: list[PromptSize],
+    images: bool,
+    resident: int,
+) -> Program:
+    """Prefill and decoding of as many rows as the engine takes at once."""
+    dtype = jnp.dtype(config.optimizer.parameters)
+    graph, parameters = abstract_model(config, known, mesh, dtype)
+    engine = LocalEngine(
+        nnx.merge(graph, parameters), processor, max_rows=config.rollout.max_rows, buckets=buckets, mesh=mesh
+    )
+    group, T = config.rollout.group, config.rollout.max_new_tokens
+    shortest = min(max(lengths) for lengths in config.packing.buckets)
+
+    def trace(sizes, largest, length):
+        sampling = Sampling(length, config.rollout.temperature, config.rollout.top_p)
+        prompts = engine.batch_prompts(group)
+        shape = (max if largest else min)(buckets.shapes(sizes, images, prompts, sharding.row_shards(mesh)))
+        blank = sharding.abstract(mesh, buckets.blank(shape, known, PAD))
+        return engine.program(group, sampling).trace(parameters, blank, jax.ShapeDtypeStruct((), np.uint32))
+
+    prompts = engine.batch_prompts(group)
+    tensor, rows = mesh.shape["tensor"], sharding.row_shards(mesh)
+    text, width = known.text, jnp.dtype(config.model.dtype).itemsize
+    slots = (prompts * max(size.tokens for size in large) + prompts * group * T) // rows
+    decoder = sum(leaf.size for path, leaf in nnx.to_flat_state(parameters) if path[0] != "visual")
+    return Program(
+        "sampling",
+        math.ceil(stage.prompts / prompts),
+        lambda: trace(large, True, T),
+        lambda: trace(small, False, shortest),
+        resident,
+        (T, shortest),
+        # Every weight of the decoder that the device multiplies with, and the keys and values of its rows.
+        decoder * width // tensor + 2 * slots * text.depth * text.kv_heads * text.head_dim * width // tensor,
+    )
+
+
+def _sizes(config: ConfigDict, largest: bool, images: bool) -> list[PromptSize]:
+    """As many prompts as a batch may have, all of the largest (smallest) declared size."""
+    tokens = (max if largest else min)(config.prompt.token_buckets)
+    share = min(1.0, (max if largest else min)(config.prompt.patch_rows))
+    patches = (int(config.prompt.patch_row * share),) if images else ()
+    most = max(stage.prompts for stage in schedule.stages(config))
+    return [PromptSize(tokens, patches)] * max(most, config.rollout.max_rows)
+
+
+def _extreme(batches, choose) -> UpdateBatch:
+    def slots(batch: UpdateBatch) -> tuple[int, int]:
+        patches = 0 if batch.prompts.vision is None else batch.prompts.vision.segments.size
+        return batch.prompts.tokens.size + sum(slab.tokens.size for slab in batch.slabs), patches
+
+    return choose(batches, key=slots)
+
+
+def _patches(batch: UpdateBatch) -> float:
+    return batch.prompts.vision.segments.size / batch.prompts.tokens.shape[0]
+
+
+def _as(tree: nnx.State, dtype: Any) -> nnx.State:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), tree)
