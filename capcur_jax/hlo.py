@@ -9,15 +9,17 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
 _WIDTH = {"pred": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)")
+_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_INTEGER = re.compile(r"[su]\d+\[\]")
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 
 
@@ -48,6 +50,7 @@ class Traffic(NamedTuple):
 
 class _Instruction(NamedTuple):
     name: str
+    root: bool  # its computation's result
     type: str
     opcode: str
     operands: str
@@ -76,7 +79,7 @@ def collectives(text: str) -> Traffic:
                 total[kind, devices, "runs"] += 1
                 total[kind, devices, "bytes"] += _moved(instruction, instructions)
             elif instruction.opcode == "while":
-                trips = _trips(instruction, computations)
+                trips = _trips(instruction, instructions, computations)
                 if trips is None:
                     unknown.add(instruction.name)
                 body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)[1]
@@ -107,11 +110,11 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
         elif line == "}":
             current = None  # what a kernel's metadata spreads over further lines belongs to nobody
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            name, rest = match.groups()
+            root, name, rest = match.groups()
             type_, rest = _split(rest) if rest.startswith("(") else rest.split(" ", 1) if " " in rest else (rest, "")
             if opcode := re.match(r"\s*([\w\-]+)(?=\()", rest):
                 operands, attributes = _split(rest[opcode.end() :])
-                current[name] = _Instruction(name, type_, opcode[1], operands, attributes)
+                current[name] = _Instruction(name, bool(root), type_, opcode[1], operands, attributes)
     return computations, entry
 
 
@@ -135,7 +138,7 @@ def _arrays(type_: str) -> Iterator[int]:
 
 def _moved(instruction: _Instruction, around: dict[str, _Instruction]) -> int:
     result = sum(_arrays(instruction.type))
-    names = re.findall(r"%([\w.\-]+)", instruction.operands)
+    names = _names(instruction)
     operands = sum(sum(_arrays(around[name].type)) for name in names if name in around)
     if instruction.opcode.endswith("-start") and not instruction.opcode.startswith("all-reduce"):
         # (operands, results and, of a permute, two numbers)
@@ -155,21 +158,50 @@ def _group_size(attributes: str) -> int:
     return 0
 
 
-def _trips(loop: _Instruction, computations: dict[str, dict[str, _Instruction]]) -> int | None:
+def _trips(
+    loop: _Instruction, around: dict[str, _Instruction], computations: dict[str, dict[str, _Instruction]]
+) -> int | None:
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    # A TPU's text leaves it out: the number that the condition compares the counter with, which starts at 0.
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)[1]
-    names = [condition]
-    for instruction in computations.get(condition, {}).values():
-        names += re.findall(r"calls=%?([\w.\-]+)", instruction.attributes)
-    constants = [
-        int(instruction.operands.strip("()"))
-        for name in names
-        for instruction in computations.get(name, {}).values()
-        if instruction.opcode == "constant" and re.match(r"[su]\d+\[\]", instruction.type)
-    ]
-    return max(constants, default=None)
+    # A TPU's text leaves it out: the number that the condition compares the counter with, and how the body counts.
+    condition, body = (
+        computations.get(re.search(rf"{part}=%?([\w.\-]+)", loop.attributes)[1], {}) for part in ("condition", "body")
+    )
+    limit = max(_constants(condition.values(), computations), default=None)
+    counters = [i for i in condition.values() if i.opcode == "get-tuple-element" and _INTEGER.match(i.type)]
+    if limit is None or len(counters) != 1:
+        return limit
+    place = int(re.search(r"index=(\d+)", counters[0].attributes)[1])
+    first = _element(around.get(next(iter(_names(loop)), "")), place, around)
+    last = _element(next((i for i in body.values() if i.root), None), place, body)
+    start = max(_constants([first], computations, around), default=0)
+    step = max(_constants([last], computations, body), default=1)
+    return max(-(-(limit - start) // max(step, 1)), 0)
+
+
+def _element(tuple_: _Instruction | None, place: int, around: dict[str, _Instruction]) -> _Instruction | None:
+    names = _names(tuple_) if tuple_ is not None and tuple_.opcode == "tuple" else []
+    return around.get(names[place]) if place < len(names) else None
+
+
+def _names(instruction: _Instruction) -> list[str]:
+    """Of its operands."""
+    return re.findall(r"%([\w.\-]+)", instruction.operands)
+
+
+def _constants(
+    instructions: Iterable[_Instruction | None],
+    computations: dict[str, dict[str, _Instruction]],
+    around: dict[str, _Instruction] | None = None,
+) -> list[int]:
+    """Whole numbers among these instructions, inside what they call and, given what is around, among their operands."""
+    found, more = [], []
+    for instruction in filter(None, instructions):
+        if instruction.opcode == "constant" and _INTEGER.match(instruction.type):
+            found.append(int(instruction.operands.strip("()")))
+        more += [i for name in _CALLS.findall(instruction.attributes) for i in computations.get(name, {}).values()]
+        more += [around[name] for name in _names(instruction) if name in around] if around else []
+    return found + [int(i.operands.strip("()")) for i in more if i.opcode == "constant" and _INTEGER.match(i.type)]
 
 
 # ---------------------------------------------------------------------- FLOPs

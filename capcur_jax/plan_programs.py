@@ -26,6 +26,7 @@ from capcur_jax.models import lora as lora_lib
 from capcur_jax.models import published
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sampling
@@ -34,6 +35,7 @@ from capcur_jax.schedule import Stage
 from capcur_jax.updates import Packer, needs_reference
 
 # Of every published tokenizer: both end tokens, the vision placeholders, padding.
+SAMPLING = "sampling"
 END, BANNED, PAD = (151645, 151643), (151652, 151653, 151654, 151655, 151656), 151643
 
 
@@ -58,14 +60,16 @@ class Variant(NamedTuple):
     mesh: Mesh  # of the trainer
     programs: tuple[Program, ...]
     shapes: dict[str, Any]  # what the largest shapes are
+    parameters: int
 
 
-def architecture(config: ConfigDict) -> ModelConfig:
-    """Of the checkpoint, if it is there, else of `config.architecture`. Raises InputError."""
-    if config.checkpoint and Path(config.checkpoint).is_dir():
-        return config_lib.from_directory(config.checkpoint)
+def architecture(config: ConfigDict) -> Processor | SimpleNamespace:
+    """Sizes and tokens of the checkpoint, if one is given, else of `config.architecture`. Raises InputError."""
+    if config.checkpoint:
+        return Processor.from_directory(Path(config.checkpoint).expanduser())
     if config.architecture:
-        return config_lib.from_dict(published.config(config.architecture))
+        known = config_lib.from_dict(published.config(config.architecture))
+        return SimpleNamespace(config=known, end_tokens=END, banned_tokens=BANNED, pad_token=PAD)
     raise InputError(
         "a plan needs the model's sizes: give --config.checkpoint=DIR, or --config.architecture with one of "
         + ", ".join(published.NAMES)
@@ -104,7 +108,7 @@ def variants(
         rollout_devices: so many of the devices sample, the others train; 0: all of them do both.
         without_images: stages whose prompts have none.
     """
-    known = architecture(config)
+    processor = architecture(config)
     trained_on = devices[: len(devices) - rollout_devices]
     groups: dict[Any, list[Stage]] = {}
     for stage in schedule.stages(config):
@@ -114,21 +118,20 @@ def variants(
     for (_, _, textual, _), stages in groups.items():
         mesh = sharding.make_mesh(config.mesh, trained_on)
         apart = sharding.make_mesh(config.mesh, devices[-rollout_devices:]) if rollout_devices else None
-        result.append(_variant(config, known, tuple(stages), mesh, apart, not textual))
+        result.append(_variant(config, processor, tuple(stages), mesh, apart, not textual))
     return result
 
 
 def _variant(
-    config: ConfigDict, known: ModelConfig, stages: tuple[Stage, ...], mesh: Mesh, apart: Mesh | None, images: bool
+    config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, apart: Mesh | None, images: bool
 ) -> Variant:
     stage, grpo = stages[0], stages[0].objective == "grpo"
-    processor: Any = SimpleNamespace(config=known, end_tokens=END, banned_tokens=BANNED, pad_token=PAD)
     buckets = Buckets(config.prompt.token_buckets, config.prompt.patch_row, config.prompt.patch_rows)
-    graph, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
+    graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
     learner = Learner(
         graph, parameters, objective=stage.objective, config=config,
         freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
-        temperature=config.rollout.temperature, banned=BANNED, mesh=mesh,
+        temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
     packer = Packer(stage, config, buckets, processor, mesh, images)
     large, small = (_sizes(config, largest, images) for largest in (True, False))
@@ -167,7 +170,7 @@ def _variant(
     programs.append(Program("update", packer.updates, apply, apply, on_device(frozen) + kept))
     if grpo:
         beside = 0 if apart else moments + on_device(sums) + kept
-        engine = (config, known, processor, buckets, stage, apart or mesh)
+        engine = (config, processor, buckets, stage, apart or mesh)
         programs.append(_sampling(*engine, large, small, images, beside))
     shapes = {
         "prompts of a step": stage.prompts,
@@ -180,7 +183,8 @@ def _variant(
         "tokens of a response": [slab.tokens.shape[1] for slab in batch.slabs],
         "tokens to sample": config.rollout.max_new_tokens if grpo else 0,
     }
-    return Variant(stages, images, mesh, tuple(programs), shapes)
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    return Variant(stages, images, mesh, tuple(programs), shapes, count)
 
 
 def _state(learner: Learner, trained: nnx.State, mesh: Mesh) -> TrainState:
@@ -210,8 +214,7 @@ def _score(name, learner, policy, frozen, batch, smallest, times, resident) -> P
 
 def _sampling(
     config: ConfigDict,
-    known: ModelConfig,
-    processor: Any,
+    processor: Processor,
     buckets: Buckets,
     stage: Stage,
     mesh: Mesh,
@@ -222,6 +225,7 @@ def _sampling(
 ) -> Program:
     """Prefill and decoding of as many rows as the engine takes at once."""
     dtype = jnp.dtype(config.optimizer.parameters)
+    known = processor.config
     graph, parameters = abstract_model(config, known, mesh, dtype)
     engine = LocalEngine(
         nnx.merge(graph, parameters), processor, max_rows=config.rollout.max_rows, buckets=buckets, mesh=mesh
@@ -233,7 +237,7 @@ def _sampling(
         sampling = Sampling(length, config.rollout.temperature, config.rollout.top_p)
         prompts = engine.batch_prompts(group)
         shape = (max if largest else min)(buckets.shapes(sizes, images, prompts, sharding.row_shards(mesh)))
-        blank = sharding.abstract(mesh, buckets.blank(shape, known, PAD))
+        blank = sharding.abstract(mesh, buckets.blank(shape, known, processor.pad_token))
         return engine.program(group, sampling).trace(parameters, blank, jax.ShapeDtypeStruct((), np.uint32))
 
     prompts = engine.batch_prompts(group)
@@ -242,7 +246,7 @@ def _sampling(
     slots = (prompts * max(size.tokens for size in large) + prompts * group * T) // rows
     decoder = sum(leaf.size for path, leaf in nnx.to_flat_state(parameters) if path[0] != "visual")
     return Program(
-        "sampling",
+        SAMPLING,
         math.ceil(stage.prompts / prompts),
         lambda: trace(large, True, T),
         lambda: trace(small, False, shortest),

@@ -19,12 +19,16 @@ class Programs:
         self._jitted = jax.jit(function, **jit_arguments)
         self._compiled: dict[Any, Any] = {}
 
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        """The program for these shapes, not compiled."""
+        return self._jitted.trace(*arguments)
+
     def compile(self, *arguments: Any) -> Any:
         """The executable for these shapes, compiled unless done; nothing runs and nothing is donated."""
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._compiled:
-            self._compiled[key] = self._jitted.lower(*arguments).compile()
+            self._compiled[key] = self.trace(*arguments).lower().compile()
         return self._compiled[key]
 
     def __call__(self, *arguments: Any) -> Any:

@@ -163,7 +163,8 @@ class LocalEngine:
         """This process's prompts in a batch when each gets `n` responses."""
         return max(1, self._max_rows // n // sharding.row_shards(self._mesh)) * self._shards
 
-    def _program(self, n: int, sampling: Sampling) -> Programs:
+    def program(self, n: int, sampling: Sampling) -> Programs:
+        """What `generate` runs: (parameters, PromptBatch, seed) -> tokens, log-probs and lengths of n rows a prompt."""
         if (n, sampling) not in self._programs:
             known = self._processor
 
@@ -183,7 +184,7 @@ class LocalEngine:
         for shape in self._buckets.shapes(sizes, images, size, self._shards):
             blank = self._buckets.blank(shape, known.config, known.pad_token)
             abstract = sharding.abstract(self._mesh, blank)
-            self._program(n, sampling).compile(self._parameters, abstract, np.uint32(0))
+            self.program(n, sampling).compile(self._parameters, abstract, np.uint32(0))
 
     def generate(
         self,
@@ -206,7 +207,7 @@ class LocalEngine:
             batch = sharding.put(self._mesh, batch)
             # One integer seeds a whole batch; each batch of the call draws its own stream.
             stream = np.uint32((seed + 7919 * number) % 2**32)
-            drawn = self._program(n, sampling)(self._parameters, batch, stream)
+            drawn = self.program(n, sampling)(self._parameters, batch, stream)
             tokens, logprobs, lengths = map(sharding.fetch_rows, drawn)
             for row in range(len(part)):
                 rows = range(row * n, (row + 1) * n)
