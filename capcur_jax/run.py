@@ -453,14 +453,17 @@ class Run:
         problems = self.sets.problems(name, self.config.evaluation.split)
         return problems[: self.config.evaluation.questions or None]
 
-    def _accuracies(self, title: str, split: str, questions: int, sampling: Sampling) -> list[dict[str, Any]]:
+    def _accuracies(
+        self, title: str, split: str, questions: int, sampling: Sampling, stoppable: bool
+    ) -> list[dict[str, Any]]:
         """Accuracy of every capability now, on the first `questions` of a split (0: all)."""
         results = []
         sets = {name: self.sets.problems(name, split)[: questions or None] for name in self.config.evaluation.sets}
         with self.display.progress(title, sum(map(len, sets.values()))) as progress:
 
             def advance(count: int) -> None:
-                self.interruption.check(distributed.agree)
+                if stoppable:
+                    self.interruption.check(distributed.agree)
                 progress(count)
 
             for name, problems in sets.items():
@@ -482,7 +485,7 @@ class Run:
     def evaluate(self, label: str) -> None:
         """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
         settings, started = self.config.evaluation, time.monotonic()
-        results = self._accuracies(f"evaluating ({label})", settings.split, settings.questions, self._greedy)
+        results = self._accuracies(f"evaluating ({label})", settings.split, settings.questions, self._greedy, True)
         records = [{"type": "evaluation", "step": self.step, "after": label, **result} for result in results]
         for record in records:
             self._write({**record, "seconds_all": time.monotonic() - started})
@@ -491,9 +494,12 @@ class Run:
         self.display.evaluation(records)
 
     def validate(self, stage: str) -> float:
-        """Mean accuracy over the capabilities on validation questions; the best so far is exported."""
+        """Mean accuracy over the capabilities on validation questions; the best so far is exported.
+
+        A signal to stop waits for its end: the checkpoint of this step is to have the figure.
+        """
         settings, started = self.config.validation, time.monotonic()
-        results = self._accuracies(f"validating ({stage})", "validation", settings.questions, self._validating)
+        results = self._accuracies(f"validating ({stage})", "validation", settings.questions, self._validating, False)
         accuracy = statistics.fmean(result["accuracy"] for result in results)
         record = {
             "type": "validation",
