@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from capcur_jax import distributed, metrics, schedule
+from capcur_jax import distributed, metrics, results, schedule
 from capcur_jax.data import packing, pipeline
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import target_tokens
@@ -54,26 +54,26 @@ def train(
     display = Display(total_steps=sum(stage.steps for stage in stages), quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
-        run.plan()
+        results.plan(run)
         at = run.position
         try:
             if not at.evaluated:
-                run.evaluate("base")
+                results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):
                 train_stage(run, stage, number, tracer)
                 if config.export.each_stage and number + 1 < len(stages):
                     run.export(f"{number + 1}-{stage.name}")
-                run.evaluate(stage.name)
+                results.evaluate(run, stage.name)
             status = "finished"
         except Interrupted as signal:
             display.warn(f"{signal}: stopping here; the same command with --workdir={workdir} goes on")
             status = "interrupted"
         except Exception:
-            run.finish("failed")
+            results.finish(run, "failed")
             raise
         finally:
             tracer.close()
-        summary = run.finish(status)
+        summary = results.finish(run, status)
         distributed.barrier("end")  # a process that leaves earlier would take the others with it
         return summary
 
@@ -140,7 +140,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
         metric = None
         if config.validation.every and (step + 1) % config.validation.every == 0:
             late.write()
-            metric = run.validate(stage.name)
+            metric = results.validate(run, stage.name)
         if metric is not None or (step + 1) % config.checkpointing.every == 0 or step + 1 == stage.steps:
             late.write()
             with late.extra("seconds_checkpoint"):

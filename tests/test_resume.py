@@ -53,7 +53,8 @@ def command(checkpoint, tmp_path_factory):
                 sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={workdir}",
                 *(f"--config.{key}={value}" for key, value in settings.items()), *arguments,
             ],
-            cwd=ROOT, env={**environment, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, env={**environment, "XLA_FLAGS": flags}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     return start
@@ -123,7 +124,8 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(command, unbroken, 
     process = command(workdir, "--config.checkpointing.every=100")
     limit = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < limit:
-        if b'"stage_step":' in (workdir / "metrics.jsonl").read_bytes() if size(workdir / "metrics.jsonl") else False:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and b'"stage_step":' in path.read_bytes():
             break
         time.sleep(0.02)
     process.terminate()
