@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from capcur_jax import metrics
+from capcur_jax import metrics, objectives
 from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.errors import InputError
