@@ -127,11 +127,11 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
             minibatches = packer.minibatches(items)
         started = time.perf_counter()
         with timer("update"):
-            results = trainer.step(minibatches, packer.old, rates[step])
+            updates = trainer.step(minibatches, packer.old, rates[step])
         with timer("sync"):
             run.publish(trainer.parameters(), packer.updates)
         run.step += 1
-        late.put(record_of(run, stage, step, minibatches, rollout, rates[step][-1]), results, timer, started)
+        late.put(record_of(run, stage, step, minibatches, rollout, rates[step][-1]), updates, timer, started)
         if rollout and step % config.log.rollouts_every == 0:
             for line in rollout.shown(config.log.rollout_prompts, run.workdir):
                 run.rollouts.write({"step": run.step, "stage": stage.name, **line})
