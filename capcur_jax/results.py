@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -17,6 +18,7 @@ from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation import heldout, report
+from capcur_jax.models.inputs import BadInput
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
@@ -129,7 +131,7 @@ def _accuracies(
 def evaluate(run: Run, label: str) -> None:
     """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
     settings, started = run.config.evaluation, time.monotonic()
-    results = _accuracies(run, f"evaluating ({label})", settings.split, settings.questions, run._greedy, True)
+    results = _accuracies(run, f"evaluating ({label})", settings.split, settings.questions, run.greedy, True)
     records = [{"type": "evaluation", "step": run.step, "after": label, **result} for result in results]
     for record in records:
         run._write({**record, "seconds_all": time.monotonic() - started})
@@ -138,13 +140,24 @@ def evaluate(run: Run, label: str) -> None:
     run.display.evaluation(records)
 
 
+def warm_up_validation(run: Run) -> None:
+    """Compiles what `validate` samples with, so that it does not look like a late compilation."""
+    settings = run.config.validation
+    for name in run.config.evaluation.sets if settings.every else ():
+        sizes = []
+        for problem in run.sets.problems(name, "validation")[: settings.questions or None]:
+            with contextlib.suppress(BadInput):  # `validate` counts it
+                sizes.append(run.builder.measure(problem))
+        run.engine.warm_up(sizes, run.validating, 1, any(size.images for size in sizes))
+
+
 def validate(run: Run, stage: str) -> float:
     """Mean accuracy over the capabilities on validation questions; the best so far is exported.
 
     A signal to stop waits for its end: the checkpoint of this step is to have the figure.
     """
     settings, started = run.config.validation, time.monotonic()
-    results = _accuracies(run, f"validating ({stage})", "validation", settings.questions, run._validating, False)
+    results = _accuracies(run, f"validating ({stage})", "validation", settings.questions, run.validating, False)
     accuracy = statistics.fmean(result["accuracy"] for result in results)
     record = {
         "type": "validation",

@@ -90,7 +90,7 @@ class Run:
         self._open_model()
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
         self.sampling = sampling_of(config, "rollout")
-        self._greedy, self._validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
+        self.greedy, self.validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
         try:
             self.reward = make_reward(config.reward)
         except ValueError as error:
@@ -227,20 +227,22 @@ class Run:
         config, learner = self.config, self.learner(stage)
         trained, frozen = learner.split(self.parameters)
         name = f"{number}-{stage.name}"
-        resumed = self.checkpoint is not None and self._resuming(number)
+        resumed = self.checkpoint is not None and self.position.stage == number
         wanted = stage.objective == "grpo" and needs_reference(config)
         dtype = dtype_of(config.reference.dtype, "config.reference.dtype")
-        # Updates donate what they are given, so the stage's start is copied.
-        copied = learner.copy_as(trained, dtype) if wanted else None
         if resumed:
-            start = {"frozen": frozen, "reference": copied}
-            start = self.checkpoints.restore_reference(name, jax.tree.map(sharding.shape_of, start))
+            shapes = learner.abstract_state()
+            reference = jax.tree.map(lambda leaf: sharding.shape_of(leaf, dtype), shapes.trained) if wanted else None
+            start = {"frozen": jax.tree.map(sharding.shape_of, frozen), "reference": reference}
+            start = self.checkpoints.restore_reference(name, start)
             frozen, copied = start["frozen"], start["reference"]
-            state = self.checkpoints.restore(self.checkpoint, jax.tree.map(sharding.shape_of, learner.start(trained)))
+            state = self.checkpoints.restore(self.checkpoint, shapes)
             self.checkpoint = None
             self.parameters = nnx.merge_state(state.trained, frozen)
             self.engine.update_weights(self.parameters, self.version)
         else:
+            # Updates donate what they are given, so the stage's start is copied.
+            copied = learner.copy_as(trained, dtype) if wanted else None
             self.checkpoints.save_reference(name, {"frozen": frozen, "reference": copied})
             state = learner.start(trained)
             self.position = Position(stage=number, evaluated=True)
@@ -251,9 +253,6 @@ class Run:
         if not resumed:
             self.save(trainer, wait=True)
         return trainer
-
-    def _resuming(self, number: int) -> bool:
-        return self.position.stage == number
 
     def save(self, trainer: Trainer, metric: float | None = None, wait: bool = False) -> None:
         """A checkpoint from which the run goes on here; written in the background."""

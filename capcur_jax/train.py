@@ -140,7 +140,8 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
         metric = None
         if config.validation.every and (step + 1) % config.validation.every == 0:
             late.write()
-            metric = results.validate(run, stage.name)
+            with late.extra("seconds_validation"):
+                metric = results.validate(run, stage.name)
         if metric is not None or (step + 1) % config.checkpointing.every == 0 or step + 1 == stage.steps:
             late.write()
             with late.extra("seconds_checkpoint"):
@@ -245,6 +246,7 @@ def warm_up(
         if stage.objective == "grpo":
             run.engine.warm_up(sizes, run.sampling, config.rollout.group, images)
             run.warm_up_advantages(stage.prompts // jax.process_count())
+        results.warm_up_validation(run)
         done()
         trainer.sums = learner.zeros(state.trained, trainer.frozen, gradients[0])
         for batch in passes:
