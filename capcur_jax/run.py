@@ -38,7 +38,7 @@ from capcur_jax.rollout.local import LocalEngine
 from capcur_jax.rollouts import Example, Group
 from capcur_jax.schedule import Stage
 from capcur_jax.sinks import Sinks
-from capcur_jax.updates import Offload, Trainer, needs_reference
+from capcur_jax.updates import Offload, Packer, Trainer, needs_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Run:
         self.step, self.version = self._counts["step"], self._counts["version"]
         self.skipped_updates = self.skipped_before = self._counts["skipped_updates"]
         self._open_model()
+        for stage in stages:  # what does not fit together is said before anything is computed
+            Packer(stage, config, self.buckets, self.processor, self.mesh, images=True)
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
         self.sampling = sampling_of(config, "rollout")
         self.greedy, self.validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")

@@ -28,7 +28,7 @@ SETTINGS = {
     "validation.every": 2,
     "validation.questions": 4,
     "evaluation.questions": 4,
-    "reward.workers": 1,
+    "reward.function": "tests.test_main:reward_by_length",  # a random model's groups differ in nothing else
     "objective.updates_per_batch": 2,
     "rollout.dynamic_retries": 1,
 }
@@ -168,4 +168,4 @@ def test_a_run_goes_on_on_another_mesh(command, unbroken, tmp_path):
     for mine, other in zip(ours, theirs, strict=True):
         if mine["type"] == "step":
             assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
-            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-6)
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2) and mine["grad_norm"] > 1e-3
