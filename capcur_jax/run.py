@@ -27,7 +27,7 @@ from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import Learner
 from capcur_jax.models import config as model_config
-from capcur_jax.models import fresh, huggingface
+from capcur_jax.models import fresh, huggingface, published
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
@@ -171,6 +171,12 @@ class Run:
             distributed.barrier("skeleton")
             model = huggingface.create(model_config.from_directory(self.source), config.seed, sharding=place, **kinds)
         self.processor = Processor.from_directory(self.source, prompt.min_pixels, prompt.max_pixels)
+        if config.architecture:
+            expected = model_config.from_dict(published.config(config.architecture))
+            if (expected.text, expected.vision) != (self.processor.config.text, self.processor.config.vision):
+                self.display.warn(
+                    f"{self.source} is no {config.architecture}: what plan says of that does not hold here"
+                )
         self.builder = PromptBuilder(self.processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
         merged = self.processor.config.vision.merge_size**2
         if prompt.patch_row % merged:
