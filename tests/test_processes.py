@@ -21,8 +21,10 @@ def test_two_processes_are_one_run(checkpoint, tmp_path):
         **SMALL, "checkpoint": str(checkpoint), "order": ("perception", "text"), "mesh.data": 2,
         "evaluation.questions": 7, "validation.every": 2, "validation.questions": 5, "rollout.dynamic_retries": 1,
         "reward.workers": 1, "reward.function": "tests.test_main:reward_by_length", "evaluation.blind": False,
-        **{f"stages.{name}.{key}": value for name in ("perception", "text") for key, value in (("steps", 2), ("prompts", 8))},
+        **{f"stages.{name}.steps": 2 for name in ("perception", "text")},
+        **{f"stages.{name}.prompts": 8 for name in ("perception", "text")},
     }  # fmt: skip
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     started = [
         subprocess.Popen(
             [
@@ -31,7 +33,7 @@ def test_two_processes_are_one_run(checkpoint, tmp_path):
                 *(f"--config.{key}={value}" for key, value in settings.items()),
             ],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"},
+            env={**os.environ, "XLA_FLAGS": flags},
         )
         for i in range(2)
     ]  # fmt: skip
