@@ -207,6 +207,7 @@ class Learner:
         difference = jnp.abs(old - sampler)
         values = {
             "entropy": new.entropy,
+            "clip_fraction": terms.clipped_low | terms.clipped_high | terms.clipped_dual,
             "clip_fraction_low": terms.clipped_low,
             "clip_fraction_high": terms.clipped_high,
             "clip_fraction_dual": terms.clipped_dual,
