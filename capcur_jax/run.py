@@ -73,9 +73,7 @@ class Run:
         self._build_data()
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
         plain = check_same(workdir, config)
-        self.checkpoints = self._closing.enter_context(
-            Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
-        )
+        self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
         self.checkpoint = self.checkpoints.latest()
         self.position, self._counts = Position(), {"step": 0, "version": 0, "skipped_updates": 0, "seconds": 0.0}
         self.evaluations: list[dict] = []
@@ -202,8 +200,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
         self._closing.close()
+        if kind is None or distributed.process_count() == 1:  # closing meets the other processes, which are elsewhere
+            self.checkpoints.close()
 
     def problems(self, names: Sequence[str], split: str) -> list[Problem]:
         """The problems of several sets, one after the other."""

@@ -69,7 +69,8 @@ def train(
             display.warn(f"{signal}: stopping here; the same command with --workdir={workdir} goes on")
             status = "interrupted"
         except Exception:
-            results.finish(run, "failed")
+            if distributed.process_count() == 1:  # an export needs all processes; the others end when this one does
+                results.finish(run, "failed")
             raise
         finally:
             tracer.close()
