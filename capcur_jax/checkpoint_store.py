@@ -229,7 +229,7 @@ def _savable(leaf: Any) -> jax.Array | np.ndarray:
         return leaf
     if isinstance(leaf, (bool, int, float)):
         return np.array(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
-    array = np.array(leaf)  # a copy: the caller may go on writing to his
+    array = np.asarray(leaf)  # copied by Orbax before the save returns
     if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
         raise ValueError(f"a leaf of the state is {array.dtype}, which JAX would not restore")
     return array

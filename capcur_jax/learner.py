@@ -94,8 +94,10 @@ class Learner:
         self._losses = {"grpo": self._grpo_losses, "sft": self._sft_losses}[objective]
         trained, _ = self.split(parameters)
         abstract = jax.tree.map(self._abstract, trained)
-        state = self._shardings(jax.eval_shape(self._optimizer.init, abstract), abstract)
+        shapes = jax.eval_shape(self._optimizer.init, abstract)
+        state = self._shardings(shapes, abstract)
         one = None if mesh is None else sharding.replicated(mesh)
+        self._abstract_state = abstract, shapes, state, one
         of_trained = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         sums = Sums(of_trained, one)
         rows = None if mesh is None else sharding.by_rows(mesh)
@@ -122,6 +124,12 @@ class Learner:
         if self._mesh is not None:
             skipped = jax.device_put(skipped, sharding.replicated(self._mesh))
         return TrainState(trained, self.start_optimizer(trained), skipped)
+
+    def abstract_state(self) -> TrainState:
+        """What `start` gives, by shape and place alone: for restoring into. Needs a mesh."""
+        trained, shapes, places, one = self._abstract_state
+        placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
+        return TrainState(trained, placed, jax.ShapeDtypeStruct((), jnp.int32, sharding=one))
 
     def copy_as(self, trained: nnx.State, dtype: Any) -> nnx.State:
         """A copy that updates do not touch, in that dtype."""
@@ -199,6 +207,7 @@ class Learner:
         difference = jnp.abs(old - sampler)
         values = {
             "entropy": new.entropy,
+            "clip_fraction": terms.clipped_low | terms.clipped_high | terms.clipped_dual,
             "clip_fraction_low": terms.clipped_low,
             "clip_fraction_high": terms.clipped_high,
             "clip_fraction_dual": terms.clipped_dual,

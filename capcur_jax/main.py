@@ -50,7 +50,7 @@ def prepare_workdir(path: str | None, config_file: str) -> Path:
 
 def finished(workdir: Path, config: ConfigDict) -> dict | None:
     """The summary of the run that the directory holds, if it came to its end. Raises InputError if it was another."""
-    from capcur_jax.run import check_same
+    from capcur_jax.checks import check_same
 
     check_same(workdir, config)
     try:

@@ -140,8 +140,8 @@ def _split(parameter: jax.Array, master: jax.Array) -> tuple[jax.Array, jax.Arra
     low = jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.int16)
     old = parameter.astype(jnp.float32)
     change = target - old
-    # A parameter that falls to less than 1/65536 of itself in one step may have no exact difference: it then goes on
-    # from where the sum leads, which is as near as float32 gets.
+    # A fused multiply-add may leave less than 1/65536 of a parameter: no float32 difference leads there. The parameter
+    # then goes on from where the sum does lead, without a rest: the rest of another number beside 0 could be NaN.
     return change, jnp.where(old + change == target, low, 0)
 
 

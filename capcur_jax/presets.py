@@ -161,10 +161,10 @@ def laptop() -> ConfigDict:
     )
 
 
-def qwen3_vl_8b() -> ConfigDict:
-    """The paper's run (sections 3 and 4): needs a Qwen3-VL-8B checkpoint, the three data sets and 8 x H200."""
+def _paper(architecture: str) -> ConfigDict:
+    """The paper's run (sections 3 and 4) of a published size: needs a checkpoint, the three data sets and 8 x H200."""
     config = laptop()
-    config.checkpoint, config.architecture = "", "qwen3_vl_8b"
+    config.checkpoint, config.architecture = "", architecture
     for name, steps in (("perception", 90), ("text", 375), ("visual", 465)):
         config.stages[name] = _stage((name,), steps, 512, 1e-6, freeze="^visual" if name == "text" else "")
     config.stages.merged = _stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
@@ -197,7 +197,31 @@ def qwen3_vl_8b() -> ConfigDict:
     return config
 
 
-PRESETS = {"laptop": laptop, "qwen3_vl_8b": qwen3_vl_8b}
+def qwen3_vl_8b() -> ConfigDict:
+    """The paper's first model."""
+    return _paper("qwen3_vl_8b")
+
+
+def qwen2_5_vl_7b() -> ConfigDict:
+    """The paper's second model."""
+    return _paper("qwen2_5_vl_7b")
+
+
+def qwen2_5_vl_72b() -> ConfigDict:
+    """Beyond the paper: what the sharded trainer is for. docs/plan.md has the smallest topologies that hold it."""
+    config = _paper("qwen2_5_vl_72b")
+    config.mesh.tensor = 8
+    config.optimizer.update({"parameters": "bfloat16", "moments": "bfloat16"})
+    config.packing.micro_prompts = 1
+    return config
+
+
+PRESETS = {
+    "laptop": laptop,
+    "qwen3_vl_8b": qwen3_vl_8b,
+    "qwen2_5_vl_7b": qwen2_5_vl_7b,
+    "qwen2_5_vl_72b": qwen2_5_vl_72b,
+}
 
 
 def get(preset: str, order: tuple[str, ...] = CAPABILITIES) -> ConfigDict:

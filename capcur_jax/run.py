@@ -5,48 +5,40 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from capcur_jax import distributed, metrics, objectives, sharding
-from capcur_jax.checkpointing import Checkpoints, check_same_config, truncate_records
-from capcur_jax.data.blind import blind_accuracy
+from capcur_jax.checkpointing import Checkpoints, truncate_records
+from capcur_jax.checks import check, check_same, dtype_of, sampling_of
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
-from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder, explain_skipped
+from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder
 from capcur_jax.display import Display
 from capcur_jax.errors import InputError
-from capcur_jax.evaluation import heldout, report
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import Learner
 from capcur_jax.models import config as model_config
-from capcur_jax.models import fresh, huggingface
+from capcur_jax.models import fresh, huggingface, published
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.rewards.reward import make_reward
-from capcur_jax.rollout.engine import Sample, Sampling
+from capcur_jax.rollout.engine import Sample
 from capcur_jax.rollout.local import LocalEngine
 from capcur_jax.rollouts import Example, Group
 from capcur_jax.schedule import Stage
 from capcur_jax.sinks import Sinks
-from capcur_jax.updates import Offload, Trainer, needs_reference
-
-DTYPES = ("float32", "bfloat16")
-# What a run that goes on may have changed: where it computes, what it writes, and how long it is.
-MAY_CHANGE = ("mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers")
+from capcur_jax.updates import Offload, Packer, Trainer, needs_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,82 +49,6 @@ class Position:
     stage_step: int = 0  # steps of it that are done
     batches: int = 0  # rollout batches of it that were drawn
     evaluated: bool = False  # the base was
-
-
-def _dtype(name: str, key: str):
-    if name not in DTYPES:
-        raise InputError(f"{key} = {name!r}; choose one of {', '.join(DTYPES)}")
-    return jnp.dtype(name)
-
-
-def _sampling(config: ConfigDict, key: str) -> Sampling:
-    try:
-        return Sampling(config.rollout.max_new_tokens, config[key].temperature, config[key].top_p)
-    except ValueError as error:
-        raise InputError(f"config.{key}: {error}") from None
-
-
-def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
-    """Everything the run needs from outside, missing things named all at once. Raises InputError."""
-    missing = []
-    if not config.checkpoint and not config.create:
-        missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
-    needed = {(name, "train") for stage in stages for name in stage.data}
-    needed |= {(name, config.evaluation.split) for name in config.evaluation.sets}
-    if config.validation.every:
-        needed |= {(name, "validation") for name in config.evaluation.sets}
-    for name, split in sorted(needed):
-        if name not in config.data.sets:
-            missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")
-            continue
-        entry = config.data.sets[name]
-        if split not in entry or split == "source":
-            missing.append(f"config.evaluation.split = {split!r}; choose train, validation or test")
-        elif sets.missing(name, split):
-            missing.append(f"config.data.sets.{name}.{split}: {sets.missing(name, split)}")
-        elif entry[split] and not sets.path(name, split).is_file():
-            missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
-    if missing:
-        raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
-    _check_numbers(config, stages)
-
-
-def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
-    """Values that would otherwise fail hours later, or quietly train nothing."""
-    least = {
-        "seed": 0, "prompt.max_tokens": 1, "rollout.max_rows": 1, "objective.updates_per_batch": 1,
-        "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0, "rollout.dynamic_retries": 0,
-        "packing.micro_prompts": 0, "checkpointing.every": 1, "checkpointing.keep": 1, "validation.every": 0,
-        "validation.questions": 0,
-    }  # fmt: skip
-    if any(stage.objective == "grpo" for stage in stages):
-        least["rollout.group"] = 2  # an advantage is a comparison inside the group
-    for key, value in least.items():
-        section, _, name = key.rpartition(".")
-        if (config[section] if section else config)[name] < value:
-            raise InputError(f"config.{key} must be at least {value}")
-    for stage in stages:
-        if stage.prompts < 1:
-            raise InputError(f"config.stages.{stage.name}.prompts must be at least 1")
-        if stage.objective != "grpo":
-            continue
-        if stage.prompts % config.objective.updates_per_batch:
-            raise InputError(
-                f"config.stages.{stage.name}.prompts = {stage.prompts} can't be split into "
-                f"config.objective.updates_per_batch = {config.objective.updates_per_batch} equal updates"
-            )
-        if config.rollout.temperature <= 0:
-            raise InputError("config.rollout.temperature must be above 0: greedy groups are all equal")
-    if max(config.prompt.token_buckets, default=0) < config.prompt.max_tokens:
-        raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
-
-
-def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
-    """The config in plain JSON types; raises InputError if the directory holds a run with another one."""
-    plain, stored = json.loads(metrics.to_json(config.to_dict())), workdir / "config.json"
-    if stored.exists():
-        check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
-    return plain
 
 
 class Run:
@@ -157,9 +73,7 @@ class Run:
         self._build_data()
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
         plain = check_same(workdir, config)
-        self.checkpoints = self._closing.enter_context(
-            Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
-        )
+        self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
         self.checkpoint = self.checkpoints.latest()
         self.position, self._counts = Position(), {"step": 0, "version": 0, "skipped_updates": 0, "seconds": 0.0}
         self.evaluations: list[dict] = []
@@ -172,9 +86,11 @@ class Run:
         self.step, self.version = self._counts["step"], self._counts["version"]
         self.skipped_updates = self.skipped_before = self._counts["skipped_updates"]
         self._open_model()
+        for stage in stages:  # what does not fit together is said before anything is computed
+            Packer(stage, config, self.buckets, self.processor, self.mesh, images=True)
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
-        self.sampling = _sampling(config, "rollout")
-        self._greedy, self._validating = _sampling(config, "evaluation"), _sampling(config, "validation")
+        self.sampling = sampling_of(config, "rollout")
+        self.greedy, self.validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
         try:
             self.reward = make_reward(config.reward)
         except ValueError as error:
@@ -239,8 +155,8 @@ class Run:
         config, prompt = self.config, self.config.prompt
         self.source = Path(config.checkpoint).expanduser()
         kinds = {"remat": config.model.remat, "attention": config.model.attention, "mesh": self.mesh}
-        kinds["dtype"] = _dtype(config.model.dtype, "config.model.dtype")
-        kinds["param_dtype"] = _dtype(config.optimizer.parameters, "config.optimizer.parameters")
+        kinds["dtype"] = dtype_of(config.model.dtype, "config.model.dtype")
+        kinds["param_dtype"] = dtype_of(config.optimizer.parameters, "config.optimizer.parameters")
         lora = config.model.lora
         self.lora = kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
         place = functools.partial(sharding.of_parameter, self.mesh)
@@ -253,6 +169,12 @@ class Run:
             distributed.barrier("skeleton")
             model = huggingface.create(model_config.from_directory(self.source), config.seed, sharding=place, **kinds)
         self.processor = Processor.from_directory(self.source, prompt.min_pixels, prompt.max_pixels)
+        if config.architecture:
+            expected = model_config.from_dict(published.config(config.architecture))
+            if (expected.text, expected.vision) != (self.processor.config.text, self.processor.config.vision):
+                self.display.warn(
+                    f"{self.source} is no {config.architecture}: what plan says of that does not hold here"
+                )
         self.builder = PromptBuilder(self.processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
         merged = self.processor.config.vision.merge_size**2
         if prompt.patch_row % merged:
@@ -278,8 +200,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *unused) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
         self._closing.close()
+        if kind is None or distributed.process_count() == 1:  # closing meets the other processes, which are elsewhere
+            self.checkpoints.close()
 
     def problems(self, names: Sequence[str], split: str) -> list[Problem]:
         """The problems of several sets, one after the other."""
@@ -311,20 +235,22 @@ class Run:
         config, learner = self.config, self.learner(stage)
         trained, frozen = learner.split(self.parameters)
         name = f"{number}-{stage.name}"
-        resumed = self.checkpoint is not None and self._resuming(number)
+        resumed = self.checkpoint is not None and self.position.stage == number
         wanted = stage.objective == "grpo" and needs_reference(config)
-        dtype = _dtype(config.reference.dtype, "config.reference.dtype")
-        # Updates donate what they are given, so the stage's start is copied.
-        copied = learner.copy_as(trained, dtype) if wanted else None
+        dtype = dtype_of(config.reference.dtype, "config.reference.dtype")
         if resumed:
-            start = {"frozen": frozen, "reference": copied}
-            start = self.checkpoints.restore_reference(name, jax.tree.map(sharding.shape_of, start))
+            shapes = learner.abstract_state()
+            reference = jax.tree.map(lambda leaf: sharding.shape_of(leaf, dtype), shapes.trained) if wanted else None
+            start = {"frozen": jax.tree.map(sharding.shape_of, frozen), "reference": reference}
+            start = self.checkpoints.restore_reference(name, start)
             frozen, copied = start["frozen"], start["reference"]
-            state = self.checkpoints.restore(self.checkpoint, jax.tree.map(sharding.shape_of, learner.start(trained)))
+            state = self.checkpoints.restore(self.checkpoint, shapes)
             self.checkpoint = None
             self.parameters = nnx.merge_state(state.trained, frozen)
             self.engine.update_weights(self.parameters, self.version)
         else:
+            # Updates donate what they are given, so the stage's start is copied.
+            copied = learner.copy_as(trained, dtype) if wanted else None
             self.checkpoints.save_reference(name, {"frozen": frozen, "reference": copied})
             state = learner.start(trained)
             self.position = Position(stage=number, evaluated=True)
@@ -335,9 +261,6 @@ class Run:
         if not resumed:
             self.save(trainer, wait=True)
         return trainer
-
-    def _resuming(self, number: int) -> bool:
-        return self.position.stage == number
 
     def save(self, trainer: Trainer, metric: float | None = None, wait: bool = False) -> None:
         """A checkpoint from which the run goes on here; written in the background."""
@@ -384,131 +307,6 @@ class Run:
 
     # ------------------------------------------------------------------ what the user sees
 
-    def plan(self) -> None:
-        """Writes config and versions; prints stages, data, steps, parameters and devices."""
-        config = self.config
-        if self.owner:
-            metrics.write_json_atomic(self.workdir / "config.json", config.to_dict())
-            metrics.write_json_atomic(self.workdir / "versions.json", metrics.versions())
-        sizes = {path[0]: 0 for path, _ in nnx.to_flat_state(self.parameters)}
-        for path, leaf in nnx.to_flat_state(self.parameters):
-            sizes[path[0]] += leaf.size
-        self.parameter_count = sum(sizes.values())
-        self.blind = self._blind()
-        devices, rows = jax.devices(), sharding.row_shards(self.mesh)
-        self.display.plan(
-            {
-                "Run": {
-                    "work directory": str(self.workdir),
-                    "checkpoint": str(self.source),
-                    "parameters": self.parameter_count,
-                    "of them vision": sizes["visual"],
-                    "compute": config.model.dtype,
-                    "devices": f"{len(devices)} x {devices[0].device_kind}",
-                    "mesh": " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-                    + f": {rows} device rows, each with its own prompts",
-                    **distributed.describe(),
-                    "seed": config.seed,
-                },
-                "Stages": [self._plan_of(stage) for stage in self.stages],
-                f"Held-out questions ({config.evaluation.split})": [
-                    {
-                        "set": name,
-                        "questions": len(self._questions(name)),
-                        "blind guess": f"{self.blind[name]:.1%}" if name in self.blind else "",
-                    }
-                    for name in config.evaluation.sets
-                ],
-            }
-        )
-        self.display.table("Where parameters lie", sharding.described(self.mesh, self.parameters))
-        for (name, split), lines in self.sets.skipped_rows.items():
-            self.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")
-
-    def _plan_of(self, stage: Stage) -> dict[str, Any]:
-        group = f" x {self.config.rollout.group}" if stage.objective == "grpo" else ""
-        return {
-            "stage": stage.name,
-            "data": " + ".join(stage.data),
-            "problems": len(self.problems(stage.data, "train")),
-            "objective": stage.objective,
-            "steps": stage.steps,
-            "a step": f"{stage.prompts}{group}",
-            "learning rate": f"{stage.learning_rate:g}",
-            "frozen": stage.freeze or "nothing",
-        }
-
-    def _blind(self) -> dict[str, float]:
-        """The best accuracy without looking, for each held-out set with images."""
-        if not self.config.evaluation.blind:
-            return {}
-        blind = {}
-        for name in self.config.evaluation.sets:
-            questions = self._questions(name)
-            if any(problem.images for problem in questions) and name in {n for s in self.stages for n in s.data}:
-                blind[name] = blind_accuracy(self.sets.problems(name, "train"), questions)
-        return blind
-
-    def _questions(self, name: str) -> list[Problem]:
-        problems = self.sets.problems(name, self.config.evaluation.split)
-        return problems[: self.config.evaluation.questions or None]
-
-    def _accuracies(self, title: str, split: str, questions: int, sampling: Sampling) -> list[dict[str, Any]]:
-        """Accuracy of every capability now, on the first `questions` of a split (0: all)."""
-        results = []
-        sets = {name: self.sets.problems(name, split)[: questions or None] for name in self.config.evaluation.sets}
-        with self.display.progress(title, sum(map(len, sets.values()))) as progress:
-
-            def advance(count: int) -> None:
-                self.interruption.check(distributed.agree)
-                progress(count)
-
-            for name, problems in sets.items():
-                result = heldout.evaluate(
-                    problems,
-                    engine=self.engine,
-                    builder=self.builder,
-                    reward=self.reward,
-                    sampling=sampling,
-                    seed=self.config.seed,
-                    batch=self.config.rollout.max_rows,
-                    progress=advance,
-                )
-                if not result["questions"]:
-                    raise InputError(f"no {split} question of '{name}' can be used: {self.builder.reasons()}")
-                results.append({"capability": name, **result})
-        return results
-
-    def evaluate(self, label: str) -> None:
-        """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
-        settings, started = self.config.evaluation, time.monotonic()
-        results = self._accuracies(f"evaluating ({label})", settings.split, settings.questions, self._greedy)
-        records = [{"type": "evaluation", "step": self.step, "after": label, **result} for result in results]
-        for record in records:
-            self._write({**record, "seconds_all": time.monotonic() - started})
-        self.evaluations += records
-        self.position = dataclasses.replace(self.position, evaluated=True)
-        self.display.evaluation(records)
-
-    def validate(self, stage: str) -> float:
-        """Mean accuracy over the capabilities on validation questions; the best so far is exported."""
-        settings, started = self.config.validation, time.monotonic()
-        results = self._accuracies(f"validating ({stage})", "validation", settings.questions, self._validating)
-        accuracy = statistics.fmean(result["accuracy"] for result in results)
-        record = {
-            "type": "validation",
-            "step": self.step,
-            "stage": stage,
-            "accuracy": accuracy,
-            **{result["capability"]: {k: v for k, v in result.items() if k != "by_kind"} for result in results},
-            "seconds_all": time.monotonic() - started,
-        }
-        self._write(record)
-        if self.best is None or accuracy > self.best:
-            self.best = accuracy
-            self.export("best")
-        return accuracy
-
     def _write(self, record: Mapping[str, Any]) -> None:
         self.records.write(record)
         if self.sinks:
@@ -526,52 +324,9 @@ class Run:
     def export(self, name: str) -> Path:
         """Writes the parameters as a Hugging Face checkpoint."""
         directory = self.workdir / "checkpoints" / name
-        dtype = _dtype(self.config.export.dtype, "config.export.dtype")
+        dtype = dtype_of(self.config.export.dtype, "config.export.dtype")
         huggingface.save(directory, self.parameters, self.processor.config, self.source, dtype, lora=self.lora)
         return directory
-
-    def finish(self, status: str) -> dict[str, Any]:
-        """Saves the checkpoint, summary.json and report.html; prints the closing table."""
-        checkpoint = self.export("final")
-        self.checkpoints.close()
-        accuracy = metrics.accuracy_of(self.evaluations)
-        if status != "finished":
-            for values in accuracy.values():
-                values.pop("final")
-        last = self.evaluations[-len(self.config.evaluation.sets) :] if status == "finished" else []
-        rollout_steps = [step for step in self._steps if step["objective"] == "grpo"]
-        skipped = {
-            "rows": sum(map(len, self.sets.skipped_rows.values())),
-            "images": self.builder.counts["images"],
-            "prompts": self.builder.counts["prompts"],
-            "updates": self.skipped_updates,
-            **self.reward.counters(),
-        }
-        summary = {
-            "status": status,
-            "accuracy": accuracy,
-            "blind": self.blind,
-            "seconds": time.monotonic() - self.started,
-            "step_seconds_median": _over(statistics.median, [step["seconds"] for step in self._steps]),
-            "compilations_after_warmup": sum(step["compilations"] for step in self._steps),
-            "logprob_difference_mean": _over(
-                statistics.fmean, [step["logprob_difference_mean"] for step in rollout_steps]
-            ),
-            "format_reward_final": _over(statistics.fmean, [record["format"] for record in last]),
-            "steps": self.step,
-            "best_validation": self.best,
-            "parameters": self.parameter_count,
-            "checkpoint": str(checkpoint),
-            "skipped": skipped,
-        }
-        if not self.owner:
-            return summary
-        metrics.write_json_atomic(self.workdir / "summary.json", summary)
-        files = {"report": report.write_report(self.workdir), "metrics": self.workdir / "metrics.jsonl"}
-        for line in explain_skipped(self.builder):
-            self.display.warn(f"left out: {line}")
-        self.display.final(summary, files)
-        return summary
 
 
 class _Nowhere:
@@ -579,7 +334,3 @@ class _Nowhere:
 
     def write(self, record: Mapping[str, Any]) -> None:
         pass
-
-
-def _over(function, values: Sequence[float]) -> float | None:
-    return float(function(values)) if values else None

@@ -173,9 +173,9 @@ def fetch_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
-def shape_of(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    """An array by shape, dtype and place."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+def shape_of(leaf: jax.Array, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """An array by shape, dtype (or another one) and place."""
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding)
 
 
 def described(mesh: Mesh, parameters: nnx.State) -> list[dict[str, str]]:

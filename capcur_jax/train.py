@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from capcur_jax import distributed, metrics, schedule
+from capcur_jax import distributed, metrics, results, schedule
 from capcur_jax.data import packing, pipeline
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import target_tokens
@@ -54,26 +54,27 @@ def train(
     display = Display(total_steps=sum(stage.steps for stage in stages), quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
-        run.plan()
+        results.plan(run)
         at = run.position
         try:
             if not at.evaluated:
-                run.evaluate("base")
+                results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):
                 train_stage(run, stage, number, tracer)
                 if config.export.each_stage and number + 1 < len(stages):
                     run.export(f"{number + 1}-{stage.name}")
-                run.evaluate(stage.name)
+                results.evaluate(run, stage.name)
             status = "finished"
         except Interrupted as signal:
             display.warn(f"{signal}: stopping here; the same command with --workdir={workdir} goes on")
             status = "interrupted"
         except Exception:
-            run.finish("failed")
+            if distributed.process_count() == 1:  # an export needs all processes; the others end when this one does
+                results.finish(run, "failed")
             raise
         finally:
             tracer.close()
-        summary = run.finish(status)
+        summary = results.finish(run, status)
         distributed.barrier("end")  # a process that leaves earlier would take the others with it
         return summary
 
@@ -127,11 +128,11 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
             minibatches = packer.minibatches(items)
         started = time.perf_counter()
         with timer("update"):
-            results = trainer.step(minibatches, packer.old, rates[step])
+            updates = trainer.step(minibatches, packer.old, rates[step])
         with timer("sync"):
             run.publish(trainer.parameters(), packer.updates)
         run.step += 1
-        late.put(record_of(run, stage, step, minibatches, rollout, rates[step][-1]), results, timer, started)
+        late.put(record_of(run, stage, step, minibatches, rollout, rates[step][-1]), updates, timer, started)
         if rollout and step % config.log.rollouts_every == 0:
             for line in rollout.shown(config.log.rollout_prompts, run.workdir):
                 run.rollouts.write({"step": run.step, "stage": stage.name, **line})
@@ -140,7 +141,8 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
         metric = None
         if config.validation.every and (step + 1) % config.validation.every == 0:
             late.write()
-            metric = run.validate(stage.name)
+            with late.extra("seconds_validation"):
+                metric = results.validate(run, stage.name)
         if metric is not None or (step + 1) % config.checkpointing.every == 0 or step + 1 == stage.steps:
             late.write()
             with late.extra("seconds_checkpoint"):
@@ -245,6 +247,7 @@ def warm_up(
         if stage.objective == "grpo":
             run.engine.warm_up(sizes, run.sampling, config.rollout.group, images)
             run.warm_up_advantages(stage.prompts // jax.process_count())
+        results.warm_up_validation(run)
         done()
         trainer.sums = learner.zeros(state.trained, trainer.frozen, gradients[0])
         for batch in passes:

@@ -49,7 +49,6 @@ class Packer:
     """Splits a stage's steps into batches of declared shape, for this process's device rows.
 
     Args:
-        prompts: of a step, over all processes.
         images: whether any of the stage's prompts has one.
     """
 

@@ -104,7 +104,7 @@ def test_a_save_returns_before_it_is_written(tmp_path, monkeypatch):
     written, go_on = ocp.JsonCheckpointHandler._save_fn, threading.Event()
 
     async def late(*arguments):
-        assert go_on.wait(60)
+        assert go_on.wait(20)
         await written(*arguments)
 
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
@@ -267,7 +267,7 @@ def start(name: str, *arguments: Any, devices: int = 1) -> subprocess.Popen:
 
 def finish(*processes: subprocess.Popen) -> list[str]:
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -337,8 +337,8 @@ def run_process(number: str, port: str, directory: str) -> None:
     devices = connect(number, port)
     state = mesh_state(Mesh(devices, ("fsdp", "data")))  # "both" and "one" lie half on either process
     state["local"] = jnp.arange(3)
-    checkpoints = Checkpoints(Path(directory), keep=1, config={})
     with CompilationCounter() as counter:
+        checkpoints = Checkpoints(Path(directory), keep=1, config={})
         checkpoints.save_reference("grpo", {"both": state["both"]})
         for step in (1, 2):
             checkpoints.save(step, state, {"step": step}, metric=0.5 - step)
@@ -400,14 +400,16 @@ def continue_until_killed(directory: Path, report: int) -> None:
     checkpoints = Checkpoints(directory, keep=2, config={})
     last = checkpoints.latest()
     if last is not None:
-        assert checkpoints.position(last) == {"step": last}
+        assert checkpoints.position(last)["step"] == last
         assert bits(checkpoints.restore(last, shapes(killed_state(last)))) == bits(killed_state(last))
     os.write(report, b"ready")
     for step in range((last or 0) + 1, 10**6):
         checkpoints.save(step, killed_state(step), {"step": step}, metric=float(step % 5))
+        if step % 2:  # and replaces it
+            checkpoints.save(step, killed_state(step), {"step": step, "evaluated": True}, metric=0.0)
 
 
-def run_kills(directory: str, count: str, seed: str) -> None:
+def run_kills(directory: str, count: str, longest: str, seed: str) -> None:
     """Forks before JAX has threads: importing it anew for every kill would take most of the time."""
     draw, done = random.Random(int(seed)), []
     for _ in range(int(count)):
@@ -422,7 +424,7 @@ def run_kills(directory: str, count: str, seed: str) -> None:
                 os._exit(1)
         os.close(writing)
         assert os.read(reading, 5) == b"ready", "the checkpoint that the last kill left is not whole"
-        time.sleep(draw.uniform(0.02, 0.5))
+        time.sleep(draw.uniform(0, float(longest)))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         os.close(reading)
@@ -433,12 +435,16 @@ def run_kills(directory: str, count: str, seed: str) -> None:
 
 def test_kills_leave_whole_checkpoints(tmp_path):
     seed = random.randrange(10**6)
-    (output,) = finish(start("kills", tmp_path, 12, seed))
+    with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+        started = time.monotonic()
+        checkpoints.save(1, killed_state(1), {"step": 1}, wait=True)
+        taken = time.monotonic() - started
+    (output,) = finish(start("kills", tmp_path, 10, 2 * taken, seed))
     done = json.loads(output.splitlines()[-1])
-    assert len(done) == 12 and any(kill["partial"] for kill in done), f"no kill hit a save (seed {seed})"
-    assert max(int(name) for name in done[-1]["names"] if name.isdigit()) > 12 / 3, "the run hardly went on"
+    assert len(done) == 10 and any(kill["partial"] for kill in done), f"no kill hit a save (seed {seed})"
     with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
         last = checkpoints.latest()
+        assert last > 1, "no save was ever completed"
         assert bits(checkpoints.restore(last, shapes(killed_state(last)))) == bits(killed_state(last)), seed
         checkpoints.save(last + 1, killed_state(last + 1), {})
     assert not [name for name in listed(tmp_path) if not name.isdigit()]

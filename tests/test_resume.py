@@ -28,7 +28,7 @@ SETTINGS = {
     "validation.every": 2,
     "validation.questions": 4,
     "evaluation.questions": 4,
-    "reward.workers": 1,
+    "reward.function": "tests.test_main:reward_by_length",  # a random model's groups differ in nothing else
     "objective.updates_per_batch": 2,
     "rollout.dynamic_retries": 1,
 }
@@ -53,7 +53,8 @@ def command(checkpoint, tmp_path_factory):
                 sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={workdir}",
                 *(f"--config.{key}={value}" for key, value in settings.items()), *arguments,
             ],
-            cwd=ROOT, env={**environment, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, env={**environment, "XLA_FLAGS": flags}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     return start
@@ -123,7 +124,8 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(command, unbroken, 
     process = command(workdir, "--config.checkpointing.every=100")
     limit = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < limit:
-        if b'"stage_step":' in (workdir / "metrics.jsonl").read_bytes() if size(workdir / "metrics.jsonl") else False:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and b'"stage_step":' in path.read_bytes():
             break
         time.sleep(0.02)
     process.terminate()
@@ -166,4 +168,4 @@ def test_a_run_goes_on_on_another_mesh(command, unbroken, tmp_path):
     for mine, other in zip(ours, theirs, strict=True):
         if mine["type"] == "step":
             assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
-            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3, abs=1e-6)
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2) and mine["grad_norm"] > 1e-3

@@ -64,7 +64,7 @@ PANELS = (
     Panel("Padding", "% of slots", ("token_padding", "patch_padding"), ("tokens", "patches"), scale=100),
     Panel("Throughput", "tokens per second", ("tokens_per_second",)),
 )
-_PHASES = ("data", "rollout", "reward", "update", "sync")
+_PHASES = ("data", "rollout", "reward", "pack", "update", "sync")
 
 # Charts are drawn in these colors; in the SVG text they become the page's CSS variables.
 _INK, _GRID, _SERIES = "#0a0001", "#0a0002", tuple(f"#0b000{index}" for index in range(1, 7))

@@ -19,7 +19,7 @@ def causal(
 ) -> jax.Array:
     """Each query sees the keys up to itself: [R, T, N, H]."""
     T = q_RxTxNxH.shape[1]
-    # jax refuses to differentiate cuDNN's attention at odd lengths; response rows are one token shorter than a bucket.
+    # jax refuses to differentiate cuDNN's attention at odd lengths; response rows have one token less than a bucket.
     q, k, v = (jnp.pad(x, ((0, 0), (0, T % 2), (0, 0), (0, 0))) for x in (q_RxTxNxH, k_RxTxKxH, v_RxTxKxH))
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)[:, :T]
 

@@ -154,6 +154,8 @@ def test_factors_lie_beside_the_targets_kernels_stacked(scene):
             assert 0.9 * bound < np.abs(a).max() <= bound
             assert np.abs(a).mean((1, 2)) == pytest.approx(bound / 2, rel=0.25)
             assert len(np.unique(a)) == a.size
+        starts = [leaf.tobytes() for path, leaf in found.items() if path.endswith("lora_a")]
+        assert len(set(starts)) == len(targets)
 
 
 def test_before_training_it_is_the_base_exactly(scene, logits):
@@ -294,7 +296,7 @@ def test_the_export_adapted_again_saves_the_same_bits(scene, merged, tmp_path):
 
 
 def test_bfloat16_weights_are_merged_in_float32(scene):
-    """A change far below bfloat16's resolution of the sum of the factors' products, but not of the whole."""
+    """W + A B x scale is rounded once, at its end."""
     model = drawn(huggingface.load(scene.directory, param_dtype=jnp.bfloat16, lora=SETTINGS))
     values, table = by_path(nnx.state(model)), names.table(model.config)
     out = dict(huggingface.published_tensors(nnx.state(model), model.config, lora=SETTINGS))

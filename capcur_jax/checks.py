@@ -1,0 +1,110 @@
+"""What a config must be and have before anything starts: mistakes get one clear message, all missing things at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from capcur_jax import metrics, objectives
+from capcur_jax.checkpointing import check_same_config
+from capcur_jax.data.pipeline import Sets
+from capcur_jax.errors import InputError
+from capcur_jax.rollout.engine import Sampling
+from capcur_jax.schedule import Stage
+
+DTYPES = ("float32", "bfloat16")
+# What a run that goes on may have changed: where it computes, what it writes, and how long it is.
+MAY_CHANGE = ("mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers")
+
+
+CHOICES = {
+    "ratio": objectives.RATIO_LEVELS,
+    "kl_estimator": objectives.KL_ESTIMATORS,
+    "aggregation": objectives.AGGREGATIONS,
+    "sampler_correction": objectives.SAMPLER_CORRECTIONS,
+    "sampler_level": objectives.RATIO_LEVELS,
+}
+
+
+def dtype_of(name: str, key: str):
+    if name not in DTYPES:
+        raise InputError(f"{key} = {name!r}; choose one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
+
+
+def sampling_of(config: ConfigDict, key: str) -> Sampling:
+    try:
+        return Sampling(config.rollout.max_new_tokens, config[key].temperature, config[key].top_p)
+    except ValueError as error:
+        raise InputError(f"config.{key}: {error}") from None
+
+
+def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
+    """Everything the run needs from outside, missing things named all at once. Raises InputError."""
+    missing = []
+    if not config.checkpoint and not config.create:
+        missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
+    needed = {(name, "train") for stage in stages for name in stage.data}
+    needed |= {(name, config.evaluation.split) for name in config.evaluation.sets}
+    if config.validation.every:
+        needed |= {(name, "validation") for name in config.evaluation.sets}
+    for name, split in sorted(needed):
+        if name not in config.data.sets:
+            missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")
+            continue
+        entry = config.data.sets[name]
+        if split not in entry or split == "source":
+            missing.append(f"config.evaluation.split = {split!r}; choose train, validation or test")
+        elif sets.missing(name, split):
+            missing.append(f"config.data.sets.{name}.{split}: {sets.missing(name, split)}")
+        elif entry[split] and not sets.path(name, split).is_file():
+            missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
+    if missing:
+        raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
+    _check_numbers(config, stages)
+
+
+def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
+    """Values that would otherwise fail hours later, or quietly train nothing."""
+    least = {
+        "seed": 0, "prompt.max_tokens": 1, "rollout.max_rows": 1, "objective.updates_per_batch": 1,
+        "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0, "rollout.dynamic_retries": 0,
+        "packing.micro_prompts": 0, "checkpointing.every": 1, "checkpointing.keep": 1, "validation.every": 0,
+        "validation.questions": 0,
+    }  # fmt: skip
+    if any(stage.objective == "grpo" for stage in stages):
+        least["rollout.group"] = 2  # an advantage is a comparison inside the group
+    for key, value in least.items():
+        section, _, name = key.rpartition(".")
+        if (config[section] if section else config)[name] < value:
+            raise InputError(f"config.{key} must be at least {value}")
+    for key, choices in CHOICES.items():
+        if (value := config.objective[key]) not in choices:
+            raise InputError(f"config.objective.{key} = {value!r}; choose one of {', '.join(choices)}")
+    for stage in stages:
+        if stage.prompts < 1:
+            raise InputError(f"config.stages.{stage.name}.prompts must be at least 1")
+        if stage.objective != "grpo":
+            continue
+        if stage.prompts % config.objective.updates_per_batch:
+            raise InputError(
+                f"config.stages.{stage.name}.prompts = {stage.prompts} can't be split into "
+                f"config.objective.updates_per_batch = {config.objective.updates_per_batch} equal updates"
+            )
+        if config.rollout.temperature <= 0:
+            raise InputError("config.rollout.temperature must be above 0: greedy groups are all equal")
+    if max(config.prompt.token_buckets, default=0) < config.prompt.max_tokens:
+        raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
+
+
+def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """The config in plain JSON types; raises InputError if the directory holds a run with another one."""
+    plain, stored = json.loads(metrics.to_json(config.to_dict())), workdir / "config.json"
+    if stored.exists():
+        check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
+    return plain
