@@ -151,8 +151,9 @@ def devices(name: str) -> list[jax.Device]:
     if lacking := missing(topology.platform):
         raise InputError(f"topology {name!r} needs {' and '.join(lacking)}: pip install 'capcur_jax[plan]'")
     os.environ.update(_ENVIRONMENT)
-    # Trying out kernels needs a card.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+    # Trying out kernels needs a card; the default of those that are tried out, Triton's, does not exist for all shapes.
+    chosen = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {chosen}".strip()
     jax.config.update("jax_platforms", "cpu")
     if topology.platform == "cpu":
         count = math.prod(topology.layout)

@@ -214,6 +214,10 @@ def _gib(size: float | None) -> str:
     return "" if size is None else f"{size / 2**30:,.2f}"
 
 
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def _count(number: float) -> str:
     if not number:
         return "0"
@@ -266,12 +270,12 @@ def render(plan: dict[str, Any]) -> None:
             say(f"  {c['kind']}{among}: {c['runs']:,} runs, {_gib(c['bytes'])} GiB")
         if "estimate" in stage:
             low, high = stage["estimate"]["seconds_a_step"]
-            say(f"Estimate: {low:,.0f} to {high:,.0f} s a step, {stage['estimate']['steps']} steps")
+            say(f"Estimate: {_short(low)} to {_short(high)} s a step, {stage['estimate']['steps']} steps")
     if "estimate" in plan:
         low, high = plan["estimate"]["device_hours"]
         shares = [f"{plan['estimate'][key]:.0%}" for key in ("utilisation", "bandwidth_utilisation")]
         say(
-            f"\n[bold]Estimate[/bold] (not measured) of the run: {low:,.0f} to {high:,.0f} device-hours, from all "
+            f"\n[bold]Estimate[/bold] (not measured) of the run: {_short(low)} to {_short(high)} device-hours, from all "
             f"batches in the smallest to all in the largest declared shapes, at {shares[0]} of peak FLOP/s and "
             f"{shares[1]} of memory and link bandwidth; without start-up, evaluation and checkpoints."
         )
