@@ -274,8 +274,8 @@ def _extreme(batches, choose) -> UpdateBatch:
     return choose(batches, key=slots)
 
 
-def _patches(batch: UpdateBatch) -> float:
-    return batch.prompts.vision.segments.size / batch.prompts.tokens.shape[0]
+def _patches(batch: UpdateBatch) -> int:
+    return batch.prompts.vision.segments.size // batch.prompts.tokens.shape[0]
 
 
 def _as(tree: nnx.State, dtype: Any) -> nnx.State:
