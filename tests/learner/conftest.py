@@ -91,9 +91,7 @@ def learner(config, parts, processor):
 def plain(prompts, tokens, processor):
     """The batch of a first update without a reference policy."""
     zeros = np.zeros(T, np.float32)
-    rows = [
-        Row(row, float(EVENLY[0]), float(a), zeros[: len(row)]) for row, a in zip(tokens, ADVANTAGES, strict=True)
-    ]
+    rows = [Row(row, float(EVENLY[0]), float(a), zeros[: len(row)]) for row, a in zip(tokens, ADVANTAGES, strict=True)]
     collated = Buckets((48, 64), 96, (1.0,)).collate(prompts, processor.config, 0)
     return UpdateBatch(collated, pack([rows[:G], rows[G:]], (G,), (T,), processor.pad_token))
 

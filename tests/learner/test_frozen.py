@@ -10,8 +10,20 @@ from capcur_jax.data.packing import UpdateBatch, blank
 from capcur_jax.errors import InputError
 from capcur_jax.learner import frozen_paths
 from tests.learner.conftest import (
-    ADVANTAGES, EVENLY, LENGTHS, MASK, TEMPERATURE, G, T, fresh_state, make_learner, norm_of, relative_differences,
-    replaced, same, update,
+    ADVANTAGES,
+    EVENLY,
+    LENGTHS,
+    MASK,
+    TEMPERATURE,
+    G,
+    T,
+    fresh_state,
+    make_learner,
+    norm_of,
+    relative_differences,
+    replaced,
+    same,
+    update,
 )  # fmt: skip
 
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from tests.learner.conftest import (
-    ADVANTAGES, EVENLY, MASK, TEMPERATURE, T, expected, fresh_state, norm_of, relative_differences, replaced, same,
+    ADVANTAGES,
+    EVENLY,
+    MASK,
+    TEMPERATURE,
+    T,
+    expected,
+    fresh_state,
+    norm_of,
+    relative_differences,
+    replaced,
+    same,
     update,
 )  # fmt: skip
 

@@ -7,7 +7,16 @@ import pytest
 
 from capcur_jax.errors import InputError
 from tests.learner.conftest import (
-    EVENLY, LENGTHS, MASK, TEMPERATURE, expected, fresh_state, make_learner, relative_differences, replaced, update
+    EVENLY,
+    LENGTHS,
+    MASK,
+    TEMPERATURE,
+    expected,
+    fresh_state,
+    make_learner,
+    relative_differences,
+    replaced,
+    update,
 )  # fmt: skip
 
 # Options that do not meet in one another's terms are tried together: each learner is a program to compile.
@@ -24,9 +33,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_loss_and_gradient_are_those_of_the_formula(
-    options, config, parts, processor, batch, logprobs, full_sequences
-):
+def test_loss_and_gradient_are_those_of_the_formula(options, config, parts, processor, batch, logprobs, full_sequences):
     changed = copy.deepcopy(config)
     changed.objective.update(options)
     learner = make_learner(changed, parts, processor)
