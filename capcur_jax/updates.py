@@ -70,7 +70,8 @@ class Packer:
         if max(bucket[0] for bucket in self._lengths) < config.rollout.max_new_tokens:
             raise InputError("config.packing.buckets: one must hold config.rollout.max_new_tokens in every slab")
         mini = self._share(stage.prompts, self.updates, f"config.stages.{stage.name}.prompts")
-        self._micro = self._shards * (config.packing.micro_prompts or mini // self._shards)
+        here = mini // self._shards
+        self._micro = self._shards * min(config.packing.micro_prompts or here, here)
         if mini % self._micro:
             raise InputError(
                 f"config.packing.micro_prompts = {config.packing.micro_prompts} prompts for each device row do not "
