@@ -156,7 +156,9 @@ data = Dataset.from_list(
     ]
 )
 with tempfile.TemporaryDirectory() as directory:
-    processor = AutoProcessor.from_pretrained(options.checkpoint)
+    # TRL pads prompts on the left but takes what marks their image tokens as the processor pads it: on another side the
+    # positions of the shorter prompts would be wrong.
+    processor = AutoProcessor.from_pretrained(options.checkpoint, padding_side="left")
     if not options.recorded:
         args = config(
             directory,
