@@ -8,7 +8,7 @@ process with two threads, in float32; they take turns, a round of --steps steps 
 
 A step is what follows grading: reference pass, old log-probs where there are several updates, loss, gradient, clip,
 AdamW. TRL's time leaves out its tokenising, image processing, rewards and collating, ours counts packing. What both
-could choose is the same: k3 KL to a reference that is other weights than the policy, clip 0.2 / 0.3 without a dual
+could choose is the same: k3 KL (uncorrected) to a reference that is other weights than the policy, clip 0.2 / 0.3 without a dual
 one, mean over all tokens of an update, advantages by the group's standard deviation + 1e-4, no banned tokens, no weight
 decay. The objectives then coincide: loss and gradient norm of the first updates are compared.
 TRL's micro-batch and activation checkpointing are as they are fastest on two cores (--trl_rows, --trl_checkpointing).
@@ -76,7 +76,10 @@ def write_inputs(directory: Path) -> dict[str, Any]:
     np.save(directory / "patches.npy", np.stack([prompt.patches for prompt in prompts]))
     random, end = np.random.default_rng(0), processor.end_tokens[0]
     low, high = 10, len(processor.tokenizer)  # behind the special tokens
-    lengths = random.integers(12, TOKENS + 1, PROMPTS * GROUP)
+    # Where there are several updates TRL divides each by the mean of their tokens, this project by its own: the
+    # quarters get the same lengths, each in its own order.
+    quarter = random.integers(12, TOKENS + 1, PROMPTS * GROUP // 4)
+    lengths = np.concatenate([random.permutation(quarter) for _ in range(4)])
     return {
         "checkpoint": str(checkpoint),
         "reference": str(directory / "reference"),

@@ -189,6 +189,7 @@ with tempfile.TemporaryDirectory() as directory:
         epsilon_high=record["clip_high"],
         delta=None,
         beta=record["beta"],
+        use_bias_correction_kl=False,  # its default multiplies k3 with the ratio, which has a gradient of its own
         learning_rate=record["learning_rate"],
         lr_scheduler_type="constant",
         weight_decay=record["weight_decay"],
