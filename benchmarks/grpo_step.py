@@ -8,10 +8,10 @@ process with two threads, in float32; they take turns, a round of --steps steps 
 
 A step is what follows grading: reference pass, old log-probs where there are several updates, loss, gradient, clip,
 AdamW. TRL's time leaves out its tokenising, image processing, rewards and collating, ours counts packing. What both
-could choose is the same: k3 KL (uncorrected) to a reference that is other weights than the policy, clip 0.2 / 0.3 without a dual
-one, mean over all tokens of an update, advantages by the group's standard deviation + 1e-4, no banned tokens, no weight
-decay. The objectives then coincide: loss and gradient norm of the first updates are compared.
-TRL's micro-batch and activation checkpointing are as they are fastest on two cores (--trl_rows, --trl_checkpointing).
+could choose is the same: plain k3 KL to a reference that is other weights than the policy, clip 0.2 / 0.3 without a
+dual one, mean over all tokens of an update, advantages by the group's standard deviation + 1e-4, no banned tokens, no
+weight decay. The objectives then coincide: loss and gradient norm of the first updates are compared.
+TRL's micro-batches are as they were fastest on two cores (--trl_rows), its activations recomputed as is its default.
 
 The environment of --trl_python needs trl==1.16.0, torch, torchvision, accelerate, datasets and pillow.
 """
