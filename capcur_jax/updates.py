@@ -262,11 +262,14 @@ def _with(batch: UpdateBatch, fields: dict[str, list[jax.Array]]) -> UpdateBatch
 
 def combined(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """A step's record from its updates' fetched metrics: token means over all of them, means of losses and norms."""
-    total = updates[0]
-    for metrics in updates[1:]:
+    # What a skipped update summed up is not finite; it must not hide the others.
+    finite = [u for u in updates if np.isfinite(u["loss"]) and np.isfinite(u["grad_norm"])] or updates
+    total = finite[0]
+    for metrics in finite[1:]:
         total = {k: np.maximum(total[k], v) if k.endswith("_max") else total[k] + v for k, v in metrics.items()}
     record = token_means(total)
     for name in ("loss", "grad_norm"):
-        record[name] /= len(updates)
+        record[name] /= len(finite)
+    record["trained_tokens"] = int(sum(u["tokens"] for u in updates))
     record["skipped_updates"] = int(updates[-1]["skipped_updates"])
     return record
