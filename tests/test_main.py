@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax import presets
 from capcur_jax.data.problem import Problem, write_problems
+from capcur_jax.errors import InputError
 from capcur_jax.metrics import read_jsonl
 from capcur_jax.models import huggingface
 from capcur_jax.train import train
@@ -131,12 +133,17 @@ def test_sampler_and_trainer_agree(finished):
 def test_step_records_have_every_figure(finished):
     workdir, _, _ = finished
     step = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"][-1]
-    keys = """reward accuracy format response_length kl entropy loss grad_norm clip_fraction equal_groups truncated
-        token_padding patch_padding tokens_per_second seconds seconds_rollout seconds_reward seconds_update seconds_sync
-        logprob_difference_max learning_rate"""
+    keys = """reward reward_std advantage_max accuracy format response_length response_tokens kl entropy loss grad_norm
+        clip_fraction_low clip_fraction_high clip_fraction_dual equal_groups right_groups drawn_groups dropped_groups
+        truncated token_padding patch_padding packing tokens micro_batches tokens_per_second seconds seconds_data
+        seconds_rollout seconds_reward seconds_pack seconds_update seconds_sync skipped_updates policy_loss
+        logprob_difference_mean logprob_difference_max learning_rate"""
     for key in keys.split():
         assert np.isfinite(step[key]), key
-    assert step["stage"] == "merged" and step["stage_step"] == 2
+    assert step["stage"] == "merged" and step["stage_step"] == 2 and step["micro_batches"] == 1
+    assert step["drawn_groups"] == 4 and step["dropped_groups"] == 0
+    lengths = [step[f"response_length/{name}"] for name in presets.CAPABILITIES]
+    assert step["response_tokens"] == 12 * step["response_length"] and max(lengths) >= step["response_length"]
 
 
 def test_rollouts_are_logged_with_rewards_and_images(finished):
@@ -148,11 +155,11 @@ def test_rollouts_are_logged_with_rewards_and_images(finished):
         assert abs(sum(s["advantage"] for s in rollout["samples"])) < 1e-4
 
 
-def test_every_config_key_is_read(finished):
-    _, _, unread = finished
-    # Stages that `order` leaves out are not read, nor is the recipe of a fresh model where a checkpoint is given.
-    allowed = ("config.stages.text", "config.stages.visual", "config.create")
-    assert [key for key in unread if not key.startswith(allowed)] == []
+def test_every_config_key_is_read(finished, own):
+    # Stages that `order` leaves out are not read, nor is what stands in for a checkpoint where there is one.
+    allowed = ("config.stages.text", "config.stages.visual", "config.create", "config.architecture")
+    unread = set(finished[2]) & set(own[2])  # LoRA's keys are read where it has a rank
+    assert [key for key in sorted(unread) if not key.startswith(allowed)] == []
 
 
 def test_presets_share_their_keys():
@@ -196,37 +203,60 @@ def reward_by_length(problem: Problem, response: str) -> float:
     return 1.0 if len(response) % 2 else 0.0
 
 
-def test_own_data_own_reward_and_bad_rows(checkpoint, tmp_path):
-    good = tmp_path / "good.png"
+@pytest.fixture(scope="module")
+def own(checkpoint, tmp_path_factory):
+    """A user's rows and reward: imitated first, then GRPO of low-rank factors in two updates of two micro-batches, with
+    groups drawn again. Work directory, summary, and the config keys that nothing read."""
+    directory = tmp_path_factory.mktemp("own")
+    good = directory / "good.png"
     random_image(32, 32).save(good)
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    problems = [Problem(str(i), f"What is {i}?", "red", (str(good),)) for i in range(6)]
+    (directory / "broken.png").write_bytes(b"not a picture")
+    problems = [Problem(str(i), f"What is {i}?", "red", (str(good),), response="a red") for i in range(6)]
     problems += [
-        Problem("broken", "What?", "red", (str(tmp_path / "broken.png"),)),
-        Problem("missing", "What?", "red", (str(tmp_path / "nowhere.png"),)),
-        Problem("long", "word " * 300, "red"),
+        Problem("broken", "What?", "red", (str(directory / "broken.png"),), response="a"),
+        Problem("missing", "What?", "red", (str(directory / "nowhere.png"),), response="a"),
+        Problem("long", "word " * 300, "red", response="a"),
     ]
-    path = tmp_path / "mine.jsonl"
+    path = directory / "mine.jsonl"
     write_problems(path, problems)
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"problem": "no answer", "answer": ""}\n')
-    own = {f"data.sets.perception.{split}": str(path) for split in ("train", "test")}
-    config = small_config(
-        checkpoint,
-        order=("perception",),
-        **own,
-        **{"reward.function": "tests.test_main:reward_by_length", "evaluation.sets": ("perception",)},
-    )
-    config.objective.updates_per_batch = 2
-    summary = train(config, tmp_path / "run", quiet=True)
+    changes = {f"data.sets.perception.{split}": str(path) for split in ("train", "test", "validation")}
+    changes |= {
+        "reward.function": "tests.test_main:reward_by_length", "evaluation.sets": ("perception",),
+        "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.micro_prompts": 1, "packing.slabs": (2, 1),
+        "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 1,
+    }  # fmt: skip
+    config = small_config(checkpoint, order=("merged", "perception"), **changes)
+    config.stages.merged.update({"objective": "sft", "data": ("perception",), "freeze": ""})
+    keys = ReadKeys(config)
+    with pytest.MonkeyPatch.context() as monkeypatch, keys.recording(monkeypatch):
+        summary = train(config, directory / "run", quiet=True)
+    return directory / "run", summary, keys.unread()
+
+
+def test_own_data_own_reward_and_bad_rows(own):
+    workdir, summary, _ = own
     assert summary["status"] == "finished"
     assert summary["skipped"]["images"] == 2 and summary["skipped"]["prompts"] == 1
-    assert summary["skipped"]["rows"] == 2  # the same file read as train and as test
-    steps = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if r["type"] == "step"]
-    assert all(step["compilations"] == 0 for step in steps)
-    rollouts = read_jsonl(tmp_path / "run" / "rollouts.jsonl")
+    assert summary["skipped"]["rows"] == 3  # the same file read as train, test and validation
+    rollouts = read_jsonl(workdir / "rollouts.jsonl")
     rewards = {(s["response"], s["reward"]) for r in rollouts for s in r["samples"]}
-    assert all(reward == float(len(response) % 2) for response, reward in rewards)
+    assert rewards and all(reward == float(len(response) % 2) for response, reward in rewards)
+
+
+def test_micro_batches_updates_and_retries_of_a_run(own):
+    workdir, summary, _ = own
+    steps = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"]
+    assert [step["objective"] for step in steps] == ["sft", "sft", "grpo", "grpo"]
+    assert all(step["compilations"] == 0 for step in steps)
+    assert all(np.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps[:2])
+    for step in steps[2:]:
+        assert step["micro_batches"] == 4 and step["drawn_groups"] in (4, 8)
+        assert step["drawn_groups"] == 4 or step["dropped_groups"] + 4 * step["equal_groups"] > 0
+    validated = [r["accuracy"] for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "validation"]
+    assert len(validated) == 4 and summary["best_validation"] == max(validated)
+    assert (workdir / "checkpoints" / "best" / "model.safetensors").is_file()
 
 
 def run_main(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
@@ -256,10 +286,45 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_used_work_directory_is_refused(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    done = run_main("--config=configs/staged.py", f"--workdir={tmp_path}")
-    assert done.returncode != 0 and "holds a run already" in done.stderr
+def test_a_finished_run_says_so_and_is_left_alone(finished):
+    workdir, summary, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    done = run_main("--config=configs/staged.py", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "holds a finished run: 4 steps" in done.stdout and summary["checkpoint"] in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """As if the run had been stopped in its last evaluation."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "final")
+    return tmp_path / "run"
+
+
+def test_another_config_is_refused_with_the_difference(checkpoint, unfinished):
+    before = (unfinished / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="started with another config") as caught:
+        train(small_config(checkpoint, seed=7, **{"log.rollouts_every": 2}), unfinished, quiet=True)
+    lines = [line for line in str(caught.value).splitlines() if "->" in line and "stored" not in line]
+    assert len(lines) == 1 and "seed" in lines[0] and "0" in lines[0] and "7" in lines[0]  # `log` may change
+    assert (unfinished / "metrics.jsonl").read_bytes() == before
+
+
+def test_running_again_does_what_is_left(finished, checkpoint, unfinished):
+    _, summary, _ = finished
+    again = train(small_config(checkpoint), unfinished, quiet=True)
+    assert again["status"] == "finished" and again["steps"] == summary["steps"]
+    assert again["accuracy"] == summary["accuracy"] and again["seconds"] > 0
+    assert Path(again["checkpoint"]) == unfinished / "checkpoints" / "final"
+    for kind, keys in {"step": ("step", "loss", "reward"), "evaluation": ("after", "capability", "accuracy")}.items():
+        now, then = (
+            [[r[key] for key in keys] for r in read_jsonl(d / "metrics.jsonl") if r["type"] == kind]
+            for d in (unfinished, finished[0])
+        )
+        assert now == then
 
 
 def test_ctrl_c_leaves_a_loadable_checkpoint_and_a_summary(checkpoint, tmp_path):

@@ -120,8 +120,14 @@ class Buckets:
         if not images:
             return [BatchShape(rows, T, 0) for T in tokens]
         largest = sorted(sizes, key=lambda size: -sum(size.images))[:each]
-        most = self.shape(largest, True, each).patch_rows
-        return [BatchShape(rows, T, shards * n) for T in tokens for n in self.patch_row_counts(each) if n <= most]
+        self.shape(largest, True, each)  # too few declared rows show themselves now, not in the middle of a run
+        # No bound below these holds: a smaller sum may pack worse, and a prompt may come twice (at an epoch's end). An
+        # image takes a row at most, and of rows no more than half full `assign_rows` leaves one at most.
+        most = each * max(len(size.images) for size in sizes)
+        most = min(most, 1 + 2 * each * max(sum(size.images) for size in sizes) // self.patch_row)
+        declared = self.patch_row_counts(each)
+        most = min((count for count in declared if count >= most), default=declared[-1])
+        return [BatchShape(rows, T, shards * n) for T in tokens for n in declared if n <= most]
 
     def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""

@@ -40,42 +40,49 @@ def test_every_problem_comes_once_an_epoch_in_a_new_order_each_time():
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_batches_follow_the_order_and_run_over_epochs(threads):
     ordered = pipeline.in_order(PROBLEMS, 1)
-    batches = pipeline.batches(ordered, lambda problem: problem, 4, threads)
+    batches = pipeline.batches(ordered.__getitem__, 4, threads=threads)
     got = [next(batches) for _ in range(10)]
     assert all(isinstance(batch, list) and len(batch) == 4 for batch in got)
     assert [id for batch in got for id in ids(batch)] == first(ordered, 40)
 
 
-def test_problems_that_can_t_be_built_are_left_out_and_batches_stay_full():
+@pytest.mark.parametrize("start", [1, 3, 7])
+def test_batches_go_on_exactly_where_they_were_left(start):
     ordered = pipeline.in_order(PROBLEMS, 2)
-    batches = pipeline.batches(ordered, lambda problem: problem if int(problem.id) % 3 else None, 4)
-    got = [next(batches) for _ in range(6)]
-    assert [id for batch in got for id in ids(batch)] == [id for id in first(ordered, 60) if int(id) % 3][:24]
+    whole, rest = (pipeline.batches(ordered.__getitem__, 4, start=at) for at in (0, start))
+    unbroken = [ids(next(whole)) for _ in range(start + 6)]
+    assert [ids(next(rest)) for _ in range(6)] == unbroken[start:]
+
+
+def test_nothing_before_the_start_is_made():
+    made = []
+    batch = next(pipeline.batches(lambda number: made.append(number) or number, 4, start=5, threads=1))
+    assert batch == [20, 21, 22, 23] and min(made) == 20
 
 
 def test_what_is_built_is_handed_on_as_it_is():
-    built = {problem.id: (problem, [problem.id]) for problem in PROBLEMS}
-    batch = next(pipeline.batches(pipeline.in_order(PROBLEMS, 0), lambda problem: built[problem.id], 3))
-    assert all(example is built[example[0].id] for example in batch)
+    built = [(problem, [problem.id]) for problem in PROBLEMS]
+    batch = next(pipeline.batches(built.__getitem__, 3))
+    assert all(example is built[n] for n, example in enumerate(batch))
 
 
 def test_building_runs_ahead_in_threads():
     names = set()
 
-    def build(problem):
+    def build(number):
         names.add(threading.current_thread().name)
-        return problem
+        return number
 
-    next(pipeline.batches(pipeline.in_order(PROBLEMS, 0), build, 2))
+    next(pipeline.batches(build, 2))
     assert names and threading.current_thread().name not in names
 
 
 def test_an_error_while_building_reaches_the_caller():
-    def build(problem):
+    def build(number):
         raise KeyError("what went wrong")
 
     with pytest.raises(KeyError, match="what went wrong"):
-        next(pipeline.batches(pipeline.in_order(PROBLEMS, 0), build, 2))
+        next(pipeline.batches(build, 2))
 
 
 # ---------------------------------------------------------------------- sets

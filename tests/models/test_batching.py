@@ -115,6 +115,102 @@ def test_a_batch_holds_every_prompt_and_blank_padding(processor, prompts):
     assert shares == pytest.approx({"token_padding": 1 - tokens / 512, "patch_padding": 1 - patches / 512})
 
 
+# ---------------------------------------------------------------------- parts of a batch
+
+
+def test_the_shape_of_parts_is_that_of_the_one_with_most_images():
+    buckets = Buckets((16, 32), patch_row=64, patch_rows=(0.5, 1.0, 2.0))
+    sizes = [PromptSize(10, (64,)), PromptSize(20, (40,)), PromptSize(15), PromptSize(1)]
+    assert buckets.shape(sizes) == BatchShape(4, 32, 2)
+    assert buckets.shape(sizes, shards=2) == BatchShape(4, 32, 2 * 2)  # of a part's 1, 2 and 4
+    assert buckets.shape(sizes, shards=4) == BatchShape(4, 32, 4 * 1)
+    # The same images side by side need fewer: each part has two prompts and one row.
+    assert buckets.shape([sizes[0], sizes[2], sizes[1], sizes[3]], shards=2) == BatchShape(4, 32, 2 * 1)
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_rows = .* gives 1 prompts at most 2 .* need 3"):
+        buckets.shape([PromptSize(3, (64, 64, 64)), PromptSize(3)], shards=2)
+
+
+def test_images_of_a_prompt_lie_in_its_own_part(processor, prompts):
+    """Each part is what its prompts would be alone; a feature's number counts within the part."""
+    order = [0, 1, 2, 1]
+    given = [prompts[n] for n in order]
+    buckets, config, pad = Buckets((128,), patch_row=256, patch_rows=(0.5, 1.0)), processor.config, processor.pad_token
+    for shards in (2, 4):
+        each, batch = 4 // shards, buckets.collate(given, config, pad, shards=shards)
+        rows = len(batch.vision.patches) // shards
+        for shard in range(shards):
+            here, there = slice(shard * each, (shard + 1) * each), slice(shard * rows, (shard + 1) * rows)
+            part = buckets.collate(given[here], config, pad, shape=BatchShape(each, 128, rows))
+            for name in ("tokens", "lengths", "positions", "next_position", "visual_index"):
+                np.testing.assert_array_equal(getattr(batch, name)[here], getattr(part, name), name)
+            for name in ("patches", "table_index", "table_weight", "coordinates", "segments", "windows"):
+                if getattr(batch.vision, name) is not None:
+                    np.testing.assert_array_equal(getattr(batch.vision, name)[there], getattr(part.vision, name), name)
+        features = batch.vision.patches.reshape(shards, rows * 256, -1)
+        for row, prompt in enumerate(given):
+            index = batch.visual_index[row][batch.visual_index[row] >= 0]
+            where = (index[:, None] * 4 + np.arange(4)).reshape(-1)
+            np.testing.assert_array_equal(features[row // each][where], prompt.patches)
+
+
+def test_rows_without_a_prompt_repeat_the_last_of_their_part(processor, prompts):
+    """Where a part gets nothing of its own, that is the last prompt of all."""
+    buckets, config, pad = Buckets((128,), patch_row=256, patch_rows=(1.0,)), processor.config, processor.pad_token
+    batch = buckets.collate(prompts[:1], config, pad, rows=4, shards=2)
+    for name in ("tokens", "lengths", "positions", "visual_index"):
+        for row in range(1, 4):
+            np.testing.assert_array_equal(getattr(batch, name)[row], getattr(batch, name)[0])
+    rows = len(batch.vision.segments) // 2
+    for part in (batch.vision.segments[:rows], batch.vision.segments[rows:]):
+        assert (part > 0).sum() == len(prompts[0].patches)  # once in each part, not once a row
+
+
+def test_no_prompt_at_all_makes_a_blank_of_the_agreed_shape(processor):
+    buckets = Buckets((128,), patch_row=256, patch_rows=(1.0,))
+    batch = buckets.collate([], processor.config, processor.pad_token, shape=BatchShape(4, 128, 4), shards=2)
+    assert batch.tokens.shape == (4, 128) and (batch.vision.segments == 0).all() and (batch.visual_index == -1).all()
+
+
+@pytest.mark.parametrize(("rows", "shards"), [(1, 1), (4, 1), (8, 2), (8, 4), (6, 2)])
+def test_every_batch_that_can_be_drawn_has_a_declared_shape(rows, shards):
+    random = np.random.default_rng(rows + shards)
+    buckets = Buckets((16, 32, 48), patch_row=64, patch_rows=(0.25, 0.5, 1.0, 2.0, 3.0))
+    for number in range(12):
+        images = number % 4 > 0
+        # Few sizes or many, small images or large: the sum of patches alone does not say how well they pack.
+        sizes = [
+            PromptSize(
+                int(random.integers(1, 40)),
+                tuple((4 * random.integers(1, 5 + number, random.integers(0, 4))).tolist()) if images else (),
+            )
+            for _ in range(random.choice([2, 5, 40]))
+        ]
+        declared = buckets.shapes(sizes, images, rows, shards)
+        assert len(set(declared)) == len(declared)
+        for _ in range(60):
+            # Prompts may come twice in a batch, as they do where an epoch ends.
+            drawn = [sizes[n] for n in random.integers(0, len(sizes), rows)]
+            assert buckets.shape(drawn, images, rows, shards) in declared
+        for size in sizes:
+            assert buckets.shape([size] * rows, images, rows, shards) in declared
+
+
+def test_an_image_over_half_a_row_packs_worse_than_its_size_says():
+    """Four of 36 patches need a row each; four prompts of 44 in small images share three."""
+    buckets = Buckets((16,), patch_row=64, patch_rows=(0.5, 0.75, 1.0))
+    sizes = [PromptSize(9, (16, 16, 12))] * 4 + [PromptSize(9, (36,))] * 4
+    assert buckets.shape(sizes[:4]).patch_rows == 3 and buckets.shape(sizes[4:]).patch_rows == 4
+    assert {shape.patch_rows for shape in buckets.shapes(sizes, True, 4)} == {2, 3, 4}
+
+
+def test_what_no_batch_can_need_is_not_declared():
+    buckets = Buckets((16, 32, 48), patch_row=64, patch_rows=(0.25, 0.5, 1.0))
+    assert buckets.shapes([PromptSize(20, (4,))] * 9, True, 8) == [BatchShape(8, 32, 2)]
+    assert buckets.shapes([PromptSize(9), PromptSize(40)], False, 8) == [BatchShape(8, 16, 0), BatchShape(8, 48, 0)]
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_rows .* at most 8 .* need 16"):
+        buckets.shapes([PromptSize(9, (64, 64))] * 8, True, 8)
+
+
 @pytest.mark.parametrize("grid", [(1, 4, 6), (1, 8, 8), (1, 10, 14), (2, 6, 10), (1, 2, 18)])
 def test_window_order_equals_transformers(windowed_checkpoint, grid):
     import torch

@@ -142,7 +142,7 @@ def test_positions_equal_transformers(pair, make_image, transformers_inputs, siz
     buckets = Buckets((512,), 2016, (1.0,))
     batch = buckets.collate(prompts, pair.processor.config, pair.processor.pad_token)
     for row, prompt in enumerate(prompts):
-        np.testing.assert_array_equal(batch.positions[:, row, : len(prompt)], theirs[:, row, : len(prompt)].numpy())
+        np.testing.assert_array_equal(batch.positions[row, :, : len(prompt)], theirs[:, row, : len(prompt)].numpy())
         assert batch.next_position[row] == deltas[row].item() + len(prompt)
     # What a decode position counts is not tokens: an image is worth its longer side.
     assert (long.next_position < len(long)) == bool(sizes)

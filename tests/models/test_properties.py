@@ -283,7 +283,7 @@ def grouped(scene, batch, responses, parameters, quick_jit):
     def run(graph):
         def loss(parameters, batch):
             model: QwenVL = nnx.merge(graph, parameters)
-            logprobs = logprobs_of(model, model.predicting(tokens, batch), tokens, banned)
+            logprobs = logprobs_of(model, model.predicting([tokens], batch)[0], tokens, banned)
             return (logprobs * weights).sum(), logprobs
 
         step = quick_jit(jax.value_and_grad(loss, has_aux=True))
@@ -405,7 +405,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(checkpoint, batch, 
 
     # It does something: both towers' layers and the responses' are recomputed.
     def recomputed(graph) -> int:
-        jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).predicting(np.ones((4, 3), np.int32), batch))(parameters)
+        jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).predicting([np.ones((4, 3), np.int32)], batch))(parameters)
         return sum("remat" in e.primitive.name or "checkpoint" in e.primitive.name for e in equations(jaxpr.jaxpr))
 
     assert recomputed(graph) == recomputed(nnx.graphdef(huggingface.load(checkpoint))) + 3
@@ -505,7 +505,7 @@ def test_deepstack_features_are_added_after_their_layers_only(batch, model, quic
     @quick_jit
     def keys_and_output(deep):
         model: QwenVL = nnx.merge(graph, parameters)
-        angles = text_angles(batch.positions, model.config.text)
+        angles = text_angles(np.moveaxis(batch.positions, 1, 0), model.config.text)
         out, cache = model.text.prefill(h, angles, deep, batch.visual_index)
         return cache.keys, out
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from capcur_jax import metrics, presets
-from capcur_jax.data.packing import pack
+from capcur_jax.data.packing import Row, UpdateBatch, in_ranks, pack
 from capcur_jax.learner import Learner
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.rollout import local
@@ -166,15 +166,12 @@ def test_log_probs_equal_the_trainer_s(engine, sampling, prompts, parameters, gr
         banned=processor.banned_tokens,
     )
     groups = engine.generate(prompts[:4], sampling, G, seed=3)
-    samples = [sample for group in groups for sample in group]
-    batch = pack(
-        BUCKETS.collate(prompts[:4], processor.config, processor.pad_token),
-        [sample.tokens for sample in samples],
-        (T,),
-        processor.pad_token,
-    )
-    scored = np.asarray(learner.score(parameters, batch))
-    for sample, row in zip(samples, scored, strict=True):
+    rows = [[Row(sample.tokens, 1.0) for sample in group] for group in groups]
+    collated = BUCKETS.collate(prompts[:4], processor.config, processor.pad_token)
+    batch = UpdateBatch(collated, pack(rows, (G,), (T,), processor.pad_token, grpo=False))
+    (scored,) = learner.score(*learner.split(parameters), batch)
+    samples = [group[r] for group, ranked in zip(groups, rows, strict=True) for r in in_ranks(ranked)]
+    for sample, row in zip(samples, np.asarray(scored), strict=True):
         np.testing.assert_allclose(sample.logprobs, row[: len(sample.tokens)], atol=1e-5)
 
 

@@ -1,0 +1,273 @@
+"""How a mini-batch is packed changes nothing: micro-batches, slabs, length buckets, the order of its groups."""
+
+import copy
+import itertools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from capcur_jax import schedule, sharding
+from capcur_jax.errors import InputError
+from capcur_jax.learner import Learner, token_means
+from capcur_jax.models import huggingface
+from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.inputs import Prompt
+from capcur_jax.rollout.engine import Sample
+from capcur_jax.updates import Packer, Trainer, combined, grpo_item, sft_item
+from tests.conftest import random_image
+from tests.learner.conftest import relative_differences
+
+G, LIMIT, RATE = 3, 8, 1e-3
+BUCKETS = Buckets((96,), 64, (2.0,))  # few shapes: each is a program to compile
+PACKINGS = {
+    "one micro-batch": {"micro_prompts": 0, "slabs": (), "buckets": ((8,),)},
+    "several": {"micro_prompts": 2, "slabs": (), "buckets": ((5,), (8,))},
+    "slabs of several": {"micro_prompts": 2, "slabs": (2, 1), "buckets": ((4, 6), (8, 8))},
+}
+WEIGHTINGS = list(itertools.product(("token", "sequence", "constant"), (False, True)))
+
+
+class Scene(NamedTuple):
+    config: object
+    mesh: jax.sharding.Mesh
+    learner: Learner
+    parameters: nnx.State
+    groups: list[tuple[Prompt, list[Sample], np.ndarray]]
+    processor: object
+
+    def packer(self, packing="one micro-batch", updates=1, buckets=BUCKETS, **objective) -> Packer:
+        config = copy.deepcopy(self.config)
+        config.packing.update(PACKINGS[packing] if isinstance(packing, str) else packing)
+        config.objective.update({"updates_per_batch": updates, **objective})
+        (stage,) = schedule.stages(config)
+        return Packer(stage, config, buckets, self.processor, self.mesh, images=True)
+
+    def items(self, mask_truncated=False, order=None):
+        return [grpo_item(*self.groups[n], mask_truncated) for n in order or range(len(self.groups))]
+
+
+@pytest.fixture(scope="module")
+def scene(config, checkpoint, processor):
+    """Four groups; prompts with none to two images, responses of 1 to 8 tokens, some of which were cut off."""
+    config = copy.deepcopy(config)
+    config.rollout.update({"group": G, "max_new_tokens": LIMIT})
+    config.order = ("perception",)
+    config.stages.perception.prompts = 4
+    mesh = sharding.make_mesh(config.mesh)
+    model = huggingface.load(checkpoint, mesh=mesh, sharding=lambda *a: sharding.of_parameter(mesh, *a))
+    graph, parameters = nnx.split(model)
+    learner = Learner(
+        graph, parameters, objective="grpo", freeze="", config=config, temperature=1.0, banned=processor.banned_tokens,
+        mesh=mesh,
+    )  # fmt: skip
+    random, groups = np.random.default_rng(3), []
+    for number, lengths in enumerate(([8, 2, 8], [1, 4, 3], [5, 8, 6], [4, 2, 1])):
+        images = [random_image(18 + 9 * i, 26, seed=number) for i in range(number % 3)]
+        text = processor.render([None] * len(images) + ["What shape is it? " * (1 + number % 2)])
+        samples = [
+            Sample(
+                random.integers(8, 300, length).astype(np.int32),
+                random.normal(-6, 0.3, length).astype(np.float32),
+                "length" if length == LIMIT else "stop",
+                0,
+            )
+            for length in lengths
+        ]
+        groups.append((processor.prepare(text, images), samples, random.normal(size=G).astype(np.float32)))
+    return Scene(config, mesh, learner, parameters, groups, processor)
+
+
+def summed(scene: Scene, minibatch):
+    """Metrics and gradients of a mini-batch, with old and reference log-probs of the policy moved a little."""
+    learner = scene.learner
+    trained, frozen = learner.split(scene.parameters)
+    sums = None
+    for batch in minibatch:
+        placed = sharding.put(scene.mesh, batch)
+        sums = learner.zeros(trained, frozen, placed) if sums is None else sums
+        sums = learner.accumulate(trained, frozen, sums, placed)
+    sums = jax.device_get(sums)
+    metrics = token_means({**sums.metrics, "grad_norm": 0.0, "skipped_updates": 0})
+    return {**metrics, "tokens": float(sums.metrics["tokens"])}, sums.gradients
+
+
+@pytest.fixture(scope="module")
+def whole(scene):
+    """The results of the plainest packing, by aggregation and mask_truncated."""
+    found = {}
+    for aggregation, masked in WEIGHTINGS:
+        packer = scene.packer(aggregation=aggregation)
+        ((batch,),) = packer.minibatches(scene.items(masked))
+        assert [slab.tokens.shape for slab in batch.slabs] == [(4 * G, 8)]
+        found[aggregation, masked] = summed(scene, [batch])
+    return found
+
+
+def check(got, want):
+    for name, value in want[0].items():
+        assert got[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    differences = relative_differences(got[1], want[1])
+    assert max(differences.values()) < 1e-4, differences
+
+
+@pytest.mark.parametrize("packing", [name for name in PACKINGS if name != "one micro-batch"])
+def test_a_packing_changes_neither_loss_nor_metrics_nor_gradient(scene, whole, packing):
+    for aggregation, masked in WEIGHTINGS:
+        (minibatch,) = scene.packer(packing, aggregation=aggregation).minibatches(scene.items(masked))
+        micro = PACKINGS[packing]["micro_prompts"]
+        assert len(minibatch) == 4 // micro and all(len(batch.prompts.tokens) == micro for batch in minibatch)
+        assert all(len(batch.slabs) == max(len(PACKINGS[packing]["slabs"]), 1) for batch in minibatch)
+        check(summed(scene, minibatch), whole[aggregation, masked])
+
+
+def test_buckets_are_used_where_they_help(scene):
+    """What the packings above compare is not all of one shape."""
+    (several,) = scene.packer("several").minibatches(scene.items())
+    assert {slab.tokens.shape[1] for batch in several for slab in batch.slabs} == {5, 8}
+    (slabs,) = scene.packer("slabs of several").minibatches(scene.items())
+    assert {tuple(slab.tokens.shape for slab in batch.slabs) for batch in slabs} == {
+        ((4, 4), (2, 6)), ((4, 8), (2, 8)),
+    }  # fmt: skip
+
+
+def test_the_order_of_groups_changes_nothing(scene, whole):
+    for order in ([2, 0, 3, 1], [3, 2, 1, 0]):
+        (minibatch,) = scene.packer("several", aggregation="sequence").minibatches(scene.items(True, order))
+        check(summed(scene, minibatch), whole["sequence", True])
+
+
+def test_weightings_differ_and_are_the_formulas(scene, whole):
+    """Else the comparisons above would compare nothing."""
+    losses = [whole[key][0]["loss"] for key in WEIGHTINGS]
+    assert np.abs(np.subtract.outer(losses, losses) + np.eye(6)).min() > 1e-3
+    lengths = np.array([len(sample.tokens) for _, samples, _ in scene.groups for sample in samples])
+    for aggregation, masked in WEIGHTINGS:
+        (minibatch,) = scene.packer("several", aggregation=aggregation).minibatches(scene.items(masked))
+        counted = lengths < LIMIT if masked else lengths > 0
+        sizes = {"token": lengths * counted, "sequence": counted, "constant": LIMIT * counted}[aggregation]
+        per_token = lengths if aggregation == "sequence" else np.ones_like(lengths)
+        want = np.where(counted, 1 / per_token / sizes.sum(), 0)
+        got = [(len_, w) for b in minibatch for s in b.slabs for len_, w in zip(s.lengths, s.weights, strict=True)]
+        for (length, weight), (expected_length, expected_weight) in zip(
+            sorted(map(tuple, np.array(got).tolist())), sorted(zip(lengths.tolist(), want.tolist(), strict=True)),
+            strict=True,
+        ):  # fmt: skip
+            assert length == expected_length and weight == pytest.approx(expected_weight, rel=1e-6)
+        # A constant number for each response, were the objective to give each token 1.
+        totals = sum(float((s.weights * s.lengths).sum()) for b in minibatch for s in b.slabs)
+        assert totals == pytest.approx((want * lengths).sum(), rel=1e-6)
+
+
+def test_every_response_is_packed_once_with_what_is_its_own(scene):
+    (minibatch,) = scene.packer("slabs of several").minibatches(scene.items())
+    found = {}
+    for batch in minibatch:
+        for slab in batch.slabs:
+            group = len(slab.tokens) // len(batch.prompts.tokens)
+            for r, length in enumerate(slab.lengths):
+                prompt = batch.prompts.tokens[r // group, : batch.prompts.lengths[r // group]]
+                key = slab.tokens[r, :length].tobytes()
+                assert key not in found
+                found[key] = prompt.tobytes(), slab.advantages[r], slab.sampler_logprobs[r, :length].tobytes()
+    for prompt, samples, advantages in scene.groups:
+        for sample, advantage in zip(samples, advantages, strict=True):
+            want = prompt.tokens.tobytes(), advantage, sample.logprobs.tobytes()
+            assert found.pop(sample.tokens.tobytes()) == want
+    assert not found
+
+
+# ---------------------------------------------------------------------- whole steps
+
+
+def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
+    """Trainer.step against its parts: both passes come before any update, each micro-batch gets its own."""
+    packer = scene.packer({**PACKINGS["several"], "buckets": ((LIMIT,),)}, updates=2)
+    minibatches = packer.minibatches(scene.items())
+    assert [len(mini) for mini in minibatches] == [1, 1] and packer.old and packer.reference and packer.scores
+    learner, mesh = scene.learner, scene.mesh
+    trained, frozen = learner.split(jax.tree.map(lambda x: x + 0, scene.parameters))
+    reference = jax.tree.map(lambda x: 0.9 * x, trained)
+    trainer = Trainer(learner, mesh, learner.start(trained), frozen, reference=reference)
+    sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
+    trainer.sums = learner.zeros(trained, frozen, next(packer.blanks(sizes, passes=False)))
+    results = trainer.step(minibatches, packer.old, [RATE, 2 * RATE])
+
+    start, _ = learner.split(jax.tree.map(lambda x: x + 0, scene.parameters))
+    fields = []
+    for (batch,) in minibatches:
+        placed = sharding.put(mesh, batch)
+        old, given = learner.score(start, frozen, placed), learner.score(reference, frozen, placed)
+        (slab,) = placed.slabs
+        slab = type(slab)(**{**slab.__dict__, "old_logprobs": old[0], "reference_logprobs": given[0]})
+        fields.append(type(placed)(placed.prompts, (slab,)))
+    state, updates = learner.start(start), []
+    for placed, rate in zip(fields, (RATE, 2 * RATE), strict=True):
+        sums = learner.accumulate(state.trained, frozen, learner.zeros(state.trained, frozen, placed), placed)
+        state, _, metrics = learner.apply(state, sums, np.float32(rate))
+        updates.append(jax.device_get(metrics))
+    for got, want in zip(jax.device_get(results), updates, strict=True):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert float(got[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+    assert max(relative_differences(trainer.state.trained, state.trained).values()) < 1e-6
+    first, second = updates
+    ratios = [abs(float(m["policy_loss"])) for m in updates]
+    assert ratios[0] > 0 and first["kl"] > 0
+    record = combined(updates)
+    tokens = first["tokens"] + second["tokens"]
+    assert record["kl"] == pytest.approx(float(first["kl"] + second["kl"]) / float(tokens), rel=1e-6)
+    assert record["loss"] == pytest.approx(float(first["loss"] + second["loss"]) / 2, rel=1e-6)
+    assert record["logprob_difference_max"] == max(first["logprob_difference_max"], second["logprob_difference_max"])
+    assert "tokens" not in record and record["skipped_updates"] == 0
+
+
+def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
+    def signature(batch):
+        return jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype).name), batch)
+
+    sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
+    random, buckets = np.random.default_rng(0), Buckets((48, 64, 96), 64, (0.5, 1.0, 1.5, 2.0))
+    for packing in (*PACKINGS.values(), {"micro_prompts": 1, "slabs": (1, 1, 1), "buckets": ((4, 6, 8), (8, 8, 8))}):
+        packer, seen = scene.packer(packing, buckets=buckets), []
+        known = [signature(batch) for batch in packer.blanks(sizes, passes=True)]
+        for _ in range(8):
+            order = random.integers(0, 4, 4).tolist()
+            for mini in packer.minibatches(scene.items(order=order)):
+                seen += [signature(batch) for batch in mini]
+        assert all(one in known for one in seen) and any(one != seen[0] for one in seen)
+        later = list(packer.blanks(sizes, passes=False))
+        assert len(later) == len(known) and all(s.reference_logprobs is not None for b in later for s in b.slabs)
+        assert all(s.old_logprobs is None for b in later for s in b.slabs)
+
+
+def test_sft_items_take_one_slab_of_the_longest_lengths(scene):
+    config = copy.deepcopy(scene.config)
+    config.packing.update({"slabs": (2, 1), "buckets": ((4, 6), (8, 8)), "micro_prompts": 2})
+    config.stages.perception.objective = "sft"
+    (stage,) = schedule.stages(config)
+    packer = Packer(stage, config, BUCKETS, scene.processor, scene.mesh, images=True)
+    items = [sft_item(prompt, samples[0].tokens) for prompt, samples, _ in scene.groups]
+    (minibatch,) = packer.minibatches(items)
+    assert [[slab.tokens.shape for slab in batch.slabs] for batch in minibatch] == [[(2, 6)], [(2, 8)]]
+    assert all(slab.advantages is None and slab.sampler_logprobs is None for b in minibatch for slab in b.slabs)
+    tokens = sum(len(row.tokens) for item in items for row in item.rows)
+    assert all((slab.weights == np.float32(1 / tokens)).all() for b in minibatch for slab in b.slabs)
+    assert not packer.scores
+
+
+@pytest.mark.parametrize(
+    ("packing", "updates", "message"),
+    [
+        ({"micro_prompts": 3}, 1, r"config\.packing\.micro_prompts = 3 .* 4 that an update of stage perception"),
+        ({}, 3, r"config\.stages\.perception\.prompts = 4 can't be split into 3 equal updates.*updates_per_batch"),
+        ({"slabs": (2, 2)}, 1, r"config\.packing\.slabs = \(2, 2\) .* add up to 3"),
+        ({"slabs": (2, 1), "buckets": ((8,),)}, 1, r"config\.packing\.buckets.*each of config\.packing\.slabs"),
+        ({"buckets": ((7,),)}, 1, r"config\.packing\.buckets: one must hold config\.rollout\.max_new_tokens"),
+    ],
+)
+def test_what_can_t_be_packed_names_its_key(scene, packing, updates, message):
+    with pytest.raises(InputError, match=message):
+        scene.packer({**PACKINGS["one micro-batch"], **packing}, updates=updates)

@@ -1,0 +1,114 @@
+"""Which problem is which example of a step, in one process or several, and what takes the place of a broken one."""
+
+import types
+
+import numpy as np
+import pytest
+
+from capcur_jax import presets, schedule
+from capcur_jax.data import pipeline
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.errors import InputError
+from capcur_jax.train import Maker, usable
+from tests.conftest import random_image
+
+PROMPTS, BATCHES = 16, 5
+
+
+def stage_of(objective="grpo"):
+    config = presets.laptop()
+    config.order = ("perception",)
+    config.stages.perception.update({"prompts": PROMPTS, "objective": objective})
+    return schedule.stages(config)[0]
+
+
+def makers(monkeypatch, processes, updates, run=None, order=None, stage=None):
+    """One for each process."""
+    monkeypatch.setattr("jax.process_count", lambda: processes)
+    made = []
+    for process in range(processes):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        made.append(Maker(run, stage or stage_of(), order, updates))
+    monkeypatch.undo()
+    return made
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_each_problem_comes_once_and_in_the_same_update_whatever_the_processes(monkeypatch, processes, updates):
+    made = makers(monkeypatch, processes, updates)
+    assert {maker.local for maker in made} == {PROMPTS // processes}
+    numbers = np.array([[maker.number(i) for i in range(BATCHES * maker.local)] for maker in made])
+    assert sorted(numbers.ravel().tolist()) == list(range(BATCHES * PROMPTS))
+    # A process's batch is cut into its updates in order (updates.Packer), and so is that of a single process.
+    cut = numbers.reshape(processes, BATCHES, updates, -1)
+    alone = np.arange(BATCHES * PROMPTS).reshape(BATCHES, updates, -1)
+    for batch in range(BATCHES):
+        for update in range(updates):
+            assert sorted(cut[:, batch, update].ravel().tolist()) == alone[batch, update].tolist()
+
+
+@pytest.fixture
+def run(processor):
+    """What a Maker uses of a run."""
+    builder = PromptBuilder(processor, "suffix", 256, 64)
+    settings = types.SimpleNamespace(rollout=types.SimpleNamespace(max_new_tokens=8))
+    return types.SimpleNamespace(builder=builder, processor=processor, config=settings)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Number 3 has a file whose header is sound: only decoding it shows that the rest is missing."""
+    found = []
+    for number in range(8):
+        path = tmp_path / f"{number}.jpg"
+        random_image(32, 24, seed=number).save(path)
+        found.append(Problem(str(number), f"What is {number}?", "red", (str(path),), response="a"))
+    path = tmp_path / "3.jpg"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return found
+
+
+def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monkeypatch, run, problems):
+    stage = stage_of()
+    run.problems = lambda names, split: problems
+    assert usable(run, stage)[0] == problems and not run.builder.counts
+    order = pipeline.in_order(problems, 5)
+    (maker,) = makers(monkeypatch, 1, 1, run, order, stage)
+    examples = [maker(i) for i in range(24)]
+    assert run.builder.counts == {"images": 1} and [p.id for p in run.builder.skipped] == ["3"]
+    for number, example in enumerate(examples):
+        wanted = order[number].id
+        assert example.problem.id == wanted if wanted != "3" else example.problem.id != "3"
+        assert len(example.prompt.grids) == 1 and example.target is None
+    # A function of the number alone: asked again, in another order, by a run that has not seen the others.
+    run.builder = PromptBuilder(run.processor, "suffix", 256, 64)
+    for number in (23, 5, 11, 0):
+        again = maker(number)
+        assert again.problem == examples[number].problem
+        np.testing.assert_array_equal(again.prompt.tokens, examples[number].prompt.tokens)
+
+
+def test_data_that_is_broken_throughout_ends_the_run(monkeypatch, run, problems):
+    broken = [problems[3]]
+    (maker,) = makers(monkeypatch, 1, 1, run, pipeline.in_order(broken, 0))
+    with pytest.raises(InputError, match=r"stage perception: no problem can be used: .*3\.jpg"):
+        maker(0)
+    assert run.builder.counts == {"images": 1}
+
+
+def test_sft_examples_have_their_target(monkeypatch, run, problems):
+    (maker,) = makers(monkeypatch, 1, 1, run, problems[:2], stage_of("sft"))
+    example = maker(1)
+    assert example.target[-1] == run.processor.end_tokens[0] and len(example.target) >= 2
+    run.problems = lambda names, split: [*problems[:2], Problem("none", "What?", "red")]
+    found, sizes = usable(run, stage_of("sft"))
+    assert found == problems[:2] and run.builder.counts == {"prompts": 1}
+    assert [size.images for size in sizes] == [run.builder.measure(problem).images for problem in found]
+
+
+def test_problems_without_use_end_the_run_before_it_starts(run):
+    run.problems = lambda names, split: [Problem("long", "word " * 900, "red")]
+    with pytest.raises(InputError, match=r"stage perception: no problem can be used: .*max_tokens = 256"):
+        usable(run, stage_of())
