@@ -8,10 +8,10 @@ process with two threads, in float32; they take turns, a round of --steps steps 
 
 A step is what follows grading: reference pass, old log-probs where there are several updates, loss, gradient, clip,
 AdamW. TRL's time leaves out its tokenising, image processing, rewards and collating, ours counts packing. What both
-could choose is the same: k3 KL to a reference that is other weights than the policy, clip 0.2 / 0.3 without a dual
-one, mean over all tokens of an update, advantages by the group's standard deviation + 1e-4, no banned tokens, no weight
-decay. The objectives then coincide: loss and gradient norm of the first updates are compared.
-TRL's micro-batch and activation checkpointing are as they are fastest on two cores (--trl_rows, --trl_checkpointing).
+could choose is the same: plain k3 KL to a reference that is other weights than the policy, clip 0.2 / 0.3 without a
+dual one, mean over all tokens of an update, advantages by the group's standard deviation + 1e-4, no banned tokens, no
+weight decay. The objectives then coincide: loss and gradient norm of the first updates are compared.
+TRL's micro-batches are as they were fastest on two cores (--trl_rows), its activations recomputed as is its default.
 
 The environment of --trl_python needs trl==1.16.0, torch, torchvision, accelerate, datasets and pillow.
 """
@@ -52,6 +52,7 @@ _STEPS = flags.DEFINE_integer("steps", 5, "Steps in a round.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Rounds that count, after one that warms up.")
 _ROWS = flags.DEFINE_integer("trl_rows", 20, "Sequences in TRL's micro-batches.")
 _CHECKPOINTING = flags.DEFINE_bool("trl_checkpointing", True, "TRL computes activations again backwards, its default.")
+_MICRO = flags.DEFINE_integer("micro_prompts", 0, "Ours: config.packing.micro_prompts; TRL's 20 sequences are 4.")
 _JSON = flags.DEFINE_string("json", "", "Where the results go as JSON, too.")
 _SERVE = flags.DEFINE_string("serve", "", "Our side of one case, for the process that compares.")
 CASES = {  # of each: the KL's coefficient, updates on one set of responses
@@ -75,7 +76,10 @@ def write_inputs(directory: Path) -> dict[str, Any]:
     np.save(directory / "patches.npy", np.stack([prompt.patches for prompt in prompts]))
     random, end = np.random.default_rng(0), processor.end_tokens[0]
     low, high = 10, len(processor.tokenizer)  # behind the special tokens
-    lengths = random.integers(12, TOKENS + 1, PROMPTS * GROUP)
+    # Where there are several updates TRL divides each by the mean of their tokens, this project by its own: the
+    # quarters get the same lengths, each in its own order.
+    quarter = random.integers(12, TOKENS + 1, PROMPTS * GROUP // 4)
+    lengths = np.concatenate([random.permutation(quarter) for _ in range(4)])
     return {
         "checkpoint": str(checkpoint),
         "reference": str(directory / "reference"),
@@ -86,7 +90,7 @@ def write_inputs(directory: Path) -> dict[str, Any]:
         "completions": [[*random.integers(low, high, n - 1).tolist(), end] for n in lengths],
         "rewards": random.random(PROMPTS * GROUP).tolist(),
         "learning_rate": 1e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8,
-        "max_gradient_norm": 1.0, "clip_low": 0.2, "clip_high": 0.3,
+        "max_gradient_norm": 1.0, "clip_low": 0.2, "clip_high": 0.3, "micro_prompts": _MICRO.value,
     }  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def configured(record: dict[str, Any]) -> ConfigDict:
             "clip_dual": 0.0, "advantage_epsilon": 1e-4, "updates_per_batch": record["updates"],
         }
     )  # fmt: skip
+    config.packing.micro_prompts = record["micro_prompts"]
     for key in ("weight_decay", "beta1", "beta2", "epsilon", "max_gradient_norm"):
         config.optimizer[key] = record[key]
     return config
@@ -206,14 +211,21 @@ def compare(name: str, record: dict[str, Any], directory: Path) -> dict[str, Any
                 side.round()
     responses = sum(map(len, record["completions"]))
     tokens = {"response": responses, "all": responses + GROUP * sum(map(len, record["prompts"]))}
-    return {"case": name, **CASES[name], "tokens": tokens, "sides": {s: summary(v, tokens) for s, v in sides.items()}}
+    return {
+        "case": name,
+        **CASES[name],
+        "micro_prompts": _MICRO.value,
+        "tokens": tokens,
+        "sides": {s: summary(v, tokens) for s, v in sides.items()},
+    }
 
 
 def summary(side: Side, tokens: dict[str, int]) -> dict[str, Any]:
     seconds = side.seconds()
     median = statistics.median(seconds)
-    first = side.steps[0]
+    first, whole = side.steps[0], [step["whole"] for step in side.steps[_STEPS.value :] if "whole" in step]
     return {
+        **({"seconds_with_preparation": statistics.median(whole)} if whole else {}),
         "seconds": {"median": median, "min": min(seconds), "max": max(seconds), "n": len(seconds)},
         "tokens_per_second": {kind: n / median for kind, n in tokens.items()},
         "mib": {"loaded": side.facts.pop("loaded"), "peak": side.facts.pop("peak")},
@@ -252,6 +264,7 @@ def show(result: dict[str, Any]) -> None:
     for what, key in (("loss", "losses"), ("gradient norm", "norms")):
         for number, (a, b) in enumerate(zip(ours[key], peer[key], strict=True), 1):
             print(f"  update {number}: {what} {a:.7g} against {b:.7g}, relative difference {apart(a, b):.1e}")
+    print(f"  TRL's step with its tokenising, images and collating: median {peer['seconds_with_preparation']:.3f} s")
     print(f"  largest difference of a pixel {peer['pixels']:.1e}")
 
 

@@ -156,7 +156,9 @@ data = Dataset.from_list(
     ]
 )
 with tempfile.TemporaryDirectory() as directory:
-    processor = AutoProcessor.from_pretrained(options.checkpoint)
+    # TRL pads prompts on the left but takes what marks their image tokens as the processor pads it: on another side the
+    # positions of the shorter prompts would be wrong.
+    processor = AutoProcessor.from_pretrained(options.checkpoint, padding_side="left")
     if not options.recorded:
         args = config(
             directory,
@@ -187,6 +189,7 @@ with tempfile.TemporaryDirectory() as directory:
         epsilon_high=record["clip_high"],
         delta=None,
         beta=record["beta"],
+        use_bias_correction_kl=False,  # its default multiplies k3 with the ratio, which has a gradient of its own
         learning_rate=record["learning_rate"],
         lr_scheduler_type="constant",
         weight_decay=record["weight_decay"],

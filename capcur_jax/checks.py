@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +19,24 @@ from capcur_jax.rollout.engine import Sampling
 from capcur_jax.schedule import Stage
 
 DTYPES = ("float32", "bfloat16")
-# What a run that goes on may have changed: where it computes, what it writes, and how long it is.
+# What a run that goes on may have changed: where it computes and keeps things, and what it writes.
 MAY_CHANGE = ("mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers")
 
 
+MEMORIES = ("device", "pinned_host")
 CHOICES = {
-    "ratio": objectives.RATIO_LEVELS,
-    "kl_estimator": objectives.KL_ESTIMATORS,
-    "aggregation": objectives.AGGREGATIONS,
-    "sampler_correction": objectives.SAMPLER_CORRECTIONS,
-    "sampler_level": objectives.RATIO_LEVELS,
+    "objective.ratio": objectives.RATIO_LEVELS,
+    "objective.kl_estimator": objectives.KL_ESTIMATORS,
+    "objective.aggregation": objectives.AGGREGATIONS,
+    "objective.sampler_correction": objectives.SAMPLER_CORRECTIONS,
+    "objective.sampler_level": objectives.RATIO_LEVELS,
+    "model.dtype": DTYPES,
+    "export.dtype": DTYPES,
+    "reference.dtype": DTYPES,
+    "optimizer.parameters": DTYPES,
+    "optimizer.moments": DTYPES,
+    "reference.memory": MEMORIES,
+    "optimizer.memory": MEMORIES,
 }
 
 
@@ -84,8 +93,15 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
         if (config[section] if section else config)[name] < value:
             raise InputError(f"config.{key} must be at least {value}")
     for key, choices in CHOICES.items():
-        if (value := config.objective[key]) not in choices:
-            raise InputError(f"config.objective.{key} = {value!r}; choose one of {', '.join(choices)}")
+        section, _, name = key.rpartition(".")
+        if (value := config[section][name]) not in choices:
+            raise InputError(f"config.{key} = {value!r}; choose one of {', '.join(choices)}")
+    if 0 < config.objective.clip_dual <= 1:
+        raise InputError(f"config.objective.clip_dual = {config.objective.clip_dual}: above 1, or 0 for none")
+    if config.objective.sampler_cap < 1:
+        raise InputError("config.objective.sampler_cap must be at least 1")
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("config.log.wandb needs Weights & Biases: pip install -e '.[wandb]', or leave it empty")
     for stage in stages:
         if stage.prompts < 1:
             raise InputError(f"config.stages.{stage.name}.prompts must be at least 1")

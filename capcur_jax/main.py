@@ -32,10 +32,7 @@ _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes
 
 
 def prepare_workdir(path: str | None, config_file: str) -> Path:
-    """The work directory: a new one, or the given one, which may hold a run to go on with.
-
-    Raises InputError where records lie of which no checkpoint is left.
-    """
+    """The work directory: a new one, or the given one, which may hold a run to go on with."""
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     workdir = Path(path) if path else Path("runs") / f"{stamp}_{Path(config_file).stem}"
     try:
@@ -65,11 +62,13 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"unknown argument {arguments[1]!r}; settings look like --config.seed=1")
     logging.set_verbosity(logging.WARNING)
     try:
-        workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))
         # Imported late: a mistyped flag should not wait for JAX.
         from capcur_jax import distributed
 
         distributed.initialize(distributed.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
+        if distributed.process_count() > 1 and not _WORKDIR.value:
+            raise InputError("a run of several processes needs --workdir, one that all of them see")
+        workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))
         from capcur_jax.train import train
 
         if done := finished(workdir, _CONFIG.value):

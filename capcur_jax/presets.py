@@ -75,7 +75,7 @@ def laptop() -> ConfigDict:
                 "max_tokens": 96,  # a longer prompt is left out, never truncated
                 "min_pixels": 0,  # 0: the checkpoint's own
                 "max_pixels": 0,
-                "token_buckets": (56, 84, 96),  # declared lengths of prompt rows
+                "token_buckets": (48, 56, 84, 96),  # declared lengths of prompt rows
                 "patch_row": 64,  # patches in a row of the vision tower; no image may have more
                 "patch_rows": (1.0,),  # declared numbers of such rows, for each prompt of a batch
             },
@@ -89,7 +89,7 @@ def laptop() -> ConfigDict:
                 "dynamic_retries": 0,
             },
             "packing": {
-                "micro_prompts": 0,  # prompts of a device row whose gradient is taken at once; 0: an update's
+                "micro_prompts": 8,  # prompts of a device row whose gradient is taken at once; 0: an update's
                 "slabs": (),  # rows of a group that share a length, shortest first, such as (3, 2); (): all
                 "buckets": ((16,), (20,), (24,), (32,), (48,)),  # declared lengths, one for each slab
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ import jax
 from flax import nnx
 
 from capcur_jax import distributed, metrics, sharding
+from capcur_jax.checks import dtype_of
 from capcur_jax.data.blind import blind_accuracy
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation import heldout, report
+from capcur_jax.models import huggingface
 from capcur_jax.models.inputs import BadInput
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.run import Run
@@ -77,7 +80,7 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
         "steps": stage.steps,
         "a step": f"{stage.prompts}{group}",
         "learning rate": f"{stage.learning_rate:g}",
-        "frozen": stage.freeze or "nothing",
+        "frozen": "all but LoRA's factors" if run.lora else stage.freeze or "nothing",
     }
 
 
@@ -143,12 +146,20 @@ def evaluate(run: Run, label: str) -> None:
 def warm_up_validation(run: Run) -> None:
     """Compiles what `validate` samples with, so that it does not look like a late compilation."""
     settings = run.config.validation
-    for name in run.config.evaluation.sets if settings.every else ():
-        sizes = []
-        for problem in run.sets.problems(name, "validation")[: settings.questions or None]:
+    if not settings.every:
+        return
+    for name in run.config.evaluation.sets:
+        problems, sizes = run.sets.problems(name, "validation")[: settings.questions or None], []
+        for problem in problems:
             with contextlib.suppress(BadInput):  # `validate` counts it
                 sizes.append(run.builder.measure(problem))
-        run.engine.warm_up(sizes, run.validating, 1, any(size.images for size in sizes))
+        if sizes:
+            run.engine.warm_up(sizes, run.validating, 1, any(problem.images for problem in problems))
+    if not run.exports_compiled:  # where parameters lie on several devices, an export runs small programs
+        dtype = dtype_of(run.config.export.dtype, "config.export.dtype")
+        for _ in huggingface.published_tensors(run.parameters, run.processor.config, dtype, run.lora):
+            pass
+        run.exports_compiled = True
 
 
 def validate(run: Run, stage: str) -> float:
@@ -216,5 +227,7 @@ def finish(run: Run, status: str) -> dict[str, Any]:
     return summary
 
 
-def _over(function, values: Sequence[float]) -> float | None:
+def _over(function, values: Sequence[float | None]) -> float | None:
+    """Of the finite ones: a step whose update was skipped has none."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
     return float(function(values)) if values else None

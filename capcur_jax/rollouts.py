@@ -51,6 +51,7 @@ class Rollout:
     groups: list[Group]
     drawn: int  # groups, those that were drawn again included
     dropped_equal: int  # of them left out because they had no advantage
+    capabilities: tuple[str, ...] = ()  # of the stage, in an order that all processes share
 
     @property
     def samples(self) -> list[Sample]:
@@ -58,11 +59,10 @@ class Rollout:
 
     def metrics(self) -> dict[str, float]:
         """What the step record says about the rollouts, over all processes."""
-        sums: dict[str, float] = {}
+        sums: dict[str, tuple[float, int]] = {}  # and of how many values
 
         def add(name: str, values: Sequence[float]) -> None:
-            sums[name] = sums.get(name, 0.0) + float(np.sum(values))
-            sums[f"{name}/n"] = sums.get(f"{name}/n", 0.0) + len(values)
+            sums[name] = float(np.sum(values)), len(values)
 
         scores = [score for group in self.groups for score in group.scores]
         lengths = [len(sample.tokens) for sample in self.samples]
@@ -84,20 +84,16 @@ class Rollout:
         for capability in self.capabilities:
             mine = [group for group in self.groups if group.example.problem.capability == capability]
             add(f"response_length/{capability}", [len(s.tokens) for group in mine for s in group.samples])
-        names = list(sums)
-        total = dict(zip(names, distributed.exchange(np.array([sums[n] for n in names])).sum(0), strict=True))
+        total = dict(zip(sums, distributed.exchange(np.array(list(sums.values()))).sum(0).tolist(), strict=True))
         ends = distributed.exchange(np.array([[rewards.min(), advantages.min()], [-rewards.max(), -advantages.max()]]))
         low, high = ends.min(0)
-        mean = {n: total[n] / max(total[f"{n}/n"], 1) for n in names if not n.endswith("/n")}
+        mean = {name: value / count for name, (value, count) in total.items() if count}
         for name in ("reward", "advantage"):
             mean[f"{name}_std"] = float(np.sqrt(max(mean.pop(f"{name}_square") - mean[name] ** 2, 0.0)))
         mean["reward_min"], mean["advantage_min"] = low
         mean["reward_max"], mean["advantage_max"] = -high
-        mean["drawn_groups"], mean["dropped_groups"] = total["drawn_groups"], total["dropped_groups"]
-        mean["response_tokens"] = total["response_length"]
+        mean["drawn_groups"], mean["dropped_groups"] = total["drawn_groups"][0], total["dropped_groups"][0]
         return {name: float(value) for name, value in mean.items()}
-
-    capabilities: tuple[str, ...] = ()  # of the stage, in an order that all processes share
 
     def shown(self, prompts: int, workdir: Path) -> list[dict[str, Any]]:
         """The first groups as records for rollouts.jsonl; images by their path from the work directory."""

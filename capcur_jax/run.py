@@ -25,7 +25,7 @@ from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder
 from capcur_jax.display import Display
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interruption
-from capcur_jax.learner import Learner
+from capcur_jax.learner import Learner, frozen_paths
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface, published
 from capcur_jax.models import lora as lora_lib
@@ -75,7 +75,10 @@ class Run:
         plain = check_same(workdir, config)
         self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
         self.checkpoint = self.checkpoints.latest()
-        self.position, self._counts = Position(), {"step": 0, "version": 0, "skipped_updates": 0, "seconds": 0.0}
+        self.position, self._counts = (
+            Position(),
+            {"step": 0, "version": 0, "skipped_updates": 0, "skipped_before": 0, "seconds": 0.0},
+        )
         self.evaluations: list[dict] = []
         self._steps: list[dict] = []
         self.best: float | None = None
@@ -84,10 +87,15 @@ class Run:
         else:
             self._start_anew()
         self.step, self.version = self._counts["step"], self._counts["version"]
-        self.skipped_updates = self.skipped_before = self._counts["skipped_updates"]
+        self.skipped_updates = self._counts["skipped_updates"]  # of the whole run
+        self.skipped_before = self._counts["skipped_before"]  # of the stages before this one
+        self.saved: tuple[int, Position] | None = None  # what the last checkpoint is of
+        self.parameter_count, self.blind = 0, {}
+        self.exports_compiled = False
         self._open_model()
         for stage in stages:  # what does not fit together is said before anything is computed
             Packer(stage, config, self.buckets, self.processor, self.mesh, images=True)
+            frozen_paths(self.parameters, self.freeze_of(stage))
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
         self.sampling = sampling_of(config, "rollout")
         self.greedy, self.validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
@@ -129,7 +137,16 @@ class Run:
             distributed.barrier(f"data-{turn}")
 
     def _start_anew(self) -> None:
-        """What a run left that was stopped before its first checkpoint is removed."""
+        """What a run left that was stopped before its first checkpoint is removed.
+
+        Raises InputError where steps were recorded: their checkpoints were taken away.
+        """
+        records = self.workdir / "metrics.jsonl"
+        if records.exists() and any(record["type"] == "step" for record in metrics.read_jsonl(records)):
+            raise InputError(
+                f"{self.workdir} holds the records of a run but none of its checkpoints ({self.checkpoints.directory}): "
+                "put them back, or give another --workdir"
+            )
         if self.owner:
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (self.workdir / name).unlink(missing_ok=True)
@@ -149,7 +166,8 @@ class Run:
                 self._steps.append(record)
             elif record["type"] == "evaluation":
                 self.evaluations.append(record)
-        self.display.warn(f"{self.workdir}: going on after step {self._counts['step']}")
+        if self.owner:
+            self.display.warn(f"{self.workdir}: going on after step {self._counts['step']}")
 
     def _open_model(self) -> None:
         config, prompt = self.config, self.config.prompt
@@ -161,12 +179,14 @@ class Run:
         self.lora = kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
         place = functools.partial(sharding.of_parameter, self.mesh)
         if config.checkpoint:
+            self._check_mesh(model_config.from_directory(self.source))
             model = huggingface.load(self.source, seed=config.seed, sharding=place, **kinds)
         else:
             self.source = self.workdir / "skeleton"
             if self.owner and not self.source.exists():
                 fresh.write_skeleton(self.source, self._texts(), config.create.to_dict())
             distributed.barrier("skeleton")
+            self._check_mesh(model_config.from_directory(self.source))
             model = huggingface.create(model_config.from_directory(self.source), config.seed, sharding=place, **kinds)
         self.processor = Processor.from_directory(self.source, prompt.min_pixels, prompt.max_pixels)
         if config.architecture:
@@ -185,6 +205,14 @@ class Run:
             model, self.processor, max_rows=config.rollout.max_rows, buckets=self.buckets, mesh=self.mesh
         )
         self._closing.callback(self.engine.close)
+
+    def _check_mesh(self, known: model_config.ModelConfig) -> None:
+        """Heads are split whole. Raises InputError."""
+        tensor = self.mesh.shape["tensor"]
+        heads = {"heads": known.text.heads, "kv heads": known.text.kv_heads, "vision heads": known.vision.heads}
+        if any(count % tensor for count in heads.values()):
+            counts = ", ".join(f"{count} {name}" for name, count in heads.items())
+            raise InputError(f"config.mesh.tensor = {tensor} must divide the model's {counts}")
 
     def _texts(self):
         """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction.
@@ -211,19 +239,23 @@ class Run:
 
     def learner(self, stage: Stage) -> Learner:
         """Stages with the same objective and the same frozen parameters share their compiled programs."""
-        key = stage.objective, stage.freeze
+        key = stage.objective, self.freeze_of(stage)
         if key not in self._learners:
             self._learners[key] = Learner(
                 self.graph,
                 self.parameters,
                 objective=stage.objective,
-                freeze=lora_lib.pattern() if self.lora else stage.freeze,
+                freeze=key[1],
                 config=self.config,
                 temperature=self.config.rollout.temperature,
                 banned=self.processor.banned_tokens,
                 mesh=self.mesh,
             )
         return self._learners[key]
+
+    def freeze_of(self, stage: Stage) -> str:
+        """The pattern of what the stage does not train: with LoRA, all but the factors."""
+        return lora_lib.pattern() if self.lora else stage.freeze
 
     def publish(self, parameters: nnx.State, updates: int = 1) -> None:
         """The parameters after an update: what the engine samples from and what is saved."""
@@ -238,10 +270,11 @@ class Run:
         resumed = self.checkpoint is not None and self.position.stage == number
         wanted = stage.objective == "grpo" and needs_reference(config)
         dtype = dtype_of(config.reference.dtype, "config.reference.dtype")
+        mark = np.int32(number)  # an array at least, where nothing is frozen and there is no reference
         if resumed:
             shapes = learner.abstract_state()
             reference = jax.tree.map(lambda leaf: sharding.shape_of(leaf, dtype), shapes.trained) if wanted else None
-            start = {"frozen": jax.tree.map(sharding.shape_of, frozen), "reference": reference}
+            start = {"frozen": jax.tree.map(sharding.shape_of, frozen), "reference": reference, "stage": mark}
             start = self.checkpoints.restore_reference(name, start)
             frozen, copied = start["frozen"], start["reference"]
             state = self.checkpoints.restore(self.checkpoint, shapes)
@@ -251,7 +284,8 @@ class Run:
         else:
             # Updates donate what they are given, so the stage's start is copied.
             copied = learner.copy_as(trained, dtype) if wanted else None
-            self.checkpoints.save_reference(name, {"frozen": frozen, "reference": copied})
+            self.checkpoints.save_reference(name, {"frozen": frozen, "reference": copied, "stage": mark})
+            self.skipped_before = self.skipped_updates
             state = learner.start(trained)
             self.position = Position(stage=number, evaluated=True)
         trainer = Trainer(learner, self.mesh, state, frozen, reference=copied)
@@ -268,6 +302,7 @@ class Run:
             "step": self.step,
             "version": self.version,
             "skipped_updates": self.skipped_updates,
+            "skipped_before": self.skipped_before,
             "seconds": time.monotonic() - self.started,
         }
         sizes = {file.path.name: file.path.stat().st_size for file in (self.records, self.rollouts) if self.owner}
@@ -279,6 +314,13 @@ class Run:
         }
         # A stage's start has a number of its own beside the end of the stage before.
         self.checkpoints.save(self.step + self.position.stage, trainer.state, position, metric=metric, wait=wait)
+        self.saved = self.step, self.position
+
+    def save_and_wait(self, trainer: Trainer) -> None:
+        """The state as it is now is on the disk when this returns."""
+        if self.saved != (self.step, self.position):  # one of a validated step keeps its metric
+            self.save(trainer, wait=True)
+        self.checkpoints.latest()
 
     def next_batch(self, batches: Iterator[list[Example]]) -> list[Example]:
         """The next rollout batch of this process; a run that goes on takes up the count."""

@@ -11,6 +11,7 @@ data follow from the seed and from numbers in the checkpoint: the continuation i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -55,12 +56,12 @@ def train(
     tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
         results.plan(run)
-        at = run.position
+        at, late = run.position, Late(run)
         try:
             if not at.evaluated:
                 results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):
-                train_stage(run, stage, number, tracer)
+                train_stage(run, stage, number, tracer, late)
                 if config.export.each_stage and number + 1 < len(stages):
                     run.export(f"{number + 1}-{stage.name}")
                 results.evaluate(run, stage.name)
@@ -70,7 +71,10 @@ def train(
             status = "interrupted"
         except Exception:
             if distributed.process_count() == 1:  # an export needs all processes; the others end when this one does
-                results.finish(run, "failed")
+                try:
+                    results.finish(run, "failed")
+                except Exception as second:  # what went wrong first is what the user has to know
+                    display.warn(f"what was learned since the last checkpoint could not be saved: {second}")
             raise
         finally:
             tracer.close()
@@ -79,7 +83,7 @@ def train(
         return summary
 
 
-def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
+def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late) -> None:
     """One stage: its own reference policy, its own optimizer state, its own order of data."""
     config = run.config
     run.display.stage(stage.name, stage.steps)
@@ -98,14 +102,15 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile) -> None:
         [stage.learning_rate_at(step * packer.updates + i, stage.steps * packer.updates) for i in range(packer.updates)]
         for step in range(stage.steps)
     ]
-    grpo, late = stage.objective == "grpo", Late(run)
+    grpo = stage.objective == "grpo"
+    late.begin()
 
     for step in range(run.position.stage_step, stage.steps):
         try:
             run.interruption.check(distributed.agree)
         except Interrupted:
             late.write()
-            run.save(trainer, wait=True)
+            run.save_and_wait(trainer)
             raise
         tracer.before(run.step + 1)
         timer, rollout = metrics.PhaseTimer(), None
@@ -294,8 +299,12 @@ class Late:
 
     def __init__(self, run: Run):
         self._run, self._pending = run, None
-        self._compiled, self._ended = run.counter.count, time.perf_counter()
         self._extra: dict[str, float] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A stage begins to step: what came before is no part of its first step."""
+        self._compiled, self._ended = self._run.counter.count, time.perf_counter()
 
     def put(self, record: dict, results: list, timer: metrics.PhaseTimer, started: float) -> None:
         self.write()
@@ -311,9 +320,14 @@ class Late:
         self._compiled = self._run.counter.count
         self._pending = record, results, timer, started, thread, done
 
-    def extra(self, name: str):
-        """Seconds of what comes after an update, for the next record."""
-        return _timed(self._extra, name)
+    @contextlib.contextmanager
+    def extra(self, name: str) -> Iterator[None]:
+        """Seconds of what comes between two steps, for the next record."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._extra[name] = self._extra.get(name, 0.0) + time.perf_counter() - start
 
     def write(self, next_step: metrics.PhaseTimer | None = None) -> None:
         """Writes what is pending; `next_step`: the phases of the step that has been drawn meanwhile."""
@@ -330,18 +344,7 @@ class Late:
         record["skipped_updates"] = self._run.skipped_before + record["skipped_updates"]
         record["seconds"] = total
         record |= {f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()} | self._extra
+        record["tokens_per_second"] = record["trained_tokens"] / max(total - sum(self._extra.values()), 1e-9)
         self._extra.clear()
-        record["tokens_per_second"] = record.get("response_tokens", record["tokens"]) / total
         record |= metrics.device_memory()
         self._run.record(record)
-
-
-class _timed:
-    def __init__(self, into: dict[str, float], name: str):
-        self._into, self._name = into, name
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *unused) -> None:
-        self._into[self._name] = self._into.get(self._name, 0.0) + time.perf_counter() - self._started

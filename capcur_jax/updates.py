@@ -70,7 +70,8 @@ class Packer:
         if max(bucket[0] for bucket in self._lengths) < config.rollout.max_new_tokens:
             raise InputError("config.packing.buckets: one must hold config.rollout.max_new_tokens in every slab")
         mini = self._share(stage.prompts, self.updates, f"config.stages.{stage.name}.prompts")
-        self._micro = self._shards * (config.packing.micro_prompts or mini // self._shards)
+        here = mini // self._shards
+        self._micro = self._shards * min(config.packing.micro_prompts or here, here)
         if mini % self._micro:
             raise InputError(
                 f"config.packing.micro_prompts = {config.packing.micro_prompts} prompts for each device row do not "
@@ -261,11 +262,14 @@ def _with(batch: UpdateBatch, fields: dict[str, list[jax.Array]]) -> UpdateBatch
 
 def combined(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
     """A step's record from its updates' fetched metrics: token means over all of them, means of losses and norms."""
-    total = updates[0]
-    for metrics in updates[1:]:
+    # What a skipped update summed up is not finite; it must not hide the others.
+    finite = [u for u in updates if np.isfinite(u["loss"]) and np.isfinite(u["grad_norm"])] or updates
+    total = finite[0]
+    for metrics in finite[1:]:
         total = {k: np.maximum(total[k], v) if k.endswith("_max") else total[k] + v for k, v in metrics.items()}
     record = token_means(total)
     for name in ("loss", "grad_norm"):
-        record[name] /= len(updates)
+        record[name] /= len(finite)
+    record["trained_tokens"] = int(sum(u["tokens"] for u in updates))
     record["skipped_updates"] = int(updates[-1]["skipped_updates"])
     return record

@@ -59,5 +59,5 @@ def get_config():
         }
         config.order = ("captions", "answers")
         config.prompt.token_buckets = (40, 84, 96)
-        config.packing.buckets = ((16,), (32,), (48,))
+        config.packing.update({"micro_prompts": 0, "buckets": ((16,), (32,), (48,))})
     return config
