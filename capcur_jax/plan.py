@@ -82,7 +82,8 @@ def measure(program: Any, devices: int, chip: aot.Chip | None, assumed: Assumpti
     result |= {
         **sizes,
         "peak_bytes": peak,
-        "needed_bytes": peak + program.resident,
+        # What the program does not use is dropped from its arguments, but lies there all the same.
+        "needed_bytes": peak + program.resident + max(program.given - sizes["arguments_bytes"], 0),
         "collectives": [collective._asdict() for collective in traffic.collectives],
         "sent_bytes": traffic.sent,
         "loops_of_unknown_length": traffic.unknown_loops,
@@ -275,8 +276,8 @@ def render(plan: dict[str, Any]) -> None:
         low, high = plan["estimate"]["device_hours"]
         shares = [f"{plan['estimate'][key]:.0%}" for key in ("utilisation", "bandwidth_utilisation")]
         say(
-            f"\n[bold]Estimate[/bold] (not measured) of the run: {_short(low)} to {_short(high)} device-hours, from all "
-            f"batches in the smallest to all in the largest declared shapes, at {shares[0]} of peak FLOP/s and "
+            f"\n[bold]Estimate[/bold] (not measured) of the run: {_short(low)} to {_short(high)} device-hours, from "
+            f"all batches in the smallest to all in the largest declared shapes, at {shares[0]} of peak FLOP/s and "
             f"{shares[1]} of memory and link bandwidth; without start-up, evaluation and checkpoints."
         )
     if "fits" in plan:

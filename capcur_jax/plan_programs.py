@@ -47,6 +47,7 @@ class Program:
     times: int  # runs in a step
     trace: Callable[[], Any]
     smallest: Callable[[], Any]
+    given: int  # bytes a device of its arguments, those that it does not use included
     resident: int  # bytes a device of what lies there while it runs and is no argument
     trips: tuple[int, int] = (1, 1)  # of its loop of unknown length, at the largest and the smallest shapes
     reads: int = 0  # bytes that each turn of that loop reads from a device's memory
@@ -163,11 +164,12 @@ def _variant(
             micro,
             lambda: learner.accumulate.trace(trained, frozen, sums, batch),
             lambda: learner.accumulate.trace(trained, frozen, sums, batch_small),
+            on_device((trained, frozen, sums, batch)),
             moments + kept + ahead,
         )
     )
     apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
-    programs.append(Program("update", packer.updates, apply, apply, on_device(frozen) + kept))
+    programs.append(Program("update", packer.updates, apply, apply, on_device((state, sums)), on_device(frozen) + kept))
     if grpo:
         beside = 0 if apart else moments + on_device(sums) + kept
         engine = (config, processor, buckets, stage, apart or mesh)
@@ -208,6 +210,7 @@ def _score(name, learner, policy, frozen, batch, smallest, times, resident) -> P
         times,
         lambda: learner.score.trace(policy, frozen, batch),
         lambda: learner.score.trace(policy, frozen, smallest),
+        on_device((policy, frozen, batch)),
         resident,
     )
 
@@ -250,6 +253,7 @@ def _sampling(
         math.ceil(stage.prompts / prompts),
         lambda: trace(large, True, T),
         lambda: trace(small, False, shortest),
+        on_device(parameters),
         resident,
         (T, shortest),
         # Every weight of the decoder that the device multiplies with, and the keys and values of its rows.

@@ -63,9 +63,13 @@ def test_bytes_follow_from_the_parameters(tiny):
     everything = 4 * stage["parameters"] / 2
     frozen = update["resident_bytes"] - trained  # and the reference
     assert trained + frozen == pytest.approx(everything, rel=0.05)  # norms and biases lie whole on both
-    assert 0 < frozen < 0.5 * everything
-    assert score["arguments_bytes"] == pytest.approx(trained + frozen, rel=0.05)
-    assert gradient["arguments_bytes"] == pytest.approx(2 * trained + frozen, rel=0.05)
+    assert 0 < frozen < everything
+    # Without images nothing uses the frozen tower: it is no argument, but it lies there.
+    assert score["arguments_bytes"] == pytest.approx(trained, rel=0.05)
+    assert gradient["arguments_bytes"] == pytest.approx(2 * trained, rel=0.05)
+    for program in (score, gradient):
+        beside = program["needed_bytes"] - program["peak_bytes"] - program["resident_bytes"]
+        assert beside == pytest.approx(frozen, rel=0.05)
     # Beside a gradient: both moments and the reference; beside the sampler gradients, too.
     assert gradient["resident_bytes"] == pytest.approx(3 * trained, rel=0.05)
     assert known["sampling"]["resident_bytes"] == pytest.approx(4 * trained, rel=0.01)
@@ -73,7 +77,7 @@ def test_bytes_follow_from_the_parameters(tiny):
     for program in known.values():
         sizes = (program[f"{name}_bytes"] for name in ("arguments", "outputs", "temp", "aliases"))
         arguments, outputs, temp, aliases = sizes
-        assert program["needed_bytes"] - program["resident_bytes"] >= arguments + outputs + temp - aliases
+        assert program["peak_bytes"] >= arguments + outputs + temp - aliases
     assert tiny["peak_bytes"] == max(program["needed_bytes"] for program in known.values())
 
 
@@ -105,7 +109,7 @@ def test_a_cpu_gets_no_verdict_and_says_what_it_is_good_for(tiny, capsys):
     assert "fits" not in tiny and "estimate" not in tiny and tiny["chip"] is None
     assert tiny["versions"]["jax"] == jax.__version__
     plan.render(tiny)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "Virtual CPU devices are for numerics" in shown
     assert "prompts of a gradient 8" in shown and "old log-probs" in shown and "Fits" not in shown
 
@@ -119,7 +123,7 @@ def program(size: int, **values):
     """x @ x of [size, size] float32, one run."""
     array = jax.ShapeDtypeStruct((size, size), jnp.float32)
     trace = lambda: jax.jit(lambda x: x @ x).trace(array)  # noqa: E731
-    known = {"name": "square", "times": 1, "resident": 0, "trips": (1, 1), "reads": 0}
+    known = {"name": "square", "times": 1, "given": 0, "resident": 0, "trips": (1, 1), "reads": 0}
     return SimpleNamespace(trace=trace, smallest=trace, **(known | values))
 
 
@@ -188,7 +192,9 @@ def test_a_tiny_run_on_accelerators(topology):
     (("--config=configs/staged.py", "--topology=cpu:2", "--rollout_devices=2"), "leaves none of the 2 devices"),
     (("--config=configs/staged.py", "--topology=cpu:3"), "can't be split into"),
 ])  # fmt: skip
-def test_what_cannot_be_used_is_exit_code_2(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr
+def test_what_cannot_be_used_is_exit_code_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(aot, "devices", lambda name: jax.devices()[:1] * aot.parse(name).layout[-1])
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])  # where ml_collections looks for settings
+    assert plan.main(sys.argv) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and message in said.err
