@@ -116,7 +116,6 @@ def test_metrics_are_those_of_numpy(rollout):
         "response_length": lengths.mean(),
         "response_length/text": lengths[[0, 2]].mean(),
         "response_length/visual": lengths[[1, 3]].mean(),
-        "response_tokens": lengths.sum(),
         "truncated": (lengths == 4).mean(),
         "equal_groups": 0.5,
         "right_groups": 0.25,
