@@ -133,8 +133,7 @@ def collect(
 
     `draw(attempt)` gives `wanted` graded groups. With `retries`, groups whose rewards are all equal are dropped and
     more are drawn until there are enough, at most so often (DAPO's dynamic sampling, arXiv:2503.14476). What is then
-    missing is filled with dropped ones, whose advantages are 0. The owner decides for all processes, which draw
-    together.
+    missing is filled with dropped ones, whose advantages are 0. Processes draw together, until none lacks any.
     """
     kept: list[Group] = []
     dropped: list[Group] = []

@@ -144,7 +144,7 @@ class Run:
         records = self.workdir / "metrics.jsonl"
         if records.exists() and any(record["type"] == "step" for record in metrics.read_jsonl(records)):
             raise InputError(
-                f"{self.workdir} holds the records of a run but none of its checkpoints ({self.checkpoints.directory}): "
+                f"{self.workdir} holds the records of a run but no checkpoint in {self.checkpoints.directory}: "
                 "put them back, or give another --workdir"
             )
         if self.owner:

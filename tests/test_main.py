@@ -157,7 +157,7 @@ def test_rollouts_are_logged_with_rewards_and_images(finished):
 
 def test_every_config_key_is_read(finished, own):
     # Stages that `order` leaves out are not read, nor is what stands in for a checkpoint where there is one.
-    allowed = ("config.stages.text", "config.stages.visual", "config.create", "config.architecture")
+    allowed = ("config.stages.text", "config.stages.visual", "config.create")
     unread = set(finished[2]) & set(own[2])  # LoRA's keys are read where it has a rank
     assert [key for key in sorted(unread) if not key.startswith(allowed)] == []
 
@@ -225,7 +225,7 @@ def own(checkpoint, tmp_path_factory):
     changes |= {
         "reward.function": "tests.test_main:reward_by_length", "evaluation.sets": ("perception",),
         "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.micro_prompts": 1, "packing.slabs": (2, 1),
-        "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 1,
+        "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 2,
     }  # fmt: skip
     config = small_config(checkpoint, order=("merged", "perception"), **changes)
     config.stages.merged.update({"objective": "sft", "data": ("perception",), "freeze": ""})
@@ -255,7 +255,7 @@ def test_micro_batches_updates_and_retries_of_a_run(own):
         assert step["micro_batches"] == 4 and step["drawn_groups"] in (4, 8)
         assert step["drawn_groups"] == 4 or step["dropped_groups"] + 4 * step["equal_groups"] > 0
     validated = [r["accuracy"] for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "validation"]
-    assert len(validated) == 4 and summary["best_validation"] == max(validated)
+    assert len(validated) == 2 and summary["best_validation"] == max(validated)
     assert (workdir / "checkpoints" / "best" / "model.safetensors").is_file()
 
 

@@ -18,14 +18,14 @@ from safetensors.numpy import load_file
 from capcur_jax.metrics import read_jsonl
 from tests.test_main import ROOT, SMALL
 
-STAGES = {"perception": 5, "text": 4}
+STAGES = {"perception": 12, "text": 10}
 SETTINGS = {
     **SMALL,
     **{f"stages.{name}.steps": steps for name, steps in STAGES.items()},
     **{f"stages.{name}.prompts": 4 for name in STAGES},
     "order": tuple(STAGES),
     "checkpointing.every": 2,
-    "validation.every": 2,
+    "validation.every": 4,
     "validation.questions": 4,
     "evaluation.questions": 4,
     "reward.function": "tests.test_main:reward_by_length",  # a random model's groups differ in nothing else
