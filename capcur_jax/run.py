@@ -270,11 +270,14 @@ class Run:
         resumed = self.checkpoint is not None and self.position.stage == number
         wanted = stage.objective == "grpo" and needs_reference(config)
         dtype = dtype_of(config.reference.dtype, "config.reference.dtype")
-        mark = np.int32(number)  # an array at least, where nothing is frozen and there is no reference
         if resumed:
             shapes = learner.abstract_state()
             reference = jax.tree.map(lambda leaf: sharding.shape_of(leaf, dtype), shapes.trained) if wanted else None
-            start = {"frozen": jax.tree.map(sharding.shape_of, frozen), "reference": reference, "stage": mark}
+            start = {
+                "frozen": jax.tree.map(sharding.shape_of, frozen),
+                "reference": reference,
+                "stage": jax.ShapeDtypeStruct((), np.int32),
+            }
             start = self.checkpoints.restore_reference(name, start)
             frozen, copied = start["frozen"], start["reference"]
             state = self.checkpoints.restore(self.checkpoint, shapes)
@@ -284,7 +287,8 @@ class Run:
         else:
             # Updates donate what they are given, so the stage's start is copied.
             copied = learner.copy_as(trained, dtype) if wanted else None
-            self.checkpoints.save_reference(name, {"frozen": frozen, "reference": copied, "stage": mark})
+            # The number is an array at least, where nothing is frozen and there is no reference.
+            self.checkpoints.save_reference(name, {"frozen": frozen, "reference": copied, "stage": np.int32(number)})
             self.skipped_before = self.skipped_updates
             state = learner.start(trained)
             self.position = Position(stage=number, evaluated=True)

@@ -133,7 +133,7 @@ def test_sampler_and_trainer_agree(finished):
 def test_step_records_have_every_figure(finished):
     workdir, _, _ = finished
     step = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"][-1]
-    keys = """reward reward_std advantage_max accuracy format response_length response_tokens kl entropy loss grad_norm
+    keys = """reward reward_std advantage_max accuracy format response_length trained_tokens kl entropy loss grad_norm
         clip_fraction_low clip_fraction_high clip_fraction_dual equal_groups right_groups drawn_groups dropped_groups
         truncated token_padding patch_padding packing tokens micro_batches tokens_per_second seconds seconds_data
         seconds_rollout seconds_reward seconds_pack seconds_update seconds_sync skipped_updates policy_loss
@@ -143,7 +143,7 @@ def test_step_records_have_every_figure(finished):
     assert step["stage"] == "merged" and step["stage_step"] == 2 and step["micro_batches"] == 1
     assert step["drawn_groups"] == 4 and step["dropped_groups"] == 0
     lengths = [step[f"response_length/{name}"] for name in presets.CAPABILITIES]
-    assert step["response_tokens"] == 12 * step["response_length"] and max(lengths) >= step["response_length"]
+    assert step["trained_tokens"] == 12 * step["response_length"] and max(lengths) >= step["response_length"]
 
 
 def test_rollouts_are_logged_with_rewards_and_images(finished):
@@ -286,10 +286,14 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_finished_run_says_so_and_is_left_alone(finished):
+def test_a_finished_run_says_so_and_is_left_alone(finished, checkpoint):
     workdir, summary, _ = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    done = run_main("--config=configs/staged.py", f"--workdir={workdir}")
+    settings = {**SMALL, "checkpoint": checkpoint, "order": ("perception", "merged")}
+    for stage in presets.laptop().stages:
+        settings |= {f"stages.{stage}.steps": 2, f"stages.{stage}.prompts": 4}
+    same = [f"--config.{key}={value}" for key, value in settings.items()]
+    done = run_main("--config=configs/staged.py", f"--workdir={workdir}", *same)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "holds a finished run: 4 steps" in done.stdout and summary["checkpoint"] in done.stdout
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before

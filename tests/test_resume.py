@@ -80,22 +80,24 @@ def records(workdir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
 
 
-def size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def progress(path: Path) -> int:
+    """Lines of a file, or the number of the last checkpoint."""
+    if path.is_dir():
+        return max((int(entry.name) for entry in path.iterdir() if entry.name.isdecimal()), default=-1)
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def killed_somewhere(process: subprocess.Popen, workdir: Path, choice: random.Random) -> bool:
     """Kills the run a little after it has written a record, a checkpoint or nothing yet; False: it was done before."""
-    watched = choice.choice(["metrics.jsonl", "metrics.jsonl", "rollouts.jsonl", "state"])
-    grown, start, limit = choice.randint(1, 4), None, time.monotonic() + 120
+    watched = choice.choice(["metrics.jsonl", "rollouts.jsonl", "state"])
+    grown, start, limit = choice.randint(1, 3), None, time.monotonic() + 120
     while process.poll() is None and time.monotonic() < limit:
-        path = workdir / watched
-        seen = len(list(path.glob("*"))) if path.is_dir() else size(path) and path.read_bytes().count(b"\n")
-        start = seen if start is None else start
-        if seen >= start + grown or (seen < start):
-            time.sleep(choice.uniform(0.0, 0.3))
+        seen = progress(workdir / watched)
+        start = seen if start is None else min(seen, start)  # records are cut when the run goes on
+        if seen >= start + grown:
+            time.sleep(choice.uniform(0.0, 0.1))
             break
-        time.sleep(0.01)
+        time.sleep(0.005)
     process.kill()
     process.communicate()
     return process.returncode == -signal.SIGKILL

@@ -324,7 +324,7 @@ def test_a_short_batch_holds_the_images_of_its_last_prompt_once(engine, prompts,
     batch = BUCKETS.collate([prompts[3]], processor.config, processor.pad_token, rows=4)
     assert (batch.vision.segments > 0).sum() == len(prompts[3].patches)
     for row in range(1, 4):
-        for rowwise in (batch.tokens, batch.lengths, batch.visual_index, batch.positions[1]):
+        for rowwise in (batch.tokens, batch.lengths, batch.visual_index, batch.positions):
             np.testing.assert_array_equal(rowwise[row], rowwise[0])
 
 
