@@ -61,13 +61,17 @@ class QwenVL(nnx.Module):
 
     def prefill(self, batch: PromptBatch) -> tuple[jax.Array, KeysValues]:
         """Final hidden states [B, T, D] and the prompt's keys and values of every layer."""
+        return self.text.prefill(*self._prompt(batch))
+
+    def _prompt(self, batch: PromptBatch) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+        """What the decoder gets of prompts: embeddings with images in them, angles, DeepStack features, their index."""
         h, deep, index = self.text.embedded(batch.tokens), None, None
         if batch.vision is not None:
             features, deep = self.visual(batch.vision)
             index = batch.visual_index
             h = jnp.where((index >= 0)[..., None], sharding.take(self.mesh, features, index).astype(h.dtype), h)
         angles = text_angles(jnp.moveaxis(batch.positions, 1, 0), self.config.text)
-        return self.text.prefill(sharding.constrain(self.mesh, h), angles, deep, index)
+        return sharding.constrain(self.mesh, h), angles, deep, index
 
     def _response_angles(self, batch: PromptBatch, offsets_T: jax.Array, rows: int) -> jax.Array:
         # Text after an image goes on from max + 1 of all three axes, not from the sequence length.
@@ -77,9 +81,12 @@ class QwenVL(nnx.Module):
 
     def extend(self, tokens_RxT: jax.Array, batch: PromptBatch, prompt: KeysValues) -> jax.Array:
         """Final hidden states [R, T, D] of response rows (row r answers prompt r // G)."""
+        return self.text.extend(*self._response(tokens_RxT, batch), prompt, batch.lengths)
+
+    def _response(self, tokens_RxT: jax.Array, batch: PromptBatch) -> tuple[jax.Array, jax.Array]:
+        """What the decoder gets of response rows: embeddings and angles."""
         rows, length = tokens_RxT.shape
-        angles = self._response_angles(batch, jnp.arange(length), rows)
-        return self.text.extend(self.text.embedded(tokens_RxT), angles, prompt, batch.lengths)
+        return self.text.embedded(tokens_RxT), self._response_angles(batch, jnp.arange(length), rows)
 
     def decode(
         self, tokens_R: jax.Array, step: jax.Array, cache: KeysValues, batch: PromptBatch, prompt: KeysValues
@@ -95,12 +102,12 @@ class QwenVL(nnx.Module):
 
         A group's prompt, image included, is computed once and equals full sequences in value and gradient.
         """
-        h_BxSxD, prompt = self.prefill(batch)
+        rows = [self._response(tokens_RxT[:, :-1], batch) for tokens_RxT in responses]
+        h_BxSxD, *rows = self.text.together(*self._prompt(batch), rows, batch.lengths)
         last_BxD = self.last(h_BxSxD, batch)
         predicting = []
-        for tokens_RxT in responses:
-            first_RxD = jnp.repeat(last_BxD, tokens_RxT.shape[0] // last_BxD.shape[0], axis=0)
-            own = self.extend(tokens_RxT[:, :-1], batch, prompt)
+        for own in rows:
+            first_RxD = jnp.repeat(last_BxD, own.shape[0] // last_BxD.shape[0], axis=0)
             predicting.append(jnp.concatenate([first_RxD[:, None], own], axis=1))
         return predicting
 

@@ -4,10 +4,12 @@ added after the first layers (Qwen3-VL)."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -102,11 +104,7 @@ class Decoder(nnx.Module):
             q, k, v = layer.qkv(h, angles)
             h = layer.finish(h, self._attend(q, k, v, Causal()))
             if deep is not None:
-                # The same body serves every layer: past the last feature the addend is masked away.
-                feature = deep[jnp.minimum(index, deep.shape[0] - 1)]
-                shown = (visual_index_BxT >= 0) & (index < deep.shape[0])
-                here = sharding.take(self.mesh, feature, visual_index_BxT)
-                h = h + jnp.where(shown[..., None], here, 0).astype(h.dtype)
+                h = self._shown(h, deep, visual_index_BxT, index)
             return sharding.constrain(self.mesh, h), KeysValues(k, v)
 
         h, cache = layers_lib.scan(self.layers, body, h_BxTxD, jnp.arange(self.config.depth), remat=self.remat)
@@ -121,6 +119,50 @@ class Decoder(nnx.Module):
             return sharding.constrain(self.mesh, h), None
 
         return self.norm(layers_lib.scan(self.layers, body, h_RxTxD, prompt, remat=self.remat)[0])
+
+    def together(
+        self,
+        h_BxTxD: jax.Array,
+        angles: jax.Array,
+        deep: jax.Array | None,
+        visual_index_BxT: jax.Array | None,
+        rows: Sequence[tuple[jax.Array, jax.Array]],
+        lengths_B: jax.Array,
+    ) -> list[jax.Array]:
+        """`prefill` and an `extend` for each (h, angles) of `rows`: the results of all of them, prompts first.
+
+        All tokens of a prompt and its responses go through a layer as one row, and part for its attention alone: its
+        parameters are gathered once, their gradient is scattered once, and no keys and values outlive the layer.
+        """
+        B, T = h_BxTxD.shape[:2]
+        parts = [(h_BxTxD, angles), *rows]
+        ends = np.cumsum([x.shape[0] * x.shape[1] // B for x, _ in parts])
+        joined = [jnp.concatenate([x.reshape(B, -1, x.shape[-1]) for x in xs], 1) for xs in zip(*parts, strict=True)]
+
+        def split(x_BxMx):
+            pieces = jnp.split(x_BxMx, ends[:-1], axis=1)
+            return [x.reshape(*h.shape[:2], *x.shape[2:]) for x, (h, _) in zip(pieces, parts, strict=True)]
+
+        def body(layer, h, index):
+            (q, *own_q), (k, *own_k), (v, *own_v) = map(split, layer.qkv(h, joined[1]))
+            attended = [self._attend(q, k, v, Causal())]
+            attended += [self._attend(*own, Extend(k, v, lengths_B)) for own in zip(own_q, own_k, own_v, strict=True)]
+            whole = jnp.concatenate([x.reshape(B, -1, *x.shape[2:]) for x in attended], 1)
+            h = layer.finish(h, whole)
+            if deep is not None:
+                h = jnp.concatenate([self._shown(h[:, :T], deep, visual_index_BxT, index), h[:, T:]], 1)
+            return sharding.constrain(self.mesh, h), None
+
+        h, _ = layers_lib.scan(self.layers, body, joined[0], jnp.arange(self.config.depth), remat=self.remat)
+        return split(self.norm(h))
+
+    def _shown(self, h_BxTxD, deep, visual_index_BxT, index) -> jax.Array:
+        """With the DeepStack features of layer `index` added at image tokens."""
+        # The same body serves every layer: past the last feature the addend is masked away.
+        feature = deep[jnp.minimum(index, deep.shape[0] - 1)]
+        shown = (visual_index_BxT >= 0) & (index < deep.shape[0])
+        here = sharding.take(self.mesh, feature, visual_index_BxT)
+        return h_BxTxD + jnp.where(shown[..., None], here, 0).astype(h_BxTxD.dtype)
 
     def decode(
         self,
