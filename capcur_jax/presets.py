@@ -91,7 +91,7 @@ def laptop() -> ConfigDict:
             "packing": {
                 "micro_prompts": 8,  # prompts of a device row whose gradient is taken at once; 0: an update's
                 "slabs": (),  # rows of a group that share a length, shortest first, such as (3, 2); (): all
-                "buckets": ((16,), (20,), (24,), (32,), (48,)),  # declared lengths, one for each slab
+                "buckets": ((16,), (20,), (32,), (48,)),  # declared lengths, one for each slab
             },
             "reward": {
                 "accuracy_weight": 0.9,
