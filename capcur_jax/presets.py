@@ -175,7 +175,7 @@ def _paper(architecture: str) -> ConfigDict:
             "max_tokens": 2048,
             "min_pixels": 262_144,
             "max_pixels": 4_194_304,
-            "token_buckets": (512, 1024, 2048),
+            "token_buckets": (512, 1280, 2048),
             "patch_row": 8192,
             "patch_rows": (0.5, 1.0),
         }
@@ -185,7 +185,7 @@ def _paper(architecture: str) -> ConfigDict:
         {
             "micro_prompts": 1,  # 2 need 34 GiB of a device on v6e-16, 40 on 8 x H200
             "slabs": (3, 2),
-            "buckets": ((256, 512), (512, 768), (512, 1024), (1024, 1536), (1024, 2048), (2048, 2048)),
+            "buckets": ((256, 512), (448, 640), (640, 896), (896, 1280), (1280, 2048), (2048, 2048)),
         }
     )
     config.objective.updates_per_batch = 4
