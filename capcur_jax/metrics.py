@@ -200,37 +200,6 @@ class PhaseTimer:
         self.starts: dict[str, float] = {}
 
 
-class Pending:
-    """A step's metrics, left on the devices while the next step is dispatched, so that fetching them stops nothing.
-
-    The arrays must not be donated to a later step.
-    """
-
-    def __init__(self):
-        self._held: tuple[dict[str, Any], Any] | None = None
-
-    def put(self, record: dict[str, Any], device_metrics: Any) -> tuple[dict[str, Any], Any] | None:
-        """Keeps a step's record and its metrics, a pytree of device arrays; returns those put before, as numpy."""
-        import jax
-
-        for leaf in jax.tree.leaves(device_metrics):
-            if isinstance(leaf, jax.Array):
-                leaf.copy_to_host_async()  # once it is computed; nothing waits for it here
-        before, self._held = self._held, (record, device_metrics)
-        return self._fetch(before)
-
-    def flush(self) -> tuple[dict[str, Any], Any] | None:
-        """The last record put and its metrics as numpy; None if there is none or it was returned already."""
-        before, self._held = self._held, None
-        return self._fetch(before)
-
-    @staticmethod
-    def _fetch(held: tuple[dict[str, Any], Any] | None) -> tuple[dict[str, Any], Any] | None:
-        import jax
-
-        return held and (held[0], jax.device_get(held[1]))
-
-
 def device_memory() -> dict[str, float]:
     """Memory for a step record, in GiB: the local devices' maxima, and what this process holds of the host's.
 

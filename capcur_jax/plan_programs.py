@@ -17,10 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capcur_jax import optimizer, schedule, sharding
+from capcur_jax import schedule, sharding
 from capcur_jax.data.packing import UpdateBatch
 from capcur_jax.errors import InputError
-from capcur_jax.learner import Learner, Sums, TrainState
+from capcur_jax.learner import Learner, Sums
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models import published
@@ -140,7 +140,7 @@ def _variant(
     batch, batch_small = (_extreme(packer.blanks(s, passes=False), k) for s, k in ((large, max), (small, min)))
 
     trained, frozen = learner.split(parameters)
-    state, sums = _state(learner, trained, mesh), _sums(learner, trained, frozen, batch, mesh)
+    state, sums = learner.abstract_state(), _sums(learner, trained, frozen, batch, mesh)
     rate = jax.ShapeDtypeStruct((), np.float32)
     reference = None
     if grpo and needs_reference(config):
@@ -187,13 +187,6 @@ def _variant(
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     return Variant(stages, images, mesh, tuple(programs), shapes, count)
-
-
-def _state(learner: Learner, trained: nnx.State, mesh: Mesh) -> TrainState:
-    shapes, one = learner.start_optimizer.trace(trained).out_info, sharding.replicated(mesh)
-    where = optimizer.state_sharding(shapes, jax.tree.map(lambda leaf: leaf.sharding, trained), one)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
-    return TrainState(trained, state, jax.ShapeDtypeStruct((), np.int32, sharding=one))
 
 
 def _sums(learner: Learner, trained: nnx.State, frozen: nnx.State, batch: UpdateBatch, mesh: Mesh) -> Sums:

@@ -134,33 +134,6 @@ def test_phase_timer_adds_up_and_resets():
     assert timer.seconds == {} and len(kept) == 2
 
 
-def test_pending_returns_metrics_one_step_late():
-    pending = metrics.Pending()
-    step = jax.jit(lambda x: {"loss": x * 2, "parts": [x + 1]})
-    assert pending.flush() is None
-    assert pending.put({"step": 1}, step(1.0)) is None
-    record, fetched = pending.put({"step": 2}, step(2.0))
-    assert record == {"step": 1} and fetched == {"loss": 2.0, "parts": [2.0]}
-    assert isinstance(fetched["loss"], np.ndarray)
-    record, fetched = pending.put({"step": 3}, {"loss": 0.5})  # what isn't on a device passes
-    assert record == {"step": 2} and fetched["loss"] == 4.0
-    assert pending.flush() == ({"step": 3}, {"loss": 0.5})
-    assert pending.flush() is None
-
-
-def test_pending_fetches_nothing_of_the_step_that_is_put(monkeypatch):
-    fetched, device_get = [], jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or device_get(tree))
-    pending = metrics.Pending()
-    first, second = {"loss": jnp.float32(1), "kl": jnp.float32(2)}, {"loss": jnp.float32(3)}
-    pending.put({}, first)
-    assert fetched == []
-    pending.put({}, second)
-    assert len(fetched) == 1 and fetched[0] is first
-    pending.flush()
-    assert len(fetched) == 2 and fetched[1] is second
-
-
 def test_device_memory(monkeypatch):
     here = metrics.device_memory()
     assert 0.01 < here["host_rss_gib"] < 1000
