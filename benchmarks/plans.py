@@ -20,8 +20,6 @@ _AGAIN = flags.DEFINE_bool("again", False, "Make those that are there once more.
 _SHOW = flags.DEFINE_bool("show", False, "Make none, print the table.")
 _DIRECTORY = Path(__file__).parent / "plans"
 _SPLIT = "--rollout_devices=4"
-# 640 rows need 30.3 of 31.25 GiB there.
-_ROWS = "--config.rollout.max_rows=480"
 _IMAGES = "--config.order=('perception','visual')"
 
 # Name -> preset, topology, further arguments.
@@ -32,9 +30,9 @@ PLANS = {
     "qwen2_5_vl_7b-h200-trainer4-rollouts4": ("qwen2_5_vl_7b", "cuda:h200:1x1x8", _SPLIT),
     "qwen2_5_vl_72b-h200-8": ("qwen2_5_vl_72b", "cuda:h200:1x1x8"),
     "qwen2_5_vl_72b-h200-16": ("qwen2_5_vl_72b", "cuda:h200:1x2x8"),
-    "qwen3_vl_8b-v6e-16": ("qwen3_vl_8b", "tpu:v6e:4x4", _IMAGES, _ROWS),
+    "qwen3_vl_8b-v6e-16": ("qwen3_vl_8b", "tpu:v6e:4x4", _IMAGES),
     "qwen3_vl_8b-v5p-16": ("qwen3_vl_8b", "tpu:v5p:2x2x2", _IMAGES),
-    "qwen2_5_vl_7b-v6e-16": ("qwen2_5_vl_7b", "tpu:v6e:4x4", _IMAGES, _ROWS),
+    "qwen2_5_vl_7b-v6e-16": ("qwen2_5_vl_7b", "tpu:v6e:4x4", _IMAGES),
     "qwen2_5_vl_7b-v5p-16": ("qwen2_5_vl_7b", "tpu:v5p:2x2x2", _IMAGES),
 }
 
