@@ -133,7 +133,7 @@ def serve(path: str) -> None:
     del model, reference
     print(json.dumps({"loaded": resident("VmRSS")}), flush=True)
     tokens = [np.array(ids, np.int32) for ids in record["completions"]]
-    samples = [Sample(ids, np.zeros(len(ids), np.float32), "stop", 0) for ids in tokens]
+    samples = [Sample.whole(ids, np.zeros(len(ids), np.float32), "stop", 0) for ids in tokens]
     rewards = np.array(record["rewards"], np.float32).reshape(PROMPTS, GROUP)
     advantages = np.asarray(objectives.group_advantages(rewards, config.objective.advantage_epsilon))
     items = [

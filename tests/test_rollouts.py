@@ -16,7 +16,9 @@ G = 4
 def group(number, rewards, lengths=(3, 1, 4, 1), capability="text", images=()):
     """A group whose samples have these rewards; at a length of 4 the limit cut them off."""
     samples = [
-        Sample(np.full(length, number, np.int32), np.zeros(length, np.float32), "length" if length == 4 else "stop", 0)
+        Sample.whole(
+            np.full(length, number, np.int32), np.zeros(length, np.float32), "length" if length == 4 else "stop", 0
+        )
         for length in lengths
     ]
     scores = [Score(reward, float(reward > 0.5), float(reward > 0), str(reward)) for reward in rewards]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0  # the likeliest so many; 0: all
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -27,6 +28,16 @@ class Sampling:
             raise ValueError(f"temperature = {self.temperature}; it must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}; it must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}; it must be 0 (all tokens) or more")
+
+
+class Span(NamedTuple):
+    """Tokens [start, end) of a response and the version of the weights that made them."""
+
+    version: int
+    start: int
+    end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +47,37 @@ class Sample:
     tokens: np.ndarray  # [t] int32, the end token included where it came
     logprobs: np.ndarray  # [t] float32, of the sampled tokens over the full softmax at the sampling temperature
     finish: str  # "stop" (an end token came) or "length"
-    version: int  # of the weights that made it
+    spans: tuple[Span, ...]  # over all tokens, in order; several where the weights changed while it was sampled
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights that made a part of it."""
+        return min(span.version for span in self.spans)
+
+    @classmethod
+    def whole(cls, tokens: np.ndarray, logprobs: np.ndarray, finish: str, version: int) -> Sample:
+        """One that a single version made."""
+        return cls(tokens, logprobs, finish, (Span(version, 0, len(tokens)),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """What an engine is doing now; may be asked from any thread while it generates."""
+
+    version: int  # of the weights that the next token comes from
+    running: int = 0  # responses being decoded
+    queued: int = 0  # responses that wait for a place
+    tokens_per_second: float = 0.0  # of the call that runs or ran last, so far
+    servers: int = 0  # that belong to the engine; 0: it is in this process
+    alive: int = 0  # of them answering
 
 
 class Engine(Protocol):
-    def update_weights(self, parameters: Any, version: int) -> None:
-        """The next `generate` uses these parameters."""
+    def update_weights(self, parameters: Any, version: int) -> dict[str, float]:
+        """Every token sampled after this returns comes from these parameters; returns seconds by phase.
+
+        Raises RolloutError if that can't be achieved; samples then still carry the version that made them.
+        """
 
     def warm_up(self, sizes: Sequence[PromptSize], sampling: Sampling, n: int, images: bool | None = None) -> None:
         """Does now what would make `generate` slow when it is first called with prompts of these sizes."""
@@ -52,8 +88,17 @@ class Engine(Protocol):
         """`n` samples for each prompt, in the prompts' order.
 
         `images`: whether images may come in calls like this one, so that one without any is served by the same program.
-        None: whether this one has any.
+        None: whether this one has any. Raises RolloutError when an engine can't go on.
         """
+
+    def health(self) -> Health:
+        """Cheap; no server is asked."""
+
+    def release(self) -> None:
+        """Gives its device memory to the trainer until `resume`, where the two take turns on the same devices."""
+
+    def resume(self) -> None:
+        """Takes it back; `update_weights` must follow before `generate`."""
 
     def close(self) -> None:
         """Releases what the engine holds."""

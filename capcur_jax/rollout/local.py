@@ -244,7 +244,7 @@ class LocalEngine:
 
     def _sample(self, tokens: np.ndarray, logprobs: np.ndarray) -> Sample:
         finish = "stop" if tokens[-1] in self._processor.end_tokens else "length"
-        return Sample(tokens, logprobs, finish, self._version)
+        return Sample.whole(tokens, logprobs, finish, self._version)
 
     def close(self) -> None:
         """See engine.Engine."""

@@ -68,7 +68,7 @@ def scene(config, checkpoint, processor):
         images = [random_image(18 + 9 * i, 26, seed=number) for i in range(number % 3)]
         text = processor.render([None] * len(images) + ["What shape is it? " * (1 + number % 2)])
         samples = [
-            Sample(
+            Sample.whole(
                 random.integers(8, 300, length).astype(np.int32),
                 random.normal(-6, 0.3, length).astype(np.float32),
                 "length" if length == LIMIT else "stop",

@@ -42,7 +42,7 @@ def recorded(processor: Processor):
         for _ in range(GROUP):
             tokens = random.integers(8, 300, random.integers(1, LENGTH + 1)).astype(np.int32)
             logprobs = random.normal(-5, 0.3, len(tokens)).astype(np.float32)
-            samples.append(Sample(tokens, logprobs, "length" if len(tokens) == LENGTH else "stop", 0))
+            samples.append(Sample.whole(tokens, logprobs, "length" if len(tokens) == LENGTH else "stop", 0))
         groups.append((samples, random.normal(size=GROUP).astype(np.float32)))
     return prompts, groups
 
