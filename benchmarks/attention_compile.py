@@ -45,7 +45,7 @@ def cases():
         "images (heads of 80)": (images(8192, 16, 80), Segments, None),
         "images (heads of 72)": (images(8192, 16, 72), Segments, None),
         "windows of 64": (images(8192, 16, 80), functools.partial(Segments, reach=64), None),
-        "decoding": ((*own(16 * G, 1), *prompt(16)), lambda *a: Cached(*a, T - 1), None),
+        "decoding": ((*own(16 * G, 1, S + T), (16 * G, S + T)), Cached, None),
         "response rows (heads / 2)": ((*own(G, T), *prompt(1)), Extend, "heads"),
         "response rows (rows / 2)": ((*own(2 * G, T), *prompt(2)), Extend, "rows"),
     }

@@ -48,7 +48,7 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
     builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
     buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
     packer, trainer = open_stage(config, model, processor, [builder.measure(problem) for problem in problems])
-    engine = LocalEngine(model, processor, max_rows=PROMPTS * GROUP, buckets=buckets, mesh=trainer.mesh)
+    engine = LocalEngine(model, processor, slots=PROMPTS * GROUP, buckets=buckets, mesh=trainer.mesh)
     advantages = jax.jit(functools.partial(objectives.group_advantages, epsilon=objective.advantage_epsilon))
     random, seconds = np.random.default_rng(0), []
     for step in range(steps):

@@ -48,7 +48,8 @@ def dtype_of(name: str, key: str):
 
 def sampling_of(config: ConfigDict, key: str) -> Sampling:
     try:
-        return Sampling(config.rollout.max_new_tokens, config[key].temperature, config[key].top_p)
+        settings = config[key]
+        return Sampling(config.rollout.max_new_tokens, settings.temperature, settings.top_p, settings.get("top_k", 0))
     except ValueError as error:
         raise InputError(f"config.{key}: {error}") from None
 
@@ -81,7 +82,8 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
 def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
     """Values that would otherwise fail hours later, or quietly train nothing."""
     least = {
-        "seed": 0, "prompt.max_tokens": 1, "rollout.max_rows": 1, "objective.updates_per_batch": 1,
+        "seed": 0, "prompt.max_tokens": 1, "rollout.slots": 1, "rollout.prefill": 1, "rollout.top_k": 0,
+        "objective.updates_per_batch": 1,
         "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0, "rollout.dynamic_retries": 0,
         "packing.micro_prompts": 0, "checkpointing.every": 1, "checkpointing.keep": 1, "validation.every": 0,
         "validation.questions": 0,

@@ -141,7 +141,7 @@ def answer(options: argparse.Namespace) -> None:
     engine = LocalEngine(
         huggingface.load(checkpoint, dtype=dtype, param_dtype=dtype),
         processor,
-        max_rows=1,
+        slots=1,
         buckets=Buckets((_rounded_up(tokens, BUCKET),), patch_row=row, patch_rows=tuple(range(1, len(images) + 1))),
     )
     device = jax.devices()[0].device_kind

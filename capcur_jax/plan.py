@@ -132,7 +132,7 @@ def report(
         programs = []
         for program in variant.programs:
             tell(f"compiling {program.name} ({', '.join(stage.name for stage in variant.stages)})")
-            count = rollout if rollout and program.name == plan_programs.SAMPLING else len(devices) - rollout
+            count = rollout if rollout and program.name in plan_programs.SAMPLING else len(devices) - rollout
             programs.append(measure(program, count, chip, assumed))
         entry: dict[str, Any] = {
             "stages": [stage.name for stage in variant.stages],

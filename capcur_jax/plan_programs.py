@@ -35,7 +35,7 @@ from capcur_jax.schedule import Stage
 from capcur_jax.updates import Packer, needs_reference
 
 # Of every published tokenizer: both end tokens, the vision placeholders, padding.
-SAMPLING = "sampling"
+SAMPLING = ("prefill", "decoding")  # what the local engine runs
 END, BANNED, PAD = (151645, 151643), (151652, 151653, 151654, 151655, 151656), 151643
 
 
@@ -173,7 +173,7 @@ def _variant(
     if grpo:
         beside = 0 if apart else moments + on_device(sums) + kept
         engine = (config, processor, buckets, stage, apart or mesh)
-        programs.append(_sampling(*engine, large, small, images, beside))
+        programs += _sampling(*engine, large, small, images, beside)
     shapes = {
         "prompts of a step": stage.prompts,
         "updates of a step": packer.updates,
@@ -218,40 +218,52 @@ def _sampling(
     small: list[PromptSize],
     images: bool,
     resident: int,
-) -> Program:
-    """Prefill and decoding of as many rows as the engine takes at once."""
-    dtype = jnp.dtype(config.optimizer.parameters)
-    known = processor.config
-    graph, parameters = abstract_model(config, known, mesh, dtype)
+) -> list[Program]:
+    """What the local engine runs: prefill, and decoding until a slot is free again."""
+    known, group, T = processor.config, config.rollout.group, config.rollout.max_new_tokens
+    graph, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
     engine = LocalEngine(
-        nnx.merge(graph, parameters), processor, max_rows=config.rollout.max_rows, buckets=buckets, mesh=mesh
-    )
-    group, T = config.rollout.group, config.rollout.max_new_tokens
-    shortest = min(max(lengths) for lengths in config.packing.buckets)
+        nnx.merge(graph, parameters), processor, slots=config.rollout.slots, prefill=config.rollout.prefill,
+        gathered=config.rollout.gathered, buckets=buckets, mesh=mesh,
+    )  # fmt: skip
+    if config.rollout.gathered and resident:  # beside the trainer's own, where it is on the same devices
+        resident += on_device(parameters)
+    shortest, rows = min(max(lengths) for lengths in config.packing.buckets), sharding.row_shards(mesh)
+    sampling = Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
+    work = engine.work(group, sampling)
 
-    def trace(sizes, largest, length):
-        sampling = Sampling(length, config.rollout.temperature, config.rollout.top_p)
-        prompts = engine.batch_prompts(group)
-        shape = (max if largest else min)(buckets.shapes(sizes, images, prompts, sharding.row_shards(mesh)))
-        blank = sharding.abstract(mesh, buckets.blank(shape, known, processor.pad_token))
-        return engine.program(group, sampling).trace(parameters, blank, jax.ShapeDtypeStruct((), np.uint32))
+    slots = engine.slots_shape(work)
 
-    prompts = engine.batch_prompts(group)
-    tensor, rows = mesh.shape["tensor"], sharding.row_shards(mesh)
-    text, width = known.text, jnp.dtype(config.model.dtype).itemsize
-    slots = (prompts * max(size.tokens for size in large) + prompts * group * T) // rows
+    def arguments(sizes, largest):
+        shape = (max if largest else min)(buckets.shapes(sizes, images, work.prompts * rows, rows))
+        return engine.abstract(work, shape, group)
+
+    tensor, text, width = mesh.shape["tensor"], known.text, jnp.dtype(config.model.dtype).itemsize
     decoder = sum(leaf.size for path, leaf in nnx.to_flat_state(parameters) if path[0] != "visual")
-    return Program(
-        SAMPLING,
-        math.ceil(stage.prompts / prompts),
-        lambda: trace(large, True, T),
-        lambda: trace(small, False, shortest),
-        on_device(parameters),
-        resident,
-        (T, shortest),
-        # Every weight of the decoder that the device multiplies with, and the keys and values of its rows.
-        decoder * width // tensor + 2 * slots * text.depth * text.kv_heads * text.head_dim * width // tensor,
-    )
+    cache = work.rows * (max(config.prompt.token_buckets) + T) * 2 * text.depth * text.kv_heads * text.head_dim * width
+    # As many steps as it takes to decode all responses in the slots, none of which stays free.
+    turns = math.ceil(stage.prompts * group / (work.rows * rows))
+    return [
+        Program(
+            SAMPLING[0],
+            math.ceil(stage.prompts / (work.prompts * rows)),
+            lambda: work.admit.trace(*arguments(large, True)[0]),
+            lambda: work.admit.trace(*arguments(small, False)[0]),
+            on_device((engine.parameters, slots)),
+            resident,
+        ),
+        Program(
+            SAMPLING[1],
+            turns,
+            lambda: work.decode.trace(*arguments(large, True)[1]),
+            lambda: work.decode.trace(*arguments(small, False)[1]),
+            on_device((engine.parameters, slots)),
+            resident,
+            (T, shortest),
+            # Every weight of the decoder that the device multiplies with, and the keys and values of its rows.
+            (decoder * width + cache) // tensor,
+        ),
+    ]
 
 
 def _sizes(config: ConfigDict, largest: bool, images: bool) -> list[PromptSize]:
@@ -260,7 +272,7 @@ def _sizes(config: ConfigDict, largest: bool, images: bool) -> list[PromptSize]:
     share = min(1.0, (max if largest else min)(config.prompt.patch_rows))
     patches = (int(config.prompt.patch_row * share),) if images else ()
     most = max(stage.prompts for stage in schedule.stages(config))
-    return [PromptSize(tokens, patches)] * max(most, config.rollout.max_rows)
+    return [PromptSize(tokens, patches)] * max(most, config.rollout.slots)
 
 
 def _extreme(batches, choose) -> UpdateBatch:

@@ -84,7 +84,11 @@ def laptop() -> ConfigDict:
                 "max_new_tokens": 48,
                 "temperature": 1.0,
                 "top_p": 1.0,
-                "max_rows": 80,  # responses that the engine decodes together
+                "top_k": 0,  # 0: all tokens
+                "slots": 80,  # responses that the local engine decodes together
+                "prefill": 16,  # prompts of a device row that it takes at once; their responses start together
+                # True: it samples from a copy of the weights that device rows do not split, in model.dtype.
+                "gathered": False,
                 # 0: train on what comes. Else groups without an advantage are drawn again, so often at most.
                 "dynamic_retries": 0,
             },
@@ -180,7 +184,7 @@ def _paper(architecture: str) -> ConfigDict:
             "patch_rows": (0.5, 1.0),
         }
     )
-    config.rollout.update({"max_new_tokens": 2048, "max_rows": 480})
+    config.rollout.update({"max_new_tokens": 2048, "slots": 480, "prefill": 1})
     config.packing.update(
         {
             "micro_prompts": 1,  # 2 need 34 GiB of a device on v6e-16, 40 on 8 x H200

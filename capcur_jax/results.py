@@ -122,7 +122,7 @@ def _accuracies(
                 reward=run.reward,
                 sampling=sampling,
                 seed=run.config.seed,
-                batch=run.config.rollout.max_rows,
+                batch=4 * run.config.rollout.slots,  # slots that become free find work
                 progress=advance,
             )
             if not result["questions"]:

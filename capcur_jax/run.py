@@ -202,7 +202,13 @@ class Run:
         self.buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
         self.graph, self.parameters = nnx.split(model)
         self.engine = LocalEngine(
-            model, self.processor, max_rows=config.rollout.max_rows, buckets=self.buckets, mesh=self.mesh
+            model,
+            self.processor,
+            slots=config.rollout.slots,
+            prefill=config.rollout.prefill,
+            gathered=config.rollout.gathered,
+            buckets=self.buckets,
+            mesh=self.mesh,
         )
         self._closing.callback(self.engine.close)
 

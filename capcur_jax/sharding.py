@@ -135,6 +135,11 @@ def of_parameter(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, spec_of(mesh, path, shape))
 
 
+def unsplit(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
+    """Of a parameter that device rows do not split: whole on each, over `tensor` alone."""
+    return NamedSharding(mesh, P(*(axis if axis == "tensor" else None for axis in spec_of(mesh, path, shape))))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -33,7 +33,7 @@ SMALL = {
     "rollout.max_new_tokens": 8,
     "packing.buckets": ((8,),),
     "rollout.group": 3,
-    "rollout.max_rows": 12,
+    "rollout.slots": 12,
     "evaluation.questions": 12,
     "export.dtype": "bfloat16",
     "log.rollouts_every": 1,

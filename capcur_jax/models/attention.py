@@ -53,12 +53,9 @@ class Extend(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """Decoding: one query a row, its own keys in a cache whose slots up to `step` are filled, after its prompt."""
+    """Decoding: one query a row, over the slots of its cache that hold something of its own."""
 
-    keys_BxSxKxH: jax.Array
-    values_BxSxKxH: jax.Array
-    lengths_B: jax.Array
-    step: jax.Array  # [], the slot of the query's own token
+    seen_RxS: jax.Array  # bool
 
 
 class Segments(NamedTuple):
@@ -99,7 +96,7 @@ def attend(
         return _attend_here(q, k, v, of_device, implementation)
 
     arrays = (layout.ids_RxP,) if isinstance(layout, Segments) else tuple(layout)
-    specs = (rows,) if isinstance(layout, Segments) else (rows_heads, rows_heads, rows, P())[: len(arrays)]
+    specs = (rows_heads, rows_heads, rows) if isinstance(layout, Extend) else (rows,) * len(arrays)
     attended = sharding.local(mesh, own, (rows_heads,) * 3 + specs, rows_heads)
     return attended(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, *arrays)
 
@@ -145,7 +142,9 @@ def reference(q_RxTxNxH: jax.Array, k_RxSxKxH: jax.Array, v_RxSxKxH: jax.Array, 
         return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout.ids_RxP[:, :, None] == layout.ids_RxP[:, None, :])
     if isinstance(layout, Causal):
         return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, np.tril(np.ones((1, T, S), bool)))
-    own = jnp.arange(S) <= layout.step if isinstance(layout, Cached) else np.tril(np.ones((T, S), bool))
+    if isinstance(layout, Cached):
+        return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout.seen_RxS[:, None])
+    own = np.tril(np.ones((T, S), bool))
     seen = jnp.arange(layout.keys_BxSxKxH.shape[1]) < layout.lengths_B[:, None]
     prompt = (layout.keys_BxSxKxH, layout.values_BxSxKxH, seen)
     return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, jnp.broadcast_to(own, (1, T, S)), prompt)

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from capcur_jax import sharding
 from capcur_jax.models.config import ModelConfig
@@ -89,11 +88,11 @@ class QwenVL(nnx.Module):
         return self.text.embedded(tokens_RxT), self._response_angles(batch, jnp.arange(length), rows)
 
     def decode(
-        self, tokens_R: jax.Array, step: jax.Array, cache: KeysValues, batch: PromptBatch, prompt: KeysValues
+        self, tokens_R: jax.Array, positions_R: jax.Array, slot: jax.Array, seen_RxS: jax.Array, cache: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
-        """Hidden states [R, D] of response token number `step` of every row, and the cache with it written."""
-        angles = self._response_angles(batch, step[None], tokens_R.shape[0])
-        h, cache = self.text.decode(self.text.embedded(tokens_R[:, None]), angles, step, cache, prompt, batch.lengths)
+        """Hidden states [R, D] of a response token of every row at its position, and the cache with it in `slot`."""
+        angles = text_angles(jnp.broadcast_to(positions_R[:, None], (3, len(positions_R), 1)), self.config.text)
+        h, cache = self.text.decode(self.text.embedded(tokens_R[:, None]), angles, slot, seen_RxS, cache)
         return h[:, 0], cache
 
     def predicting(self, responses: Sequence[jax.Array], batch: PromptBatch) -> list[jax.Array]:
@@ -117,13 +116,9 @@ class QwenVL(nnx.Module):
         return jnp.take_along_axis(h_BxSxD, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def empty_cache(self, rows: int, length: int) -> KeysValues:
-        """An empty own-token cache for `rows` rows of up to `length` tokens."""
+        """An empty cache for `rows` rows of up to `length` tokens."""
         text = self.config.text
-        shape = (text.depth, rows, length, text.kv_heads, text.head_dim)
-        empty = jnp.zeros(shape, self.text.dtype)
-        if self.mesh is not None:
-            spec = P(None, sharding.ROWS, None, "tensor")
-            empty = jax.lax.with_sharding_constraint(empty, NamedSharding(self.mesh, spec))
+        empty = jnp.zeros((text.depth, rows, length, text.kv_heads, text.head_dim), self.text.dtype)
         return KeysValues(empty, empty)
 
     def unembedding(self) -> tuple[jax.Array, int]:

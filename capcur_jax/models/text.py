@@ -165,30 +165,21 @@ class Decoder(nnx.Module):
         return h_BxTxD + jnp.where(shown[..., None], here, 0).astype(h_BxTxD.dtype)
 
     def decode(
-        self,
-        h_Rx1xD: jax.Array,
-        angles: jax.Array,
-        step: jax.Array,
-        cache: KeysValues,
-        prompt: KeysValues,
-        lengths_B: jax.Array,
+        self, h_Rx1xD: jax.Array, angles: jax.Array, slot: jax.Array, seen_RxS: jax.Array, cache: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
-        """One token a row, written to slot `step` of the rows' own cache [L, R, S, K, H]."""
+        """One token a row, written to slot `slot` of the rows' cache [L, R, S, K, H]; it sees the slots `seen`."""
 
-        def body(layer, carry, inputs):
+        def body(layer, carry, index):
             h, cache = carry
-            index, prompt = inputs
             q, k, v = layer.qkv(h, angles)
             # The cache is carried and written in place: as a scan output it would be copied whole at every token.
-            start = (index, 0, step, 0, 0)
+            start = (index, 0, slot, 0, 0)
             cache = KeysValues(
                 jax.lax.dynamic_update_slice(cache.keys, k[None], start),
                 jax.lax.dynamic_update_slice(cache.values, v[None], start),
             )
-            layout = Cached(*prompt, lengths_B, step)
-            own = self._attend(q, cache.keys[index], cache.values[index], layout)
+            own = self._attend(q, cache.keys[index], cache.values[index], Cached(seen_RxS))
             return (sharding.constrain(self.mesh, layer.finish(h, own)), cache), None
 
-        xs = (jnp.arange(self.config.depth), prompt)
-        (h, cache), _ = layers_lib.scan(self.layers, body, (h_Rx1xD, cache), xs)
+        (h, cache), _ = layers_lib.scan(self.layers, body, (h_Rx1xD, cache), jnp.arange(self.config.depth))
         return self.norm(h), cache

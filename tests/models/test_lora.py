@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA, LoRALinear
 from capcur_jax.models.qwen_vl import QwenVL
+from tests.decoding import decode_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = LoRA(rank=3, alpha=5.0)
@@ -238,12 +240,11 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
     extended = np.asarray(
         quick_jit(lambda p: model_of(p).logits(model_of(p).extend(tokens, scene.batch, prompt)))(state)
     )
-    step = quick_jit(lambda p, t, i, c: model_of(p).decode(t, i, c, scene.batch, prompt))
-    cache, decoded = scene.adapted.empty_cache(2, 5), []
-    for i in range(5):
-        h, cache = step(state, tokens[:, i], jnp.int32(i), cache)
-        decoded.append(np.asarray(scene.adapted.logits(h)))
-    np.testing.assert_allclose(np.stack(decoded, 1), extended, atol=1e-5)
+    step = quick_jit(lambda p, *given: model_of(p).decode(*given))
+    cache = scene.adapted.empty_cache(2, prompt.keys.shape[2] + 5)
+    around = cache, prompt, tokens, scene.batch.lengths, scene.batch.next_position
+    decoded = scene.adapted.logits(decode_steps(functools.partial(step, state), *around))
+    np.testing.assert_allclose(decoded, extended, atol=1e-5)
     for row, length in enumerate(scene.batch.lengths):
         np.testing.assert_allclose(extended[row], full[row, length : length + 5], atol=1e-5)
 

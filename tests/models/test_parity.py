@@ -184,7 +184,7 @@ def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_
     known.end_tokens += (late[0],)
     tokens, logprobs = reference()
 
-    engine = LocalEngine(pair.ours, known, max_rows=n * len(prompts), buckets=BUCKETS)
+    engine = LocalEngine(pair.ours, known, slots=n * len(prompts), buckets=BUCKETS)
     groups = engine.generate(prompts, Sampling(length, temperature=0.0), n=n)
     for row, samples in enumerate(groups):
         ends = np.flatnonzero(np.isin(tokens[row], known.end_tokens))

@@ -4,6 +4,7 @@ that compute a prompt once, rematerialisation, number formats, DeepStack."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban, token_logprobs
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.models.rope import text_angles, vision_angles
+from tests.decoding import decode_steps
 
 TOKENS, PATCHES = 64, 64
 RESPONSES, GROUP = 6, 2  # tokens of a response, responses a prompt
@@ -353,19 +355,11 @@ def test_decoding_token_by_token_equals_full_sequences(
     graph = nnx.graphdef(model)
     _, prompt = quick_jit(lambda parameters: nnx.merge(graph, parameters).prefill(batch))(parameters)
 
-    @quick_jit
-    def decode(parameters, tokens_R, step, cache, next_position):
-        model: QwenVL = nnx.merge(graph, parameters)
-        moved = dataclasses.replace(batch, next_position=next_position)
-        h, cache = model.decode(tokens_R, step, cache, moved, prompt)
-        return model.logits(h), cache
+    decode = functools.partial(quick_jit(lambda p, *given: nnx.merge(graph, p).decode(*given)), parameters)
 
     def decoded(next_position) -> np.ndarray:
-        cache, steps = model.empty_cache(*tokens.shape), []
-        for step in range(RESPONSES):
-            logits, cache = decode(parameters, tokens[:, step], jnp.int32(step), cache, next_position)
-            steps.append(logits)
-        return np.stack(steps, axis=1)
+        cache = model.empty_cache(len(tokens), prompt.keys.shape[2] + RESPONSES)
+        return np.asarray(model.logits(decode_steps(decode, cache, prompt, tokens, batch.lengths, next_position)))
 
     logits, full = decoded(batch.next_position), np.asarray(forward(parameters, whole))
     for row, length in enumerate(lengths):

@@ -1,6 +1,7 @@
 """The local engine on a real tiny Qwen3-VL: what is sampled, what is reported about it, and on what it depends."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from capcur_jax.data.packing import Row, UpdateBatch, in_ranks, pack
 from capcur_jax.learner import Learner
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.rollout import local
+from capcur_jax.rollout import slots as slots_lib
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
 from tests.conftest import random_image
@@ -25,9 +27,9 @@ WARM, COOL, GREEDY = Sampling(T), Sampling(T, temperature=0.7), Sampling(T, temp
 
 
 def _draw(logits, sampling, draws=20_000):
-    tokens, logprobs = jax.jit(local.sample_tokens, static_argnums=2)(
-        jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1)), jax.random.key(0), sampling
-    )
+    rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens, logprobs = jax.jit(slots_lib.sample_tokens, static_argnums=2)(rows, keys, sampling)
     return np.bincount(tokens, minlength=len(logits)), np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -65,10 +67,11 @@ def test_top_p_draws_the_nucleus_in_proportion_and_reports_the_full_softmax():
     np.testing.assert_allclose(logprobs, want[tokens], atol=1e-6)
 
 
-def _kept(probabilities, top_p):
+def _kept(probabilities, top_p=1.0, top_k=0):
     with np.errstate(divide="ignore"):
         logits = np.log(np.array(probabilities, np.float32))
-    return list(np.flatnonzero(np.isfinite(local.nucleus(jnp.asarray(logits)[None], top_p)[0])))
+    kept = slots_lib.allowed(jnp.asarray(logits)[None], Sampling(1, top_p=top_p, top_k=top_k))
+    return list(np.flatnonzero(np.isfinite(kept[0])))
 
 
 def test_nucleus_is_the_smallest_set_that_reaches_the_mass():
@@ -83,9 +86,32 @@ def test_nucleus_keeps_all_ties_of_its_last_member_and_never_empties():
     assert _kept([0.0, 0.5, 0.5, 0.0], 0.999) == [1, 2]  # banned tokens (-inf) stay out
 
 
+def test_top_k_comes_before_top_p():
+    shares = [0.1, 0.4, 0.2, 0.3]
+    assert [_kept(shares, top_k=k) for k in (0, 1, 2, 4, 9)] == [[0, 1, 2, 3], [1], [1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert _kept(shares, 0.5, 2) == [1]  # 0.4 of the 0.7 that are left
+    assert _kept(shares, 0.6, 2) == [1, 3]
+
+
+@pytest.mark.parametrize("vocabulary", [3, 64, 65, 300])
+def test_a_draw_inverts_the_cumulated_mass(vocabulary):
+    """Over several blocks, with tokens of no probability, at both ends of the uniform number."""
+    random = np.random.default_rng(vocabulary)
+    logits = np.where(random.random(vocabulary) < 0.3, -np.inf, random.normal(size=vocabulary)).astype(np.float32)
+    logits[1] = 0.5
+    uniform = np.concatenate([[0.0, 1 - 2**-23], random.random(500)]).astype(np.float32)
+    drawn = np.asarray(slots_lib.draw(jnp.tile(logits, (len(uniform), 1)), jnp.asarray(uniform)))
+    shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    until = np.cumsum(shares)
+    assert (shares[drawn] > 0).all()
+    assert (until[drawn] >= uniform - 1e-6).all() and (until[drawn] - shares[drawn] <= uniform + 1e-6).all()
+    possible = np.flatnonzero(shares)
+    assert drawn[0] == possible[0] and drawn[1] == possible[-1]
+
+
 def test_nucleus_leaves_the_logits_of_its_members_as_they_are():
     random = jnp.asarray(np.random.default_rng(0).normal(size=(50, 30)), jnp.float32)
-    kept = np.asarray(local.nucleus(random, 0.6))
+    kept = np.asarray(slots_lib.allowed(random, Sampling(1, top_p=0.6)))
     inside = np.isfinite(kept)
     np.testing.assert_array_equal(kept[inside], np.asarray(random)[inside])
     shares = np.asarray(jax.nn.softmax(random, axis=-1))
@@ -135,7 +161,7 @@ def parameters(model):
 
 @pytest.fixture(scope="module")
 def shared(model, processor):
-    return LocalEngine(model, processor, max_rows=ROWS, buckets=BUCKETS)
+    return LocalEngine(model, processor, slots=ROWS, prefill=ROWS // G, buckets=BUCKETS)
 
 
 @pytest.fixture
@@ -243,6 +269,54 @@ def test_the_seed_decides(engine, prompts):
     assert same(greedy, engine.generate(prompts, GREEDY, G, seed=8))
 
 
+def assert_as_before(drawn, whole):
+    """The same tokens; log-probs but for the places of their keys in the ring, in whose order they are summed."""
+    for sample, before in zip(*map(itertools.chain.from_iterable, (drawn, whole)), strict=True):
+        np.testing.assert_array_equal(sample.tokens, before.tokens)
+        np.testing.assert_allclose(sample.logprobs, before.logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("slots", "prefill", "gathered"), [(12, 4, False), (7, 1, True), (3, 2, False)])
+def test_what_is_sampled_depends_on_no_slot(engine, model, processor, biased, prompts, slots, prefill, gathered):
+    """Fewer slots than responses: those that become free are given away, and every response is what it was."""
+    engine.update_weights(biased, 3)
+    whole = engine.generate(prompts, WARM, G, seed=11)
+    assert len({len(sample.tokens) for group in whole for sample in group}) > 3
+    other = LocalEngine(model, processor, slots=slots, prefill=prefill, buckets=BUCKETS, gathered=gathered)
+    other.update_weights(biased, 3)
+    drawn = other.generate(prompts, WARM, G, seed=11)
+    assert_as_before(drawn, whole)
+    assert all(sample.spans == ((3, 0, len(sample.tokens)),) for group in drawn for sample in group)
+
+
+def test_no_response_waits_for_the_longest(model, processor, biased, prompts):
+    """With m slots and one prompt taken at a time, the steps stay within those of any schedule that is never idle."""
+    engine = LocalEngine(model, processor, slots=4, prefill=1, buckets=BUCKETS)
+    engine.update_weights(biased, 1)
+    many = [prompts[i % 6] for i in range(20)]
+    call = local._Call(engine, WARM, many, 1, 5, None)
+    most = 0
+    while call.unfinished():
+        while call.room():
+            call.admit()
+        most = max(most, int((call.running >= 0).sum()))
+        call.decode()
+        health = call.collect()
+    lengths = [len(sample.tokens) for group in call.groups() for sample in group]
+    lockstep = sum(max(lengths[at : at + 4]) for at in range(0, 20, 4))
+    assert sum(lengths) / 4 <= int(call.slots.clock) <= sum(lengths) / 4 + max(lengths) < lockstep
+    assert most == 4 and (health.running, health.queued, health.version) == (0, 0, 1) and health.tokens_per_second > 0
+    assert [g[0].tokens.tolist() for g in engine.generate(many, WARM, 1, 5)] == [
+        g[0].tokens.tolist() for g in call.groups()
+    ]
+
+
+def test_more_steps_than_the_host_waits_for_lose_nothing(engine, prompts, monkeypatch):
+    whole = engine.generate(prompts, WARM, G, seed=2)
+    monkeypatch.setattr(local, "_LOOK", 3)
+    assert_as_before(engine.generate(prompts, WARM, G, seed=2), whole)
+
+
 def test_batches_of_a_call_draw_different_samples(engine, prompts):
     groups = engine.generate([prompts[0]] * 8, WARM, G, seed=9)
     assert len({sample.tokens.tobytes() for group in groups for sample in group}) == 8 * G
@@ -293,10 +367,10 @@ def test_a_warmed_up_engine_does_not_compile(engine, prompts):
     sizes = [PromptSize.of(prompt) for prompt in prompts]
     with metrics.CompilationCounter() as counter:
         engine.warm_up(sizes, short, G)
-        assert counter.count == 1  # both batches of four have the same shape
+        assert counter.count == 3  # empty slots, prefill, decoding
         groups = engine.generate(prompts, short, G, seed=1)
         engine.warm_up(sizes, short, G)
-        assert counter.count == 1
+        assert counter.count == 3
     assert max(len(sample.tokens) for group in groups for sample in group) == 3
 
 
@@ -307,11 +381,11 @@ def test_a_call_without_images_takes_the_program_of_those_with_images(engine, pr
     with metrics.CompilationCounter() as counter:
         engine.warm_up(sizes, short, G, images=True)
         engine.warm_up([PromptSize.of(prompt) for prompt in text], short, G, images=True)
-        assert counter.count == 1
+        warmed = counter.count
         with_tower = engine.generate(text, short, G, images=True)
-        assert counter.count == 1
+        assert counter.count == warmed
         without = engine.generate(text, short, G)
-        assert counter.count == 2  # a program without a vision tower
+        assert counter.count == warmed + 1  # a program without a vision tower
     for a, b in zip(with_tower, without, strict=True):
         assert np.array_equal(a[0].tokens, b[0].tokens)
 
@@ -328,5 +402,8 @@ def test_a_short_batch_holds_the_images_of_its_last_prompt_once(engine, prompts,
             np.testing.assert_array_equal(rowwise[row], rowwise[0])
 
 
-def test_a_group_larger_than_the_batch_still_gets_its_samples(engine):
-    assert [engine.batch_prompts(n) for n in (1, 3, 5, 12, 50)] == [12, 4, 2, 1, 1]
+def test_a_group_larger_than_the_slots_still_gets_its_samples(engine, prompts):
+    assert [engine.work(n, WARM).prompts for n in (1, 3, 5, 12, 50)] == [4, 4, 2, 1, 1]
+    groups = engine.generate(prompts[:2], dataclasses.replace(WARM, max_new_tokens=2), ROWS + 1)
+    assert [len(group) for group in groups] == [ROWS + 1] * 2
+    assert engine.generate([], WARM, G) == []
