@@ -15,16 +15,21 @@ from capcur_jax import metrics, objectives
 from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.errors import InputError
+from capcur_jax.rollout import choose
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.schedule import Stage
 
 DTYPES = ("float32", "bfloat16")
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
-MAY_CHANGE = ("mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers")
+MAY_CHANGE = (
+    "mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers",
+    "rollout.slots", "rollout.prefill", "rollout.gathered", "rollout.sglang",
+)  # fmt: skip
 
 
 MEMORIES = ("device", "pinned_host")
 CHOICES = {
+    "rollout.engine": choose.ENGINES,
     "objective.ratio": objectives.RATIO_LEVELS,
     "objective.kl_estimator": objectives.KL_ESTIMATORS,
     "objective.aggregation": objectives.AGGREGATIONS,
@@ -100,6 +105,7 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
             raise InputError(f"config.{key} = {value!r}; choose one of {', '.join(choices)}")
     if 0 < config.objective.clip_dual <= 1:
         raise InputError(f"config.objective.clip_dual = {config.objective.clip_dual}: above 1, or 0 for none")
+    choose.check(config)
     if config.objective.sampler_cap < 1:
         raise InputError("config.objective.sampler_cap must be at least 1")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:

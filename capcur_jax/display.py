@@ -67,6 +67,7 @@ class Display:
         self._recent_seconds: deque[float] = deque(maxlen=20)
         self._metrics: list[Pieces] = []
         self._base: dict[str, float] = {}
+        self._health: Callable[[], Any] | None = None
         columns = (TextColumn("{task.description}", markup=False), BarColumn(None), _Count(), _Times())
         self._progress = Progress(*columns, console=self.console, expand=True)
         self._run_task = self._progress.add_task("", total=total_steps, visible=False, run=True, left=None)
@@ -89,6 +90,10 @@ class Display:
         live, self._live = self._live, None
         if live:
             live.stop()
+
+    def watch(self, health: Callable[[], Any]) -> None:
+        """Shows what the rollout engine is doing below the bar (rollout/engine.py's Health), as long as it samples."""
+        self._health = health
 
     def plan(self, sections: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> None:
         """Prints what the run is going to do.
@@ -229,7 +234,8 @@ class Display:
             self.console.print(renderable, soft_wrap=isinstance(renderable, Text) and not self._live)
 
     def _render(self) -> RenderableType:
-        lines = [line for pieces in self._metrics for line in _wrap(pieces, self.console.width)]
+        metrics = [*self._metrics, _sampling(self._health())] if self._health else self._metrics
+        lines = [line for pieces in metrics for line in _wrap(pieces, self.console.width)]
         return Group(self._progress, *lines)
 
 
@@ -253,6 +259,12 @@ class _Times(ProgressColumn):
 def _learning(record: Mapping[str, Any]) -> Pieces:
     metrics = _SFT_METRICS if record.get("objective") == "sft" else _RL_METRICS
     return [(label, _show(record, key, form)) for key, label, form in metrics if key in record]
+
+
+def _sampling(health: Any) -> Pieces:
+    pieces = [("rollout", f"{health.running:,} running"), ("", f"{health.queued:,} queued")]
+    pieces += [("tok/s", f"{health.tokens_per_second:,.0f}"), ("weights", f"v{health.version}")]
+    return [*pieces, ("servers", f"{health.alive}/{health.servers}")] if health.servers else pieces
 
 
 def _pace(record: Mapping[str, Any]) -> Pieces:

@@ -57,6 +57,18 @@ def finished(workdir: Path, config: ConfigDict) -> dict | None:
     return summary if summary.get("status") == "finished" else None
 
 
+def _take_gpus(config: ConfigDict) -> None:
+    """What JAX is to know of this host's GPUs before it looks at them."""
+    import jax
+
+    if config.mesh.gpus:
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.mesh.gpus)))
+    if config.rollout.engine == "sglang" and config.rollout.sglang.colocate:
+        # What the trainer lets go of has to go back to the driver, for the servers.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unknown argument {arguments[1]!r}; settings look like --config.seed=1")
@@ -65,6 +77,7 @@ def main(arguments: list[str]) -> None:
         # Imported late: a mistyped flag should not wait for JAX.
         from capcur_jax import distributed
 
+        _take_gpus(_CONFIG.value)
         distributed.initialize(distributed.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
         if distributed.process_count() > 1 and not _WORKDIR.value:
             raise InputError("a run of several processes needs --workdir, one that all of them see")

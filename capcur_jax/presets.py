@@ -6,11 +6,15 @@ configs are locked, so an unknown key is an error.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from capcur_jax.errors import InputError
+from capcur_jax.rollout.sglang_settings import Settings
 
 TINY_CHECKPOINT = str(Path(__file__).parent / "assets" / "tiny_qwen3_vl")
 CAPABILITIES = ("perception", "text", "visual")
@@ -53,7 +57,8 @@ def laptop() -> ConfigDict:
             "architecture": "",  # a published size (models/published.py), for `plan` where there is no checkpoint
             # Devices along each axis, -1: all that are left. data: copies of the model, over hosts; fsdp: parameters,
             # gradients and optimizer state split; tensor: heads and feed-forward split. data x fsdp split prompts.
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            # gpus: those of this host that the trainer takes, where servers have the others; (): all.
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "gpus": ()},
             "model": {
                 "dtype": "float32",  # of computation
                 # none | dots | full: what is computed again backwards instead of kept. On a CPU that is faster, too:
@@ -80,6 +85,7 @@ def laptop() -> ConfigDict:
                 "patch_rows": (1.0,),  # declared numbers of such rows, for each prompt of a batch
             },
             "rollout": {
+                "engine": "local",  # | sglang: servers on GPUs, docs/rollouts.md
                 "group": 5,
                 "max_new_tokens": 48,
                 "temperature": 1.0,
@@ -89,6 +95,9 @@ def laptop() -> ConfigDict:
                 "prefill": 16,  # prompts of a device row that it takes at once; their responses start together
                 # True: it samples from a copy of the weights that device rows do not split, in model.dtype.
                 "gathered": False,
+                # 1 (sglang): the next batch is sampled while the trainer works on this one; needs a sampler_correction.
+                "async_steps": 0,
+                "sglang": dataclasses.asdict(Settings()),
                 # 0: train on what comes. Else groups without an advantage are drawn again, so often at most.
                 "dynamic_retries": 0,
             },
@@ -219,12 +228,28 @@ def qwen2_5_vl_72b() -> ConfigDict:
     return config
 
 
-PRESETS = {
-    "laptop": laptop,
-    "qwen3_vl_8b": qwen3_vl_8b,
-    "qwen2_5_vl_7b": qwen2_5_vl_7b,
-    "qwen2_5_vl_72b": qwen2_5_vl_72b,
-}
+def _split(preset: Callable[[], ConfigDict]) -> ConfigDict:
+    """On a host of 8 GPUs: four train, four serve SGLang."""
+    config = preset()
+    config.mesh.gpus, config.rollout.engine = (0, 1, 2, 3), "sglang"
+    config.rollout.sglang.update({"servers": 4, "gpus": (4, 5, 6, 7), "memory_fraction": 0.85})
+    return config
+
+
+def _turns(preset: Callable[[], ConfigDict]) -> ConfigDict:
+    """On a host of 8 GPUs: all of them serve SGLang, then all of them train."""
+    config = preset()
+    config.rollout.engine = "sglang"
+    config.rollout.sglang.update({"servers": 8, "memory_fraction": 0.7, "colocate": True})
+    return config
+
+
+PRESETS = {"laptop": laptop}
+for _size in (qwen3_vl_8b, qwen2_5_vl_7b, qwen2_5_vl_72b):
+    PRESETS[_size.__name__] = _size
+for _size in (qwen3_vl_8b, qwen2_5_vl_7b):
+    PRESETS[f"{_size.__name__}_split"] = functools.partial(_split, _size)
+    PRESETS[f"{_size.__name__}_turns"] = functools.partial(_turns, _size)
 
 
 def get(preset: str, order: tuple[str, ...] = CAPABILITIES) -> ConfigDict:

@@ -17,6 +17,9 @@ from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample
 
 
+_ENDS = ("reward_min", "advantage_min", "reward_max", "advantage_max", "staleness_max")
+
+
 class Example(NamedTuple):
     """A problem ready for a step; `target` is an sft row's response."""
 
@@ -52,6 +55,8 @@ class Rollout:
     drawn: int  # groups, those that were drawn again included
     dropped_equal: int  # of them left out because they had no advantage
     capabilities: tuple[str, ...] = ()  # of the stage, in an order that all processes share
+    version: int = 0  # of the weights that train on them
+    renewed: int = 0  # groups that were sampled again because they were too old
 
     @property
     def samples(self) -> list[Sample]:
@@ -81,18 +86,21 @@ class Rollout:
         add("right_groups", [group.equal and group.scores[0].accuracy > 0 for group in self.groups])
         add("drawn_groups", [self.drawn])
         add("dropped_groups", [self.dropped_equal])
+        add("renewed_groups", [self.renewed])
+        ages = np.array([self.version - sample.version for sample in self.samples])
+        add("staleness", ages)
         for capability in self.capabilities:
             mine = [group for group in self.groups if group.example.problem.capability == capability]
             add(f"response_length/{capability}", [len(s.tokens) for group in mine for s in group.samples])
         total = dict(zip(sums, distributed.exchange(np.array(list(sums.values()))).sum(0).tolist(), strict=True))
-        ends = distributed.exchange(np.array([[rewards.min(), advantages.min()], [-rewards.max(), -advantages.max()]]))
-        low, high = ends.min(0)
+        low = np.array([rewards.min(), advantages.min(), -rewards.max(), -advantages.max(), -ages.max()])
+        ends = dict(zip(_ENDS, distributed.exchange(low).reshape(-1, len(_ENDS)).min(0).tolist(), strict=True))
         mean = {name: value / count for name, (value, count) in total.items() if count}
         for name in ("reward", "advantage"):
             mean[f"{name}_std"] = float(np.sqrt(max(mean.pop(f"{name}_square") - mean[name] ** 2, 0.0)))
-        mean["reward_min"], mean["advantage_min"] = low
-        mean["reward_max"], mean["advantage_max"] = -high
-        mean["drawn_groups"], mean["dropped_groups"] = total["drawn_groups"][0], total["dropped_groups"][0]
+        mean |= {name: -value if name.endswith("_max") else value for name, value in ends.items()}
+        for name in ("drawn_groups", "dropped_groups", "renewed_groups"):
+            mean[name] = total[name][0]
         return {name: float(value) for name, value in mean.items()}
 
     def shown(self, prompts: int, workdir: Path) -> list[dict[str, Any]]:
@@ -109,6 +117,7 @@ class Rollout:
                     "advantage": float(advantage),
                     "tokens": len(sample.tokens),
                     "finish": sample.finish,
+                    "weights": [list(span) for span in sample.spans],
                 }
                 for response, score, advantage, sample in zip(
                     group.responses, group.scores, group.advantages, group.samples, strict=True

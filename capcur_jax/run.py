@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.rewards.reward import make_reward
+from capcur_jax.rollout.choose import open_engine
 from capcur_jax.rollout.engine import Sample
-from capcur_jax.rollout.local import LocalEngine
 from capcur_jax.rollouts import Example, Group
 from capcur_jax.schedule import Stage
 from capcur_jax.sinks import Sinks
@@ -91,6 +91,7 @@ class Run:
         self.skipped_before = self._counts["skipped_before"]  # of the stages before this one
         self.saved: tuple[int, Position] | None = None  # what the last checkpoint is of
         self.parameter_count, self.blind = 0, {}
+        self.turns = config.rollout.engine != "local" and config.rollout.sglang.colocate
         self.exports_compiled = False
         self._open_model()
         for stage in stages:  # what does not fit together is said before anything is computed
@@ -201,16 +202,12 @@ class Run:
             raise InputError(f"config.prompt.patch_row must be a multiple of {merged}: so many patches make a token")
         self.buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
         self.graph, self.parameters = nnx.split(model)
-        self.engine = LocalEngine(
-            model,
-            self.processor,
-            slots=config.rollout.slots,
-            prefill=config.rollout.prefill,
-            gathered=config.rollout.gathered,
-            buckets=self.buckets,
-            mesh=self.mesh,
-        )
-        self._closing.callback(self.engine.close)
+        with self.display.progress(f"rollout engine ({config.rollout.engine})"):
+            where = {"source": self.source, "workdir": self.workdir, "buckets": self.buckets, "mesh": self.mesh}
+            self.engine = open_engine(config, model, self.processor, lora=self.lora, **where)
+            self._closing.callback(self.engine.close)
+            self.engine.update_weights(self.parameters, self.version)
+        self.display.watch(self.engine.health)
 
     def _check_mesh(self, known: model_config.ModelConfig) -> None:
         """Heads are split whole. Raises InputError."""
@@ -263,13 +260,29 @@ class Run:
         """The pattern of what the stage does not train: with LoRA, all but the factors."""
         return lora_lib.pattern() if self.lora else stage.freeze
 
-    def publish(self, parameters: nnx.State, updates: int = 1) -> None:
-        """The parameters after an update: what the engine samples from and what is saved."""
-        self.parameters, self.version = parameters, self.version + updates
-        self.engine.update_weights(parameters, self.version)
+    def begin_update(self, trainer: Trainer) -> None:
+        """The devices are the trainer's, where it and the engine take turns on them."""
+        if self.turns:
+            self.engine.release()
+            trainer.enter()
+
+    def end_update(self, trainer: Trainer) -> None:
+        """They are the engine's again, and what is on them of the trainer goes to the host."""
+        if self.turns:
+            trainer.leave()
+            self.parameters = trainer.parameters()
+
+    def publish(self, trainer: Trainer, updates: int) -> dict[str, float]:
+        """The parameters after an update: what the engine samples from and what is saved. Seconds by phase."""
+        self.parameters, self.version = trainer.parameters(), self.version + updates
+        self.end_update(trainer)
+        if self.turns:
+            self.engine.resume()
+        return self.engine.update_weights(self.parameters, self.version)
 
     def trainer(self, stage: Stage, number: int) -> Trainer:
         """The stage's state: a fresh one around the present parameters, or the one that the last checkpoint holds."""
+        self.parameters = sharding.on_devices(self.parameters)
         config, learner = self.config, self.learner(stage)
         trained, frozen = learner.split(self.parameters)
         name = f"{number}-{stage.name}"
@@ -332,10 +345,13 @@ class Run:
             self.save(trainer, wait=True)
         self.checkpoints.latest()
 
-    def next_batch(self, batches: Iterator[list[Example]]) -> list[Example]:
-        """The next rollout batch of this process; a run that goes on takes up the count."""
+    def consumed_batch(self) -> None:
+        """One more rollout batch was used; a run that goes on takes up the count."""
         self.position = dataclasses.replace(self.position, batches=self.position.batches + 1)
-        return next(batches)
+
+    def rollout_seed(self, attempt: int = 0, ahead: int = 0) -> int:
+        """One stream of samples for each step of each seed; `ahead`: of a step to come."""
+        return (self.config.seed * 1_000_003 + (self.step + ahead) * 104_729 + attempt * 15_485_863 + 1) % 2**32
 
     def grade(self, examples: Sequence[Example], drawn: Sequence[Sequence[Sample]]) -> list[Group]:
         """Rewards and advantages of a rollout batch."""

@@ -140,6 +140,16 @@ def unsplit(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, P(*(axis if axis == "tensor" else None for axis in spec_of(mesh, path, shape))))
 
 
+def on_devices(tree: Any) -> Any:
+    """The arrays in their devices' own memory; those that are there already stay as they are."""
+
+    def put(leaf):
+        own = next(iter(leaf.sharding.device_set)).default_memory().kind
+        return leaf if leaf.sharding.memory_kind == own else jax.device_put(leaf, leaf.sharding.with_memory_kind(own))
+
+    return jax.tree.map(put, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -28,12 +28,13 @@ from capcur_jax.data import packing, pipeline
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import target_tokens
 from capcur_jax.display import Display
+from capcur_jax.drawing import Drawer
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadInput
 from capcur_jax.profile import Profile
-from capcur_jax.rollouts import Example, Group, Rollout, collect
+from capcur_jax.rollouts import Example, Rollout
 from capcur_jax.run import Position, Run
 from capcur_jax.schedule import Stage
 from capcur_jax.updates import Packer, Trainer, combined, grpo_item, sft_item
@@ -95,6 +96,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
         run.position = Position(stage=number + 1, evaluated=True)
         return
     warm_up(run, stage, trainer, packer, sizes, images)
+    run.end_update(trainer)
     order = pipeline.in_order(problems, seed=config.seed + 1000 * number)
     maker = Maker(run, stage, order, packer.updates)
     batches = pipeline.batches(maker, maker.local, start=run.position.batches)
@@ -102,78 +104,61 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
         [stage.learning_rate_at(step * packer.updates + i, stage.steps * packer.updates) for i in range(packer.updates)]
         for step in range(stage.steps)
     ]
-    grpo = stage.objective == "grpo"
+    drawer = Drawer(run, batches, maker.local, images, packer.updates)
     late.begin()
-
-    for step in range(run.position.stage_step, stage.steps):
-        try:
-            run.interruption.check(distributed.agree)
-        except Interrupted:
-            late.write()
-            run.save_and_wait(trainer)
-            raise
-        tracer.before(run.step + 1)
-        timer, rollout = metrics.PhaseTimer(), None
-        if grpo:
-            rollout = collect(
-                lambda attempt: draw(run, timer, batches, step, attempt, images),  # noqa: B023 - called at once
-                maker.local,
-                config.rollout.dynamic_retries,
-                run.capabilities(stage),
-            )
-            items = [
-                grpo_item(g.example.prompt, g.samples, g.advantages, config.objective.mask_truncated)
-                for g in rollout.groups
-            ]
-        else:
-            with timer("data"):
-                items = [sft_item(example.prompt, example.target) for example in run.next_batch(batches)]
-        late.write(timer)  # of the step before: the devices have done with it by now
-        with timer("pack"):
-            minibatches = packer.minibatches(items)
-        started = time.perf_counter()
-        with timer("update"):
-            updates = trainer.step(minibatches, packer.old, rates[step])
-        with timer("sync"):
-            run.publish(trainer.parameters(), packer.updates)
-        run.step += 1
-        late.put(record_of(run, stage, step, minibatches, rollout, rates[step][-1]), updates, timer, started)
-        if rollout and step % config.log.rollouts_every == 0:
-            for line in rollout.shown(config.log.rollout_prompts, run.workdir):
-                run.rollouts.write({"step": run.step, "stage": stage.name, **line})
-        tracer.after(run.step)
-        run.position = dataclasses.replace(run.position, stage_step=step + 1)
-        metric = None
-        if config.validation.every and (step + 1) % config.validation.every == 0:
-            late.write()
-            with late.extra("seconds_validation"):
-                metric = results.validate(run, stage.name)
-        if metric is not None or (step + 1) % config.checkpointing.every == 0 or step + 1 == stage.steps:
-            late.write()
-            with late.extra("seconds_checkpoint"):
-                run.save(trainer, metric)
+    with drawer:
+        for step in range(run.position.stage_step, stage.steps):
+            try:
+                run.interruption.check(distributed.agree)
+            except Interrupted:
+                late.write()
+                run.save_and_wait(trainer)
+                raise
+            tracer.before(run.step + 1)
+            timer, rollout = metrics.PhaseTimer(), None
+            if stage.objective == "grpo":
+                rollout = drawer.step(timer, run.capabilities(stage))
+                if step + 1 < stage.steps:
+                    drawer.ahead(timer)
+                items = [
+                    grpo_item(g.example.prompt, g.samples, g.advantages, config.objective.mask_truncated)
+                    for g in rollout.groups
+                ]
+            else:
+                with timer("data"):
+                    items = [sft_item(example.prompt, example.target) for example in next(batches)]
+                run.consumed_batch()
+            late.write(timer)  # of the step before: the devices have done with it by now
+            with timer("pack"):
+                minibatches = packer.minibatches(items)
+            started = time.perf_counter()
+            with timer("update"):
+                run.begin_update(trainer)
+                updates = trainer.step(minibatches, packer.old, rates[step])
+                if config.rollout.engine != "local":  # what follows reads the parameters: let this phase be its own
+                    jax.block_until_ready(updates)
+            with timer("sync"):
+                phases = run.publish(trainer, packer.updates)
+            run.step += 1
+            record = record_of(run, stage, step, minibatches, rollout, rates[step][-1])
+            record |= {f"seconds_sync_{phase}": seconds for phase, seconds in phases.items()}
+            late.put(record, updates, timer, started)
+            if rollout and step % config.log.rollouts_every == 0:
+                for line in rollout.shown(config.log.rollout_prompts, run.workdir):
+                    run.rollouts.write({"step": run.step, "stage": stage.name, **line})
+            tracer.after(run.step)
+            run.position = dataclasses.replace(run.position, stage_step=step + 1)
+            metric = None
+            if config.validation.every and (step + 1) % config.validation.every == 0:
+                late.write()
+                with late.extra("seconds_validation"):
+                    metric = results.validate(run, stage.name)
+            if metric is not None or (step + 1) % config.checkpointing.every == 0 or step + 1 == stage.steps:
+                late.write()
+                with late.extra("seconds_checkpoint"):
+                    run.save(trainer, metric)
     late.write()
     run.position = Position(stage=number + 1, evaluated=True)
-
-
-def draw(
-    run: Run, timer: metrics.PhaseTimer, batches: Iterator[list[Example]], step: int, attempt: int, images: bool
-) -> list[Group]:
-    """One rollout batch, graded."""
-    config = run.config
-    with timer("data"):
-        examples = run.next_batch(batches)
-    with timer("rollout"):
-        prompts = [example.prompt for example in examples]
-        seed = rollout_seed(run, attempt)
-        drawn = run.engine.generate(prompts, run.sampling, config.rollout.group, seed, images)
-    with timer("reward"):
-        return run.grade(examples, drawn)
-
-
-def rollout_seed(run: Run, attempt: int = 0) -> int:
-    """One stream of samples for each step of each seed."""
-    return (run.config.seed * 1_000_003 + run.step * 104_729 + attempt * 15_485_863 + 1) % 2**32
 
 
 # ---------------------------------------------------------------------- data
@@ -283,11 +268,18 @@ def record_of(
         "stage_step": step + 1,
         "objective": stage.objective,
         "learning_rate": rate,
-        **(rollout.metrics() if rollout else {}),
+        **(rollout.metrics() | sampler_of(run) if rollout else {}),
         **packing.shares(counts),
         "tokens": int(counts[0]),
         "micro_batches": len(batches),
     }
+
+
+def sampler_of(run: Run) -> dict[str, float]:
+    """What the engine says of itself; its counters are of this process since its start."""
+    health = run.engine.health()
+    known = {"rollout_tokens_per_second": health.tokens_per_second, "weight_version": run.version}
+    return known | {f"rollout_{name}": count for name, count in run.engine.counters().items()}
 
 
 class Late:

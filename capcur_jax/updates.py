@@ -195,10 +195,24 @@ class Trainer:
     reference: nnx.State | None = None  # what is trained, as the stage found it; frozen parameters are the policy's own
     offload: Offload | None = None  # of the optimizer state; None: it stays on the devices
     offload_reference: Offload | None = None
+    _away: Offload | None = None  # how to get back what `leave` took from the devices
 
     def parameters(self) -> nnx.State:
         """All of them, as the engine reads and an export writes them."""
         return nnx.merge_state(self.state.trained, self.frozen)
+
+    def leave(self) -> None:
+        """Everything goes to pinned host memory: the devices are the rollout engine's for a while."""
+        whole = self.state, self.frozen, self.sums, self.reference
+        self._away = Offload(jax.tree.map(lambda leaf: leaf.sharding, whole))
+        self.state, self.frozen, self.sums, self.reference = self._away.to_host(whole)
+
+    def enter(self) -> None:
+        """It comes back from there."""
+        if self._away:
+            whole = self.state, self.frozen, self.sums, self.reference
+            self.state, self.frozen, self.sums, self.reference = self._away.to_device(whole)
+            self._away = None
 
     def to_host(self) -> None:
         """What is offloaded leaves the devices."""

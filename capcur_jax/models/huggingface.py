@@ -199,7 +199,7 @@ def published_tensors(
     if bool(factors) != bool(lora and lora.rank):
         raise ValueError(f"lora = {lora} is not what the parameters were made with ({len(factors)} LoRA factors)")
     for ours, leaf in values.items():
-        value, root = leaf[...], ours.removesuffix(".kernel")
+        value, root = sharding.on_devices(leaf[...]), ours.removesuffix(".kernel")
         adapted = f"{root}.lora_a" in factors
         change = (*(factors[f"{root}.lora_{side}"][...] for side in "ab"), lora.scale) if adapted else None
         for layer, name in _names(table[ours], value.shape):

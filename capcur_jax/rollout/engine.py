@@ -94,6 +94,9 @@ class Engine(Protocol):
     def health(self) -> Health:
         """Cheap; no server is asked."""
 
+    def counters(self) -> dict[str, int]:
+        """What went wrong and was mended in this process since the start, such as retries and restarts of servers."""
+
     def release(self) -> None:
         """Gives its device memory to the trainer until `resume`, where the two take turns on the same devices."""
 

@@ -136,6 +136,10 @@ class LocalEngine:
         """See engine.Engine."""
         return self._health
 
+    def counters(self) -> dict[str, int]:
+        """Nothing: what goes wrong in this process ends the run."""
+        return {}
+
     def release(self) -> None:
         """Nothing: between calls the engine holds no memory but a gathered copy, which the trainer's plan counts."""
 

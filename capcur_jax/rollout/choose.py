@@ -1,0 +1,65 @@
+"""The engine that a config names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from capcur_jax.errors import InputError
+from capcur_jax.models.batching import Buckets
+from capcur_jax.models.inputs import Processor
+from capcur_jax.models.lora import LoRA
+from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.rollout.engine import Engine
+from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollout.sglang import SGLangEngine
+from capcur_jax.rollout.sglang_settings import Settings
+
+ENGINES = ("local", "sglang")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for rollout settings that don't go together."""
+    rollout = config.rollout
+    if rollout.async_steps not in (0, 1):
+        raise InputError(f"config.rollout.async_steps = {rollout.async_steps}; choose 0 (on-policy) or 1")
+    if rollout.engine == "local":
+        if rollout.async_steps:
+            raise InputError(
+                "config.rollout.async_steps = 1 needs config.rollout.engine = 'sglang': the local engine reads the "
+                "trainer's own parameters, which an update overwrites"
+            )
+        return
+    settings = Settings.from_config(rollout.sglang)
+    if rollout.async_steps and config.objective.sampler_correction == "none":
+        raise InputError(
+            "config.rollout.async_steps = 1 trains on samples of older weights: set "
+            "config.objective.sampler_correction to 'truncate' (or 'mask')"
+        )
+    if rollout.async_steps and settings.colocate:
+        raise InputError(
+            "config.rollout.async_steps = 1 samples while the trainer works: with config.rollout.sglang.colocate the "
+            "two take turns; choose one"
+        )
+
+
+def open_engine(
+    config: ConfigDict,
+    model: QwenVL,
+    processor: Processor,
+    *,
+    source: Path,
+    workdir: Path,
+    buckets: Buckets,
+    mesh: Mesh,
+    lora: LoRA | None,
+) -> Engine:
+    """Starts it, with the model's parameters; of several processes all call this together. Raises InputError."""
+    rollout = config.rollout
+    if rollout.engine == "local":
+        kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": rollout.gathered}
+        return LocalEngine(model, processor, buckets=buckets, mesh=mesh, **kinds)
+    settings = Settings.from_config(rollout.sglang)
+    return SGLangEngine(processor, source, workdir, settings, lora=lora, seed=config.seed)
