@@ -21,6 +21,7 @@ setup(
         "easy-vqa>=1.0",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "httpx>=0.28.1",
         "jax>=0.10.2",
         "jinja2>=3.1.6",
         "math-verify[antlr4_13_2]>=0.9.0",
@@ -40,6 +41,10 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        # The rollout server of GPU hosts. In an environment of its own: it pins another torch than the tests, older
+        # transformers, tokenizers and NumPy than constraints.txt, and a hundred packages besides. The trainer speaks to
+        # it over HTTP. On a CPU: launch/sglang_cpu.py.
+        "sglang": ["sglang==0.5.23"],
         "plan": ["jax[tpu,cuda12-local]", "nvidia-cudnn-cu12>=9.28"],  # compilers and cuDNN's headers, no driver
         "test": TEST,
         "wandb": ["wandb>=0.31.0"],
