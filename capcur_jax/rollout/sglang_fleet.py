@@ -1,0 +1,357 @@
+"""The servers of an SGLang engine: their start, what becomes of one that fails, and the weights that they hold.
+
+Everything here runs in one event loop. A server takes prompts while `up`; one that isn't is on its way back (restarted
+if it is ours, waited for if it is someone else's), gets the current weights whole, and is up again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from pathlib import Path
+
+from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.models.config import ModelConfig
+from capcur_jax.rollout import sglang_checks as checks
+from capcur_jax.rollout.sglang_client import Client, ServerError, TimedOut, Unreachable
+from capcur_jax.rollout.sglang_server import Process
+from capcur_jax.rollout.sglang_settings import WHERE, Settings
+
+WATCH_S = 0.5  # between looks at the processes
+PROBE_S = 2.0  # between questions to a server that isn't there
+
+
+@dataclasses.dataclass(eq=False)
+class Server:
+    """A place that takes prompts: a server, or the router before all of them."""
+
+    client: Client
+    limit: int  # prompts in flight
+    process: Process | None = None  # None: someone else's
+    up: bool = False
+    lost: bool = False  # for good
+    busy: int = 0  # prompts in flight
+    failures: int = 0  # starts in a row without an answer
+    reason: str = ""  # of its last failure
+    calls: set[asyncio.Future] = dataclasses.field(default_factory=set)
+    version: int | None = None  # of the weights that it was given last
+    checksums: checks.Ranks | None = None  # after that
+
+    def __str__(self) -> str:
+        return self.client.address + (f" (log: {self.process.log})" if self.process else "")
+
+    def told(self) -> str:
+        """Why it isn't there, for a message."""
+        text = f"{self}: {self.reason or 'no answer'}"
+        return text + (f"\n{self.process.tail()}" if self.process else "")
+
+    def leave(self) -> None:
+        """Takes no prompts any more, and fails those that it has."""
+        self.up = False
+        for call in list(self.calls):
+            call.cancel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What servers are to have."""
+
+    version: int
+    directory: Path  # of what changed since the version before
+    complete: Path  # of everything
+
+
+class Fleet:
+    """`servers`, and a `router` before them that prompts go to.
+
+    Args:
+        config: the model whose weights they get.
+        manages: whether weights are sent from here. Of several processes one does that; in the others a server is back
+            when it has the version that the run is at.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: ModelConfig,
+        servers: Sequence[Server],
+        router: Server | None = None,
+        manages: bool = True,
+    ):
+        self.settings, self.servers, self.router = settings, list(servers), router
+        self.version: int | None = None  # of the run; None: nothing can be sampled
+        self.counters: Counter[str] = Counter()
+        self.changed = asyncio.Condition()  # a place became free, or a server came or went
+        self._config, self._manages = config, manages
+        self._weights: Weights | None = None
+        self._digests: dict[str, str] = {}  # of sent tensors
+        self._updating = asyncio.Lock()  # a paused server looks dead: nobody asks for its health meanwhile
+        self._tasks: set[asyncio.Task] = set()
+        self._recovering: set[Server] = set()
+        self._asleep = False
+
+    @property
+    def everyone(self) -> list[Server]:
+        return [*self.servers, *([self.router] if self.router else [])]
+
+    @property
+    def patience_s(self) -> float:
+        """Without any server for so long, none will come."""
+        ours = any(server.process for server in self.servers)
+        return self.settings.start_timeout_s * (1 + self.settings.restarts * ours)
+
+    def dead(self) -> str:
+        """Why no server is left, for a message."""
+        told = "\n".join(server.told() for server in self.everyone if not server.up)
+        return f"no SGLang server is left ({WHERE}.restarts = {self.settings.restarts} in a row)\n{told}"
+
+    # ------------------------------------------------------------------ start and end
+
+    async def start(self) -> None:
+        """Starts what is ours and waits for all. Raises InputError with the log's end for one that doesn't come."""
+        for server in self.servers:
+            if server.process:
+                server.process.start()
+        waits = [asyncio.create_task(self._healthy(server)) for server in self.servers]
+        try:
+            await asyncio.gather(*waits)
+            if self.router:
+                if self.router.process:
+                    self.router.process.start()
+                await self._healthy(self.router)
+        except ServerError as error:
+            culprit = next(server for server in self.everyone if server.reason)
+            raise InputError(f"an SGLang server didn't start: {error}\n{culprit.told()}") from None
+        finally:
+            await cancel(waits)
+        for server in self.everyone:
+            server.up = True
+        self.begin(self._watch())
+
+    async def close(self) -> None:
+        await cancel(self._tasks)
+        stops = [asyncio.to_thread(server.process.stop) for server in self.everyone if server.process]
+        await asyncio.gather(*stops, *(server.client.close() for server in self.everyone))
+
+    def begin(self, work: Awaitable) -> None:
+        """Does it beside everything else, until `close`."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _healthy(self, server: Server) -> None:
+        """Returns when it is. Raises ServerError when its process ends or start_timeout_s is over."""
+        give_up = time.monotonic() + self.settings.start_timeout_s
+        while not await server.client.healthy():
+            code = server.process.ended() if server.process else None
+            if code is not None:
+                server.reason = f"it ended with code {code} while it started"
+                raise Unreachable(server.reason)
+            if time.monotonic() > give_up:
+                server.reason = f"not healthy after {WHERE}.start_timeout_s = {self.settings.start_timeout_s:g}"
+                raise TimedOut(server.reason)
+            await asyncio.sleep(PROBE_S / 4)
+
+    async def notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    # ------------------------------------------------------------------ servers that fail
+
+    def doubt(self, server: Server) -> None:
+        """Has a server looked at that a request failed on."""
+        for one in self.everyone if server is self.router else [server]:
+            if one.up and one not in self._recovering:
+                self.begin(self._look(one))
+
+    async def _look(self, server: Server) -> None:
+        if server.process is None or server.process.ended() is None:
+            async with self._updating:
+                if not server.up or self._asleep or await server.client.healthy():
+                    return
+        self._down(server, "it doesn't answer")
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for server in self.everyone:
+                if server.up and server.process and (code := server.process.ended()) is not None:
+                    self._down(server, f"its process ended with code {code}")
+
+    def _down(self, server: Server, reason: str) -> None:
+        """Takes a server out and has it back; its prompts go elsewhere at once."""
+        if server in self._recovering or server.lost:
+            return
+        server.reason, server.checksums, server.version = reason, None, None
+        server.leave()
+        self._recovering.add(server)
+        self.begin(self._recover(server))
+
+    async def _recover(self, server: Server) -> None:
+        try:
+            await self.notify()
+            await (self._restart(server) if server.process else self._wait_for(server))
+        finally:
+            self._recovering.discard(server)
+            await self.notify()
+
+    async def _restart(self, server: Server) -> None:
+        while server.failures < self.settings.restarts:
+            while self._asleep:  # its memory is the trainer's now
+                await asyncio.sleep(WATCH_S)
+            server.failures += 1
+            self.counters["restarts"] += 1
+            try:
+                await asyncio.to_thread(server.process.stop)
+                server.process.start()
+                await self._healthy(server)
+                await self._bring_up(server)
+                return
+            except (ServerError, RolloutError) as error:
+                server.reason = str(error)
+        server.lost = True
+        await asyncio.to_thread(server.process.stop)
+
+    async def _wait_for(self, server: Server) -> None:
+        while True:
+            await asyncio.sleep(PROBE_S)
+            try:
+                if await server.client.healthy():
+                    await self._bring_up(server)
+                    return
+            except (ServerError, RolloutError) as error:
+                server.reason = str(error)
+
+    async def _bring_up(self, server: Server) -> None:
+        """Gives a healthy server the run's weights and takes it in. Raises ServerError or RolloutError."""
+        async with self._updating:
+            if server is not self.router and self.version is not None:
+                if self._manages:
+                    await self._load(server, self._weights, self._weights.complete)
+                elif (has := await server.client.version()) != str(self.version):
+                    raise Unreachable(f"it has weights of version {has}, the run is at {self.version}")
+            server.up = True
+
+    # ------------------------------------------------------------------ weights
+
+    async def update(self, weights: Weights, complete: bool = False) -> dict[str, float]:
+        """Every server that is up gets `weights`; one that fails starts again and gets them then.
+
+        Args:
+            complete: whether the servers hold nothing that files of changes alone could build on.
+
+        Returns seconds of "load" and "verify", of the slowest. Raises RolloutError: files that no server is told of
+        (nothing has changed then), or if no server has the weights in the end.
+        """
+        async with self._updating:
+            begun = time.monotonic()
+            await asyncio.to_thread(checks.files, weights.complete, self._config, True)
+            source = weights.complete if complete or self._weights is None else weights.directory
+            sent = await asyncio.to_thread(checks.files, source, self._config, False)
+            digests = await asyncio.to_thread(checks.digests, sent)
+            differing = {name for name, value in digests.items() if self._digests.get(name, value) != value}
+            self._digests |= digests
+            self._weights, self.version = weights, weights.version
+            ready = time.monotonic() - begun
+            up = [server for server in self.servers if server.up]
+            results = await asyncio.gather(
+                *(self._load(server, weights, source, sent, differing) for server in up), return_exceptions=True
+            )
+            self._take_out(up, results)
+        await self._one_has_them()
+        seconds = [result for result in results if isinstance(result, dict)]
+        return {
+            "load": max((one["load"] for one in seconds), default=time.monotonic() - begun),
+            "verify": ready + max((one["verify"] for one in seconds), default=0.0),
+        }
+
+    def _take_out(self, servers: Sequence[Server], results: Sequence[object]) -> None:
+        for server, result in zip(servers, results, strict=True):
+            if isinstance(result, ServerError | RolloutError):
+                self._down(server, str(result))
+            elif isinstance(result, BaseException):
+                raise result
+
+    async def _one_has_them(self) -> None:
+        give_up = time.monotonic() + self.patience_s
+        async with self.changed:
+            while not any(server.up for server in self.servers):
+                left = give_up - time.monotonic()
+                if left <= 0 or all(server.lost for server in self.servers):
+                    raise RolloutError(f"weights of version {self.version} reached no server; {self.dead()}")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.changed.wait(), left)
+
+    async def _load(
+        self,
+        server: Server,
+        weights: Weights,
+        source: Path,
+        sent: dict | None = None,
+        differing: Collection[str] = (),
+    ) -> dict[str, float]:
+        """Pauses, loads, verifies, and always goes on: a server that failed without any of our prompts."""
+        client, timeout = server.client, self.settings.update_timeout_s
+        begun = time.monotonic()
+        try:
+            await client.pause()
+            await client.load(source, weights.version, timeout)
+            loaded = time.monotonic()
+            if (has := await client.version()) != str(weights.version):
+                raise RolloutError(f"after the update it has weights of version {has}, not {weights.version}")
+            now = await client.checksums(timeout)
+            wrong = checks.arrived(server.checksums, now, sent or {}, differing) or self._unlike_others(server, now)
+            if wrong:
+                raise RolloutError(f"weights of version {weights.version}: {wrong}")
+            server.checksums, server.version = now, weights.version
+        except (ServerError, RolloutError):
+            server.leave()  # before it goes on: it may hold half of the new weights
+            raise
+        finally:
+            with contextlib.suppress(ServerError):
+                await client.proceed()
+        return {"load": loaded - begun, "verify": time.monotonic() - loaded}
+
+    def _unlike_others(self, server: Server, now: checks.Ranks) -> str:
+        """What is wrong compared with the servers that have the run's weights already."""
+        for other in self.servers:
+            if other is server or other.checksums is None or other.version != self.version:
+                continue
+            if wrong := checks.unequal(other.checksums, now):
+                return f"{wrong} of {other.client.address}"
+        return ""
+
+    # ------------------------------------------------------------------ memory
+
+    async def release(self) -> None:
+        """The servers give their GPU memory away."""
+        async with self._updating:
+            self._asleep = True
+            await self._all(lambda client: client.abort(everything=True))
+            await self._all(lambda client: client.release(self.settings.update_timeout_s))
+
+    async def resume(self) -> None:
+        """They take it back; what was in it is gone, so that nothing can be sampled before a complete update."""
+        async with self._updating:
+            self.version = self._weights = None
+            for server in self.servers:
+                server.checksums = server.version = None
+            await self._all(lambda client: client.resume(self.settings.update_timeout_s))
+            self._asleep = False
+
+    async def _all(self, call: Callable[[Client], Awaitable]) -> None:
+        up = [server for server in self.servers if server.up]
+        results = await asyncio.gather(*(call(server.client) for server in up), return_exceptions=True)
+        self._take_out(up, results)
+
+
+async def cancel(tasks: Collection[asyncio.Task]) -> None:
+    """Cancels them and waits for their ends."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,140 @@
+"""Real SGLang servers on this CPU, from tiny checkpoints of both families: started once, side by side."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from capcur_jax.models import huggingface
+from capcur_jax.models.batching import Buckets
+from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.logprobs import ban
+from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.rollout.engine import Sample, Sampling
+from capcur_jax.rollout.sglang import SGLangEngine
+from capcur_jax.rollout.sglang_settings import Settings
+from tests.conftest import architecture, random_checkpoint, random_image, windowed_architecture
+
+ROOT = Path(__file__).parents[3]
+CACHE = Path("~/.cache/capcur_jax/sglang-cpu").expanduser()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sglang: needs the real SGLang server, which launch/sglang_cpu.py installs")
+
+
+def served_windowed() -> dict:
+    """Windows of 2 x 2 merged features; SGLang knows Qwen2.5-VL with patches of 14 pixels alone."""
+    made = windowed_architecture(window=56)
+    made["vision"]["patch_size"] = 14
+    return made | {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A checkpoint, as the trainer has it and as the servers have it."""
+
+    processor: Processor
+    model: QwenVL
+    engine: SGLangEngine
+
+    @property
+    def parameters(self) -> nnx.State:
+        return nnx.split(self.model)[1]
+
+    def prompt(self, text: str, *sizes: tuple[int, int]) -> Prompt:
+        images = [random_image(*size, seed=number) for number, size in enumerate(sizes)]
+        return self.processor.prepare(self.processor.render([None] * len(images) + [text]), images)
+
+    def prompts(self) -> list[Prompt]:
+        """Text, one image, three images of odd sizes."""
+        sizes = [(), ((61, 97),), ((50, 75), (64, 64), (130, 83))]
+        return [self.prompt(text, *shown) for text, shown in zip(("3 x 4", "What shape?", "red"), sizes, strict=True)]
+
+    def logprobs(self, parameters: nnx.State, prompt: Prompt, sample: Sample, sampling: Sampling) -> np.ndarray:
+        """The trainer's own, of the sample's tokens."""
+        t = len(sample.tokens)
+        following = np.broadcast_to(prompt.next_position + np.arange(t), (3, t))
+        whole = Prompt(
+            np.concatenate([prompt.tokens, sample.tokens]).astype(np.int32),
+            np.concatenate([prompt.positions, following], 1).astype(np.int32),
+            prompt.next_position + t,
+            np.concatenate([prompt.visual_index, np.full(t, -1)]).astype(np.int32),
+            prompt.patches,
+            prompt.grids,
+        )
+        buckets = Buckets((512,), patch_row=2048, patch_rows=(1.0,))
+        batch = buckets.collate([whole], self.processor.config, self.processor.pad_token)
+        logits = _logits(nnx.merge(nnx.split(self.model)[0], parameters), batch, self.processor.banned_tokens)[0]
+        scaled = np.asarray(logits, np.float64)[len(prompt) - 1 : len(whole) - 1] / (sampling.temperature or 1.0)
+        scaled -= scaled.max(-1, keepdims=True)
+        return (scaled - np.log(np.exp(scaled).sum(-1, keepdims=True)))[np.arange(t), sample.tokens]
+
+
+@nnx.jit(static_argnums=2)
+def _logits(model: QwenVL, batch, banned) -> jax.Array:
+    return ban(model.logits(model.prefill(batch)[0]), banned)
+
+
+def changed(parameters: nnx.State, scale: float = 0.02, only: str = "", seed: int = 1) -> nnx.State:
+    """Parameters beside them; those whose path begins with `only` alone."""
+    random = np.random.default_rng(seed)
+
+    def move(path, leaf):
+        noise = scale * random.standard_normal(leaf.shape).astype(np.float32)
+        return leaf.replace(leaf[...] + noise) if ".".join(path).startswith(only) else leaf
+
+    return nnx.from_flat_state([(path, move(path, leaf)) for path, leaf in nnx.to_flat_state(parameters)])
+
+
+@pytest.fixture(scope="session")
+def sglang_python():
+    """The server environment's Python; installed when absent (some minutes, 2.6 GB)."""
+    directory = os.environ.get("CAPCUR_SGLANG_ENV", str(CACHE))
+    line = [sys.executable, str(ROOT / "launch" / "sglang_cpu.py"), "--directory", directory]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="session")
+def settings(sglang_python):
+    return Settings(
+        python=sglang_python, device="cpu", dtype="float32", memory_fraction=0.3, concurrency=4, start_timeout_s=300,
+        request_timeout_s=120, update_timeout_s=60,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def served(settings, tmp_path_factory):
+    """{"qwen3_vl": two servers, "qwen2_5_vl": one}"""
+    root = tmp_path_factory.mktemp("served")
+    kinds = {"qwen3_vl": (architecture, 2), "qwen2_5_vl": (served_windowed, 1)}
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        found, starts = {}, {}
+        try:
+            for name, (make, servers) in kinds.items():
+                path = random_checkpoint(root / name, seed=3, make=make)
+                processor = Processor.from_directory(path)
+                mine = dataclasses.replace(settings, servers=servers)
+                starts[name] = (
+                    processor,
+                    path,
+                    threads.submit(SGLangEngine, processor, path, root / f"{name}-run", mine),
+                )
+            for name, (processor, path, start) in starts.items():
+                found[name] = Served(processor, huggingface.load(path), start.result())
+                found[name].engine.update_weights(found[name].parameters, 0)
+            yield found
+        finally:
+            for _, _, start in starts.values():
+                start.result().close()
