@@ -16,7 +16,6 @@ from capcur_jax.models.inputs import Prompt
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample
 
-
 _ENDS = ("reward_min", "advantage_min", "reward_max", "advantage_max", "staleness_max")
 
 

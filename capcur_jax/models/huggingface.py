@@ -32,6 +32,7 @@ from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.models.weight_files import WEIGHTS, CheckpointError, Part, Reader, Tensor
+from capcur_jax.sharding import on_devices
 
 SHARD_BYTES = 4 * 1000**3  # as the published Qwen checkpoints
 UNQUANTIZED = (
@@ -199,7 +200,7 @@ def published_tensors(
     if bool(factors) != bool(lora and lora.rank):
         raise ValueError(f"lora = {lora} is not what the parameters were made with ({len(factors)} LoRA factors)")
     for ours, leaf in values.items():
-        value, root = sharding.on_devices(leaf[...]), ours.removesuffix(".kernel")
+        value, root = on_devices(leaf[...]), ours.removesuffix(".kernel")
         adapted = f"{root}.lora_a" in factors
         change = (*(factors[f"{root}.lora_{side}"][...] for side in "ab"), lora.scale) if adapted else None
         for layer, name in _names(table[ours], value.shape):

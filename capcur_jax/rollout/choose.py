@@ -14,7 +14,6 @@ from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Engine
 from capcur_jax.rollout.local import LocalEngine
-from capcur_jax.rollout.sglang import SGLangEngine
 from capcur_jax.rollout.sglang_settings import Settings
 
 ENGINES = ("local", "sglang")
@@ -61,5 +60,7 @@ def open_engine(
     if rollout.engine == "local":
         kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": rollout.gathered}
         return LocalEngine(model, processor, buckets=buckets, mesh=mesh, **kinds)
+    from capcur_jax.rollout.sglang import SGLangEngine  # here: a run with the local engine needs no HTTP
+
     settings = Settings.from_config(rollout.sglang)
     return SGLangEngine(processor, source, workdir, settings, lora=lora, seed=config.seed)
