@@ -97,7 +97,7 @@ class Rollout:
         mean = {name: value / count for name, (value, count) in total.items() if count}
         for name in ("reward", "advantage"):
             mean[f"{name}_std"] = float(np.sqrt(max(mean.pop(f"{name}_square") - mean[name] ** 2, 0.0)))
-        mean |= {name: -value if name.endswith("_max") else value for name, value in ends.items()}
+        mean |= {name: 0.0 - value if name.endswith("_max") else value for name, value in ends.items()}
         for name in ("drawn_groups", "dropped_groups", "renewed_groups"):
             mean[name] = total[name][0]
         return {name: float(value) for name, value in mean.items()}

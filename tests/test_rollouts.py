@@ -13,11 +13,14 @@ from capcur_jax.rollouts import Example, Group, Rollout, collect
 G = 4
 
 
-def group(number, rewards, lengths=(3, 1, 4, 1), capability="text", images=()):
+def group(number, rewards, lengths=(3, 1, 4, 1), capability="text", images=(), version=0):
     """A group whose samples have these rewards; at a length of 4 the limit cut them off."""
     samples = [
         Sample.whole(
-            np.full(length, number, np.int32), np.zeros(length, np.float32), "length" if length == 4 else "stop", 0
+            np.full(length, number, np.int32),
+            np.zeros(length, np.float32),
+            "length" if length == 4 else "stop",
+            version,
         )
         for length in lengths
     ]
@@ -90,12 +93,12 @@ def test_all_processes_draw_as_long_as_one_lacks_groups(monkeypatch):
 @pytest.fixture(scope="module")
 def rollout():
     groups = [
-        group(0, [0.0, 0.1, 0.9, 1.0], (3, 1, 4, 2)),
+        group(0, [0.0, 0.1, 0.9, 1.0], (3, 1, 4, 2), version=3),
         group(1, [1.0] * G, (2, 2, 2, 2), "visual"),
         group(2, [0.0] * G, (4, 4, 4, 1)),
         group(3, [0.1, 0.1, 0.1, 1.0], (1, 1, 4, 3), "visual"),
     ]
-    return Rollout(groups, 12, 3, ("perception", "text", "visual"))
+    return Rollout(groups, 12, 3, ("perception", "text", "visual"), version=5, renewed=2)
 
 
 def test_metrics_are_those_of_numpy(rollout):
@@ -123,6 +126,9 @@ def test_metrics_are_those_of_numpy(rollout):
         "right_groups": 0.25,
         "drawn_groups": 12,
         "dropped_groups": 3,
+        "renewed_groups": 2,
+        "staleness": (2 + 3 * 5) / 4,
+        "staleness_max": 5,
     }
     for name, value in want.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
