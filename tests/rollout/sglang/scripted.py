@@ -23,6 +23,7 @@ class Scripted:
         self.parameters = {"visual.patch_embed.proj.weight": "0"}
         self._lock, self._free = threading.Lock(), threading.Event()
         self._server: ThreadingHTTPServer | None = None
+        self.stopped = False
         self.port = 0
         self.start()
 
@@ -41,7 +42,7 @@ class Scripted:
 
             def answer(self):
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-                found = stand_in.handle(self.path, body)
+                found = None if stand_in.stopped else stand_in.handle(self.path, body)
                 if found is None:
                     self.close_connection = True
                     self.connection.close()
@@ -62,12 +63,14 @@ class Scripted:
                 pass
 
         self._free.clear()
+        self.stopped = False
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
         """Nobody listens any more, and who waits is cut off."""
+        self.stopped = True
         self._free.set()
         self._server.shutdown()
         self._server.server_close()
