@@ -141,9 +141,11 @@ def unsplit(mesh: Mesh, path: str, shape: Sequence[int]) -> NamedSharding:
 
 
 def on_devices(tree: Any) -> Any:
-    """The arrays in their devices' own memory; those that are there already stay as they are."""
+    """The arrays in their devices' own memory; those that are there already, and numpy's, stay as they are."""
 
     def put(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf
         own = next(iter(leaf.sharding.device_set)).default_memory().kind
         return leaf if leaf.sharding.memory_kind == own else jax.device_put(leaf, leaf.sharding.with_memory_kind(own))
 

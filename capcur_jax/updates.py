@@ -196,6 +196,7 @@ class Trainer:
     offload: Offload | None = None  # of the optimizer state; None: it stays on the devices
     offload_reference: Offload | None = None
     _away: Offload | None = None  # how to get back what `leave` took from the devices
+    _frozen: nnx.State | None = None  # on the host: it never changes, so it is taken there once
 
     def parameters(self) -> nnx.State:
         """All of them, as the engine reads and an export writes them."""
@@ -203,15 +204,16 @@ class Trainer:
 
     def leave(self) -> None:
         """Everything goes to pinned host memory: the devices are the rollout engine's for a while."""
-        whole = self.state, self.frozen, self.sums, self.reference
-        self._away = Offload(jax.tree.map(lambda leaf: leaf.sharding, whole))
-        self.state, self.frozen, self.sums, self.reference = self._away.to_host(whole)
+        moved = self.state, self.sums, self.reference
+        self._away = Offload(jax.tree.map(lambda leaf: leaf.sharding, (moved, self.frozen)))
+        (self.state, self.sums, self.reference), frozen = self._away.to_host((moved, self._frozen or self.frozen))
+        self.frozen = self._frozen = self._frozen or frozen
 
     def enter(self) -> None:
         """It comes back from there."""
         if self._away:
-            whole = self.state, self.frozen, self.sums, self.reference
-            self.state, self.frozen, self.sums, self.reference = self._away.to_device(whole)
+            whole = (self.state, self.sums, self.reference), self.frozen
+            (self.state, self.sums, self.reference), self.frozen = self._away.to_device(whole)
             self._away = None
 
     def to_host(self) -> None:

@@ -138,8 +138,8 @@ def test_metrics_are_those_of_numpy(rollout):
 
 
 def test_metrics_of_several_processes_are_those_of_all_their_groups(rollout, monkeypatch):
-    parts = [Rollout(rollout.groups[:1], 3, 1, rollout.capabilities), Rollout(rollout.groups[1:], 9, 2, ("visual",))]
-    parts[1].capabilities = rollout.capabilities
+    shared = {"capabilities": rollout.capabilities, "version": rollout.version}
+    parts = [Rollout(rollout.groups[:1], 3, 1, renewed=2, **shared), Rollout(rollout.groups[1:], 9, 2, **shared)]
     given = [[], []]
     for part, kept in zip(parts, given, strict=True):
         monkeypatch.setattr("capcur_jax.distributed.exchange", lambda values, kept=kept: _kept(kept, values))

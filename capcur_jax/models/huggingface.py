@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
@@ -188,24 +187,53 @@ def _empty(shape: list[int], dtype) -> np.ndarray:
 
 
 def published_tensors(
-    parameters: nnx.State, config: ModelConfig, dtype=None, lora: LoRA | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
+    parameters: nnx.State,
+    config: ModelConfig,
+    dtype=None,
+    lora: LoRA | None = None,
+    *,
+    only: Container[str] | None = None,
+    mine: Callable[[str], bool] | None = None,
+) -> Iterator[tuple[str, np.ndarray | None]]:
     """(published name, array on the host), one after the other, in `dtype` (None: our parameters').
 
     A stacked parameter leaves its devices layer by layer; on the host there is one of its layers at a time. A kernel
     that `lora` adapts comes with its factors merged into it.
+
+    Args:
+        only: our paths of the parameters to go through; None: all.
+        mine: whether this process wants the tensor of that published name; the array of another is None, and this
+            process has taken part in gathering it. None: it wants all. Every process goes through all of them.
     """
     table = names_lib.table(config)
+    for ours, (value, *factors) in sources(parameters, lora).items():
+        if only is not None and ours not in only:
+            continue
+        value, *factors = on_devices((value, *factors))
+        change = (*factors, lora.scale) if factors else None
+        for layer, name in _names(table[ours], value.shape):
+            host = _fetch(value, layer, ours.endswith(".kernel"), dtype, change, mine is None or mine(name))
+            yield name, host if host is None else names_lib.to_published(ours, host, config)
+
+
+def sources(parameters: nnx.State, lora: LoRA | None = None) -> dict[str, tuple[jax.Array | np.ndarray, ...]]:
+    """Our path of all that is published -> the arrays that it is made of: itself, and the factors merged into it."""
     values, factors = _by_path(parameters)
     if bool(factors) != bool(lora and lora.rank):
         raise ValueError(f"lora = {lora} is not what the parameters were made with ({len(factors)} LoRA factors)")
-    for ours, leaf in values.items():
-        value, root = on_devices(leaf[...]), ours.removesuffix(".kernel")
-        adapted = f"{root}.lora_a" in factors
-        change = (*(factors[f"{root}.lora_{side}"][...] for side in "ab"), lora.scale) if adapted else None
-        for layer, name in _names(table[ours], value.shape):
-            host = _fetch(value, layer, ours.endswith(".kernel"), dtype, change)
-            yield name, names_lib.to_published(ours, host, config)
+    found = {}
+    for path, leaf in values.items():
+        root = path.removesuffix(".kernel")
+        adapted = "ab" if f"{root}.lora_a" in factors else ""
+        found[path] = (leaf[...], *(factors[f"{root}.lora_{side}"][...] for side in adapted))
+    return found
+
+
+def published_shapes(path: str, shape: tuple[int, ...], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each published tensor of our parameter of that shape, in `published_tensors`' order."""
+    template = names_lib.table(config)[path]
+    one = names_lib.published_shape(path, shape[_stacked(template) :], config)
+    return {name: one for _, name in _names(template, shape)}
 
 
 def _by_path(parameters: nnx.State) -> tuple[dict[str, nnx.Variable], dict[str, nnx.Variable]]:
@@ -224,22 +252,31 @@ def _names(template: str, shape: tuple[int, ...]) -> list[tuple[int | None, str]
     return [(i, template.format(i)) for i in range(shape[0])] if _stacked(template) else [(None, template)]
 
 
-def _fetch(value: jax.Array | np.ndarray, layer: int | None, transposed: bool, dtype, change=None) -> np.ndarray:
+def _fetch(
+    value: jax.Array | np.ndarray, layer: int | None, transposed: bool, dtype, change=None, mine: bool = True
+) -> np.ndarray | None:
     """One layer (None: all) on the host in our shape; `transposed`: so that turning it around copies nothing.
 
-    `change`: the (A, B, scale) to merge into it.
+    `change`: the (A, B, scale) to merge into it. None where it isn't `mine`; the devices have then done their part.
     """
     dtype = jnp.dtype(dtype or value.dtype)
     if change is None and (
         isinstance(value, np.ndarray)
         or (value.is_fully_replicated and all(device.platform == "cpu" for device in value.devices()))
     ):
+        if not mine:
+            return None
         host = np.asarray(value)  # the devices' own memory
-        return (host if layer is None else host[layer]).astype(dtype, copy=False)
+        host = host if layer is None else host[layer]
+        return weight_files.transposed(host, dtype).T if transposed else host.astype(dtype, copy=False)
     whole = value.sharding if isinstance(value, jax.Array) and not value.is_fully_addressable else None
     if whole is not None:  # of several processes: every one of them gets all of the layer
         whole = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec())
-    host = np.asarray(_one_layer(value, layer, change, transposed, dtype, whole))
+    one = _one_layer(value, layer, change, transposed, dtype, whole)
+    if not mine:
+        jax.block_until_ready(one)  # it must be gone before the next one takes its memory
+        return None
+    host = np.asarray(one)
     return host.T if transposed else host
 
 
@@ -273,7 +310,7 @@ def save(
     """
     directory, source = Path(directory), Path(source)
     if jax.process_index():
-        for _ in published_tensors(parameters, config, dtype, lora):
+        for _ in published_tensors(parameters, config, dtype, lora, mine=lambda name: False):
             pass  # its shards were needed
         return
     _clean(directory, "partial")
@@ -290,7 +327,7 @@ def save(
     shards, total = _shards(parameters, config, jnp.dtype(dtype).itemsize, shard_bytes)
     tensors = published_tensors(parameters, config, dtype, lora)
     for file, names in shards.items():
-        save_file(dict(itertools.islice(tensors, len(names))), partial / file, metadata={"format": "pt"})
+        weight_files.write(partial / file, dict(itertools.islice(tensors, len(names))))
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,19 +1,23 @@
-"""The safetensors of a checkpoint directory: which tensor lies where, and parts of it copied into place.
+"""The safetensors of a checkpoint directory: which tensor lies where, parts of it copied into place; and new files.
 
 The format (https://github.com/huggingface/safetensors#format) is 8 bytes, little-endian, with the length of the header;
 the header, JSON {name: {dtype, shape, data_offsets}}; the tensors' bytes. Tensors are read from there with pread, for
 safetensors' own reader holds Python's lock while it copies, and slices bfloat16 either out of a mapping of the file,
-whose pages count as the process's memory, or out of the whole tensor.
+whose pages count as the process's memory, or out of the whole tensor. They are written from where they lie, for
+safetensors' own writer copies them all first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +29,12 @@ from capcur_jax.errors import InputError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FLOATS = {"BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
 BLOCK = 64  # rows read at once: few enough to be still in the processor's cache when they are copied on
 RUN = 32 * BLOCK  # rows of one thread's task
 THREADS = min(16, os.cpu_count() or 1)
+PAGE = 4096  # bytes that share a sum in `checksum`
+PIECE = 256 * PAGE  # bytes summed and written at once: still in the processor's cache when they are written
 
 
 class CheckpointError(InputError):
@@ -97,7 +104,7 @@ def find(directory: Path) -> dict[str, Tensor]:
         )
     found: dict[str, Tensor] = {}
     for file in sorted(set(listed.values())) if listed else [single.name]:
-        for tensor in _header(directory / file, next((name for name in listed if listed[name] == file), "")):
+        for tensor in header(directory / file, next((name for name in listed if listed[name] == file), "")):
             twin = found.setdefault(neutral(tensor.name), tensor)
             if twin is not tensor:
                 raise CheckpointError(
@@ -112,7 +119,7 @@ def find(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def _header(file: Path, holds: str) -> Iterator[Tensor]:
+def header(file: Path, holds: str = "") -> Iterator[Tensor]:
     """The tensors of one file. `holds`: a tensor that should be in it, for the message if it is not there at all."""
     holds = f", which should hold {holds}," if holds else ""
     try:
@@ -204,6 +211,25 @@ class Reader(contextlib.AbstractContextManager):
             pass
 
 
+def transposed(matrix: np.ndarray, dtype) -> np.ndarray:
+    """matrix [rows, columns] as [columns, rows] of `dtype` in memory of its own, several times faster than NumPy."""
+    target = np.empty(matrix.shape[::-1], dtype)
+
+    def run(first: int) -> None:
+        for row in range(first, min(first + RUN, len(matrix)), BLOCK):
+            block = slice(row, min(row + BLOCK, len(matrix)))
+            _transpose(matrix[block].astype(dtype, copy=False), target[:, block])
+
+    for _ in (_pool().map if len(matrix) > RUN else map)(run, range(0, len(matrix), RUN)):
+        pass
+    return target
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS)
+
+
 def _transpose(piece: np.ndarray, target: np.ndarray) -> None:
     """target[...] = piece.T, rows first zipped into words of 8 bytes: one by one, NumPy moves 2-byte numbers slowly."""
     count = 8 // piece.dtype.itemsize
@@ -214,3 +240,60 @@ def _transpose(piece: np.ndarray, target: np.ndarray) -> None:
     for i in range(count):
         words[..., i] = piece[i::count]
     target.view(np.uint64)[...] = words.view(np.uint64)[..., 0].T
+
+
+def write(file: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Writes a file of these tensors, with the metadata that transformers looks for; returns the `checksum` of each.
+
+    Raises:
+        OSError: a full disk, for one.
+    """
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that tensors start at a multiple of 8
+    sums = {}
+    with open(file, "wb", buffering=0) as opened:
+        _write_all(opened, len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors.items():
+            data = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+            sums[name] = 0
+            for at in range(0, len(data), PIECE):
+                piece = data[at : at + PIECE]
+                sums[name] = checksum(piece, sums[name])
+                _write_all(opened, piece)
+    return sums
+
+
+def _write_all(opened: io.FileIO, data: bytes | np.ndarray) -> None:
+    left = memoryview(data)
+    while left:  # a disk that is nearly full takes a part
+        left = left[opened.write(left) :]
+
+
+def checksum(data: np.ndarray, before: int = 0) -> int:
+    """CRC-32 of the sums of every `PAGE` bytes, as little-endian words of 8 bytes, then of the bytes that are left.
+
+    A CRC of the bytes themselves would take longer than writing them to memory. `data` [n] uint8; `before`: of what
+    comes before it, a multiple of `PAGE` bytes.
+    """
+    whole = len(data) // PAGE * PAGE
+    sums = data[:whole].view("<u8").reshape(-1, PAGE // 8).sum(axis=1, dtype="<u8")
+    return zlib.crc32(data[whole:], zlib.crc32(sums, before))
+
+
+def checksums(file: Path, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """The same of tensors of a file, read from it. Raises CheckpointError if it got shorter."""
+    sums = {}
+    with open(file, "rb", buffering=0) as opened:
+        for tensor in tensors:
+            size, sums[tensor.name] = math.prod(tensor.shape) * tensor.dtype.itemsize, 0
+            for at in range(0, size, PIECE):
+                data = os.pread(opened.fileno(), min(PIECE, size - at), tensor.start + at)
+                if len(data) < min(PIECE, size - at):
+                    raise CheckpointError(f"{file}: the tensor {tensor.name} was cut off while it was read")
+                sums[tensor.name] = checksum(np.frombuffer(data, np.uint8), sums[tensor.name])
+    return sums

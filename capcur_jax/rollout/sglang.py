@@ -74,12 +74,13 @@ class SGLangEngine:
             )
         self._settings, self._owner, self._closed = settings, distributed.is_owner(), False
         self._complete_next, self._version = True, -1
+        self._fleet: Fleet | None = None
+        self._store: WeightStore | None = None
+        self._temporary: Path | None = None
         directory = Path(workdir).absolute() / "sglang"
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
-        self._fleet: Fleet | None = None
-        self._temporary: Path | None = None
         try:
             error = ""
             try:
@@ -171,6 +172,8 @@ class SGLangEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        if self._store is not None:
+            self._store.close()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -184,17 +187,19 @@ class SGLangEngine:
         update = self._store.write(parameters, version)
         seconds, error = {"load": 0.0, "verify": 0.0}, ""
         if self._owner:
-            weights = Weights(version, update.directory, update.complete)
+            sums = {name: number for file in update.files for name, number in file.checksums.items()}
+            weights = Weights(version, update.directory, update.complete, sums)
             try:
                 seconds = self._call(self._fleet.update(weights, complete=self._complete_next))
             except RolloutError as failure:
                 error = str(failure)
         error = _tell([error])[0]
         if error:
+            self._complete_next = True  # the servers may lack what the next update builds on
             raise RolloutError(error)
         self._call(_set_version(self._fleet, version))
         self._complete_next, self._version = False, version
-        self._store.release(version)
+        self._store.discard(version)
         return {"gather": 0.0, "write": 0.0, **update.seconds, **seconds}
 
     def warm_up(self, sizes: Sequence[PromptSize], sampling: Sampling, n: int, images: bool | None = None) -> None:

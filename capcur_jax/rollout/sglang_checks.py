@@ -7,22 +7,18 @@ with the table before it sees them, and afterwards the parameters that it holds 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
-import numpy as np
 from flax import nnx
 
 from capcur_jax.errors import RolloutError
 from capcur_jax.models import names as names_lib
+from capcur_jax.models import weight_files
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.qwen_vl import QwenVL
 
-KINDS = {"BF16": 2, "F16": 2, "F32": 4}  # bytes of a number
-SAMPLE_BYTES = 32 * 2**20  # of the files that are hashed here to see what must have changed in the servers
+UNTOLD = "not told of it"
 # Parts of published names -> of SGLang's, which joins some tensors in one parameter.
 SERVED = (
     ("model.language_model.", "model."), ("model.visual.", "visual."), (".attn.qkv.", ".attn.qkv_proj."),
@@ -45,49 +41,39 @@ def declared(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def headers(directory: Path) -> dict[str, tuple[Path, dict]]:
-    """Tensor name -> (file, its entry in that safetensors file's header). Raises RolloutError for a broken file."""
-    found: dict[str, tuple[Path, dict]] = {}
+def files(directory: Path, config: ModelConfig, names: Collection[str] | None = None) -> tuple[str, ...]:
+    """Names of the tensors in weight files that a server may read: those of the table alone, each in its shape.
+
+    Args:
+        names: what has to be there, and nothing else; None: all of a checkpoint.
+
+    Raises RolloutError naming the file and the tensor.
+    """
+    wanted = declared(config)
+    found: dict[str, str] = {}
     for file in sorted(directory.glob("*.safetensors")):
         try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length))
-        except (OSError, ValueError, struct.error) as error:
-            raise RolloutError(f"{file} is no whole safetensors file ({error})") from None
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if file.stat().st_size != end:
-            raise RolloutError(f"{file} has {file.stat().st_size} bytes, its header describes {end}: half written?")
-        for name, entry in header.items():
-            if name in found:
-                raise RolloutError(f"{directory}: {name} is in {found[name][0].name} and in {file.name}")
-            found[name] = (file, {**entry, "start": 8 + length + entry["data_offsets"][0]})
-    return found
-
-
-def files(directory: Path, config: ModelConfig, complete: bool) -> dict[str, tuple[Path, dict]]:
-    """`headers` of weight files that a server may read: names and shapes of the table alone, all of it if `complete`.
-
-    Raises RolloutError naming the tensor.
-    """
-    wanted, found = declared(config), headers(directory)
-    if not found:
-        raise RolloutError(f"{directory} holds no weights")
-    for name, (file, entry) in found.items():
-        if name not in wanted:
-            raise RolloutError(f"{file}: {name} is no tensor of a {config.family}; the servers were not told of it")
-        if tuple(entry["shape"]) != wanted[name] or entry["dtype"] not in KINDS:
-            raise RolloutError(
-                f"{file}: {name} is {entry['dtype']} {tuple(entry['shape'])}, a server of this {config.family} takes "
-                f"{wanted[name]}; the servers were not told of it"
-            )
-        if int(np.prod(entry["shape"])) * KINDS[entry["dtype"]] != entry["data_offsets"][1] - entry["data_offsets"][0]:
-            raise RolloutError(f"{file}: {name} has another size than its shape; the servers were not told of it")
-    missing = sorted(wanted.keys() - found.keys())
-    if complete and missing:
-        raise RolloutError(f"{directory}: {len(missing)} tensors are missing, first {missing[0]}")
-    return found
+            tensors = list(weight_files.header(file))
+        except weight_files.CheckpointError as error:
+            raise RolloutError(f"weights for the servers: {error}; they were not told of it") from None
+        for tensor in tensors:
+            if tensor.name not in wanted:
+                raise RolloutError(f"{file}: no {config.family} has a tensor {tensor.name}; the servers were {UNTOLD}")
+            if tensor.shape != wanted[tensor.name] or tensor.kind not in weight_files.FLOATS:
+                raise RolloutError(
+                    f"{file}: {tensor.name} is {tensor.kind} {tensor.shape}, and {wanted[tensor.name]} in a "
+                    f"{config.family} of this config.json; the servers were {UNTOLD}"
+                )
+            if tensor.name in found:
+                raise RolloutError(f"{file}: {tensor.name} is in {found[tensor.name]} too; the servers were {UNTOLD}")
+            found[tensor.name] = file.name
+    differing = sorted(found.keys() ^ set(wanted if names is None else names))
+    if differing:
+        raise RolloutError(
+            f"{directory}: {differing[0]} is {'there and should not be' if differing[0] in found else 'missing'}; the "
+            f"servers were {UNTOLD}"
+        )
+    return tuple(found)
 
 
 def served_name(published: str) -> str:
@@ -100,32 +86,17 @@ def served_name(published: str) -> str:
     return published
 
 
-def digests(found: Mapping[str, tuple[Path, dict]], limit: int = SAMPLE_BYTES) -> dict[str, str]:
-    """Tensor name -> hash of its bytes, of the smallest ones that together have `limit` bytes (and of one at least)."""
-    result, total = {}, 0
-    size = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, (_, entry) in found.items()}
-    for name in sorted(size, key=lambda one: (size[one], one)):
-        total += size[name]
-        if result and total > limit:
-            break
-        file, entry = found[name]
-        with file.open("rb") as stream:
-            stream.seek(entry["start"])
-            result[name] = hashlib.blake2b(stream.read(size[name]), digest_size=16).hexdigest()
-    return result
-
-
 Ranks = list[dict[str, str]]  # of each rank of a server: its parameters' names -> hashes
 
 
-def arrived(before: Ranks | None, now: Ranks, sent: Mapping[str, tuple[Path, dict]], differing: Collection[str]) -> str:
+def arrived(before: Ranks | None, now: Ranks, sent: Collection[str], differing: Collection[str]) -> str:
     """What is wrong with a server after an update, "" if nothing is.
 
     Args:
         before: what it held before the update; None: unknown.
         now: what it holds.
         sent: published tensors that it was given.
-        differing: those of them whose bytes are known to differ from what it had.
+        differing: those of them whose contents are known to differ from what it had.
     """
     targets = {name: served_name(name) for name in sent}
     for name, target in targets.items():

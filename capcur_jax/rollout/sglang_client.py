@@ -110,6 +110,11 @@ class Client:
         }
         await self.call("POST", "/update_weights_from_disk", body, timeout_s)
 
+    async def rename(self, version: int) -> None:
+        """The weights that it has are those of another version too."""
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self.call("POST", "/update_weight_version", body, CONTROL_S)
+
     async def version(self) -> str:
         return (await self.call("GET", "/model_info", None, CONTROL_S))["weight_version"]
 

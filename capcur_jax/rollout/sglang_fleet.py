@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from capcur_jax.errors import InputError, RolloutError
@@ -63,6 +63,7 @@ class Weights:
     version: int
     directory: Path  # of what changed since the version before
     complete: Path  # of everything
+    checksums: Mapping[str, int]  # of the published tensors in `directory`; {}: nothing changed
 
 
 class Fleet:
@@ -88,7 +89,7 @@ class Fleet:
         self.changed = asyncio.Condition()  # a place became free, or a server came or went
         self._config, self._manages = config, manages
         self._weights: Weights | None = None
-        self._digests: dict[str, str] = {}  # of sent tensors
+        self._checksums: dict[str, int] = {}  # of the tensors that were sent last
         self._updating = asyncio.Lock()  # a paused server looks dead: nobody asks for its health meanwhile
         self._tasks: set[asyncio.Task] = set()
         self._recovering: set[Server] = set()
@@ -249,12 +250,14 @@ class Fleet:
         """
         async with self._updating:
             begun = time.monotonic()
-            await asyncio.to_thread(checks.files, weights.complete, self._config, True)
-            source = weights.complete if complete or self._weights is None else weights.directory
-            sent = await asyncio.to_thread(checks.files, source, self._config, False)
-            digests = await asyncio.to_thread(checks.digests, sent)
-            differing = {name for name, value in digests.items() if self._digests.get(name, value) != value}
-            self._digests |= digests
+            sent = await asyncio.to_thread(checks.files, weights.complete, self._config)
+            source = weights.complete
+            if not complete and self._weights is not None:
+                source = weights.directory
+                sent = await asyncio.to_thread(checks.files, source, self._config, weights.checksums)
+            known = self._checksums
+            differing = {name for name, sum in weights.checksums.items() if known.get(name, sum) != sum}
+            self._checksums = {**known, **weights.checksums}
             self._weights, self.version = weights, weights.version
             ready = time.monotonic() - begun
             up = [server for server in self.servers if server.up]
@@ -291,7 +294,7 @@ class Fleet:
         server: Server,
         weights: Weights,
         source: Path,
-        sent: dict | None = None,
+        sent: Collection[str] | None = None,
         differing: Collection[str] = (),
     ) -> dict[str, float]:
         """Pauses, loads, verifies, and always goes on: a server that failed without any of our prompts."""
@@ -299,12 +302,15 @@ class Fleet:
         begun = time.monotonic()
         try:
             await client.pause()
-            await client.load(source, weights.version, timeout)
+            if sent == ():
+                await client.rename(weights.version)
+            else:
+                await client.load(source, weights.version, timeout)
             loaded = time.monotonic()
             if (has := await client.version()) != str(weights.version):
                 raise RolloutError(f"after the update it has weights of version {has}, not {weights.version}")
             now = await client.checksums(timeout)
-            wrong = checks.arrived(server.checksums, now, sent or {}, differing) or self._unlike_others(server, now)
+            wrong = checks.arrived(server.checksums, now, sent or (), differing) or self._unlike_others(server, now)
             if wrong:
                 raise RolloutError(f"weights of version {weights.version}: {wrong}")
             server.checksums, server.version = now, weights.version

@@ -437,7 +437,7 @@ def test_a_stop_between_the_two_renames_keeps_the_old_weights(copy, monkeypatch)
     assert set(after) == set(before) and all((bits(after[name]) == bits(before[name])).all() for name in before)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "published_tensors", "os.replace"])
+@pytest.mark.parametrize("failing", ["weight_files.write", "published_tensors", "os.replace"])
 def test_a_failed_save_leaves_the_old_directory(copy, untied_model, monkeypatch, failing):
     def fail(*_, **__):
         raise OSError("no space left on device")

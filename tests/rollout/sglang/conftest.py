@@ -51,13 +51,17 @@ class Served:
     def parameters(self) -> nnx.State:
         return nnx.split(self.model)[1]
 
-    def prompt(self, text: str, *sizes: tuple[int, int]) -> Prompt:
+    def prompt(self, text: str, *sizes: tuple[float, float]) -> Prompt:
+        """Images of these sizes, in merged features."""
+        vision = self.processor.config.vision
+        side = vision.patch_size * vision.merge_size
+        sizes = [(int(width * side), int(height * side)) for width, height in sizes]
         images = [random_image(*size, seed=number) for number, size in enumerate(sizes)]
         return self.processor.prepare(self.processor.render([None] * len(images) + [text]), images)
 
     def prompts(self) -> list[Prompt]:
         """Text, one image, three images of odd sizes."""
-        sizes = [(), ((61, 97),), ((50, 75), (64, 64), (130, 83))]
+        sizes = [(), ((2.2, 3.4),), ((1.8, 2.7), (2, 2), (4.6, 3.1))]
         return [self.prompt(text, *shown) for text, shown in zip(("3 x 4", "What shape?", "red"), sizes, strict=True)]
 
     def logprobs(self, parameters: nnx.State, prompt: Prompt, sample: Sample, sampling: Sampling) -> np.ndarray:
@@ -72,7 +76,7 @@ class Served:
             prompt.patches,
             prompt.grids,
         )
-        buckets = Buckets((512,), patch_row=2048, patch_rows=(1.0,))
+        buckets = Buckets((96, 512), patch_row=128, patch_rows=(1.0,))
         batch = buckets.collate([whole], self.processor.config, self.processor.pad_token)
         logits = _logits(nnx.merge(nnx.split(self.model)[0], parameters), batch, self.processor.banned_tokens)[0]
         scaled = np.asarray(logits, np.float64)[len(prompt) - 1 : len(whole) - 1] / (sampling.temperature or 1.0)
@@ -110,7 +114,7 @@ def sglang_python():
 def settings(sglang_python):
     return Settings(
         python=sglang_python, device="cpu", dtype="float32", memory_fraction=0.3, concurrency=4, start_timeout_s=300,
-        request_timeout_s=120, update_timeout_s=60,
+        request_timeout_s=120, update_timeout_s=60, environment={"TORCHDYNAMO_DISABLE": "1"},
     )  # fmt: skip
 
 
@@ -136,5 +140,4 @@ def served(settings, tmp_path_factory):
                 found[name].engine.update_weights(found[name].parameters, 0)
             yield found
         finally:
-            for _, _, start in starts.values():
-                start.result().close()
+            list(threads.map(lambda start: start[2].result().close(), starts.values()))

@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from capcur_jax.errors import RolloutError
@@ -16,6 +15,7 @@ from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.rollout import wire
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollout.sglang import SGLangEngine
 from tests.rollout.sglang.conftest import changed
 
 pytestmark = [pytest.mark.sglang, pytest.mark.usefixtures("quick_compilation")]
@@ -60,9 +60,7 @@ def test_logprobs_are_the_trainers_own(one, sampling):
 
 def test_greedy_tokens_are_the_local_engines(one):
     prompts, sampling = one.prompts(), Sampling(12, 0.0)
-    local = LocalEngine(
-        one.model, one.processor, max_rows=3, buckets=Buckets((128,), patch_row=1024, patch_rows=(1.0,))
-    )
+    local = LocalEngine(one.model, one.processor, max_rows=3, buckets=Buckets((96,), patch_row=128, patch_rows=(1.0,)))
     for ours, theirs in zip(
         local.generate(prompts, sampling, 1), one.engine.generate(prompts, sampling, 1, 0), strict=True
     ):
@@ -92,7 +90,7 @@ def test_new_weights_are_those_that_answer(one, only):
 
 
 def test_what_was_begun_before_an_update_goes_on_under_the_new_weights(pair):
-    prompts, sampling = [pair.prompt(text, (61, 97)) for text in "abcd"], Sampling(360)
+    prompts, sampling = [pair.prompt(text, (2.2, 3.4)) for text in "abcd"], Sampling(360)
     engine, before = pair.engine, pair.engine.health().version
     new, found = changed(pair.parameters), []
     thread = threading.Thread(target=lambda: found.extend(engine.generate(prompts, sampling, 8, 0)))
@@ -131,7 +129,7 @@ def test_files_that_would_crash_a_server_are_refused_before_it_reads_them(one, f
         return update
 
     monkeypatch.setattr(engine._store, "write", spoilt)
-    with pytest.raises(RolloutError, match="not told of it|half written"):
+    with pytest.raises(RolloutError, match=r"not told of it|half written"):
         engine.update_weights(changed(one.parameters), version + 1)
     groups = engine.generate(prompts, sampling, 2, 0)
     assert {sample.version for group in groups for sample in group} == {version}
@@ -152,7 +150,7 @@ def test_a_server_killed_in_mid_rollout_loses_nothing_and_comes_back_with_the_we
     engine, sampling = pair.engine, Sampling(40)
     before, new = engine.counters(), changed(pair.parameters)
     engine.update_weights(new, engine.health().version + 1)
-    prompts = [pair.prompt(str(number), (61, 97)) for number in range(40)]
+    prompts = [pair.prompt(str(number), (2.2, 3.4)) for number in range(40)]
     victim = engine._fleet.servers[0]
 
     def kill():
@@ -210,12 +208,12 @@ def test_a_request_that_takes_too_long_is_aborted_in_the_server(pair, monkeypatc
     monkeypatch.setattr(
         engine._pool, "_settings", dataclasses.replace(engine._settings, request_timeout_s=0.2, retries=0)
     )
-    with pytest.raises(RolloutError, match="no answer within 0.2 s"):
+    with pytest.raises(RolloutError, match=r"no answer within 0\.2 s"):
         engine.generate(prompts, Sampling(490), 8, 0)
 
     def idle():
         infos = [engine._call(server.client.call("GET", "/v1/loads", None, 10)) for server in engine._fleet.servers]
-        return all(load["num_total_reqs"] == 0 for info in infos for load in info["loads"])
+        return not any(load["num_running_reqs"] + load["num_waiting_reqs"] for info in infos for load in info["loads"])
 
     begun = time.monotonic()
     wait_for(idle, 30)
@@ -224,12 +222,11 @@ def test_a_request_that_takes_too_long_is_aborted_in_the_server(pair, monkeypatc
 
 def test_prompts_that_no_server_can_hold_are_an_error_of_the_config(pair):
     pair.engine.warm_up([PromptSize(100)], Sampling(400), 2)
-    with pytest.raises(Exception, match="holds 512.*context-length"):
+    with pytest.raises(Exception, match=r"holds \d+: raise --context-length"):
         pair.engine.warm_up([PromptSize(100)], Sampling(413), 2)
 
 
 def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(pair, settings, tmp_path):
-    from capcur_jax.rollout.sglang import SGLangEngine
 
     addresses = tuple(server.client.address for server in pair.engine._fleet.servers)
     new = changed(pair.parameters, seed=5)
@@ -257,7 +254,3 @@ def test_memory_is_released_and_taken_back_in_turn(pair):
     engine.update_weights(pair.parameters, engine.health().version + 1)
     groups = engine.generate(pair.prompts(), Sampling(4), 2, 0)
     assert difference(pair, pair.parameters, pair.prompts(), groups, Sampling(4)) < CLOSE
-
-
-def test_nnx_states_of_a_model_are_what_is_sent(pair):
-    assert isinstance(pair.parameters, nnx.State)
