@@ -1,0 +1,13 @@
+"""SGLang's servers keep the contract, for both families."""
+
+import pytest
+
+from tests.rollout.contract import Contract
+
+pytestmark = pytest.mark.sglang
+
+
+class TestSGLangEngine(Contract):
+    @pytest.fixture(scope="class", params=["qwen3_vl", "qwen2_5_vl"])
+    def scene(self, request, served):
+        return served[request.param]

@@ -1,0 +1,21 @@
+"""The local engine keeps the contract, for both families."""
+
+import pytest
+
+from capcur_jax.models import huggingface
+from capcur_jax.models.batching import Buckets
+from capcur_jax.models.inputs import Processor
+from capcur_jax.rollout.local import LocalEngine
+from tests.rollout.contract import Contract
+from tests.rollout.sglang.conftest import Served
+
+
+@pytest.mark.usefixtures("quick_compilation")
+class TestLocalEngine(Contract):
+    @pytest.fixture(scope="class", params=["checkpoint", "windowed_untied_checkpoint"])
+    def scene(self, request):
+        """Three slots for a dozen responses."""
+        path = request.getfixturevalue(request.param)
+        processor, model = Processor.from_directory(path), huggingface.load(path)
+        buckets = Buckets((48, 96), patch_row=128, patch_rows=(1.0, 3.0))
+        return Served(processor, model, LocalEngine(model, processor, slots=3, buckets=buckets))
