@@ -19,15 +19,16 @@ _ONLY = flags.DEFINE_list("only", [], "Plans, by the beginnings of their names; 
 _AGAIN = flags.DEFINE_bool("again", False, "Make those that are there once more.")
 _SHOW = flags.DEFINE_bool("show", False, "Make none, print the table.")
 _DIRECTORY = Path(__file__).parent / "plans"
-_SPLIT = "--rollout_devices=4"
 _IMAGES = "--config.order=('perception','visual')"
 
 # Name -> preset, topology, further arguments.
 PLANS = {
     "qwen3_vl_8b-h200-8": ("qwen3_vl_8b", "cuda:h200:1x1x8"),
-    "qwen3_vl_8b-h200-trainer4-rollouts4": ("qwen3_vl_8b", "cuda:h200:1x1x8", _SPLIT),
+    "qwen3_vl_8b-h200-split": ("qwen3_vl_8b_split", "cuda:h200:1x1x8"),
+    "qwen3_vl_8b-h200-turns": ("qwen3_vl_8b_turns", "cuda:h200:1x1x8"),
     "qwen2_5_vl_7b-h200-8": ("qwen2_5_vl_7b", "cuda:h200:1x1x8"),
-    "qwen2_5_vl_7b-h200-trainer4-rollouts4": ("qwen2_5_vl_7b", "cuda:h200:1x1x8", _SPLIT),
+    "qwen2_5_vl_7b-h200-split": ("qwen2_5_vl_7b_split", "cuda:h200:1x1x8"),
+    "qwen2_5_vl_7b-h200-turns": ("qwen2_5_vl_7b_turns", "cuda:h200:1x1x8"),
     "qwen2_5_vl_72b-h200-8": ("qwen2_5_vl_72b", "cuda:h200:1x1x8"),
     "qwen2_5_vl_72b-h200-16": ("qwen2_5_vl_72b", "cuda:h200:1x2x8"),
     "qwen3_vl_8b-v6e-16": ("qwen3_vl_8b", "tpu:v6e:4x4", _IMAGES),

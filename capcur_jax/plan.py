@@ -39,8 +39,6 @@ def options() -> flags.FlagValues:
     text = "cpu:8, tpu:v5p:2x2x2, cuda:h200:1x1x8...; see capcur_jax/aot.py."
     flags.DEFINE_string("topology", None, text, flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON document instead of tables.", flag_values=values)
-    text = "So many of the devices sample, the others train; 0: all of them do both."
-    flags.DEFINE_integer("rollout_devices", 0, text, lower_bound=0, flag_values=values)
     flags.DEFINE_list("without_images", ["text"], "Stages whose prompts have no image.", flag_values=values)
     usual = Assumptions()
     text = "Share of a device's memory to leave free: the runtime, collectives' buffers, fragmentation."
@@ -115,7 +113,6 @@ def report(
     topology: aot.Topology,
     devices: Sequence[Any],
     *,
-    rollout_devices: int = 0,
     without_images: Sequence[str] = (),
     assumed: Assumptions,
     tell: Callable[[str], None],
@@ -123,17 +120,14 @@ def report(
     """The plan as plain JSON types. `tell` is told what is being compiled. Raises InputError."""
     from capcur_jax import metrics, plan_programs
 
-    chip, rollout = topology.facts, rollout_devices
-    if rollout >= len(devices):
-        raise InputError(f"--rollout_devices={rollout} leaves none of the {len(devices)} devices to train")
-    variants = plan_programs.variants(config, devices, rollout, without_images)
+    chip = topology.facts
+    variants = plan_programs.variants(config, devices, without_images)
     stages, hours, smallest_hours = [], 0.0, 0.0
     for variant in variants:
         programs = []
         for program in variant.programs:
             tell(f"compiling {program.name} ({', '.join(stage.name for stage in variant.stages)})")
-            count = rollout if rollout and program.name in plan_programs.SAMPLING else len(devices) - rollout
-            programs.append(measure(program, count, chip, assumed))
+            programs.append(measure(program, variant.mesh.size, chip, assumed))
         entry: dict[str, Any] = {
             "stages": [stage.name for stage in variant.stages],
             "images": variant.images,
@@ -165,7 +159,8 @@ def report(
     result: dict[str, Any] = {
         "topology": topology.name,
         "devices": len(devices),
-        "rollout_devices": rollout,
+        "training_devices": variants[0].mesh.size,
+        "rollout_engine": config.rollout.engine,
         "device_kind": devices[0].device_kind,
         "chip": chip._asdict() if chip else None,
         "headroom": assumed.headroom,
@@ -234,8 +229,8 @@ def render(plan: dict[str, Any]) -> None:
     console = Console(width=120 if not sys.stdout.isatty() else None, highlight=False)
     say = console.print
     say(f"[bold]{plan['config']}[/bold] on {plan['topology']}: {plan['devices']} x {plan['device_kind']}")
-    if plan["rollout_devices"]:
-        say(f"{plan['rollout_devices']} devices sample, {plan['devices'] - plan['rollout_devices']} train")
+    if plan["rollout_engine"] != "local":
+        say(f"{plan['training_devices']} of them train; servers sample: their memory and time are not in this plan.")
     if plan["chip"]:
         say(
             f"A device has {_gib(plan['chip']['memory_bytes'])} GiB; headroom {plan['headroom']:.0%} leaves "
@@ -303,7 +298,6 @@ def main(arguments: list[str]) -> int:
                 values.config,
                 topology,
                 aot.devices(topology.name),
-                rollout_devices=values.rollout_devices,
                 without_images=values.without_images,
                 assumed=Assumptions(values.headroom, values.utilisation, values.bandwidth_utilisation),
                 tell=lambda line: print(line, file=sys.stderr, flush=True),

@@ -100,17 +100,18 @@ def _of(mesh: Mesh, path: Sequence[Any], shape: Sequence[int]):
     return sharding.of_parameter(mesh, ".".join(map(str, path)), shape)
 
 
-def variants(
-    config: ConfigDict, devices: Sequence[jax.Device], rollout_devices: int, without_images: Sequence[str]
-) -> list[Variant]:
-    """What the stages of `config.order` compile.
+def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: Sequence[str]) -> list[Variant]:
+    """What the stages of `config.order` compile. Raises InputError.
+
+    Where config.mesh.gpus names some of a host's devices, these train; what servers sample with is no program of ours.
 
     Args:
-        rollout_devices: so many of the devices sample, the others train; 0: all of them do both.
         without_images: stages whose prompts have none.
     """
     processor = architecture(config)
-    trained_on = devices[: len(devices) - rollout_devices]
+    trained_on = devices[: len(config.mesh.gpus) or None]
+    if len(trained_on) < len(config.mesh.gpus):
+        raise InputError(f"config.mesh.gpus = {config.mesh.gpus}: the topology has {len(devices)} devices")
     groups: dict[Any, list[Stage]] = {}
     for stage in schedule.stages(config):
         key = stage.objective, stage.freeze, stage.name in without_images, stage.prompts
@@ -118,14 +119,11 @@ def variants(
     result = []
     for (_, _, textual, _), stages in groups.items():
         mesh = sharding.make_mesh(config.mesh, trained_on)
-        apart = sharding.make_mesh(config.mesh, devices[-rollout_devices:]) if rollout_devices else None
-        result.append(_variant(config, processor, tuple(stages), mesh, apart, not textual))
+        result.append(_variant(config, processor, tuple(stages), mesh, not textual))
     return result
 
 
-def _variant(
-    config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, apart: Mesh | None, images: bool
-) -> Variant:
+def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, images: bool) -> Variant:
     stage, grpo = stages[0], stages[0].objective == "grpo"
     buckets = Buckets(config.prompt.token_buckets, config.prompt.patch_row, config.prompt.patch_rows)
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
@@ -170,9 +168,9 @@ def _variant(
     )
     apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
     programs.append(Program("update", packer.updates, apply, apply, on_device((state, sums)), on_device(frozen) + kept))
-    if grpo:
-        beside = 0 if apart else moments + on_device(sums) + kept
-        engine = (config, processor, buckets, stage, apart or mesh)
+    if grpo and config.rollout.engine == "local":
+        beside = moments + on_device(sums) + kept
+        engine = (config, processor, buckets, stage, mesh)
         programs += _sampling(*engine, large, small, images, beside)
     shapes = {
         "prompts of a step": stage.prompts,
@@ -226,7 +224,7 @@ def _sampling(
         nnx.merge(graph, parameters), processor, slots=config.rollout.slots, prefill=config.rollout.prefill,
         gathered=config.rollout.gathered, buckets=buckets, mesh=mesh,
     )  # fmt: skip
-    if config.rollout.gathered and resident:  # beside the trainer's own, where it is on the same devices
+    if config.rollout.gathered:  # beside the trainer's own
         resident += on_device(parameters)
     shortest, rows = min(max(lengths) for lengths in config.packing.buckets), sharding.row_shards(mesh)
     sampling = Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)

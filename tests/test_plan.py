@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from capcur_jax import aot, plan, presets
+from capcur_jax import aot, plan, plan_programs, presets
 from capcur_jax.models.config import from_directory
 
 QUICK = (
@@ -49,7 +49,8 @@ def test_what_is_compiled_and_how_often_a_step_runs_it(tiny):
     (stage,) = tiny["stages"]
     assert (stage["stages"], stage["mesh"], stage["images"]) == (["text"], {"data": 1, "fsdp": 2, "tensor": 1}, False)
     times = {name: program["runs_a_step"] for name, program in programs(tiny).items()}
-    assert times == {"reference log-probs": 2, "old log-probs": 2, "gradient": 2, "update": 2, "sampling": 1}
+    updated = {"reference log-probs": 2, "old log-probs": 2, "gradient": 2, "update": 2}
+    assert times == updated | {"prefill": 1, "decoding": 1}
     assert stage["shapes"]["tokens of a response"] == [48]
     assert stage["shapes"]["prompts of a gradient"] == 8
 
@@ -72,7 +73,14 @@ def test_bytes_follow_from_the_parameters(tiny):
         assert beside == pytest.approx(frozen, rel=0.05)
     # Beside a gradient: both moments and the reference; beside the sampler gradients, too.
     assert gradient["resident_bytes"] == pytest.approx(3 * trained, rel=0.05)
-    assert known["sampling"]["resident_bytes"] == pytest.approx(4 * trained, rel=0.01)
+    for name in ("prefill", "decoding"):
+        assert known[name]["resident_bytes"] == pytest.approx(4 * trained, rel=0.01)
+    # Of a device: 40 slots of 96 + 48 keys and values, their logits, tokens, log-probs and a dozen bytes of state.
+    text = from_directory(presets.TINY_CHECKPOINT).text
+    cache = 40 * (96 + 48) * 2 * text.depth * text.kv_heads * text.head_dim * 4
+    slots = cache + 40 * (4 * text.vocabulary + 8 * 48)
+    assert known["decoding"]["outputs_bytes"] == pytest.approx(slots, rel=0.01)
+    assert known["decoding"]["aliases_bytes"] == pytest.approx(slots, rel=0.01)  # nothing is copied
     assert known["reference log-probs"]["resident_bytes"] == pytest.approx(4 * trained, rel=0.05)
     for program in known.values():
         sizes = (program[f"{name}_bytes"] for name in ("arguments", "outputs", "temp", "aliases"))
@@ -96,6 +104,8 @@ def test_flops_are_those_of_the_shapes(tiny):
     logits = 2 * B * G * T * text.width * text.vocabulary
     assert known["gradient"]["flops"] == 3 * forward + logits
     assert known["old log-probs"]["flops_smallest"] < forward
+    token = layer + 2 * heads * (S + T) + text.width * text.vocabulary // text.depth
+    assert known["decoding"]["flops"] == pytest.approx(2 * text.depth * token * 80 * T, rel=0.01)
     assert tiny["stages"][0]["step"]["flops"] == sum(p["flops"] * p["runs_a_step"] for p in known.values())
 
 
@@ -103,6 +113,15 @@ def test_parameters_are_gathered_and_gradients_scattered(tiny):
     kinds = {c["kind"] for c in programs(tiny)["gradient"]["collectives"]}
     assert "all-gather" in kinds and kinds & {"reduce-scatter", "all-reduce"}
     assert programs(tiny)["gradient"]["sent_bytes"] > 0
+
+
+def test_servers_sample_on_their_own_and_the_trainer_takes_its_gpus():
+    config = presets.get("laptop")
+    with config.unlocked():
+        config.rollout.engine, config.mesh.gpus = "sglang", (0,)
+    (variant, *_) = plan_programs.variants(config, jax.devices() * 2, ())
+    assert [program.name for program in variant.programs] == ["reference log-probs", "gradient", "update"]
+    assert variant.mesh.size == 1
 
 
 def test_a_cpu_gets_no_verdict_and_says_what_it_is_good_for(tiny, capsys):
@@ -189,7 +208,10 @@ def test_a_tiny_run_on_accelerators(topology):
     (("--config=configs/staged.py", "--topology=cpu:1", "--headroom=2"), "--headroom=2"),
     (("--config=configs/staged.py", "--topology=cpu:1", "extra"), "unknown argument 'extra'"),
     (("--config=configs/staged.py", "--topology=cpu:1", "--config.checkpoint="), "give --config.checkpoint=DIR, or"),
-    (("--config=configs/staged.py", "--topology=cpu:2", "--rollout_devices=2"), "leaves none of the 2 devices"),
+    (
+        ("--config=configs/staged.py", "--topology=cpu:2", "--config.mesh.gpus=(0,1,2)"),
+        "config.mesh.gpus = (0, 1, 2): the topology has 2 devices",
+    ),
     (("--config=configs/staged.py", "--topology=cpu:3"), "can't be split into"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_exit_code_2(arguments, message, capsys, monkeypatch):
