@@ -207,7 +207,7 @@ class SGLangEngine:
         longest = max((size.tokens for size in sizes), default=0) + sampling.max_new_tokens
         for server in self._fleet.servers:
             try:
-                room = _room(self._call(server.client.info()))
+                room = self._call(server.client.room())
             except ServerError:
                 continue  # the fleet has it back; `generate` would fail loudly
             if longest > room:
@@ -260,13 +260,6 @@ async def _client(address: str) -> Client:
 
 async def _set_version(fleet: Fleet, version: int | None) -> None:
     fleet.version = version
-
-
-def _room(info: dict[str, Any]) -> int:
-    """Tokens of a prompt and its response that a server can hold."""
-    states = info.get("internal_states") or [{}]
-    known = [info.get("max_total_num_tokens"), info.get("context_length"), states[0].get("max_total_num_tokens")]
-    return min((int(one) for one in known if one), default=2**31)
 
 
 def _tell(words: Sequence[str]) -> list[str]:

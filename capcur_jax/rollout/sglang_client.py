@@ -118,8 +118,11 @@ class Client:
     async def version(self) -> str:
         return (await self.call("GET", "/model_info", None, CONTROL_S))["weight_version"]
 
-    async def info(self) -> dict[str, Any]:
-        return await self.call("GET", "/server_info", None, CONTROL_S)
+    async def room(self) -> int:
+        """Tokens that a prompt and its response may have together."""
+        (model, *_) = (await self.call("GET", "/v1/models", None, CONTROL_S))["data"]
+        cache = (await self.call("GET", "/server_info", None, CONTROL_S))["max_total_num_tokens"]
+        return min(model["max_model_len"], cache)
 
     async def checksums(self, timeout_s: float) -> list[dict[str, str]]:
         """Of each of the server's ranks: the name of each of its parameters -> a hash of it."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from capcur_jax.errors import RolloutError
+from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.rollout import wire
 from capcur_jax.rollout.engine import Sampling
@@ -220,10 +220,13 @@ def test_a_request_that_takes_too_long_is_aborted_in_the_server(pair, monkeypatc
     print("idle after", time.monotonic() - begun)
 
 
-def test_prompts_that_no_server_can_hold_are_an_error_of_the_config(pair):
-    pair.engine.warm_up([PromptSize(100)], Sampling(400), 2)
-    with pytest.raises(Exception, match=r"holds \d+: raise --context-length"):
-        pair.engine.warm_up([PromptSize(100)], Sampling(413), 2)
+def test_what_no_server_can_hold_is_an_error_of_the_config_and_what_it_just_holds_works(pair):
+    engine, prompt = pair.engine, pair.prompt("x")
+    just = Sampling(512 - len(prompt))
+    engine.warm_up([PromptSize(len(prompt))], just, 2)
+    with pytest.raises(InputError, match=r"can be 513 tokens.*holds 512: raise --context-length"):
+        engine.warm_up([PromptSize(len(prompt) + 1)], just, 2)
+    assert len(engine.generate([prompt], just, 2, 0)[0]) == 2
 
 
 def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(pair, settings, tmp_path):
