@@ -423,6 +423,20 @@ moved = nnx.from_flat_state([(p, x if p[0] == "visual" else x.replace(x[...] * 2
 second = store.write(moved, 2)
 print("MINE", len(mine), len(first.files) + len(second.files), any("visual" in name for name in second.names))
 assert store.verify(second.complete) == 2 and store.verify(first.directory) == 1
+if distributed.process_count() == 2:  # a disk that is full for one of them
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    from capcur_jax.errors import RolloutError
+    files.write, moved = full if i == 1 else write, nnx.from_flat_state([(p, x.replace(x[...] * 2)) for p, x in flat])
+    try:
+        store.write(moved, 3)
+        sys.exit("not noticed")
+    except RolloutError as error:
+        print("FAILED", error)
+    assert store.verify(second.complete) == 2
+    files.write = write
+    assert len(store.write(moved, 3).names) == len(first.names)
 distributed.barrier("end")
 """
 
@@ -435,7 +449,10 @@ def test_sharded_parameters_of_one_and_two_processes(checkpoint, tmp_path, count
     lines = [line.split() for output in outputs for line in output.splitlines() if line.startswith("MINE")]
     assert len(lines) == count and sum(int(line[1]) for line in lines) == int(lines[0][2])
     assert all(int(line[1]) > 5 and line[3] == "False" for line in lines)
+    if count == 2:
+        assert "No space left on device" in outputs[1] and "another process" in outputs[0]
     want = load_file(checkpoint / "model.safetensors")
     assert_bits(read(tmp_path / "weights" / "version-00000001" / "complete"), want)
     want = {name: tensor if "visual" in name else tensor * 2 for name, tensor in want.items()}
     assert_bits(read(tmp_path / "weights" / "version-00000002" / "complete"), want)
+    assert not list((tmp_path / "weights").glob(".partial*"))
