@@ -92,6 +92,15 @@ class Client:
             return False
         return True
 
+    async def obeys(self) -> bool:
+        """Whether a logit_bias reaches the sampler; without it, nothing keeps a response from vision placeholders.
+
+        sglang-router 0.3.2 reads the request and passes on what it knows, which logit_bias isn't.
+        """
+        wanted = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True, "logit_bias": {"1": 1e9}}
+        answer = await self.generate({"input_ids": [0], "sampling_params": wanted}, CONTROL_S)
+        return answer["output_ids"] == [1]
+
     async def pause(self) -> None:
         """Stops decoding; what runs goes back to the queue and goes on after `proceed`, under the weights of then."""
         await self.call("POST", "/pause_generation", {"mode": "retract"}, CONTROL_S)

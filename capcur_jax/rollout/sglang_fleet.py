@@ -130,6 +130,7 @@ class Fleet:
         finally:
             await cancel(waits)
         for server in self.everyone:
+            await self._must_obey(server)
             server.up = True
         self.begin(self._watch())
 
@@ -156,6 +157,18 @@ class Fleet:
                 server.reason = f"not healthy after {WHERE}.start_timeout_s = {self.settings.start_timeout_s:g}"
                 raise TimedOut(server.reason)
             await asyncio.sleep(PROBE_S / 4)
+
+    async def _must_obey(self, server: Server) -> None:
+        try:
+            obeys = await server.client.obeys()
+        except (ServerError, KeyError, TypeError) as error:
+            raise InputError(f"{server} is up and doesn't answer as SGLang 0.5.23 does: {error!r}") from None
+        if not obeys:
+            raise InputError(
+                f"{server} ignores logit_bias, by which tokens are banned: its samples could not be trained on. "
+                f"sglang-router 0.3.2 drops it; leave {WHERE}.router empty and name servers, not a router, in "
+                f"{WHERE}.addresses: prompts are spread over them without one"
+            )
 
     async def notify(self) -> None:
         async with self.changed:

@@ -258,6 +258,17 @@ def test_servers_that_never_answer_are_an_error_at_the_start(processor, servers)
         Engine(processor, [address], start_timeout_s=0.3)
 
 
+def test_a_router_that_drops_the_ban_of_tokens_is_refused(processor, servers):
+    """As sglang-router 0.3.2 does."""
+    router = Scripted(60)
+    router.obeys = False
+    try:
+        with pytest.raises(InputError, match=rf"{router.address} ignores logit_bias.*sglang\.router empty"):
+            Engine(processor, servers, router=router)
+    finally:
+        router.stop()
+
+
 def test_a_router_gets_the_prompts_and_the_servers_the_weights(engine, servers, prompt, weights):
     router = Scripted(60)
     router.version = "0"

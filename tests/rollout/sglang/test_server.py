@@ -229,6 +229,13 @@ def test_what_no_server_can_hold_is_an_error_of_the_config_and_what_it_just_hold
     assert len(engine.generate([prompt], just, 2, 0)[0]) == 2
 
 
+def forget(engine):
+    """Another engine gave its servers weights."""
+    for server in engine._fleet.servers:
+        server.checksums = None
+    engine._complete_next = True
+
+
 def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(pair, settings, tmp_path):
 
     addresses = tuple(server.client.address for server in pair.engine._fleet.servers)
@@ -244,8 +251,13 @@ def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(pair, setti
     assert difference(pair, new, pair.prompts(), groups, Sampling(8)) < CLOSE
     assert {sample.version for group in groups for sample in group} == {500}
     assert all(server.process.ended() is None for server in pair.engine._fleet.servers)
-    pair.engine._fleet.servers[0].checksums = pair.engine._fleet.servers[1].checksums = None  # it isn't told
-    pair.engine._complete_next = True
+    forget(pair.engine)
+
+
+def test_a_ban_of_tokens_that_a_server_would_not_hear_of_is_noticed(pair):
+    """The question at the start, to a server that hears it."""
+    client = pair.engine._fleet.servers[0].client
+    assert pair.engine._call(client.obeys())
 
 
 def test_memory_is_released_and_taken_back_in_turn(pair):
