@@ -7,6 +7,8 @@ processes the owner starts the servers and sends them weights; each asks them fo
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import math
 import os
 import shutil
@@ -34,6 +36,7 @@ from capcur_jax.rollout.sglang_settings import WHERE, Settings
 from capcur_jax.rollout.weights import WeightStore
 
 MEMORY = Path("/dev/shm")
+PREFIX = "capcur_jax-weights-"
 SERVED_PATCH = 1176  # numbers in a patch; of another size SGLang's Qwen2.5-VL takes patches for finished features
 Result = TypeVar("Result")
 
@@ -143,11 +146,12 @@ class SGLangEngine:
             return Path(self._settings.weights)
         chosen = ""
         if self._owner:
+            clean_memory()
             numbers = sum(math.prod(shape) for shape in sglang_checks.declared(config).values())
             wanted = int(2.2 * numbers * jnp.dtype(self._settings.dtype).itemsize)  # the old ones and the new
             roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > wanted
             if roomy and not self._settings.addresses and distributed.process_count() == 1:
-                self._temporary = Path(tempfile.mkdtemp(prefix=f"capcur_jax-{os.getpid()}-", dir=MEMORY))
+                self._temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY))
                 chosen = str(self._temporary)
             else:
                 chosen = str(directory / "weights")
@@ -252,6 +256,14 @@ class SGLangEngine:
         distributed.barrier("sglang resume")
         self._call(_set_version(self._fleet, None))
         self._complete_next = True
+
+
+def clean_memory() -> None:
+    """Deletes the weights in memory of runs that were killed: nobody holds their store's lock any more."""
+    for left in MEMORY.glob(f"{PREFIX}*/.lock"):
+        with contextlib.suppress(OSError), left.open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
 
 
 async def _client(address: str) -> Client:

@@ -55,7 +55,8 @@ class Client:
     def __init__(self, address: str):
         self.address = address.rstrip("/")
         # No proxies: the servers are on this host or in its network. No limit of connections: the pool has its own.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+        # A connection that is idle is dropped before the server does it (5 s), which would look like a dying server.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         self._http = httpx2.AsyncClient(base_url=self.address, trust_env=False, limits=limits)
 
     async def call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:

@@ -215,12 +215,12 @@ class Fleet:
 
     async def _restart(self, server: Server) -> None:
         while server.failures < self.settings.restarts:
-            while self._asleep:  # its memory is the trainer's now
-                await asyncio.sleep(WATCH_S)
             server.failures += 1
             self.counters["restarts"] += 1
             try:
                 await asyncio.to_thread(server.process.stop)
+                while self._asleep:  # its memory is the trainer's now
+                    await asyncio.sleep(WATCH_S)
                 server.process.start()
                 await self._healthy(server)
                 await self._bring_up(server)

@@ -251,6 +251,21 @@ def test_without_any_server_for_too_long_the_call_ends_naming_them(engine, serve
         pool.generate([prompt])
 
 
+def test_patience_begins_anew_when_a_server_was_there_in_between(engine, servers, prompt):
+    pool = engine([servers[0]], start_timeout_s=1.5, retries=9)
+    for _ in range(2):
+        servers[0].stop()
+        found = []
+        thread = threading.Thread(target=lambda found=found: found.extend(pool.generate([prompt])))
+        thread.start()
+        wait_for(lambda: not pool.fleet.servers[0].up)
+        time.sleep(0.3)
+        servers[0].start()
+        thread.join()
+        assert len(found[0]) == 3
+        time.sleep(1.5)
+
+
 def test_servers_that_never_answer_are_an_error_at_the_start(processor, servers):
     address = servers[0]
     address.broken["/health"] = (503, {})

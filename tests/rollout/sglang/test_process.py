@@ -1,5 +1,6 @@
 """Servers as processes: what they serve, how they are started, and that nothing of them is left."""
 
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from capcur_jax.errors import InputError
 from capcur_jax.models.inputs import Processor
-from capcur_jax.rollout import sglang_server
+from capcur_jax.rollout import sglang, sglang_server
 from capcur_jax.rollout.sglang import SGLangEngine
 from capcur_jax.rollout.sglang_server import Process
 from capcur_jax.rollout.sglang_settings import Settings
@@ -247,3 +248,16 @@ def test_windowed_checkpoints_that_sglang_can_not_serve_are_refused(windowed_che
     with pytest.raises(InputError, match="patches of 14 x 14 pixels alone, this one's are 4"):
         SGLangEngine(processor, windowed_checkpoint, tmp_path, HERE)
     assert not np.any([file.name == "sglang" for file in tmp_path.iterdir()])
+
+
+def test_weights_in_memory_of_a_killed_run_are_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang, "MEMORY", tmp_path)
+    left, held, young = (tmp_path / f"{sglang.PREFIX}{name}" for name in ("left", "held", "young"))
+    for directory in (left, held, young):
+        directory.mkdir()
+        (directory / "weights").write_text("x")
+    (left / ".lock").touch()
+    with (held / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sglang.clean_memory()
+        assert not left.exists() and held.exists() and young.exists()

@@ -36,7 +36,7 @@ for version in (2, 3):
         engine.update_weights(jax.tree.map(lambda x: x * version, parameters), version)
         print("UPDATED", version, engine.health().version, flush=True)
     except RolloutError as error:
-        print("FAILED", version, str(error)[:37], flush=True)
+        print("FAILED", version, str(error)[:38], flush=True)
 engine.release()
 engine.resume()
 engine.close()
