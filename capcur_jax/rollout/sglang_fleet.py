@@ -33,6 +33,7 @@ class Server:
     limit: int  # prompts in flight
     process: Process | None = None  # None: someone else's
     up: bool = False
+    doubted: bool = False  # being asked whether it is well; gets no prompts meanwhile
     lost: bool = False  # for good
     busy: int = 0  # prompts in flight
     failures: int = 0  # starts in a row without an answer
@@ -94,6 +95,12 @@ class Fleet:
         self._tasks: set[asyncio.Task] = set()
         self._recovering: set[Server] = set()
         self._asleep = False
+
+    @property
+    def fronts(self) -> list[Server]:
+        """Where prompts go."""
+        up = [server for server in self.servers if server.up]
+        return up if self.router is None or not up else [self.router] if self.router.up else []
 
     @property
     def everyone(self) -> list[Server]:
@@ -177,17 +184,22 @@ class Fleet:
     # ------------------------------------------------------------------ servers that fail
 
     def doubt(self, server: Server) -> None:
-        """Has a server looked at that a request failed on."""
+        """Has a server looked at that a request failed on; until then it gets no other, which would fail as fast."""
         for one in self.everyone if server is self.router else [server]:
-            if one.up and one not in self._recovering:
+            if one.up and not one.doubted:
+                one.doubted = True
                 self.begin(self._look(one))
 
     async def _look(self, server: Server) -> None:
-        if server.process is None or server.process.ended() is None:
-            async with self._updating:
-                if not server.up or self._asleep or await server.client.healthy():
-                    return
-        self._down(server, "it doesn't answer")
+        try:
+            if server.process is None or server.process.ended() is None:
+                async with self._updating:
+                    if not server.up or self._asleep or await server.client.healthy():
+                        return
+            self._down(server, "it doesn't answer")
+        finally:
+            server.doubted = False
+            await self.notify()
 
     async def _watch(self) -> None:
         while True:
@@ -209,6 +221,8 @@ class Fleet:
         try:
             await self.notify()
             await (self._restart(server) if server.process else self._wait_for(server))
+        except Exception as error:  # nobody waits for this task: said where the server is missed
+            server.lost, server.reason = True, f"{error!r} while it was brought back"
         finally:
             self._recovering.discard(server)
             await self.notify()

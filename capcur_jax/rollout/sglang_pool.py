@@ -156,12 +156,11 @@ class Pool:
         fleet = self.fleet
         async with fleet.changed:
             while True:
-                up = [server for server in fleet.servers if server.up]
-                fronts = [server for server in [fleet.router] if server.up] if fleet.router and up else up
+                fronts = fleet.fronts
                 if fronts:
                     self._dark_since = None
                 others = [server for server in fronts if server is not avoid]
-                room = [server for server in others or fronts if server.busy < server.limit]
+                room = [server for server in others or fronts if server.busy < server.limit and not server.doubted]
                 if room:
                     least = min(server.busy for server in room)
                     return random.choice([server for server in room if server.busy == least])

@@ -251,8 +251,9 @@ def test_without_any_server_for_too_long_the_call_ends_naming_them(engine, serve
         pool.generate([prompt])
 
 
-def test_patience_begins_anew_when_a_server_was_there_in_between(engine, servers, prompt):
-    pool = engine([servers[0]], start_timeout_s=1.5, retries=9)
+def test_patience_begins_anew_when_a_server_was_there_in_between(engine, servers, prompt, weights):
+    pool = engine([servers[0]], start_timeout_s=1.5, retries=1)
+    pool.call(pool.fleet.update(weights(1)))
     for _ in range(2):
         servers[0].stop()
         found = []
@@ -264,6 +265,19 @@ def test_patience_begins_anew_when_a_server_was_there_in_between(engine, servers
         thread.join()
         assert len(found[0]) == 3
         time.sleep(1.5)
+
+
+def test_what_nobody_thought_of_while_a_server_is_brought_back_ends_the_call(engine, servers, prompt, weights):
+    pool = engine([servers[0]])
+    pool.call(pool.fleet.update(weights(1)))
+
+    async def broken(server):
+        raise KeyError("unthought of")
+
+    pool.fleet._wait_for = broken
+    servers[0].stop()
+    with pytest.raises(RolloutError, match=r"no SGLang server is left(.|\n)*unthought of"):
+        pool.generate([prompt])
 
 
 def test_servers_that_never_answer_are_an_error_at_the_start(processor, servers):
