@@ -7,6 +7,8 @@ processes the owner starts the servers and sends them weights; each asks them fo
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import math
 import os
 import shutil
@@ -34,6 +36,7 @@ from capcur_jax.rollout.sglang_settings import WHERE, Settings
 from capcur_jax.rollout.weights import WeightStore
 
 MEMORY = Path("/dev/shm")
+PREFIX = "capcur_jax-weights-"
 SERVED_PATCH = 1176  # numbers in a patch; of another size SGLang's Qwen2.5-VL takes patches for finished features
 Result = TypeVar("Result")
 
@@ -143,11 +146,12 @@ class SGLangEngine:
             return Path(self._settings.weights)
         chosen = ""
         if self._owner:
+            clean_memory()
             numbers = sum(math.prod(shape) for shape in sglang_checks.declared(config).values())
             wanted = int(2.2 * numbers * jnp.dtype(self._settings.dtype).itemsize)  # the old ones and the new
             roomy = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > wanted
             if roomy and not self._settings.addresses and distributed.process_count() == 1:
-                self._temporary = Path(tempfile.mkdtemp(prefix=f"capcur_jax-{os.getpid()}-", dir=MEMORY))
+                self._temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY))
                 chosen = str(self._temporary)
             else:
                 chosen = str(directory / "weights")
@@ -207,7 +211,7 @@ class SGLangEngine:
         longest = max((size.tokens for size in sizes), default=0) + sampling.max_new_tokens
         for server in self._fleet.servers:
             try:
-                room = _room(self._call(server.client.info()))
+                room = self._call(server.client.room())
             except ServerError:
                 continue  # the fleet has it back; `generate` would fail loudly
             if longest > room:
@@ -254,19 +258,20 @@ class SGLangEngine:
         self._complete_next = True
 
 
+def clean_memory() -> None:
+    """Deletes the weights in memory of runs that were killed: nobody holds their store's lock any more."""
+    for left in MEMORY.glob(f"{PREFIX}*/.lock"):
+        with contextlib.suppress(OSError), left.open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+
+
 async def _client(address: str) -> Client:
     return Client(address)
 
 
 async def _set_version(fleet: Fleet, version: int | None) -> None:
     fleet.version = version
-
-
-def _room(info: dict[str, Any]) -> int:
-    """Tokens of a prompt and its response that a server can hold."""
-    states = info.get("internal_states") or [{}]
-    known = [info.get("max_total_num_tokens"), info.get("context_length"), states[0].get("max_total_num_tokens")]
-    return min((int(one) for one in known if one), default=2**31)
 
 
 def _tell(words: Sequence[str]) -> list[str]:

@@ -55,7 +55,8 @@ class Client:
     def __init__(self, address: str):
         self.address = address.rstrip("/")
         # No proxies: the servers are on this host or in its network. No limit of connections: the pool has its own.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+        # A connection that is idle is dropped before the server does it (5 s), which would look like a dying server.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         self._http = httpx2.AsyncClient(base_url=self.address, trust_env=False, limits=limits)
 
     async def call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) -> Any:
@@ -92,6 +93,15 @@ class Client:
             return False
         return True
 
+    async def obeys(self) -> bool:
+        """Whether a logit_bias reaches the sampler; without it, nothing keeps a response from vision placeholders.
+
+        sglang-router 0.3.2 reads the request and passes on what it knows, which logit_bias isn't.
+        """
+        wanted = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True, "logit_bias": {"1": 1e9}}
+        answer = await self.generate({"input_ids": [0], "sampling_params": wanted}, CONTROL_S)
+        return answer["output_ids"] == [1]
+
     async def pause(self) -> None:
         """Stops decoding; what runs goes back to the queue and goes on after `proceed`, under the weights of then."""
         await self.call("POST", "/pause_generation", {"mode": "retract"}, CONTROL_S)
@@ -118,8 +128,11 @@ class Client:
     async def version(self) -> str:
         return (await self.call("GET", "/model_info", None, CONTROL_S))["weight_version"]
 
-    async def info(self) -> dict[str, Any]:
-        return await self.call("GET", "/server_info", None, CONTROL_S)
+    async def room(self) -> int:
+        """Tokens that a prompt and its response may have together."""
+        (model, *_) = (await self.call("GET", "/v1/models", None, CONTROL_S))["data"]
+        cache = (await self.call("GET", "/server_info", None, CONTROL_S))["max_total_num_tokens"]
+        return min(model["max_model_len"], cache)
 
     async def checksums(self, timeout_s: float) -> list[dict[str, str]]:
         """Of each of the server's ranks: the name of each of its parameters -> a hash of it."""

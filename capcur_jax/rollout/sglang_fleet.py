@@ -33,6 +33,7 @@ class Server:
     limit: int  # prompts in flight
     process: Process | None = None  # None: someone else's
     up: bool = False
+    doubted: bool = False  # being asked whether it is well; gets no prompts meanwhile
     lost: bool = False  # for good
     busy: int = 0  # prompts in flight
     failures: int = 0  # starts in a row without an answer
@@ -96,6 +97,12 @@ class Fleet:
         self._asleep = False
 
     @property
+    def fronts(self) -> list[Server]:
+        """Where prompts go."""
+        up = [server for server in self.servers if server.up]
+        return up if self.router is None or not up else [self.router] if self.router.up else []
+
+    @property
     def everyone(self) -> list[Server]:
         return [*self.servers, *([self.router] if self.router else [])]
 
@@ -130,6 +137,7 @@ class Fleet:
         finally:
             await cancel(waits)
         for server in self.everyone:
+            await self._must_obey(server)
             server.up = True
         self.begin(self._watch())
 
@@ -157,6 +165,18 @@ class Fleet:
                 raise TimedOut(server.reason)
             await asyncio.sleep(PROBE_S / 4)
 
+    async def _must_obey(self, server: Server) -> None:
+        try:
+            obeys = await server.client.obeys()
+        except (ServerError, KeyError, TypeError) as error:
+            raise InputError(f"{server} is up and doesn't answer as SGLang 0.5.23 does: {error!r}") from None
+        if not obeys:
+            raise InputError(
+                f"{server} ignores logit_bias, by which tokens are banned: its samples could not be trained on. "
+                f"sglang-router 0.3.2 drops it; leave {WHERE}.router empty and name servers, not a router, in "
+                f"{WHERE}.addresses: prompts are spread over them without one"
+            )
+
     async def notify(self) -> None:
         async with self.changed:
             self.changed.notify_all()
@@ -164,17 +184,22 @@ class Fleet:
     # ------------------------------------------------------------------ servers that fail
 
     def doubt(self, server: Server) -> None:
-        """Has a server looked at that a request failed on."""
+        """Has a server looked at that a request failed on; until then it gets no other, which would fail as fast."""
         for one in self.everyone if server is self.router else [server]:
-            if one.up and one not in self._recovering:
+            if one.up and not one.doubted:
+                one.doubted = True
                 self.begin(self._look(one))
 
     async def _look(self, server: Server) -> None:
-        if server.process is None or server.process.ended() is None:
-            async with self._updating:
-                if not server.up or self._asleep or await server.client.healthy():
-                    return
-        self._down(server, "it doesn't answer")
+        try:
+            if server.process is None or server.process.ended() is None:
+                async with self._updating:
+                    if not server.up or self._asleep or await server.client.healthy():
+                        return
+            self._down(server, "it doesn't answer")
+        finally:
+            server.doubted = False
+            await self.notify()
 
     async def _watch(self) -> None:
         while True:
@@ -196,18 +221,20 @@ class Fleet:
         try:
             await self.notify()
             await (self._restart(server) if server.process else self._wait_for(server))
+        except Exception as error:  # nobody waits for this task: said where the server is missed
+            server.lost, server.reason = True, f"{error!r} while it was brought back"
         finally:
             self._recovering.discard(server)
             await self.notify()
 
     async def _restart(self, server: Server) -> None:
         while server.failures < self.settings.restarts:
-            while self._asleep:  # its memory is the trainer's now
-                await asyncio.sleep(WATCH_S)
             server.failures += 1
             self.counters["restarts"] += 1
             try:
                 await asyncio.to_thread(server.process.stop)
+                while self._asleep:  # its memory is the trainer's now
+                    await asyncio.sleep(WATCH_S)
                 server.process.start()
                 await self._healthy(server)
                 await self._bring_up(server)

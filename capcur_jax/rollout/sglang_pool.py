@@ -156,15 +156,15 @@ class Pool:
         fleet = self.fleet
         async with fleet.changed:
             while True:
-                up = [server for server in fleet.servers if server.up]
-                fronts = [server for server in [fleet.router] if server.up] if fleet.router and up else up
+                fronts = fleet.fronts
+                if fronts:
+                    self._dark_since = None
                 others = [server for server in fronts if server is not avoid]
-                room = [server for server in others or fronts if server.busy < server.limit]
+                room = [server for server in others or fronts if server.busy < server.limit and not server.doubted]
                 if room:
                     least = min(server.busy for server in room)
                     return random.choice([server for server in room if server.busy == least])
                 if fronts:
-                    self._dark_since = None
                     await fleet.changed.wait()
                     continue
                 self._dark_since = self._dark_since or time.monotonic()

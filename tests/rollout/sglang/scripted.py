@@ -20,7 +20,9 @@ class Scripted:
         self.faults: list = []  # one for each request, then none
         self.broken: dict[str, tuple[int, dict]] = {}
         self.version, self.paused, self.held, self.most = "-1", False, 0, 0
-        self.parameters = {"visual.patch_embed.proj.weight": "0"}
+        self.moves: list[str] = []  # parameters that are others after each update
+        self.refused_version, self.obeys = "", True
+        self.parameters: dict[str, str] = {}
         self._lock, self._free = threading.Lock(), threading.Event()
         self._server: ThreadingHTTPServer | None = None
         self.stopped = False
@@ -83,6 +85,9 @@ class Scripted:
         return [body for one, body in self.calls if one == path]
 
     def handle(self, path: str, body: dict):
+        asked = body.get("sampling_params")
+        if path == "/generate" and isinstance(asked, dict) and asked["max_new_tokens"] == 1:  # the question at a start
+            return 200, {"output_ids": [1 if self.obeys else 2]}
         with self._lock:
             self.calls.append((path, body))
             fault = self.faults.pop(0) if path == "/generate" and self.faults else None
@@ -105,7 +110,11 @@ class Scripted:
             self.paused = False
         if path in ("/update_weights_from_disk", "/update_weight_version"):
             assert self.paused
-            self.version = body.get("weight_version") or body["new_version"]
+            version = body.get("weight_version") or body["new_version"]
+            if version == self.refused_version:
+                return 400, {"success": False, "message": "refused"}
+            self.version = version
+            self.parameters |= dict.fromkeys(self.moves, version)
         if path == "/model_info":
             return 200, {"weight_version": self.version}
         if path == "/weights_checker":

@@ -251,11 +251,51 @@ def test_without_any_server_for_too_long_the_call_ends_naming_them(engine, serve
         pool.generate([prompt])
 
 
+def test_patience_begins_anew_when_a_server_was_there_in_between(engine, servers, prompt, weights):
+    pool = engine([servers[0]], start_timeout_s=1.5, retries=1)
+    pool.call(pool.fleet.update(weights(1)))
+    for _ in range(2):
+        servers[0].stop()
+        found = []
+        thread = threading.Thread(target=lambda found=found: found.extend(pool.generate([prompt])))
+        thread.start()
+        wait_for(lambda: not pool.fleet.servers[0].up)
+        time.sleep(0.3)
+        servers[0].start()
+        thread.join()
+        assert len(found[0]) == 3
+        time.sleep(1.5)
+
+
+def test_what_nobody_thought_of_while_a_server_is_brought_back_ends_the_call(engine, servers, prompt, weights):
+    pool = engine([servers[0]])
+    pool.call(pool.fleet.update(weights(1)))
+
+    async def broken(server):
+        raise KeyError("unthought of")
+
+    pool.fleet._wait_for = broken
+    servers[0].stop()
+    with pytest.raises(RolloutError, match=r"no SGLang server is left(.|\n)*unthought of"):
+        pool.generate([prompt])
+
+
 def test_servers_that_never_answer_are_an_error_at_the_start(processor, servers):
     address = servers[0]
     address.broken["/health"] = (503, {})
     with pytest.raises(InputError, match=r"didn't start.*start_timeout_s = 0.3"):
         Engine(processor, [address], start_timeout_s=0.3)
+
+
+def test_a_router_that_drops_the_ban_of_tokens_is_refused(processor, servers):
+    """As sglang-router 0.3.2 does."""
+    router = Scripted(60)
+    router.obeys = False
+    try:
+        with pytest.raises(InputError, match=rf"{router.address} ignores logit_bias.*sglang\.router empty"):
+            Engine(processor, servers, router=router)
+    finally:
+        router.stop()
 
 
 def test_a_router_gets_the_prompts_and_the_servers_the_weights(engine, servers, prompt, weights):

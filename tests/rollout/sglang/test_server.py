@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from capcur_jax.errors import RolloutError
+from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.rollout import wire
 from capcur_jax.rollout.engine import Sampling
@@ -220,10 +220,20 @@ def test_a_request_that_takes_too_long_is_aborted_in_the_server(pair, monkeypatc
     print("idle after", time.monotonic() - begun)
 
 
-def test_prompts_that_no_server_can_hold_are_an_error_of_the_config(pair):
-    pair.engine.warm_up([PromptSize(100)], Sampling(400), 2)
-    with pytest.raises(Exception, match=r"holds \d+: raise --context-length"):
-        pair.engine.warm_up([PromptSize(100)], Sampling(413), 2)
+def test_what_no_server_can_hold_is_an_error_of_the_config_and_what_it_just_holds_works(pair):
+    engine, prompt = pair.engine, pair.prompt("x")
+    just = Sampling(512 - len(prompt))
+    engine.warm_up([PromptSize(len(prompt))], just, 2)
+    with pytest.raises(InputError, match=r"can be 513 tokens.*holds 512: raise --context-length"):
+        engine.warm_up([PromptSize(len(prompt) + 1)], just, 2)
+    assert len(engine.generate([prompt], just, 2, 0)[0]) == 2
+
+
+def forget(engine):
+    """Another engine gave its servers weights."""
+    for server in engine._fleet.servers:
+        server.checksums = None
+    engine._complete_next = True
 
 
 def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(pair, settings, tmp_path):
@@ -241,8 +251,13 @@ def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(pair, setti
     assert difference(pair, new, pair.prompts(), groups, Sampling(8)) < CLOSE
     assert {sample.version for group in groups for sample in group} == {500}
     assert all(server.process.ended() is None for server in pair.engine._fleet.servers)
-    pair.engine._fleet.servers[0].checksums = pair.engine._fleet.servers[1].checksums = None  # it isn't told
-    pair.engine._complete_next = True
+    forget(pair.engine)
+
+
+def test_a_ban_of_tokens_that_a_server_would_not_hear_of_is_noticed(pair):
+    """The question at the start, to a server that hears it."""
+    client = pair.engine._fleet.servers[0].client
+    assert pair.engine._call(client.obeys())
 
 
 def test_memory_is_released_and_taken_back_in_turn(pair):
