@@ -1,4 +1,7 @@
-"""Packaging. The lower bounds are the versions that the tests ran with; constraints.txt pins them all, as CI does."""
+"""Packaging. The lower bounds are the versions that the tests ran with; constraints.txt pins them all, as CI does.
+
+NumPy, tokenizers and transformers may be as old as the extra `sglang` wants them.
+"""
 
 from pathlib import Path
 
@@ -27,7 +30,7 @@ setup(
         "math-verify[antlr4_13_2]>=0.9.0",
         "matplotlib>=3.11.2",
         "ml-collections>=1.1.0",
-        "numpy>=2.4.6",
+        "numpy>=2.3.5",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",
@@ -35,15 +38,15 @@ setup(
         "rich>=15.0.0",
         "safetensors>=0.8.0",
         "tensorboardX>=2.6.5",
-        "tokenizers>=0.23.3",
-        "transformers>=5.23.0",
+        "tokenizers>=0.23.2",
+        "transformers>=5.19.0",
     ],
     extras_require={
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
-        # The rollout server of GPU hosts. In an environment of its own: it pins another torch than the tests, older
-        # transformers, tokenizers and NumPy than constraints.txt, and a hundred packages besides. The trainer speaks to
-        # it over HTTP. On a CPU: launch/sglang_cpu.py.
+        # The rollout server of GPU hosts. In an environment of its own, without constraints.txt: it pins another torch,
+        # older transformers, tokenizers and NumPy, and brings a hundred packages. The trainer speaks to it over HTTP.
+        # On a CPU: launch/sglang_cpu.py.
         "sglang": ["sglang==0.5.23"],
         "plan": ["jax[tpu,cuda12-local]", "nvidia-cudnn-cu12>=9.28"],  # compilers and cuDNN's headers, no driver
         "test": TEST,
