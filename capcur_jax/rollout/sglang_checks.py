@@ -13,8 +13,7 @@ from pathlib import Path
 from flax import nnx
 
 from capcur_jax.errors import RolloutError
-from capcur_jax.models import names as names_lib
-from capcur_jax.models import weight_files
+from capcur_jax.models import huggingface, weight_files
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.qwen_vl import QwenVL
 
@@ -33,11 +32,7 @@ def declared(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     abstract = nnx.state(nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0))))
     found = {}
     for path, leaf in nnx.to_flat_state(abstract):
-        ours = ".".join(path)
-        template = names_lib.table(config)[ours]
-        stacked = "{}" in template
-        shape = names_lib.published_shape(ours, leaf.shape[stacked:], config)
-        found |= {template.format(layer): shape for layer in range(leaf.shape[0] if stacked else 1)}
+        found |= huggingface.published_shapes(".".join(path), leaf.shape, config)
     return found
 
 

@@ -86,15 +86,16 @@ def command(settings: Settings, model: Path, number: int, port: int, seed: int) 
 def environment(settings: Settings, number: int, base: Mapping[str, str]) -> dict[str, str]:
     """Variables of server `number`, from the trainer's own (`base`)."""
     found = {name: value for name, value in base.items() if name not in OURS}
-    # Or image features of old vision weights outlive an update: flushing the cache doesn't clear them.
-    found |= {"SGLANG_VLM_CACHE_SIZE_MB": "0", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    found |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if settings.device == "cpu":
         found |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
     else:
         each = settings.tensor_parallel
         gpus = settings.gpus or range(settings.servers * each)
         found["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus[number * each : (number + 1) * each])
-    return found | {str(name): str(value) for name, value in settings.environment.items()}
+    found |= {str(name): str(value) for name, value in settings.environment.items()}
+    # Last: else image features of old vision weights outlive an update; flushing the cache doesn't clear them.
+    return found | {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
 
 
 def router_command(settings: Settings, addresses: Sequence[str], port: int) -> list[str]:
