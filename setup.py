@@ -24,7 +24,7 @@ setup(
         "easy-vqa>=1.0",
         "flax>=0.12.8",
         "grain>=0.2.18",
-        "httpx>=0.28.1",
+        "httpx2>=2.16.2",
         "jax>=0.10.2",
         "jinja2>=3.1.6",
         "math-verify[antlr4_13_2]>=0.9.0",

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
+import httpx2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +133,7 @@ def writer_alone(directory: Path, files: Mapping[str, dict[str, np.ndarray]]) ->
 
 
 @contextlib.contextmanager
-def server(python: str, model: Path, log: Path) -> Iterator[httpx.Client]:
+def server(python: str, model: Path, log: Path) -> Iterator[httpx2.Client]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
@@ -143,10 +143,10 @@ def server(python: str, model: Path, log: Path) -> Iterator[httpx.Client]:
     with open(log, "wb") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=CALL_S, trust_env=False) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=CALL_S, trust_env=False) as client:
             end = time.monotonic() + START_S
             while True:
-                with contextlib.suppress(httpx.TransportError):
+                with contextlib.suppress(httpx2.TransportError):
                     if client.get("/health").is_success:
                         break
                 if process.poll() is not None or time.monotonic() > end:
@@ -158,7 +158,7 @@ def server(python: str, model: Path, log: Path) -> Iterator[httpx.Client]:
         process.wait()
 
 
-def load(client: httpx.Client, directory: Path, version: int) -> float:
+def load(client: httpx2.Client, directory: Path, version: int) -> float:
     """Seconds of the update itself; it is paused before and goes on after."""
     client.post("/pause_generation", json={"mode": "retract"}).raise_for_status()
     body = {"model_path": str(directory), "load_format": "safetensors", "weight_version": str(version)}
@@ -171,7 +171,7 @@ def load(client: httpx.Client, directory: Path, version: int) -> float:
     return took
 
 
-def logprobs(client: httpx.Client) -> list[float]:
+def logprobs(client: httpx2.Client) -> list[float]:
     sampling = {"max_new_tokens": 4, "temperature": 0}
     body = {"input_ids": [20, 21, 22, 23], "sampling_params": sampling, "return_logprob": True}
     answer = client.post("/generate", json=body).raise_for_status().json()
@@ -181,7 +181,7 @@ def logprobs(client: httpx.Client) -> list[float]:
 # ---------------------------------------------------------------------- all of it
 
 
-def measure(place: str, root: Path, parameters: nnx.State, config, client: httpx.Client | None) -> list[dict]:
+def measure(place: str, root: Path, parameters: nnx.State, config, client: httpx2.Client | None) -> list[dict]:
     directory = Path(tempfile.mkdtemp(prefix="weight_sync-", dir=root))
     store = WeightStore(directory / "weights", config, jnp.bfloat16, writers=WRITERS)
     block = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
@@ -235,7 +235,7 @@ def report(rows: list[dict]) -> None:
 
 
 def main(_) -> None:
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="weight_sync-") as scratch:
         model = fresh.write_skeleton(Path(scratch) / "model", ["What shape is it? A circle of 12 dots."] * 20,
                                      architecture(_LAYERS.value))  # fmt: skip

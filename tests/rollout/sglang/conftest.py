@@ -28,10 +28,6 @@ ROOT = Path(__file__).parents[3]
 CACHE = Path("~/.cache/capcur_jax/sglang-cpu").expanduser()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "sglang: needs the real SGLang server, which launch/sglang_cpu.py installs")
-
-
 def served_windowed() -> dict:
     """Windows of 2 x 2 merged features; SGLang knows Qwen2.5-VL with patches of 14 pixels alone."""
     made = windowed_architecture(window=56)
