@@ -7,6 +7,7 @@ processes the owner starts the servers and sends them weights; each asks them fo
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import fcntl
 import math
@@ -77,6 +78,7 @@ class SGLangEngine:
             )
         self._settings, self._owner, self._closed = settings, distributed.is_owner(), False
         self._complete_next, self._version = True, -1
+        self._waiting: set[concurrent.futures.Future] = set()  # calls of the loop that have not ended
         self._fleet: Fleet | None = None
         self._store: WeightStore | None = None
         self._temporary: Path | None = None
@@ -160,17 +162,25 @@ class SGLangEngine:
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Has the loop do it, and waits."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._waiting.add(future)
         try:
             return future.result()
         except BaseException:
             future.cancel()  # Ctrl-C: the servers are to stop too
             raise
+        finally:
+            self._waiting.discard(future)
 
     def close(self) -> None:
-        """See engine.Engine. Servers that it started end, and what it wrote to memory is deleted."""
+        """See engine.Engine. Servers that it started end, and what it wrote to memory is deleted.
+
+        A `generate` that runs in another thread ends with CancelledError.
+        """
         if self._closed:
             return
         self._closed = True
+        for future in list(self._waiting):
+            future.cancel()
         if self._fleet is not None:
             self._call(self._fleet.close())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -1,6 +1,7 @@
 """What the SGLang engine does about servers and answers that fail: scripted, in milliseconds."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import threading
@@ -14,6 +15,7 @@ from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout import sglang_checks as checks
 from capcur_jax.rollout import sglang_fleet
 from capcur_jax.rollout.engine import Sampling
+from capcur_jax.rollout.sglang import SGLangEngine
 from capcur_jax.rollout.sglang_client import Client, Refused
 from capcur_jax.rollout.sglang_fleet import Fleet, Server, Weights
 from capcur_jax.rollout.sglang_pool import Pool
@@ -241,6 +243,21 @@ def test_a_server_that_goes_is_not_asked_until_it_is_back_with_the_weights(engin
     ]  # fmt: skip
     (loaded,) = servers[0].sent("/update_weights_from_disk")
     assert loaded["model_path"].endswith("7-complete") and loaded["weight_version"] == "7"
+
+
+def test_a_call_that_runs_ends_when_the_engine_is_closed(processor, servers, prompt, checkpoint, tmp_path):
+    """As a batch does that was drawn ahead when a run stops: a thread that waits for ever would keep the process."""
+    for one in servers:
+        one.delay_s = 60
+    settings = Settings.from_config({"addresses": [one.address for one in servers]})
+    engine = SGLangEngine(processor, checkpoint, tmp_path, settings)
+    engine._fleet.version = 0
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        drawn = threads.submit(engine.generate, [prompt], TWO, 2, 0)
+        wait_for(lambda: any(one.held for one in servers))
+        engine.close()
+        with pytest.raises(concurrent.futures.CancelledError):
+            drawn.result(20)
 
 
 def test_without_any_server_for_too_long_the_call_ends_naming_them(engine, servers, prompt):
