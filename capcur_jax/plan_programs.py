@@ -166,7 +166,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
             moments + kept + ahead,
         )
     )
-    apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
+    apply = lambda: learner.apply.trace(state, sums, rate)
     programs.append(Program("update", packer.updates, apply, apply, on_device((state, sums)), on_device(frozen) + kept))
     if grpo and config.rollout.engine == "local":
         beside = moments + on_device(sums) + kept

@@ -206,7 +206,8 @@ class Run:
             where = {"source": self.source, "workdir": self.workdir, "buckets": self.buckets, "mesh": self.mesh}
             self.engine = open_engine(config, model, self.processor, lora=self.lora, **where)
             self._closing.callback(self.engine.close)
-            self.engine.update_weights(self.parameters, self.version)
+            if self.checkpoint is None:  # else `trainer` has what it holds
+                self.engine.update_weights(self.parameters, self.version)
         self.display.watch(self.engine.health)
 
     def _check_mesh(self, known: model_config.ModelConfig) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -25,16 +26,29 @@ FLAGS = {
 }  # fmt: skip
 
 
-def run(workdir, python, **changes):
-    """Records of the steps of a run that ended well."""
+def run(workdir, python, stop_after=0, **changes):
+    """Records of the steps of a run that ended well; `stop_after` so many of them SIGTERM ends it, for now."""
     flags = {**FLAGS, "config.rollout.sglang.python": str(python), **changes}
     command = [sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={workdir}"]
-    done = subprocess.run(
-        [*command, *(f"--{key}={value}" for key, value in flags.items())],
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    with open(workdir.with_suffix(".log"), "a+") as log:
+        process = subprocess.Popen(
+            [*command, *(f"--{key}={value}" for key, value in flags.items())],
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}, stdout=log, stderr=log,
+        )  # fmt: skip
+        while stop_after and process.poll() is None and len(steps_of(workdir)) < stop_after:
+            time.sleep(0.2)
+        if stop_after:
+            process.terminate()
+        code = process.wait(900)
+        log.seek(0)
+        assert code == (130 if stop_after else 0), log.read()[-5000:]
+    return steps_of(workdir)
+
+
+def steps_of(workdir):
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
     return [record for record in records if record["type"] == "step"]
 
 
@@ -52,18 +66,20 @@ def test_a_staged_run_samples_what_the_trainer_would(tmp_path, sglang_python):
 
 
 def test_ahead_of_the_trainer_by_one_batch(tmp_path, sglang_python):
-    """Samples come from the weights before, are corrected for it, and say so."""
-    steps = run(
-        tmp_path / "run",
-        sglang_python,
-        **{
-            "config.order": "('perception',)",
-            "config.stages.perception.steps": "4",
-            "config.stages.perception.learning_rate": "1e-3",
-            "config.rollout.async_steps": "1",
-            "config.objective.sampler_correction": "truncate",
-        },
-    )
-    assert [step["staleness_max"] for step in steps] == [0, 1, 1, 1]
-    assert steps[0]["logprob_difference_max"] < 1e-3
-    assert all(step["logprob_difference_max"] > 1e-3 for step in steps[1:] if step["staleness"] == 1)
+    """Samples come from the weights before, are corrected for it, and say so. Stopped with a batch on its way, the run
+    ends at once, and goes on with that batch."""
+    changes = {
+        "config.order": "('perception',)",
+        "config.stages.perception.steps": "5",
+        "config.stages.perception.learning_rate": "1e-3",
+        "config.rollout.async_steps": "1",
+        "config.objective.sampler_correction": "truncate",
+    }
+    before = run(tmp_path / "run", sglang_python, stop_after=2, **changes)
+    steps = run(tmp_path / "run", sglang_python, **changes)
+    assert len(before) < 5 and steps[: len(before)] == before
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
+    # The first step of each start waits for its own samples; later ones have those of the weights before.
+    fresh = {0, len(before)}
+    assert [step["staleness_max"] for step in steps] == [0 if i in fresh else 1 for i in range(5)]
+    assert all(steps[i]["logprob_difference_max"] < 1e-3 for i in fresh)
