@@ -244,7 +244,7 @@ def show(case: str, load: Load, sides: dict[str, dict]) -> dict[str, float | Non
 def main(_) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     jax.config.update("jax_platforms", "cpu")

@@ -47,7 +47,7 @@ from capcur_jax.rollout.sglang_settings import Settings
 _SGLANG = flags.DEFINE_string("sglang_python", None, "Python of SGLang's environment.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 200, "Prompts.")
 _RESPONSES = flags.DEFINE_integer("n", 2, "Responses of each.")
-_TOKENS = flags.DEFINE_integer("tokens", 384, "Of every response.")
+_TOKENS = flags.DEFINE_integer("tokens", 256, "Of every response.")
 _EVERY = flags.DEFINE_float("every", 20.0, "Seconds between kills.")
 _CONCURRENCY = flags.DEFINE_integer("concurrency", 8, "Prompts in flight on a server.")
 _CLOSE = 1e-3  # nats
@@ -191,7 +191,7 @@ def run(directory: Path) -> dict:
 
 
 def main(_) -> None:
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request
     with tempfile.TemporaryDirectory() as directory:
         found = run(Path(directory))
     for name, value in found.items():
