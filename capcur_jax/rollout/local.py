@@ -114,7 +114,7 @@ class LocalEngine:
         """See engine.Engine."""
         call = _Call(self, sampling, prompts, n, seed, images)
         while distributed.agree(call.unfinished()):
-            while distributed.agree(call.room() > 0):
+            while distributed.agree(call.worthwhile()):
                 call.admit()
             call.decode()
             self._health = call.collect()
@@ -248,7 +248,9 @@ class _Call:
     ):
         self._engine, self._work, self._prompts, self._n = engine, engine.work(n, sampling), prompts, n
         self._images = any(prompt.grids for prompt in prompts) if images is None else images
-        self._seed, self._waiting = np.uint32(seed % 2**32), deque(range(len(prompts)))
+        # Prompts alike meet in a prefill, which is as long as its longest; an answer's order is not that of its start.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].patches), len(prompts[i])), reverse=True)
+        self._seed, self._waiting = np.uint32(seed % 2**32), deque(order)
         # A response's number seeds it: the processes' prompts are numbered one after the other.
         counts = distributed.exchange(np.array([len(prompts)])).reshape(-1)
         self._first = n * int(counts[: jax.process_index()].sum())
@@ -270,8 +272,15 @@ class _Call:
         free = (self.running < 0).sum(1) // self._n
         return min(len(self._waiting), int(np.minimum(free, self._work.prompts).sum()))
 
+    def worthwhile(self) -> bool:
+        """Whether a device row has room for as many prompts as a prefill takes, or for all that wait."""
+        return bool(self._waiting) and int((self.running < 0).sum(1).max()) >= self._wanted()
+
+    def _wanted(self) -> int:
+        return self._n * min(self._work.prompts, len(self._waiting))
+
     def admit(self) -> None:
-        """Prefills so many of them, each on the device row that has the most free slots."""
+        """Prefills as many as there is room for, each on the device row that has the most free slots."""
         engine, n, each = self._engine, self._n, self._work.prompts
         parts: list[list[Prompt]] = [[] for _ in range(engine.shards)]
         places = np.full((engine.shards, each, n), self._work.rows, np.int32)  # past the last: nobody
@@ -302,7 +311,7 @@ class _Call:
         """Steps until free slots are worth giving away, or the clock is `until`."""
         work, wanted = self._work, np.full(self._engine.shards, _NEVER, np.int32)
         if self._waiting:
-            wanted[:] = self._n * min(work.prompts, len(self._waiting))
+            wanted[:] = self._wanted()
         limits = sharding.put(self._engine.mesh, wanted), np.int32(self._clock + _LOOK if until is None else until)
         self.slots = work.decode(self._engine.parameters, self.slots, self._seed, *limits)
 
