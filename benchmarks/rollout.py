@@ -169,7 +169,7 @@ def sglang(directory: Path, processor: Processor) -> Engine:
     flags = ("--max-running-requests", str(_SLOTS), "--max-total-tokens", "32768", "--context-length", "1024")
     settings = Settings(
         python=_SGLANG.value, device="cpu", dtype="float32", memory_fraction=0.3, concurrency=_SLOTS, arguments=flags,
-        environment={"TORCHDYNAMO_DISABLE": "1"},
+        environment=("TORCHDYNAMO_DISABLE=1",),
     )  # fmt: skip
     engine = SGLangEngine(processor, presets.TINY_CHECKPOINT, directory, settings)
     engine.update_weights(nnx.state(huggingface.load(presets.TINY_CHECKPOINT)), 0)

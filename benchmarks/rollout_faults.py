@@ -144,7 +144,7 @@ def settings() -> Settings:
     return Settings(
         python=_SGLANG.value, device="cpu", dtype="float32", servers=2, memory_fraction=0.3,
         concurrency=_CONCURRENCY.value, retries=50, restarts=5, start_timeout_s=600, request_timeout_s=300,
-        update_timeout_s=120, environment={"TORCHDYNAMO_DISABLE": "1"},
+        update_timeout_s=120, environment=("TORCHDYNAMO_DISABLE=1",),
         arguments=("--max-total-tokens", room, "--max-running-requests", running, "--context-length", "2048"),
     )  # fmt: skip
 

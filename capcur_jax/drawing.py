@@ -41,7 +41,7 @@ class Drawer:
         self._group, self._allowed = settings.group, settings.async_steps * updates
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "rollout") if settings.async_steps else None
         self._ahead: _Ahead | None = None
-        self._renewed = 0
+        self._renewed, self._rate = 0, 0.0
 
     def __enter__(self) -> Drawer:
         return self
@@ -55,7 +55,8 @@ class Drawer:
         self._renewed = 0
         retries = self._run.config.rollout.dynamic_retries
         rollout = collect(lambda attempt: self._draw(timer, attempt), self._local, retries, capabilities)
-        return dataclasses.replace(rollout, version=self._run.version, renewed=self._renewed)
+        facts = {"version": self._run.version, "renewed": self._renewed, "tokens_per_second": self._rate}
+        return dataclasses.replace(rollout, **facts)
 
     def ahead(self, timer: metrics.PhaseTimer) -> None:
         """Has the next step's batch sampled from now on, by the present weights, if that is asked for."""
@@ -74,6 +75,7 @@ class Drawer:
             examples = ahead.examples
         with timer("rollout"):  # of one that was drawn ahead: what the update did not hide
             drawn = ahead.drawn.result() if ahead else self._generate(examples, run.rollout_seed(attempt))
+            self._rate = run.engine.health().tokens_per_second  # before another call begins
             self._renew(examples, drawn, attempt)
         run.consumed_batch()
         with timer("reward"):

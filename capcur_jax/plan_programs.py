@@ -147,6 +147,11 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
     moments = 0 if config.optimizer.memory != "device" else on_device(state.optimizer)
     kept = 0 if reference is None or config.reference.memory != "device" else on_device(reference)
     ahead = on_device(batch)  # the next one is on its way while a batch is being worked on
+    engine = None
+    if grpo and config.rollout.engine == "local":
+        engine = _engine(config, processor, buckets, mesh)
+        if config.rollout.gathered:  # the sampler's copy stays
+            kept, ahead = kept + on_device(engine.parameters), ahead + on_device(engine.parameters)
     micro = stage.prompts // batch.prompts.tokens.shape[0]
     programs = []
     if reference is not None:
@@ -166,12 +171,11 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
             moments + kept + ahead,
         )
     )
-    apply = lambda: learner.apply.trace(state, sums, rate)
+    apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
     programs.append(Program("update", packer.updates, apply, apply, on_device((state, sums)), on_device(frozen) + kept))
-    if grpo and config.rollout.engine == "local":
+    if engine is not None:
         beside = moments + on_device(sums) + kept
-        engine = (config, processor, buckets, stage, mesh)
-        programs += _sampling(*engine, large, small, images, beside)
+        programs += _sampling(engine, config, stage, large, small, images, beside)
     shapes = {
         "prompts of a step": stage.prompts,
         "updates of a step": packer.updates,
@@ -206,26 +210,29 @@ def _score(name, learner, policy, frozen, batch, smallest, times, resident) -> P
     )
 
 
+def _engine(config: ConfigDict, processor: Processor, buckets: Buckets, mesh: Mesh) -> LocalEngine:
+    """With parameters by shape alone."""
+    graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
+    return LocalEngine(
+        nnx.merge(graph, parameters), processor, slots=config.rollout.slots, prefill=config.rollout.prefill,
+        gathered=config.rollout.gathered, buckets=buckets, mesh=mesh,
+    )  # fmt: skip
+
+
 def _sampling(
+    engine: LocalEngine,
     config: ConfigDict,
-    processor: Processor,
-    buckets: Buckets,
     stage: Stage,
-    mesh: Mesh,
     large: list[PromptSize],
     small: list[PromptSize],
     images: bool,
     resident: int,
 ) -> list[Program]:
     """What the local engine runs: prefill, and decoding until a slot is free again."""
-    known, group, T = processor.config, config.rollout.group, config.rollout.max_new_tokens
-    graph, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
-    engine = LocalEngine(
-        nnx.merge(graph, parameters), processor, slots=config.rollout.slots, prefill=config.rollout.prefill,
-        gathered=config.rollout.gathered, buckets=buckets, mesh=mesh,
-    )  # fmt: skip
-    if config.rollout.gathered:  # beside the trainer's own
-        resident += on_device(parameters)
+    known, mesh, group, T = engine.processor.config, engine.mesh, config.rollout.group, config.rollout.max_new_tokens
+    _, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
+    if config.rollout.gathered:  # the copy is the programs' argument; the trainer's own lie there, too
+        resident += on_device(parameters) - on_device(engine.parameters)
     shortest, rows = min(max(lengths) for lengths in config.packing.buckets), sharding.row_shards(mesh)
     sampling = Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
     work = engine.work(group, sampling)
@@ -233,7 +240,7 @@ def _sampling(
     slots = engine.slots_shape(work)
 
     def arguments(sizes, largest):
-        shape = (max if largest else min)(buckets.shapes(sizes, images, work.prompts * rows, rows))
+        shape = (max if largest else min)(engine.buckets.shapes(sizes, images, work.prompts * rows, rows))
         return engine.abstract(work, shape, group)
 
     tensor, text, width = mesh.shape["tensor"], known.text, jnp.dtype(config.model.dtype).itemsize

@@ -56,6 +56,7 @@ class Rollout:
     capabilities: tuple[str, ...] = ()  # of the stage, in an order that all processes share
     version: int = 0  # of the weights that train on them
     renewed: int = 0  # groups that were sampled again because they were too old
+    tokens_per_second: float = 0.0  # of this process's last call of the sampler
 
     @property
     def samples(self) -> list[Sample]:
@@ -86,6 +87,7 @@ class Rollout:
         add("drawn_groups", [self.drawn])
         add("dropped_groups", [self.dropped_equal])
         add("renewed_groups", [self.renewed])
+        add("rollout_tokens_per_second", [self.tokens_per_second])
         ages = np.array([self.version - sample.version for sample in self.samples])
         add("staleness", ages)
         for capability in self.capabilities:
@@ -98,7 +100,7 @@ class Rollout:
         for name in ("reward", "advantage"):
             mean[f"{name}_std"] = float(np.sqrt(max(mean.pop(f"{name}_square") - mean[name] ** 2, 0.0)))
         mean |= {name: 0.0 - value if name.endswith("_max") else value for name, value in ends.items()}
-        for name in ("drawn_groups", "dropped_groups", "renewed_groups"):
+        for name in ("drawn_groups", "dropped_groups", "renewed_groups", "rollout_tokens_per_second"):
             mean[name] = total[name][0]
         return {name: float(value) for name, value in mean.items()}
 

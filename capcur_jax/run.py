@@ -71,6 +71,12 @@ class Run:
         self.sets = Sets(config.data, workdir / "data")
         check(config, stages, self.sets)
         self._build_data()
+        gpus = config.mesh.gpus
+        if gpus and jax.default_backend() == "gpu" and jax.local_device_count() != len(gpus):
+            raise InputError(
+                f"config.mesh.gpus = {tuple(gpus)}, but JAX has {jax.local_device_count()} of this host's GPUs: start "
+                "the run with capcur_jax.main, one process a host, or set CUDA_VISIBLE_DEVICES and leave the key empty"
+            )
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
         plain = check_same(workdir, config)
         self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
@@ -263,7 +269,7 @@ class Run:
 
     def begin_update(self, trainer: Trainer) -> None:
         """The devices are the trainer's, where it and the engine take turns on them."""
-        if self.turns:
+        if self.turns and trainer.away:
             self.engine.release()
             trainer.enter()
 
@@ -273,9 +279,12 @@ class Run:
             trainer.leave()
             self.parameters = trainer.parameters()
 
-    def publish(self, trainer: Trainer, updates: int) -> dict[str, float]:
-        """The parameters after an update: what the engine samples from and what is saved. Seconds by phase."""
+    def publish(self, trainer: Trainer, updates: int, sampled: bool = True) -> dict[str, float]:
+        """The parameters after an update: what is saved and, if something is `sampled` before the next one, what the
+        engine samples from. Seconds by phase."""
         self.parameters, self.version = trainer.parameters(), self.version + updates
+        if not sampled:
+            return {}
         self.end_update(trainer)
         if self.turns:
             self.engine.resume()

@@ -116,9 +116,11 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
                 raise
             tracer.before(run.step + 1)
             timer, rollout = metrics.PhaseTimer(), None
+            last = step + 1 == stage.steps
+            validated = bool(config.validation.every) and (step + 1) % config.validation.every == 0
             if stage.objective == "grpo":
                 rollout = drawer.step(timer, run.capabilities(stage))
-                if step + 1 < stage.steps:
+                if not last:
                     drawer.ahead(timer)
                 items = [
                     grpo_item(g.example.prompt, g.samples, g.advantages, config.objective.mask_truncated)
@@ -138,7 +140,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
                 if config.rollout.engine != "local":  # what follows reads the parameters: let this phase be its own
                     jax.block_until_ready(updates)
             with timer("sync"):
-                phases = run.publish(trainer, packer.updates)
+                phases = run.publish(trainer, packer.updates, stage.objective == "grpo" or last or validated)
             run.step += 1
             record = record_of(run, stage, step, minibatches, rollout, rates[step][-1])
             record |= {f"seconds_sync_{phase}": seconds for phase, seconds in phases.items()}
@@ -149,11 +151,11 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
             tracer.after(run.step)
             run.position = dataclasses.replace(run.position, stage_step=step + 1)
             metric = None
-            if config.validation.every and (step + 1) % config.validation.every == 0:
+            if validated:
                 late.write()
                 with late.extra("seconds_validation"):
                     metric = results.validate(run, stage.name)
-            if metric is not None or (step + 1) % config.checkpointing.every == 0 or step + 1 == stage.steps:
+            if metric is not None or (step + 1) % config.checkpointing.every == 0 or last:
                 late.write()
                 with late.extra("seconds_checkpoint"):
                     run.save(trainer, metric)
@@ -277,9 +279,8 @@ def record_of(
 
 def sampler_of(run: Run) -> dict[str, float]:
     """What the engine says of itself; its counters are of this process since its start."""
-    health = run.engine.health()
-    known = {"rollout_tokens_per_second": health.tokens_per_second, "weight_version": run.version}
-    return known | {f"rollout_{name}": count for name, count in run.engine.counters().items()}
+    counted = {f"rollout_{name}": count for name, count in run.engine.counters().items()}
+    return {"weight_version": run.version, **counted}
 
 
 class Late:

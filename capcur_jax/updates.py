@@ -209,6 +209,11 @@ class Trainer:
         (self.state, self.sums, self.reference), frozen = self._away.to_host((moved, self._frozen or self.frozen))
         self.frozen = self._frozen = self._frozen or frozen
 
+    @property
+    def away(self) -> bool:
+        """Whether it has left the devices."""
+        return self._away is not None
+
     def enter(self) -> None:
         """It comes back from there."""
         if self._away:

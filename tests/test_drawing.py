@@ -14,7 +14,7 @@ from capcur_jax import metrics, presets
 from capcur_jax.drawing import Drawer
 from capcur_jax.errors import InputError
 from capcur_jax.rollout import choose
-from capcur_jax.rollout.engine import Sample, Span
+from capcur_jax.rollout.engine import Health, Sample, Span
 from capcur_jax.rollouts import Group, Rollout
 from capcur_jax.run import Run
 from capcur_jax.updates import Trainer
@@ -34,6 +34,9 @@ class Engine:
         self.version, self.calls, self.gate = 0, [], threading.Event()
         self.gate.set()
         self.began = threading.Event()
+
+    def health(self):
+        return Health(self.version, tokens_per_second=10.0 * len(self.calls))
 
     def generate(self, prompts, sampling, n, seed, images):
         version = self.version
@@ -153,6 +156,7 @@ def test_trainer_and_servers_take_turns_in_this_order():
     run = types.SimpleNamespace(turns=True, engine=noting("release", "resume", "update_weights"), version=4)
     run.end_update = lambda trainer: Run.end_update(run, trainer)
     trainer = noting("enter", "leave", "parameters")
+    trainer.away = True
     Run.end_update(run, trainer)  # a stage begins: sampling comes first
     assert calls == ["leave", "parameters"]
     calls.clear()
@@ -161,6 +165,13 @@ def test_trainer_and_servers_take_turns_in_this_order():
     Run.publish(run, trainer, 2)
     calls = [call for call in calls if call != "parameters"]
     assert calls == ["release", "enter", "the update", "leave", "resume", "update_weights"] and run.version == 6
+    # An imitation step samples nothing: the trainer keeps the devices, and the engine its weights.
+    calls.clear()
+    Run.begin_update(run, trainer)
+    Run.publish(run, trainer, 1, sampled=False)
+    trainer.away = False
+    Run.begin_update(run, trainer)
+    assert [call for call in calls if call != "parameters"] == ["release", "enter"] and run.version == 7
 
 
 def test_what_left_the_devices_comes_back_bit_for_bit():
@@ -191,7 +202,21 @@ def test_what_left_the_devices_comes_back_bit_for_bit():
         ({"rollout.async_steps": 2}, "async_steps = 2; choose 0"),
         ({"rollout.async_steps": 1}, "needs config.rollout.engine = 'sglang'"),
         ({"rollout.engine": "sglang"}, "config.rollout.sglang.python"),
-        ({"rollout.engine": "sglang", "rollout.sglang.python": "p", "rollout.async_steps": 1}, "sampler_correction"),
+        ({"rollout.engine": "sglang", "rollout.sglang.python": "p"}, "the trainer would take GPUs"),
+        (
+            {
+                "rollout.engine": "sglang", "rollout.sglang.python": "p", "mesh.gpus": (0, 1),
+                "rollout.sglang.gpus": (1,),
+            },
+            "servers have .1, config",
+        ),
+        (
+            {
+                "rollout.engine": "sglang", "rollout.sglang.python": "p", "rollout.sglang.device": "cpu",
+                "rollout.async_steps": 1,
+            },
+            "sampler_correction",
+        ),
         (
             {
                 "rollout.engine": "sglang", "rollout.sglang.python": "p", "rollout.async_steps": 1,

@@ -200,7 +200,7 @@ def test_moments_in_bfloat16_rise_and_fall():
     for moments in ("float32", "bfloat16"):
         optimizer = make_optimizer(settings(moments=moments))
         parameters = jnp.zeros(shape)
-        body = lambda s, g, o=optimizer, p=parameters: (o.update(jnp.full(shape, g), s, p)[1], None)
+        body = lambda s, g, o=optimizer, p=parameters: (o.update(jnp.full(shape, g), s, p)[1], None)  # noqa: E731
         gradients = jnp.repeat(jnp.array([1.0, 0.1]), 1000)
         found[moments] = jax.jit(lambda s, b=body, g=gradients: jax.lax.scan(b, s, g)[0])(optimizer.init(parameters))
     want = 0.632304575 * 0.999**1000 + 0.01 * (1 - 0.999**1000)

@@ -141,7 +141,7 @@ CHIP = aot.Chip(memory_bytes=2**20, flops=1e9, bandwidth=1e6, link=1e5, network=
 def program(size: int, **values):
     """x @ x of [size, size] float32, one run."""
     array = jax.ShapeDtypeStruct((size, size), jnp.float32)
-    trace = lambda: jax.jit(lambda x: x @ x).trace(array)
+    trace = lambda: jax.jit(lambda x: x @ x).trace(array)  # noqa: E731
     known = {"name": "square", "times": 1, "given": 0, "resident": 0, "trips": (1, 1), "reads": 0}
     return SimpleNamespace(trace=trace, smallest=trace, **(known | values))
 

@@ -98,7 +98,7 @@ def rollout():
         group(2, [0.0] * G, (4, 4, 4, 1)),
         group(3, [0.1, 0.1, 0.1, 1.0], (1, 1, 4, 3), "visual"),
     ]
-    return Rollout(groups, 12, 3, ("perception", "text", "visual"), version=5, renewed=2)
+    return Rollout(groups, 12, 3, ("perception", "text", "visual"), version=5, renewed=2, tokens_per_second=70.0)
 
 
 def test_metrics_are_those_of_numpy(rollout):
@@ -127,6 +127,7 @@ def test_metrics_are_those_of_numpy(rollout):
         "drawn_groups": 12,
         "dropped_groups": 3,
         "renewed_groups": 2,
+        "rollout_tokens_per_second": 70,
         "staleness": (2 + 3 * 5) / 4,
         "staleness_max": 5,
     }
@@ -139,7 +140,10 @@ def test_metrics_are_those_of_numpy(rollout):
 
 def test_metrics_of_several_processes_are_those_of_all_their_groups(rollout, monkeypatch):
     shared = {"capabilities": rollout.capabilities, "version": rollout.version}
-    parts = [Rollout(rollout.groups[:1], 3, 1, renewed=2, **shared), Rollout(rollout.groups[1:], 9, 2, **shared)]
+    parts = [
+        Rollout(rollout.groups[:1], 3, 1, renewed=2, tokens_per_second=30.0, **shared),
+        Rollout(rollout.groups[1:], 9, 2, tokens_per_second=40.0, **shared),
+    ]
     given = [[], []]
     for part, kept in zip(parts, given, strict=True):
         monkeypatch.setattr("capcur_jax.distributed.exchange", lambda values, kept=kept: _kept(kept, values))

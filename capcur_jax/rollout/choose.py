@@ -32,6 +32,7 @@ def check(config: ConfigDict) -> None:
             )
         return
     settings = Settings.from_config(rollout.sglang)
+    _check_gpus(config, settings)
     if rollout.async_steps and config.objective.sampler_correction == "none":
         raise InputError(
             "config.rollout.async_steps = 1 trains on samples of older weights: set "
@@ -41,6 +42,19 @@ def check(config: ConfigDict) -> None:
         raise InputError(
             "config.rollout.async_steps = 1 samples while the trainer works: with config.rollout.sglang.colocate the "
             "two take turns; choose one"
+        )
+
+
+def _check_gpus(config: ConfigDict, settings: Settings) -> None:
+    """A GPU is the trainer's or a server's, unless they take turns."""
+    if settings.device != "cuda" or settings.addresses or settings.colocate:
+        return
+    served = set(settings.gpus or range(settings.servers * settings.tensor_parallel))
+    if not config.mesh.gpus or served & set(config.mesh.gpus):
+        raise InputError(
+            f"config.mesh.gpus = {tuple(config.mesh.gpus)}: the trainer would take GPUs that servers have "
+            f"({', '.join(map(str, sorted(served)))}, config.rollout.sglang.gpus); give each its own, or set "
+            "config.rollout.sglang.colocate=True to take turns"
         )
 
 

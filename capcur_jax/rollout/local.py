@@ -193,7 +193,7 @@ class LocalEngine:
         if self.mesh is None:
             return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), slots)
         place = functools.partial(NamedSharding, self.mesh)
-        at = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(spec))
+        at = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(spec))  # noqa: E731
         return jax.tree.map(at, slots, slots_lib.specs())
 
     def abstract(self, work: Work, shape: BatchShape, n: int) -> tuple[tuple, tuple]:
@@ -230,7 +230,7 @@ class _Gatherer:
         shapes = jax.eval_shape(self._cast, parameters)
         if self._places is None:
             return shapes
-        at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
         return jax.tree.map(at, shapes, self._places)
 
 

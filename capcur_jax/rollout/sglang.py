@@ -13,21 +13,25 @@ import fcntl
 import math
 import os
 import shutil
+import socket
 import tempfile
 import threading
+import time
+import zlib
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from capcur_jax import distributed
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.lora import LoRA
-from capcur_jax.rollout import sglang_checks, sglang_server
+from capcur_jax.rollout import manifest, sglang_checks, sglang_server
 from capcur_jax.rollout.engine import Health, Sample, Sampling
 from capcur_jax.rollout.sglang_client import Client, ServerError
 from capcur_jax.rollout.sglang_fleet import Fleet, Server, Weights
@@ -88,6 +92,7 @@ class SGLangEngine:
         self._thread.start()
         try:
             error = ""
+            _check_hosts(settings)
             try:
                 servers, router = self._members(source, directory, seed) if self._owner else ([], None)
                 if self._owner:
@@ -157,6 +162,13 @@ class SGLangEngine:
                 chosen = str(self._temporary)
             else:
                 chosen = str(directory / "weights")
+                logging.warning(
+                    "weights for the servers go through %s: %s; config.rollout.sglang.weights names a faster place",
+                    chosen,
+                    f"{MEMORY} has no {wanted / 1e9:.1f} GB free (in a container: --shm-size)"
+                    if not roomy
+                    else "not all processes and servers are known to share this host's memory",
+                )
         return Path(_tell([chosen])[0])
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -204,7 +216,11 @@ class SGLangEngine:
             sums = {name: number for file in update.files for name, number in file.checksums.items()}
             weights = Weights(version, update.directory, update.complete, sums)
             try:
+                begun = time.monotonic()
+                manifest.verify(update.complete if self._complete_next else update.directory)
+                read = time.monotonic() - begun
                 seconds = self._call(self._fleet.update(weights, complete=self._complete_next))
+                seconds["verify"] += read
             except RolloutError as failure:
                 error = str(failure)
         error = _tell([error])[0]
@@ -274,6 +290,16 @@ def clean_memory() -> None:
         with contextlib.suppress(OSError), left.open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent, ignore_errors=True)
+
+
+def _check_hosts(settings: Settings) -> None:
+    """Raises InputError where processes on other hosts could not reach the servers that the owner starts."""
+    hosts = np.unique(distributed.exchange(np.array([zlib.crc32(socket.gethostname().encode())])))
+    if len(hosts) > 1 and not settings.addresses and settings.host in ("127.0.0.1", "localhost", "::1", "0.0.0.0"):
+        raise InputError(
+            f"{WHERE}.host = {settings.host!r}, and the run's processes are on {len(hosts)} hosts: name the address by "
+            f"which all of them reach process 0's host, or start servers yourself and list them in {WHERE}.addresses"
+        )
 
 
 async def _client(address: str) -> Client:

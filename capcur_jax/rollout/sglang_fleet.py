@@ -196,7 +196,7 @@ class Fleet:
                 async with self._updating:
                     if not server.up or self._asleep or await server.client.healthy():
                         return
-            self._down(server, "it doesn't answer")
+            self.down(server, "it doesn't answer")
         finally:
             server.doubted = False
             await self.notify()
@@ -206,9 +206,9 @@ class Fleet:
             await asyncio.sleep(WATCH_S)
             for server in self.everyone:
                 if server.up and server.process and (code := server.process.ended()) is not None:
-                    self._down(server, f"its process ended with code {code}")
+                    self.down(server, f"its process ended with code {code}")
 
-    def _down(self, server: Server, reason: str) -> None:
+    def down(self, server: Server, reason: str) -> None:
         """Takes a server out and has it back; its prompts go elsewhere at once."""
         if server in self._recovering or server.lost:
             return
@@ -237,10 +237,12 @@ class Fleet:
                     await asyncio.sleep(WATCH_S)
                 server.process.start()
                 await self._healthy(server)
-                await self._bring_up(server)
-                return
+                if await self._bring_up(server):
+                    return
             except (ServerError, RolloutError) as error:
                 server.reason = str(error)
+            if self._asleep:  # it did nothing wrong: the devices are the trainer's now
+                server.failures -= 1
         server.lost = True
         await asyncio.to_thread(server.process.stop)
 
@@ -248,21 +250,26 @@ class Fleet:
         while True:
             await asyncio.sleep(PROBE_S)
             try:
-                if await server.client.healthy():
-                    await self._bring_up(server)
+                if await server.client.healthy() and await self._bring_up(server):
                     return
             except (ServerError, RolloutError) as error:
                 server.reason = str(error)
 
-    async def _bring_up(self, server: Server) -> None:
-        """Gives a healthy server the run's weights and takes it in. Raises ServerError or RolloutError."""
+    async def _bring_up(self, server: Server) -> bool:
+        """Gives a healthy server the run's weights and takes it in; False while servers are to hold no memory.
+
+        Raises ServerError or RolloutError.
+        """
         async with self._updating:
+            if self._asleep:
+                return False
             if server is not self.router and self.version is not None:
                 if self._manages:
                     await self._load(server, self._weights, self._weights.complete)
                 elif (has := await server.client.version()) != str(self.version):
                     raise Unreachable(f"it has weights of version {has}, the run is at {self.version}")
             server.up = True
+            return True
 
     # ------------------------------------------------------------------ weights
 
@@ -302,7 +309,7 @@ class Fleet:
     def _take_out(self, servers: Sequence[Server], results: Sequence[object]) -> None:
         for server, result in zip(servers, results, strict=True):
             if isinstance(result, ServerError | RolloutError):
-                self._down(server, str(result))
+                self.down(server, str(result))
             elif isinstance(result, BaseException):
                 raise result
 
@@ -364,6 +371,9 @@ class Fleet:
         """The servers give their GPU memory away."""
         async with self._updating:
             self._asleep = True
+            # One that is being started is not asked: it ends, and starts again when it may.
+            starting = [server.process for server in self._recovering if server.process]
+            await asyncio.gather(*(asyncio.to_thread(process.stop) for process in starting))
             await self._all(lambda client: client.abort(everything=True))
             await self._all(lambda client: client.release(self.settings.update_timeout_s))
 

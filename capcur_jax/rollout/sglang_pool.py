@@ -89,6 +89,8 @@ class Pool:
                 except wire.BadAnswer as error:
                     reason = str(error)
                     self._counters["refused"] += 1
+                    if isinstance(error, wire.ForeignWeights) and server is not self.fleet.router:
+                        self.fleet.down(server, reason)
                 finally:
                     progress.running -= missing
                     progress.queued += n - len(found)
@@ -121,7 +123,8 @@ class Pool:
         finally:
             server.calls.discard(call)
             if call.cancelled() or not call.done() or isinstance(call.exception(), TimedOut):
-                # The closed connection aborts what runs; this also what the server hasn't begun with.
+                # The closed connection aborts what runs. This is for what waits behind a router or in the server's
+                # queue under the name that we gave it; groups get names of the server's own.
                 self.fleet.begin(self._abort(body["rid"]))
         got = wire.samples(answer, prompt, self._processor, sampling, n)
         server.failures = 0

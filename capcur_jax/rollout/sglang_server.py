@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,8 +93,15 @@ def environment(settings: Settings, number: int, base: Mapping[str, str]) -> dic
     else:
         each = settings.tensor_parallel
         gpus = settings.gpus or range(settings.servers * each)
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus[number * each : (number + 1) * each])
-    found |= {str(name): str(value) for name, value in settings.environment.items()}
+        # Ids count among the GPUs that this process was given, as JAX's do (config.mesh.gpus).
+        given = [name for name in base.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        mine = gpus[number * each : (number + 1) * each]
+        if given and max(mine) >= len(given):
+            raise InputError(
+                f"{WHERE}.gpus: id {max(mine)}, but CUDA_VISIBLE_DEVICES={','.join(given)} gives {len(given)}"
+            )
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(given[gpu] if given else str(gpu) for gpu in mine)
+    found |= dict(one.split("=", 1) for one in settings.environment)
     # Last: else image features of old vision weights outlive an update; flushing the cache doesn't clear them.
     return found | {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
 
@@ -131,6 +139,7 @@ class Process:
         self.name, self.log = name, log
         self._line, self._variables = list(line), dict(variables)
         self._guard: subprocess.Popen | None = None
+        self._stopping = threading.Lock()
 
     def start(self) -> None:
         """Raises InputError where the executable doesn't exist."""
@@ -155,35 +164,28 @@ class Process:
     @property
     def group(self) -> int | None:
         """The process group of all that it started."""
-        return self._guard.pid if self._guard else None
+        return guard.pid if (guard := self._guard) else None
 
     def ended(self) -> int | None:
         """Its exit code; None while it runs."""
-        return self._guard.poll() if self._guard else 0
+        return guard.poll() if (guard := self._guard) else 0
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Ends it and everything that it started; returns when nothing of it is left."""
-        if self._guard is None:
-            return
-        give_up = time.monotonic() + grace_s
-        self._signal(signal.SIGTERM)
-        while self._signal(0) and time.monotonic() < give_up:
-            time.sleep(0.05)
-        give_up = time.monotonic() + 10
-        while self._signal(signal.SIGKILL) and time.monotonic() < give_up:
-            time.sleep(0.05)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._guard.wait(5)
-        self._guard = None
-
-    def _signal(self, number: int) -> bool:
-        """Whether there was anything left to send it to."""
-        self._guard.poll()  # a process that has ended stays in its group until it is waited for
-        try:
-            os.killpg(self._guard.pid, number)
-        except (ProcessLookupError, PermissionError):
-            return False
-        return True
+        with self._stopping:  # a recovery and the engine's end may both ask for it
+            guard = self._guard
+            if guard is None:
+                return
+            give_up = time.monotonic() + grace_s
+            _signal(guard, signal.SIGTERM)
+            while _signal(guard, 0) and time.monotonic() < give_up:
+                time.sleep(0.05)
+            give_up = time.monotonic() + 10
+            while _signal(guard, signal.SIGKILL) and time.monotonic() < give_up:
+                time.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                guard.wait(5)
+            self._guard = None
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of the log, each cut to a screen's width."""
@@ -194,3 +196,13 @@ class Process:
         except OSError:
             return ""
         return "\n".join(line[:240] for line in found[-lines:])
+
+
+def _signal(guard: subprocess.Popen, number: int) -> bool:
+    """Whether there was anything left in its group to send it to."""
+    guard.poll()  # a process that has ended stays in its group until it is waited for
+    try:
+        os.killpg(guard.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

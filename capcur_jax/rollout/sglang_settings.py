@@ -23,7 +23,7 @@ class Settings:
     gpus: tuple[int, ...] = ()  # servers x tensor_parallel ids, server after server; (): 0, 1, ...
     device: str = "cuda"  # | cpu
     python: str = ""  # executable of the environment that has SGLang
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further variables of the servers
+    environment: tuple[str, ...] = ()  # further variables of the servers, NAME=VALUE
     arguments: tuple[str, ...] = ()  # further flags of the servers; they win over ours
     host: str = "127.0.0.1"  # where started servers listen; they know no password
     port: int = 0  # of the first server, counting up; 0: free ones
@@ -48,10 +48,10 @@ class Settings:
         for key in given:
             if key not in known:
                 raise InputError(f"{WHERE}.{key} does not exist; known: {', '.join(known)}")
-        for key in ("addresses", "gpus", "arguments"):
+        for key in ("addresses", "gpus", "arguments", "environment"):
             if key in given:
                 given[key] = tuple(given[key])
-        settings = cls(**{**given, "environment": dict(given.get("environment", {}))})
+        settings = cls(**given)
         settings._check()
         return settings
 
@@ -71,6 +71,7 @@ class Settings:
         for key in ("request_timeout_s", "start_timeout_s", "update_timeout_s"):
             need(getattr(self, key) > 0, key, "must be more than 0 seconds")
         need(0 <= self.memory_fraction < 1, "memory_fraction", "must be 0 (the server's choice) or a share below 1")
+        need(all("=" in one for one in self.environment), "environment", "each must be NAME=VALUE")
         for address in self.addresses:
             need(address.startswith(("http://", "https://")), "addresses", "each must be http://HOST:PORT")
         need(len(set(self.addresses)) == len(self.addresses), "addresses", "names a server twice")

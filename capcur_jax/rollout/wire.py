@@ -26,6 +26,10 @@ class BadAnswer(ValueError):
     """A server's answer that can't be trained on; another server may give a better one."""
 
 
+class ForeignWeights(BadAnswer):
+    """Made by weights that we didn't send: somebody else started or updated that server."""
+
+
 class WrongPrompt(RolloutError):
     """The server counted other prompt tokens than we did: it saw another prompt, and so would every further try."""
 
@@ -186,7 +190,7 @@ def _spans(meta: Mapping[str, Any], length: int) -> tuple[Span, ...]:
     try:
         spans = tuple(Span(int(one["version"]), one["start"], one["end"]) for one in given)
     except ValueError:
-        raise BadAnswer(f"made by weights that we didn't send, version {given[0]['version']!r}") from None
+        raise ForeignWeights(f"made by weights that we didn't send, version {given[0]['version']!r}") from None
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != length:
         raise BadAnswer(f"weight versions {given} that don't cover {length} tokens")

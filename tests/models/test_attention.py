@@ -32,7 +32,7 @@ def heads(rows, tokens, query=4, kv=2, size=12, **kinds):
 def in_group(kernel):
     """Two prompts of 140 slots with two rows each, and their keys and values to differentiate as well."""
     arrays = (*heads(4, ODD), normal(2, 140, 2, 12, seed=3), normal(2, 140, 2, 12, seed=4))
-    theirs = lambda q, k, v, *prompt: reference(q, k, v, Extend(*prompt, LENGTHS))
+    theirs = lambda q, k, v, *prompt: reference(q, k, v, Extend(*prompt, LENGTHS))  # noqa: E731
     return lambda *arrays: kernel(*arrays, LENGTHS), theirs, arrays
 
 

@@ -117,7 +117,7 @@ def test_a_layer_and_its_gradients_equal_numpy_s():
     np.testing.assert_allclose(into_x, g @ (w + scale * a @ b).T, atol=1e-5)
     # A B itself, [6, 9], is made neither forwards nor backwards once W is not differentiated.
     factors = nnx.State({"lora_a": state["lora_a"], "lora_b": state["lora_b"]})
-    loss = lambda f, x: (nnx.merge(graph, nnx.merge_state(state, f))(x) * g).sum()
+    loss = lambda f, x: (nnx.merge(graph, nnx.merge_state(state, f))(x) * g).sum()  # noqa: E731
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(factors, x)
     products = [e.outvars[0].aval.shape for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     assert len(products) >= 7 and (6, 9) not in products and (9, 6) not in products
@@ -234,7 +234,7 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
             )
         )
     whole = Buckets((TOKENS,), 64, (1.0,)).collate(rows, scene.processor.config, scene.processor.pad_token)
-    model_of = lambda p: nnx.merge(graph, p)
+    model_of = lambda p: nnx.merge(graph, p)  # noqa: E731
     full = np.asarray(quick_jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
     _, prompt = quick_jit(lambda p: model_of(p).prefill(scene.batch))(state)
     extended = np.asarray(

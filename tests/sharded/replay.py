@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
     buckets = Buckets((64, 160), 64 * 4, (1.0, 2.0))
     graph, parameters = nnx.split(model)
     prompts, groups = recorded(processor)
-    engine = LocalEngine(model, processor, slots=PROMPTS * 2, buckets=buckets, mesh=mesh)
+    engine = LocalEngine(model, processor, slots=PROMPTS, buckets=buckets, mesh=mesh)
     stage = schedule.stages(config)[0]
     stage = schedule.Stage(**{**stage.__dict__, "prompts": PROMPTS})
     packer = Packer(stage, config, buckets, processor, mesh, images=True)

@@ -110,7 +110,7 @@ def sglang_python():
 def settings(sglang_python):
     return Settings(
         python=sglang_python, device="cpu", dtype="float32", memory_fraction=0.3, concurrency=4, start_timeout_s=300,
-        request_timeout_s=120, update_timeout_s=60, environment={"TORCHDYNAMO_DISABLE": "1"},
+        request_timeout_s=120, update_timeout_s=60, environment=("TORCHDYNAMO_DISABLE=1",),
     )  # fmt: skip
 
 

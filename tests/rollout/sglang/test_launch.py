@@ -58,10 +58,10 @@ def _members(group: int) -> list[int]:
 
 def test_settings_come_from_the_config_section():
     section = ml_collections.ConfigDict(
-        {"python": "/x/python", "servers": 2, "gpus": (4, 5), "environment": {"A": "b"}, "arguments": ("--flag", "1")}
+        {"python": "/x/python", "servers": 2, "gpus": (4, 5), "environment": ("A=b",), "arguments": ("--flag", "1")}
     )
     got = Settings.from_config(section)
-    assert (got.servers, got.gpus, got.environment, got.arguments) == (2, (4, 5), {"A": "b"}, ("--flag", "1"))
+    assert (got.servers, got.gpus, got.environment, got.arguments) == (2, (4, 5), ("A=b",), ("--flag", "1"))
     assert not got.deterministic and got.host == "127.0.0.1"
     assert Settings.from_config({"addresses": ["http://a:1"]}).addresses == ("http://a:1",)
 
@@ -123,7 +123,7 @@ def test_newer_processor_files_are_unbounded_too(checkpoint, tmp_path):
 def test_the_command_line_of_a_gpu_server():
     settings = Settings(
         python="/e/bin/python", servers=2, tensor_parallel=2, gpus=(1, 3, 5, 7), colocate=True, memory_fraction=0.6,
-        arguments=("--context-length", "9000"), environment={"NCCL_DEBUG": "INFO", "SGLANG_VLM_CACHE_SIZE_MB": "100"},
+        arguments=("--context-length", "9000"), environment=("NCCL_DEBUG=INFO", "SGLANG_VLM_CACHE_SIZE_MB=100"),
     )  # fmt: skip
     line = sglang_server.command(settings, Path("/m"), 1, 31001, seed=10)
     assert line[:3] == ["/e/bin/python", "-m", "sglang.launch_server"] and line[-2:] == ["--context-length", "9000"]
