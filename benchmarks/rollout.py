@@ -53,7 +53,7 @@ from capcur_jax.rollout.local import LocalEngine
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often the sides take turns; the median counts.")
 _CASES = flags.DEFINE_list("cases", ["fixed", "greedy", "varied"], "Which loads.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 2.4, "Of the load `varied`.")
-_PREFILL = flags.DEFINE_integer("prefill", 8, "Prompts that the local engine takes at once, in the loads of 400.")
+_PREFILL = flags.DEFINE_integer("prefill", 16, "Prompts that the local engine takes at once, in the loads of 400.")
 _SGLANG = flags.DEFINE_string("sglang_python", "", "Python of SGLang's environment; empty: without SGLang.")
 _SLOTS = 80
 GOALS = {"fixed": 2.0, "greedy": 3.0, "varied": 3.0}
