@@ -124,7 +124,7 @@ class Fleet:
         for server in self.servers:
             if server.process:
                 server.process.start()
-        waits = [asyncio.create_task(self._healthy(server)) for server in self.servers]
+        waits = [asyncio.create_task(self._started(server)) for server in self.servers]
         try:
             await asyncio.gather(*waits)
             if self.router:
@@ -151,6 +151,17 @@ class Fleet:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _started(self, server: Server) -> None:
+        """As `_healthy`; a process that ends is started once more: a busy host, or a port that was taken meanwhile."""
+        try:
+            await self._healthy(server)
+        except Unreachable:
+            if server.process is None:
+                raise
+            await asyncio.to_thread(server.process.stop)
+            server.process.start()
+            await self._healthy(server)
 
     async def _healthy(self, server: Server) -> None:
         """Returns when it is. Raises ServerError when its process ends or start_timeout_s is over."""
