@@ -217,7 +217,10 @@ class SGLangEngine:
             weights = Weights(version, update.directory, update.complete, sums)
             try:
                 begun = time.monotonic()
-                manifest.verify(update.complete if self._complete_next else update.directory)
+                try:
+                    manifest.verify(update.complete if self._complete_next else update.directory)
+                except RolloutError as failure:
+                    raise RolloutError(f"{failure}; no server is told of it") from None
                 read = time.monotonic() - begun
                 seconds = self._call(self._fleet.update(weights, complete=self._complete_next))
                 seconds["verify"] += read
