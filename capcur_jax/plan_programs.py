@@ -241,7 +241,7 @@ def _sampling(
 
     def arguments(sizes, largest):
         shape = (max if largest else min)(engine.buckets.shapes(sizes, images, work.prompts * rows, rows))
-        return engine.abstract(work, shape, group)
+        return engine.abstract(slots, shape, group)
 
     tensor, text, width = mesh.shape["tensor"], known.text, jnp.dtype(config.model.dtype).itemsize
     decoder = sum(leaf.size for path, leaf in nnx.to_flat_state(parameters) if path[0] != "visual")

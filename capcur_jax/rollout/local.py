@@ -98,10 +98,11 @@ class LocalEngine:
         work = self.work(n, sampling)
         images = any(prompt.images for prompt in sizes) if images is None else images
         work.empty.compile(self.parameters)
+        slots = self.slots_shape(work)
         for shape in self.buckets.shapes(sizes, images, work.prompts * self.shards, self.shards):
-            admitted, decoded = self.abstract(work, shape, n)
+            admitted, decoded = self.abstract(slots, shape, n)
             work.admit.compile(*admitted)
-            work.decode.compile(*decoded)
+        work.decode.compile(*decoded)
 
     def generate(
         self,
@@ -196,9 +197,8 @@ class LocalEngine:
         at = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(spec))  # noqa: E731
         return jax.tree.map(at, slots, slots_lib.specs())
 
-    def abstract(self, work: Work, shape: BatchShape, n: int) -> tuple[tuple, tuple]:
-        """Arguments of `work.admit` and `work.decode`, by shape."""
-        slots = self.slots_shape(work)
+    def abstract(self, slots: Slots, shape: BatchShape, n: int) -> tuple[tuple, tuple]:
+        """Arguments of `Work.admit` and `Work.decode` for `slots_shape`'s slots, by shape."""
         blank = self.buckets.blank(shape, self.processor.config, self.processor.pad_token)
         numbers = np.zeros((shape.prompts, n), np.int32), np.zeros((shape.prompts, n), np.uint32)
         admitted = sharding.abstract(self.mesh, (blank, *numbers))
