@@ -280,8 +280,6 @@ class WeightStore:
             if version < before and (self._last is None or version != self._last.version):
                 shutil.rmtree(path, ignore_errors=True)
 
-    verify = staticmethod(manifest.verify)
-
     def close(self) -> None:
         """Removes all versions: no server loads any more."""
         for path in self._versions() if distributed.is_owner() and self._lock else ():

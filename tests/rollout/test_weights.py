@@ -404,6 +404,7 @@ SHARDED = """
 from flax import nnx
 from capcur_jax import sharding
 from capcur_jax.models import huggingface
+from capcur_jax.rollout import manifest
 from capcur_jax.rollout.weights import WeightStore
 from ml_collections import ConfigDict
 distributed.initialize()
@@ -422,7 +423,7 @@ flat = nnx.to_flat_state(parameters)
 moved = nnx.from_flat_state([(p, x if p[0] == "visual" else x.replace(x[...] * 2)) for p, x in flat])
 second = store.write(moved, 2)
 print("MINE", len(mine), len(first.files) + len(second.files), any("visual" in name for name in second.names))
-assert store.verify(second.complete) == 2 and store.verify(first.directory) == 1
+assert manifest.verify(second.complete) == 2 and manifest.verify(first.directory) == 1
 if distributed.process_count() == 2:  # a disk that is full for one of them
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -434,7 +435,7 @@ if distributed.process_count() == 2:  # a disk that is full for one of them
         sys.exit("not noticed")
     except RolloutError as error:
         print("FAILED", error)
-    assert store.verify(second.complete) == 2
+    assert manifest.verify(second.complete) == 2
     files.write = write
     assert len(store.write(moved, 3).names) == len(first.names)
 distributed.barrier("end")
