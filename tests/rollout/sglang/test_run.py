@@ -79,7 +79,9 @@ def test_ahead_of_the_trainer_by_one_batch(tmp_path, sglang_python):
     steps = run(tmp_path / "run", sglang_python, **changes)
     assert len(before) < 5 and steps[: len(before)] == before
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
-    # The first step of each start waits for its own samples; later ones have those of the weights before.
-    fresh = {0, len(before)}
-    assert [step["staleness_max"] for step in steps] == [0 if i in fresh else 1 for i in range(5)]
-    assert all(steps[i]["logprob_difference_max"] < 1e-3 for i in fresh)
+    # The first step of each start waits for its own samples; later ones have those of the weights before, unless a busy
+    # machine's server had not begun when the update reached it. Either way they say by which weights they were made.
+    assert {steps[0]["staleness_max"], steps[len(before)]["staleness_max"]} == {0}
+    for step in steps:
+        assert step["staleness_max"] in (0, 1)
+        assert step["staleness_max"] == 1 or step["logprob_difference_max"] < 1e-3
