@@ -11,11 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 IMAGE_MARK = "<image>"
 SPLITS = ("train", "validation", "test")
+
+
+ANSWER_TYPES = ("letter", "number", "expression", "word")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,23 @@ class Problem:
     images: tuple[str, ...] = ()  # absolute paths
     capability: str = ""  # "perception" | "text" | "visual" | a user's own
     kind: str = ""  # finer kind, e.g. "shape" or "corners"
-    response: str | None = None  # the target of an SFT row
+    response: str | None = None  # the target of an SFT row; of a caption set the caption
+    answer_type: str = ""  # one of ANSWER_TYPES; "": not said
+    source: str = ""  # the data set that it comes from
+    pass_rate: float | None = None  # the share of a model's responses that were right (paper, difficulty)
+    # Whose: {"model", "samples", "temperature", "max_new_tokens", ...}.
+    pass_rate_by: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    predictions: tuple[str, ...] = ()  # the answers found in those responses
+    correctness: tuple[float, ...] = ()  # the accuracy of each
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # free; JSON values
+
+
+class Drop(NamedTuple):
+    """A row that can't be used. Nothing is left out silently: whoever leaves a row out yields or counts one of these."""
+
+    where: str  # "file:line", "file, row 3", the path of an image
+    reason: str  # a few words that are counted, such as "no answer" or "broken image"
+    detail: str  # what is wrong with this one; what to do about it
 
 
 class _BadRow(ValueError):

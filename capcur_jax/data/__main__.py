@@ -1,0 +1,50 @@
+"""Makes, checks and measures problem sets: python -m capcur_jax.data COMMAND --help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+from capcur_jax.errors import InputError
+
+# Each is a module of capcur_jax.data.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
+COMMANDS = {
+    "build": "a problem file from a public data set's own files",
+    "check": "what a problem file holds: counts, duplicates, broken images, overlong prompts, histograms",
+    "split": "train, validation and test by the hash of the images",
+    "synthesize": "perception questions from captions, written by a language model",
+    "filter": "keeps the questions that filter models answer from the caption and not from the image",
+    "difficulty": "pass rates of a model on each problem",
+    "contamination": "what a training set shares with evaluation sets",
+    "card": "a page about a problem set: counts and examples with their pictures",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; its last line on stdout is a JSON object. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m capcur_jax.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if arguments[:1] == [name]:  # the others' modules are not imported: some of them bring JAX
+            module = importlib.import_module(f"capcur_jax.data.commands.{name}")
+            module.add_arguments(command)
+    chosen = parser.parse_args(arguments)
+    try:
+        result = module.run(chosen)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
