@@ -44,7 +44,7 @@ class Problem:
 
 
 class Drop(NamedTuple):
-    """A row that can't be used. Nothing is left out silently: whoever leaves a row out yields or counts one of these."""
+    """A row that can't be used. Never silently: whoever leaves a row out yields or counts one of these."""
 
     where: str  # "file:line", "file, row 3", the path of an image
     reason: str  # a few words that are counted, such as "no answer" or "broken image"
