@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from capcur_jax import distributed, metrics, objectives, sharding
 from capcur_jax.checkpointing import Checkpoints, truncate_records
 from capcur_jax.checks import check, check_same, dtype_of, sampling_of
+from capcur_jax.data.images import ImageStore
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder
@@ -203,7 +204,8 @@ class Run:
                 self.display.warn(
                     f"{self.source} is no {config.architecture}: what plan says of that does not hold here"
                 )
-        self.builder = PromptBuilder(self.processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
+        store = self._closing.enter_context(ImageStore(config.data.workers, config.data.image_cache_mb))
+        self.builder = PromptBuilder(self.processor, prompt.instruction, prompt.max_tokens, prompt.patch_row, store)
         merged = self.processor.config.vision.merge_size**2
         if prompt.patch_row % merged:
             raise InputError(f"config.prompt.patch_row must be a multiple of {merged}: so many patches make a token")
