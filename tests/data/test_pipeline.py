@@ -6,7 +6,8 @@ import pytest
 
 from capcur_jax import presets
 from capcur_jax.data import pipeline
-from capcur_jax.data.problem import Problem, read_problems, write_problems
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.errors import InputError
 
 PROBLEMS = [Problem(str(i), f"question {i}", str(i)) for i in range(10)]
@@ -94,7 +95,7 @@ def config():
 
 
 def test_a_user_s_file_is_read_and_its_rows_get_the_set_s_name(config, tmp_path):
-    write_problems(tmp_path / "mine.jsonl", PROBLEMS)
+    write_rows(tmp_path / "mine.jsonl", PROBLEMS)
     config.data.sets.text.train = str(tmp_path / "mine.jsonl")
     problems = pipeline.Sets(config.data, tmp_path).problems("text", "train")
     assert ids(problems) == ids(PROBLEMS) and {problem.capability for problem in problems} == {"text"}
@@ -111,11 +112,11 @@ def test_a_set_is_built_on_first_use_into_the_directory(config, tmp_path):
 
 
 def test_a_set_with_one_file_of_the_user_s_is_the_user_s_in_all_splits(config, tmp_path):
-    write_problems(tmp_path / "mine.jsonl", PROBLEMS)
+    write_rows(tmp_path / "mine.jsonl", PROBLEMS)
     config.data.sets.text.train = str(tmp_path / "mine.jsonl")
     sets = pipeline.Sets(config.data, tmp_path / "built")
     assert sets.path("text", "train") == tmp_path / "mine.jsonl"
-    with pytest.raises(InputError, match=r"config\.data\.sets\.text\.test is empty.*sets\.text\.test=FILE\.jsonl"):
+    with pytest.raises(InputError, match=r"config\.data\.sets\.text\.test is empty.*sets\.text\.test=FILE"):
         sets.path("text", "test")  # not built: that would be another task under the same name
 
 
@@ -138,7 +139,7 @@ def test_an_unknown_source_is_an_error_that_names_key_and_choices(config, tmp_pa
 
 def test_neither_file_nor_source_is_an_error_that_says_what_to_name(config, tmp_path):
     config.data.sets.text.source = ""
-    message = r"config\.data\.sets\.text\.validation is empty.*--config\.data\.sets\.text\.validation=FILE\.jsonl"
+    message = r"config\.data\.sets\.text\.validation is empty.*--config\.data\.sets\.text\.validation=FILE"
     with pytest.raises(InputError, match=message):
         pipeline.Sets(config.data, tmp_path).problems("text", "validation")
 
