@@ -282,16 +282,13 @@ def synthesize(
     good: list[tuple[Problem, Question, bool]] = []
     for caption in captions:
         replies = journal.done.get(_key(caption), [])
+        if caption.id in failed:
+            yield Drop(f"row {caption.id}", failed[caption.id].reason, failed[caption.id].detail)
+            continue
         try:
-            question = _outcome(replies)
+            good.append((caption, parse(**_said(replies[-1])), len(replies) > 1))
         except BadQuestion as error:
-            yield Drop(f"row {caption.id}", error.reason, f"the writer's last word: {error.detail}")
-        else:
-            if question is None:
-                failure = failed[caption.id]
-                yield Drop(f"row {caption.id}", failure.reason, failure.detail)
-            else:
-                good.append((caption, question, len(replies) > 1))
+            yield Drop(f"row {caption.id}", error.reason, f"the writer's last reply: {error.detail}")
     good.sort(key=lambda one: one[0].id)
     counts.repaired = sum(repaired for *_, repaired in good)
     for (caption, question, repaired), letter in zip(good, right_letters(len(good), seed), strict=True):
@@ -338,21 +335,20 @@ def _messages(caption: Problem, replies: Sequence[dict]) -> list[dict]:
     messages = [{"role": "user", "content": PROMPT.format(caption=caption.response.strip())}]
     for reply in replies:
         try:
-            parse(reply["text"], reply["finish"] == "length")
+            parse(**_said(reply))
         except BadQuestion as error:
             messages.append({"role": "assistant", "content": reply["text"][:4000] or "(nothing)"})
             messages.append({"role": "user", "content": REPAIR.format(detail=error.detail)})
     return messages
 
 
-def _outcome(replies: Sequence[dict]) -> Question | None:
-    """The question in the last reply; None where none has come yet. Raises BadQuestion."""
-    return parse(replies[-1]["text"], replies[-1]["finish"] == "length") if replies else None
+def _said(reply: dict) -> dict[str, Any]:
+    return {"text": reply["text"], "cut_off": reply["finish"] == "length"}
 
 
 def _has_question(replies: Sequence[dict]) -> bool:
     try:
-        return _outcome(replies) is not None
+        return bool(replies) and bool(parse(**_said(replies[-1])))
     except BadQuestion:
         return False
 

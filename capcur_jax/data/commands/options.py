@@ -35,7 +35,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", type=at_least(1), default=16, metavar="N", help="requests at a time (default: %(default)s)")
     add("--timeout", type=seconds, default=120.0, metavar="S", help="seconds for a reply (default: %(default)s)")
     add("--retries", type=at_least(0), default=6, metavar="N",
-        help="further tries after time-outs, lost connections, 429, 5xx; pauses grow (default: %(default)s)")  # fmt: skip
+        help="further tries after time-outs, lost connections, 429 and 5xx (default: %(default)s)")  # fmt: skip
     add("--api-key-variable", default="", metavar="NAME",
         help="environment variable that holds the servers' API key (default: none is sent)")  # fmt: skip
 
