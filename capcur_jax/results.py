@@ -75,7 +75,8 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
     return {
         "stage": stage.name,
         "data": " + ".join(stage.data),
-        "problems": len(run.problems(stage.data, "train")),
+        "problems": sum(map(len, run.selected(stage))),
+        "order": stage.curriculum.described(),
         "objective": stage.objective,
         "steps": stage.steps,
         "a step": f"{stage.prompts}{group}",

@@ -71,6 +71,7 @@ class Run:
         self.sets = Sets(config.data, workdir / "data")
         check(config, stages, self.sets)
         self._build_data()
+        self.stages = [self._with_steps(stage) for stage in stages]
         gpus = config.mesh.gpus
         if gpus and jax.default_backend() == "gpu" and jax.local_device_count() != len(gpus):
             raise InputError(
@@ -100,7 +101,7 @@ class Run:
         self.turns = config.rollout.engine != "local" and config.rollout.sglang.colocate
         self.exports_compiled = False
         self._open_model()
-        for stage in stages:  # what does not fit together is said before anything is computed
+        for stage in self.stages:  # what does not fit together is said before anything is computed
             Packer(stage, config, self.buckets, self.processor, self.mesh, images=True)
             frozen_paths(self.parameters, self.freeze_of(stage))
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
@@ -246,6 +247,21 @@ class Run:
     def problems(self, names: Sequence[str], split: str) -> list[Problem]:
         """The problems of several sets, one after the other."""
         return [problem for name in names for problem in self.sets.problems(name, split)]
+
+    def selected(self, stage: Stage) -> list[list[Problem]]:
+        """The training problems of each of the stage's sets that its curriculum leaves. Raises InputError."""
+        return [
+            stage.curriculum.select(self.sets.problems(name, "train"), f"config.data.sets.{name}.train")
+            for name in stage.data
+        ]
+
+    def _with_steps(self, stage: Stage) -> Stage:
+        """The stage with what its epochs come to, and its curriculum tried: what it lacks is said before the start."""
+        counts = [len(problems) for problems in self.selected(stage)]
+        if not stage.epochs:
+            return stage
+        where = f"config.stages.{stage.name}"
+        return dataclasses.replace(stage, steps=stage.curriculum.steps(counts, stage.prompts, stage.epochs, where))
 
     def learner(self, stage: Stage) -> Learner:
         """Stages with the same objective and the same frozen parameters share their compiled programs."""
