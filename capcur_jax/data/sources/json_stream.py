@@ -41,8 +41,9 @@ def items(path: Path, key: str = "") -> Iterator[tuple[int, Any]]:
         while text.peek() != "]":
             number += 1
             try:
-                yield number, text.value()
+                value = text.value()
                 text.end_element()
+                yield number, value
             except BadRow as error:
                 yield number, error
                 if not text.skip_element():
@@ -53,7 +54,7 @@ class _Text:
     """A file's text in pieces; `position` is where reading goes on."""
 
     def __init__(self, file: TextIO):
-        self._file, self._text, self.position, self._ended = file, "", 0, False
+        self._file, self._text, self.position = file, "", 0
         self._decode = json.JSONDecoder(parse_constant=_refuse).raw_decode
 
     def peek(self) -> str:
@@ -83,8 +84,8 @@ class _Text:
             trouble = "it ends too early"
             try:
                 value, end = self._decode(self._text, self.position)
-                # What ends at the end of the buffer may go on in the file, as a number can.
-                if end < len(self._text) or not self._more():
+                # A number that ends near the end of the buffer may go on in the file: 1, 1e+, 1e+5.
+                if len(self._text) - end > 2 or not self._more():
                     self.position = end
                     return value
                 continue
@@ -139,12 +140,14 @@ class _Text:
         return None
 
     def _more(self) -> bool:
-        """Reads on. Doubles the rest, so that an element of any length is gone through a few times only."""
-        rest = self._text[self.position :]
-        if self._ended or len(rest) > _LONGEST:
-            return False
-        piece = self._file.read(max(_PIECE, len(rest)))
-        self._text, self.position, self._ended = rest + piece, 0, not piece
+        """Reads on; the buffer then begins at `position`. Returns whether there was more, else nothing has changed.
+
+        It doubles the rest, so that an element of any length is gone through a few times only.
+        """
+        rest = len(self._text) - self.position
+        piece = self._file.read(max(_PIECE, rest)) if rest <= _LONGEST else ""
+        if piece:
+            self._text, self.position = self._text[self.position :] + piece, 0
         return bool(piece)
 
 

@@ -41,7 +41,8 @@ def read(directory: Path, images: Path) -> Iterator[Problem | Drop]:
         asked, solution = published.text(row, f"instruction{version}"), published.text(row, f"output{version}")
         problem, options = wording.split_choices(wording.without_instruction(asked))
         parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
-        tails = ["/".join(parts[start:]) for start in range(len(parts))][-8:]
+        # Down to its last folder: a bare name could be that of another image.
+        tails = ["/".join(parts[start:]) for start in range(max(1, len(parts) - 1))][-8:]
         places = [place for tail in tails for place in (tail, f"images/{tail}")]
         folder = record.file.parent.name if record.file.parent != directory else ""
         return published.question(

@@ -7,7 +7,7 @@ file is a list of dialogues of two turns: {"from": "human", "value": question} a
 "ground_truth": {"value": answer, "pass_at_n": ...}} (`pass_at_n`, where it is there: the share of an own model's
 answers that were right).
 
-Ids are the row's number in its file. Metadata: `pass_at_n`.
+Ids are the file (13k) and the row's number in it. Metadata: `pass_at_n`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _convert(record: Record) -> Problem:
     rate: Any = truth.get("pass_at_n")
     return published.question(
         "orz_math",
-        f"{record.file.stem}-{record.number}",
+        f"{record.file.stem.split('_')[2]}-{record.number}",
         published.text(asked, "value"),
         answer,
         capability="text",

@@ -50,7 +50,9 @@ def read(directory: Path, images: Path) -> Iterator[Problem | Drop]:
                     f"no images/{image_id[:12]}….jpg for {short(url, 60)}; docs/data_sources.md says how to save them"
                 )
                 raise BadRow("missing image", detail) from None
-        return published.caption("pixmo_cap", image_id, path, words, {"image_url": url, "split": "train"})
+        return published.caption(
+            "pixmo_cap", image_id, path, words, {"image_url": url, "split": "train"}, row_id=image_id[:16]
+        )
 
     files = published.find(directory, PATTERNS, ORIGIN)
     yield from published.problems(published.all_records(files), convert)

@@ -225,6 +225,8 @@ def question(
         answer = wording.choice(answer, bare)
     elif len(answer) > ANSWER_LENGTH:
         raise BadRow("answer too long", f"{len(answer)} characters; up to {ANSWER_LENGTH} can be compared")
+    elif not answer_type_of(answer):
+        raise BadRow("no answer", f"the answer {short(answer)} holds nothing to compare")
     return Problem(
         id=f"{source}-{row_id}",
         problem=wording.marked(problem, len(images)),
@@ -238,10 +240,14 @@ def question(
     )
 
 
-def caption(source: str, image_id: str, image: str, words: str, metadata: dict[str, Any]) -> Problem:
-    """A row of a caption set: what caption SFT trains on, and what perception questions are written from."""
+def caption(source: str, image_id: str, image: str, words: str, metadata: dict[str, Any], row_id: str = "") -> Problem:
+    """A row of a caption set: what caption SFT trains on, and what perception questions are written from.
+
+    Args:
+      row_id: where the image's id isn't to be the row's.
+    """
     return Problem(
-        id=f"{source}-{image_id}",
+        id=f"{source}-{row_id or image_id}",
         problem="Describe the image in detail.",
         answer="",
         images=(image,),

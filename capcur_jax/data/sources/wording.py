@@ -16,7 +16,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_ANSWER = 60  # characters of a final answer that is taken from a solution: more is prose
 _NUMBERED_MARK = re.compile(r"<image ?\d+>")
 _LETTERED = re.compile(r"\s*[(\[]?([A-Za-z])(?:[)\].:,]+(?:\s+|(?=\S))(.*\S)|[)\].:,]*)\s*", re.DOTALL)
-_INSTRUCTION = re.compile(r"^[^\n]*\bAnswer: ?xxx\b\.?|^Hint:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
+_INSTRUCTION = re.compile(r"^[^\n]*\bAnswer: ?xxx\b\.?\s*|^Hint:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
 _QUESTION = re.compile(r"^[ \t]*Question:[ \t]*", re.IGNORECASE | re.MULTILINE)
 _CHOICES = re.compile(r"\b(?:choices|options)\s*:", re.IGNORECASE)
 _FIRST_CHOICE = re.compile(r"^[ \t]*\(?A\s?[.:)]", re.MULTILINE)
