@@ -82,7 +82,7 @@ def open_models(specs: Sequence[str], how: How) -> list[FilterModel]:
 
 def load(path: Path, how: How) -> Image.Image:
     """The image as the models get it. Raises BadImage."""
-    from capcur_jax.data.prompts import load_image
+    from capcur_jax.data.images import load_image
 
     image = load_image(str(path))
     size = _shrunk(image.size, how)
