@@ -326,3 +326,30 @@ def test_mutated_rows_and_bytes_are_kept_or_counted(name, tmp_path):
         if count:
             assert not [row for row in read_rows(tmp_path / "out.jsonl") if isinstance(row, Drop)]
     assert len(reasons) > 5
+
+
+@pytest.mark.parametrize("value", [7, True, [], b"no image", {"bytes": b""}, {"path": "a.png"}, ["x"], 0.5])
+def test_columns_of_another_type_are_counted(value, tmp_path):
+    good = {"question": "Who?", "answers": ["x"], "ucsf_document_id": "a", "ucsf_document_page_no": "1"}
+    good["image"] = {"bytes": fixtures.image_bytes(), "path": None}
+    for number, column in enumerate(good):
+        row = good | {"questionId": column, column: value}
+        fixtures.put_parquet(tmp_path / f"train-{number}.parquet", [row])
+    rows = list(published.reader("docvqa").read(tmp_path, tmp_path / "unpacked"))
+    kept = {row.id.removeprefix("docvqa-") for row in rows if not isinstance(row, Drop)}
+    assert len(rows) == len(good)
+    expected = {"image"} if isinstance(value, bytes) else {"answers"} if value == ["x"] else set()
+    if type(value) in (int, float):  # as good as a text
+        expected = {"question", "ucsf_document_id", "ucsf_document_page_no"}
+    assert kept == expected
+
+
+def test_a_page_that_is_broken_inside_a_parquet_file_costs_the_rest_of_it(tmp_path):
+    rows = [{"image_url": f"https://example.org/{i}", "caption": str(i) * 50} for i in range(4000)]
+    file = fixtures.put_parquet(tmp_path / "train-0.parquet", rows)
+    intact = Counter(row.reason for row in published.reader("pixmo_cap").read(tmp_path, tmp_path / "unpacked"))
+    assert intact == {"missing image": 4000}
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 64 + content[68:])
+    with pytest.raises(InputError, match="no readable Parquet file"):
+        list(published.reader("pixmo_cap").read(tmp_path, tmp_path / "unpacked"))
