@@ -11,8 +11,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from capcur_jax import presets, schedule, sharding
-from capcur_jax.data.problem import Problem, read_problems
+from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION
+from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa
 from capcur_jax.learner import Learner
 from capcur_jax.models import config as model_config

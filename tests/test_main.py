@@ -17,7 +17,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from capcur_jax import presets
-from capcur_jax.data.problem import Problem, write_problems
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.rows import write_rows
 from capcur_jax.errors import InputError
 from capcur_jax.metrics import read_jsonl
 from capcur_jax.models import huggingface
@@ -219,7 +220,7 @@ def own(checkpoint, tmp_path_factory):
         Problem("long", "word " * 300, "red", response="a"),
     ]
     path = directory / "mine.jsonl"
-    write_problems(path, problems)
+    write_rows(path, problems)
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"problem": "no answer", "answer": ""}\n')
     changes = {f"data.sets.perception.{split}": str(path) for split in ("train", "test", "validation")}
@@ -273,7 +274,7 @@ def run_main(*arguments: str, timeout: float = 120) -> subprocess.CompletedProce
         (["--config=configs/staged.py", "--config.nope=1"], ["nope"]),
         (
             ["--config=configs/staged.py:qwen3_vl_8b"],
-            ["config.checkpoint", "config.data.sets.perception.train", "config.data.sets.visual.test", "JSONL"],
+            ["config.checkpoint", "config.data.sets.perception.train", "config.data.sets.visual.test", ".parquet"],
         ),
         (["--config=configs/staged.py", "--config.checkpoint=/nowhere"], ["/nowhere", "config.json"]),
         (["--config=configs/staged.py", "--config.order=('speech',)"], ["speech", "perception"]),

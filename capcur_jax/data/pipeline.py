@@ -1,16 +1,18 @@
-"""The order in which a stage sees its problems: shuffled by seed, epoch after epoch, in whole batches (grain)."""
+"""The problem sets of a config, and whole batches of examples prepared ahead (grain)."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
 from ml_collections import ConfigDict
 
-from capcur_jax.data.problem import SPLITS, Problem, read_problems
+from capcur_jax.data.problem import SPLITS, Problem
+from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
 from capcur_jax.errors import InputError
 
@@ -18,7 +20,7 @@ SOURCES = {"easy_vqa": easy_vqa.build, "word_problems": word_problems.build, "ti
 
 
 class Sets:
-    """The problem sets of a config by name and split: the user's own JSONL files, or sets built on first use."""
+    """The problem sets of a config by name and split: the user's own files, or sets built on first use."""
 
     def __init__(self, config: ConfigDict, directory: Path):
         self._config, self._directory = config, directory
@@ -27,7 +29,7 @@ class Sets:
         self.skipped_rows: dict[tuple[str, str], list[str]] = {}
 
     def path(self, name: str, split: str) -> Path:
-        """The JSONL file of a set's split. Raises InputError naming the config key and the remedy."""
+        """The file of a set's split. Raises InputError naming the config key and the remedy."""
         key, entry = f"config.data.sets.{name}", self._config.sets[name]
         if entry[split]:
             return Path(entry[split]).expanduser()
@@ -45,27 +47,23 @@ class Sets:
         A set with a file of the user's own in one split is the user's in all: training on own rows and testing on
         built ones would mix two tasks under one name.
         """
-        entry, flag = self._config.sets[name], f"--config.data.sets.{name}.{split}=FILE.jsonl"
+        entry, flag = self._config.sets[name], f"--config.data.sets.{name}.{split}=FILE"
         if entry[split] or (entry.source and not any(entry[other] for other in SPLITS)):
             return ""
-        return f"name a JSONL file of problems ({flag}; one object a line with problem, answer, images)"
+        return f"name a .jsonl or .parquet file of problems ({flag}; rows have problem, answer, images)"
 
     def problems(self, name: str, split: str) -> list[Problem]:
         """The good rows of a set's split; the others are kept in `skipped_rows`."""
         if (name, split) not in self._read:
             try:
-                rows, skipped = read_problems(self.path(name, split), capability=name)
-            except (FileNotFoundError, ValueError) as error:
+                rows, drops = read_problems(self.path(name, split), name, images=self._directory / "unpacked")
+            except InputError as error:
                 raise InputError(f"config.data.sets.{name}.{split}: {error}") from None
-            self._read[name, split] = rows
-            if skipped:
-                self.skipped_rows[name, split] = skipped
+            # What a model once answered is of no use here, and thousands of texts need not be held.
+            self._read[name, split] = [dataclasses.replace(row, predictions=()) for row in rows]
+            if drops:
+                self.skipped_rows[name, split] = [str(drop) for drop in drops]
         return self._read[name, split]
-
-
-def in_order(problems: Sequence[Problem], seed: int) -> grain.MapDataset:
-    """The problems without end: shuffled anew in each epoch, the same for the same seed."""
-    return grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
 
 
 def batches(make: Callable[[int], Any], size: int, *, start: int = 0, threads: int = 2) -> Iterator[list[Any]]:

@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 
 from capcur_jax.data.blind import blind_accuracy
-from capcur_jax.data.problem import Problem, read_problems
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa
 
 

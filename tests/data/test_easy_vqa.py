@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capcur_jax.data.problem import read_problems
+from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa
 
 needs_images = pytest.mark.skipif(importlib.util.find_spec("easy_vqa") is None, reason="pip install easy-vqa")
@@ -252,9 +252,9 @@ def test_damaged_images_are_put_right_and_nothing_else_is_touched(files):
 @needs_images
 def test_bytes_are_those_of_the_version(files):
     known = {
-        "easy-vqa-1": {
-            "perception": "3ffa1fd788c7bb2c7f5784fdb7ac358041db0288e278e314cc7ffbcd21c20195",
-            "visual": "89acee18dcfa1b57af605b425dfe9c33d94553f67e9f7eccaf790029b9f7d154",
+        "easy-vqa-2": {
+            "perception": "d15718fcc9438aac165fc111ea46472e5bf0c12afd85feaaa3885984643340ce",
+            "visual": "b8f0ddebb0dec564af35802f409e0382eb4c139678bd84d1bd19308985ac2bd0",
         }
     }
     digests = {

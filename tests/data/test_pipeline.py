@@ -6,7 +6,9 @@ import pytest
 
 from capcur_jax import presets
 from capcur_jax.data import pipeline
-from capcur_jax.data.problem import Problem, read_problems, write_problems
+from capcur_jax.data.curriculum import Curriculum
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.errors import InputError
 
 PROBLEMS = [Problem(str(i), f"question {i}", str(i)) for i in range(10)]
@@ -20,26 +22,12 @@ def first(ordered, count):
     return ids(ordered[i] for i in range(count))
 
 
-# ---------------------------------------------------------------------- order
-
-
-def test_the_order_is_the_seed_s():
-    once, again, other = (first(pipeline.in_order(PROBLEMS, seed), 50) for seed in (3, 3, 4))
-    assert once == again and once != other and once[:10] != ids(PROBLEMS)
-
-
-def test_every_problem_comes_once_an_epoch_in_a_new_order_each_time():
-    epochs = [tuple(first(pipeline.in_order(PROBLEMS, 0), 50)[at : at + 10]) for at in range(0, 50, 10)]
-    assert all(sorted(epoch) == sorted(ids(PROBLEMS)) for epoch in epochs)
-    assert len(set(epochs)) == 5
-
-
 # ---------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_batches_follow_the_order_and_run_over_epochs(threads):
-    ordered = pipeline.in_order(PROBLEMS, 1)
+    ordered = Curriculum().arrange([PROBLEMS], 1, 4)
     batches = pipeline.batches(ordered.__getitem__, 4, threads=threads)
     got = [next(batches) for _ in range(10)]
     assert all(isinstance(batch, list) and len(batch) == 4 for batch in got)
@@ -48,7 +36,7 @@ def test_batches_follow_the_order_and_run_over_epochs(threads):
 
 @pytest.mark.parametrize("start", [1, 3, 7])
 def test_batches_go_on_exactly_where_they_were_left(start):
-    ordered = pipeline.in_order(PROBLEMS, 2)
+    ordered = Curriculum().arrange([PROBLEMS], 2, 4)
     whole, rest = (pipeline.batches(ordered.__getitem__, 4, start=at) for at in (0, start))
     unbroken = [ids(next(whole)) for _ in range(start + 6)]
     assert [ids(next(rest)) for _ in range(6)] == unbroken[start:]
@@ -94,7 +82,7 @@ def config():
 
 
 def test_a_user_s_file_is_read_and_its_rows_get_the_set_s_name(config, tmp_path):
-    write_problems(tmp_path / "mine.jsonl", PROBLEMS)
+    write_rows(tmp_path / "mine.jsonl", PROBLEMS)
     config.data.sets.text.train = str(tmp_path / "mine.jsonl")
     problems = pipeline.Sets(config.data, tmp_path).problems("text", "train")
     assert ids(problems) == ids(PROBLEMS) and {problem.capability for problem in problems} == {"text"}
@@ -111,11 +99,11 @@ def test_a_set_is_built_on_first_use_into_the_directory(config, tmp_path):
 
 
 def test_a_set_with_one_file_of_the_user_s_is_the_user_s_in_all_splits(config, tmp_path):
-    write_problems(tmp_path / "mine.jsonl", PROBLEMS)
+    write_rows(tmp_path / "mine.jsonl", PROBLEMS)
     config.data.sets.text.train = str(tmp_path / "mine.jsonl")
     sets = pipeline.Sets(config.data, tmp_path / "built")
     assert sets.path("text", "train") == tmp_path / "mine.jsonl"
-    with pytest.raises(InputError, match=r"config\.data\.sets\.text\.test is empty.*sets\.text\.test=FILE\.jsonl"):
+    with pytest.raises(InputError, match=r"config\.data\.sets\.text\.test is empty.*sets\.text\.test=FILE"):
         sets.path("text", "test")  # not built: that would be another task under the same name
 
 
@@ -138,7 +126,7 @@ def test_an_unknown_source_is_an_error_that_names_key_and_choices(config, tmp_pa
 
 def test_neither_file_nor_source_is_an_error_that_says_what_to_name(config, tmp_path):
     config.data.sets.text.source = ""
-    message = r"config\.data\.sets\.text\.validation is empty.*--config\.data\.sets\.text\.validation=FILE\.jsonl"
+    message = r"config\.data\.sets\.text\.validation is empty.*--config\.data\.sets\.text\.validation=FILE"
     with pytest.raises(InputError, match=message):
         pipeline.Sets(config.data, tmp_path).problems("text", "validation")
 

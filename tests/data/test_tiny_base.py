@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from capcur_jax.data.problem import Problem, read_problems
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("easy_vqa") is None, reason="pip install easy-vqa")

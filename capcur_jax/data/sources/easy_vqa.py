@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from capcur_jax.data.problem import Problem, build_set, even_shares, stable_hash, write_atomically
+from capcur_jax.data.built import build_set
+from capcur_jax.data.problem import Problem, even_shares, stable_hash, write_atomically
 
-VERSION = "easy-vqa-1"  # raise it with every change of the rows
+VERSION = "easy-vqa-2"  # raise it with every change of the rows
 KINDS = {"perception": ("shape", "color", "position", "size"), "visual": ("corners", "prices", "code")}
 COUNTS = {"train": 6000, "validation": 300, "test": 1000}
 
