@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capcur_jax.data import pipeline
+from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.images import ImageStore
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder
@@ -173,7 +174,7 @@ def speed(processor: Processor, paths: Sequence[str], spare: str, console: Conso
 
 def memory(processor: Processor, paths: Sequence[str], console: Console) -> dict:
     problems, here = problems_of(paths), psutil.Process()
-    order = pipeline.in_order(problems, seed=0)
+    order = Curriculum().arrange([problems], 0, 16)
     total = sum(np.prod(processor.resized(*ImageStore().size(path))) * 3 for path in paths)
     batch, every = 16, max(_SAMPLES.value // 40, 16)
     with ImageStore(_WORKERS.value, int(total / 2.5) >> 20) as store:
