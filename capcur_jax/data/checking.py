@@ -207,8 +207,10 @@ class _Report:
         if other != file:
             self._found["same_id"].add(file, problem, f"{other} has this id too; give each row its own")
         parts = [spelling(problem.problem).encode()]
-        parts += [image.pixels if isinstance(image, Fingerprint) else b"?" + path.encode("utf-8", "replace")
-                  for image, path in zip(images, problem.images, strict=True)]  # fmt: skip
+        parts += [
+            image.pixels if isinstance(image, Fingerprint) else b"?" + path.encode("utf-8", "replace")
+            for image, path in zip(images, problem.images, strict=True)
+        ]
         answer = " ".join(extract.words(normal := extract.normalize(problem.answer[: grade.MAX_LENGTH])) or (normal,))
         key = hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
         first_id, first_answer = self._questions.setdefault(key, (problem.id, answer))

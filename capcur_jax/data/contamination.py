@@ -91,10 +91,12 @@ class Evaluation:
     def finish(self) -> None:
         """Builds the indexes; `add` is over."""
         self._nearest = Looks(self._looks)
-        self._plain_texts = list(self._by_text)
-        self._index = TextIndex([self._shingles[text] for text in self._plain_texts])
+        # Texts of rows without images, which may match by themselves.
+        self._plain = np.array(list(self._by_text), np.int64)
+        self._rows_of_plain = np.array([len(rows) for rows in self._by_text.values()], np.int64)
+        self._plain_hit = np.zeros(len(self._plain), bool)
+        self._index = TextIndex([self._shingles[text] for text in self._plain])
         self.hit_images: dict[int, bool] = {}  # number -> whether by its pixels, not by looks only
-        self.hit_texts: set[int] = set()
 
     def matches(self, problem: Problem, images: Sequence[Fingerprint | bytes]) -> tuple[list[Match], int, bool]:
         """What a training row shares.
@@ -114,52 +116,50 @@ class Evaluation:
         return found[:PAIRS_OF_A_ROW], total, number is not None and not any(match.text == 1.0 for match in found)
 
     def _text_matches(self, number: int | None, its_shingles: np.ndarray) -> tuple[list[Match], int]:
+        places, scores = self._index.similar(its_shingles, self._threshold)
+        others = self._plain[places] != number if number is not None else slice(None)
+        places, scores = places[others], scores[others]
+        if number in self._by_text:  # equal in whole, which texts of equal shingles need not be
+            places = np.append(np.flatnonzero(self._plain == number), places)
+            scores = np.append(1.0, scores)
+        self._plain_hit[places] = True
         found: list[Match] = []
-        total = 0
-        scores = dict(self._index.similar(its_shingles, self._threshold))
-        scores = {self._plain_texts[place]: score for place, score in scores.items()}
-        if number in self._by_text:
-            scores = {number: 1.0} | {text: score for text, score in scores.items() if text != number}
-        for text, score in scores.items():
-            self.hit_texts.add(text)
-            rows = self._by_text[text]
-            total += len(rows)
+        for place, score in zip(places[:PAIRS_OF_A_ROW], scores, strict=False):
+            text = int(self._plain[place])
             kind = "text" if text == number else "similar text"
-            found += [Match(kind, self.rows[row], score, None) for row in rows[:PAIRS_OF_A_ROW]]
-        return found, total
+            found += [Match(kind, self.rows[row], float(score), None) for row in self._by_text[text][:PAIRS_OF_A_ROW]]
+        return found, int(self._rows_of_plain[places].sum())
 
     def _image_matches(self, images: Sequence, number: int | None, its_shingles: np.ndarray) -> tuple[list[Match], int]:
-        near: dict[int, float] = {}  # image number -> difference
+        near: dict[int, float | None] = {}  # image number -> difference; None: the same pixels
         for image in images:
             same = self._images.get(image if isinstance(image, bytes) else image.pixels)
-            if same is not None:
-                near[same] = 0.0
             for other, difference in [] if isinstance(image, bytes) else self._nearest.near(image.look):
-                if other != same:
-                    near[other] = min(difference, near.get(other, difference))
+                near.setdefault(other, difference)
+            if same is not None:
+                near[same] = None
         found: dict[int, Match] = {}
         counted = 0
-        for image, difference in sorted(near.items(), key=lambda pair: pair[1]):
-            exact = difference == 0.0
-            self.hit_images[image] = exact or self.hit_images.get(image, False)
+        for image, difference in sorted(near.items(), key=lambda pair: -1.0 if pair[1] is None else pair[1]):
+            self.hit_images[image] = difference is None or self.hit_images.get(image, False)
             rows = self._by_image[image]
             counted += len(rows)
             # Those with the very same text first; the others of a picture that has very many rows are only counted.
             for row in sorted(rows, key=lambda row: self.rows[row].text != number)[:_ROWS_OF_AN_IMAGE]:
                 if row not in found:
-                    found[row] = self._pair(row, number, its_shingles, difference, exact)
+                    found[row] = self._pair(row, number, its_shingles, difference)
         return list(found.values()), max(counted, len(found))
 
-    def _pair(self, row: int, number: int | None, its_shingles: np.ndarray, difference: float, exact: bool) -> Match:
+    def _pair(self, row: int, number: int | None, its_shingles: np.ndarray, difference: float | None) -> Match:
         its = self.rows[row]
         score = 1.0 if its.text == number else jaccard(its_shingles, self._shingles[its.text])
-        kind = ("image" if exact else LOOK) + (" and text" if score >= self._threshold else "")
-        return Match(kind, its, score, difference)
+        kind = ("image" if difference is None else LOOK) + (" and text" if score >= self._threshold else "")
+        return Match(kind, its, score, difference or 0.0)
 
     def hit_rows(self, looks: bool = False) -> dict[str, int]:
         """By file, the evaluation rows that a training row shares something with; with `looks` also by looks alone."""
         hits = {row for image, exact in self.hit_images.items() if exact or looks for row in self._by_image[image]}
-        hits |= {row for text in self.hit_texts for row in self._by_text[text]}
+        hits |= {row for text in self._plain[self._plain_hit] for row in self._by_text[int(text)]}
         return dict(collections.Counter(self.rows[row].file for row in hits))
 
 
@@ -240,7 +240,7 @@ def write_clean(
     images: str | os.PathLike | None = None,
     examples: int = 5,
 ) -> dict[str, Any]:
-    """Writes the training rows that share nothing with the evaluation; rows that only look alike are kept unless `looks`.
+    """Writes the training rows that share nothing with the evaluation; those that only look alike too, unless `looks`.
 
     Returns:
       `rows`, `kept` and `dropped` by reason, of the written file.

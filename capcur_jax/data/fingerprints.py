@@ -93,21 +93,23 @@ class Looks:
     def __init__(self, looks: Sequence[Look | None]):
         self._index = np.array([i for i, look in enumerate(looks) if look], np.int64)
         self._bits = np.array([look.bits for look in looks if look], np.uint64)
-        self._small = [look.small for look in looks if look]
+        small = b"".join(look.small for look in looks if look)
+        self._small = np.frombuffer(small, np.uint8).reshape(len(self._bits), 3 * LOOK_SIDE**2)
+        self._norms = np.array([np.linalg.norm(_centered(look.small)) for look in looks if look])
 
     def near(self, look: Look | None) -> list[tuple[int, float]]:
         """(index into the looks given, difference of the small pictures), the nearest first."""
         if look is None or not len(self._bits):
             return []
         candidates = np.flatnonzero(np.bitwise_count(self._bits ^ np.uint64(look.bits)) <= MAX_BITS)
-        own, found = _centered(look.small), []
-        for candidate in candidates:
-            other = _centered(self._small[candidate])
-            least = max(1e-6, min(np.linalg.norm(own), np.linalg.norm(other)))
-            difference = float(np.linalg.norm(own - other) / least)
-            if difference <= MAX_DIFFERENCE:
-                found.append((int(self._index[candidate]), difference))
-        return sorted(found, key=lambda pair: (pair[1], pair[0]))
+        own, norms = _centered(look.small), self._norms[candidates]
+        size = np.linalg.norm(own)
+        both = self._small[candidates].astype(np.float32) @ own.reshape(-1)  # `own` is centered: theirs need not be
+        squares = np.maximum(0, size**2 + norms**2 - 2 * both)
+        differences = np.sqrt(squares) / np.maximum(1e-6, np.minimum(size, norms))
+        order = np.argsort(differences, kind="stable")
+        order = order[differences[order] <= MAX_DIFFERENCE]
+        return [(int(self._index[candidates[i]]), float(differences[i])) for i in order]
 
 
 class Images:
@@ -189,17 +191,18 @@ class TextIndex:
         self._owners = owner[order]
         self._starts = np.append(starts, len(everything))
 
-    def similar(self, text: np.ndarray, threshold: float) -> list[tuple[int, float]]:
-        """(index of a text, similarity >= threshold), the most similar first."""
+    def similar(self, text: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """The texts [N] of at least this similarity, by index, the most similar first; and the similarities [N]."""
+        nothing = np.zeros(0, np.int64), np.zeros(0)
         if not len(self._shingles) or not len(text):
-            return []
+            return nothing
         place = np.minimum(np.searchsorted(self._shingles, text), len(self._shingles) - 1)
         place = place[self._shingles[place] == text]
         if not len(place):
-            return []
+            return nothing
         owners = np.concatenate([self._owners[self._starts[p] : self._starts[p + 1]] for p in place])
         both = np.bincount(owners, minlength=len(self._lengths))
         scores = both / np.maximum(1, len(text) + self._lengths - both)
         found = np.flatnonzero(scores >= threshold)
         found = found[np.argsort(-scores[found], kind="stable")]
-        return [(int(i), float(scores[i])) for i in found]
+        return found, scores[found]

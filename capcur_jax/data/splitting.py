@@ -71,10 +71,20 @@ def split_file(
     return {
         **tally.summary(),
         "splits": {split: counts[split] for split in SPLITS},
-        "images": {split: len({key for its, row in zip(splits, keys, strict=True) if its == split
-                               for key in row if key.startswith("pixels ")}) for split in SPLITS},
+        "images": {
+            split: len(
+                {
+                    key
+                    for its, row in zip(splits, keys, strict=True)
+                    if its == split
+                    for key in row
+                    if key.startswith("pixels ")
+                }
+            )
+            for split in SPLITS
+        },
         "files": {split: str(file) for split, file in files.items()},
-    }  # fmt: skip
+    }
 
 
 def image_keys(problem: Problem, digests: Iterable[str]) -> list[str]:

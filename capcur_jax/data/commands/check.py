@@ -26,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", metavar="DIR", help="folder for images that a Parquet file holds as bytes")
     add("--examples", type=int, default=5, metavar="N", help="findings of each sort that are named (%(default)s)")
     add("--json", action="store_true", help="no tables, only the JSON line")
-    add("--strict", action="store_true",
-        help="exit code 1 where a row is dropped, broken, overlong, unanswerable, contradictory or of another's id")  # fmt: skip
+    add(
+        "--strict",
+        action="store_true",
+        help="exit code 1 where a row is dropped or could not be used, an id is in two files, or answers conflict",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -83,8 +86,10 @@ def _show(result: dict[str, Any]) -> None:
     if result["dropped"]:
         console.print(terminal.table("Dropped", ("reason", "rows"), result["dropped"].items()))
     examples = [(drop["where"], f"{drop['reason']}: {drop['detail']}") for drop in result["dropped_examples"]]
-    for section in (*result["duplicates"].values(), *(result[key] for key in (
-        "broken_images", "unusable_prompts", "overlong_prompts", "unanswerable"))):  # fmt: skip
+    for section in (
+        *result["duplicates"].values(),
+        *(result[key] for key in ("broken_images", "unusable_prompts", "overlong_prompts", "unanswerable")),
+    ):
         examples += [(example["where"], example["detail"]) for example in section["examples"]]
     if examples:
         console.print(terminal.table("Examples", ("where", "what"), examples))

@@ -26,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--output", metavar="REPORT.json", help="gets the report with the pairs")
     add("--remove", metavar="FILE", help="gets the training rows that share nothing (.jsonl or .parquet)")
-    add("--remove-look-alikes", action="store_true",
-        help="with --remove: also leave out rows whose pictures only look alike, which may be wrong")  # fmt: skip
+    add(
+        "--remove-look-alikes",
+        action="store_true",
+        help="with --remove: also leave out rows whose pictures only look alike, which may be wrong",
+    )
     add("--images", metavar="DIR", help="folder for images that Parquet files hold as bytes")
 
 
@@ -61,9 +64,15 @@ def _show(report: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
     console.print(terminal.table("Evaluation rows", ("file", "rows", "shared", "shared, or look alike"), rows))
     if pairs:
         rows = [
-            (pair["kind"], pair["train"]["id"], pair["against"]["id"], f"{pair['text_similarity']:.2f}",
-             pair.get("image_difference", "")) for pair in pairs[:_SHOWN]
-        ]  # fmt: skip
+            (
+                pair["kind"],
+                pair["train"]["id"],
+                pair["against"]["id"],
+                f"{pair['text_similarity']:.2f}",
+                pair.get("image_difference", ""),
+            )
+            for pair in pairs[:_SHOWN]
+        ]
         head = ("kind", "training row", "evaluation row", "texts agree", "images differ")
         console.print(terminal.table("First pairs", head, rows))
     if "removed" in report:

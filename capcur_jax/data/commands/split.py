@@ -12,8 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", required=True, metavar="FILE", help="JSONL or Parquet file of rows")
     add("--output", required=True, metavar="DIR", help="gets train, validation and test, in the format of the input")
-    add("--shares", nargs=3, type=float, default=(85.0, 5.0, 10.0), metavar=("TRAIN", "VALIDATION", "TEST"),
-        help="shares of the images (85 5 10, as in the paper)")  # fmt: skip
+    add(
+        "--shares",
+        nargs=3,
+        type=float,
+        default=(85.0, 5.0, 10.0),
+        metavar=("TRAIN", "VALIDATION", "TEST"),
+        help="shares of the images (85 5 10, as in the paper)",
+    )
     add("--salt", default="", metavar="TEXT", help="another text gives other splits")
     add("--images", metavar="DIR", help="folder for images that a Parquet file holds as bytes")
 
