@@ -7,7 +7,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=9.2.0", "torch==2.13.0", "ruff>=0.17.6"]  # PyTorch is the reference of the parity tests, nothing else
+TEST = [
+    "pytest>=9.2.0",
+    "pytest-xdist>=3.8.0",
+    "torch==2.13.0",
+    "ruff>=0.17.6",
+]  # PyTorch is the reference of the parity tests, nothing else
 
 setup(
     name="capcur_jax",

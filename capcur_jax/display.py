@@ -41,7 +41,6 @@ class Display:
     """Shows a run. A context manager: leaving it (Ctrl-C and errors too) stops the live bar and restores the cursor.
 
     Args:
-      total_steps: steps of the whole run, all stages together.
       quiet: show warnings only, for processes other than the first of a multi-host run.
       console: where to write; standard output by default.
       line_steps, line_seconds: without a live bar, `step` writes a line every so many steps or so many seconds,
@@ -51,14 +50,13 @@ class Display:
     def __init__(
         self,
         *,
-        total_steps: int,
         quiet: bool | None = False,
         console: Console | None = None,
         line_steps: int = 10,
         line_seconds: float = 10.0,
     ):
         self.console = console or Console(highlight=False)
-        self.total_steps = total_steps
+        self.total_steps = 0
         self._quiet = bool(quiet)
         self._line_steps, self._line_seconds = line_steps, line_seconds
         self._start = self._last_line = time.monotonic()
@@ -70,7 +68,7 @@ class Display:
         self._health: Callable[[], Any] | None = None
         columns = (TextColumn("{task.description}", markup=False), BarColumn(None), _Count(), _Times())
         self._progress = Progress(*columns, console=self.console, expand=True)
-        self._run_task = self._progress.add_task("", total=total_steps, visible=False, run=True, left=None)
+        self._run_task = self._progress.add_task("", total=0, visible=False, run=True, left=None)
         # FORCE_COLOR makes rich take any stream for a terminal, so the stream itself is asked as well.
         interactive = self.console.is_interactive and getattr(self.console.file, "isatty", lambda: False)()
         self._live: Live | None = None
@@ -113,6 +111,11 @@ class Display:
     def table(self, heading: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Prints a table: the first row's keys are the columns."""
         self.plan({heading: rows})
+
+    def whole_run(self, steps: int) -> None:
+        """Steps of the whole run, all stages together."""
+        self.total_steps = steps
+        self._progress.update(self._run_task, total=steps)
 
     def stage(self, name: str, steps: int) -> None:
         """Announces a stage of `steps` steps."""

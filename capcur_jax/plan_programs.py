@@ -114,6 +114,9 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
         raise InputError(f"config.mesh.gpus = {config.mesh.gpus}: the topology has {len(devices)} devices")
     groups: dict[Any, list[Stage]] = {}
     for stage in schedule.stages(config):
+        if stage.epochs:
+            where = f"config.stages.{stage.name}"
+            raise InputError(f"{where}.epochs: a plan has no data to count; give {where}.steps, and epochs=0")
         key = stage.objective, stage.freeze, stage.name in without_images, stage.prompts
         groups.setdefault(key, []).append(stage)
     result = []

@@ -20,16 +20,28 @@ TINY_CHECKPOINT = str(Path(__file__).parent / "assets" / "tiny_qwen3_vl")
 CAPABILITIES = ("perception", "text", "visual")
 
 
-def _stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float, freeze: str = "") -> dict:
+def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float, freeze: str = "") -> dict:
+    """An entry of config.stages."""
     return {
-        "data": data,  # sets of config.data.sets; several make one shuffled pool
+        "data": data,  # sets of config.data.sets; several make one pool, see curriculum
         "objective": "grpo",  # or "sft"
-        "steps": steps,  # rollout batches
+        "steps": steps,  # rollout batches; 0: `epochs` are given
+        "epochs": 0,  # times that the stage's problems are seen; 0: `steps` are given
         "prompts": prompts,  # in a rollout batch (sft: examples in an update)
         "learning_rate": learning_rate,
         "learning_rate_schedule": "constant",  # or "cosine"
         "warmup_steps": 0,  # updates
         "freeze": freeze,  # regular expression of parameter paths, e.g. "^visual"
+        "curriculum": {
+            "order": "shuffled",  # anew in each epoch | easy_to_hard | hard_to_easy, by pass rate | file: as they come
+            "ties": "shuffled",  # problems of one pass rate | kept: in the order of the sets and their files
+            "by_set": False,  # True: an epoch takes the sets of `data` one after the other, each in that order
+            "weights": (),  # of the sets of `data`, to mix them endlessly; (): one pool
+            "pass_rates": (0.0, 1.0),  # problems outside are left out
+            "drop_all_right": False,  # problems of pass rate 1 are left out
+            "drop_all_wrong": False,  # of pass rate 0
+            "drop_last": False,  # True: an epoch's last, partial batch is left out; False: it is filled from the next
+        },
     }
 
 
@@ -40,13 +52,13 @@ def _set(source: str = "") -> dict:
 
 def laptop() -> ConfigDict:
     """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
-    stages = {name: _stage((name,), 150, 16, 1e-4) for name in CAPABILITIES}
+    stages = {name: stage((name,), 150, 16, 1e-4) for name in CAPABILITIES}
     stages["perception"]["steps"] = 250  # features move slower than answers
     # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
     stages["text"]["freeze"] = "^visual"
-    stages["merged"] = _stage(CAPABILITIES, 550, 16, 1e-4, freeze="^visual")
-    for stage in stages.values():  # small batches are noisy: at a constant 1.5e-4 the KL runs away within 50 steps
-        stage.update({"learning_rate_schedule": "cosine", "warmup_steps": 10})
+    stages["merged"] = stage(CAPABILITIES, 550, 16, 1e-4, freeze="^visual")
+    for entry in stages.values():  # small batches are noisy: at a constant 1.5e-4 the KL runs away within 50 steps
+        entry.update({"learning_rate_schedule": "cosine", "warmup_steps": 10})
     return ConfigDict(
         {
             "seed": 0,
@@ -74,6 +86,8 @@ def laptop() -> ConfigDict:
                     "text": _set("word_problems"),
                     "visual": _set("easy_vqa"),
                 },
+                "workers": 2,  # processes that decode images; 0: the trainer's own threads do
+                "image_cache_mb": 256,  # MiB of resized images that are kept
             },
             "prompt": {
                 "instruction": "suffix",  # suffix | system | none
@@ -179,10 +193,13 @@ def _paper(architecture: str) -> ConfigDict:
     config = laptop()
     config.checkpoint, config.architecture = "", architecture
     for name, steps in (("perception", 90), ("text", 375), ("visual", 465)):
-        config.stages[name] = _stage((name,), steps, 512, 1e-6, freeze="^visual" if name == "text" else "")
-    config.stages.merged = _stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
+        config.stages[name] = stage((name,), steps, 512, 1e-6, freeze="^visual" if name == "text" else "")
+    config.stages.merged = stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
+    for entry in config.stages.values():
+        entry.curriculum.drop_last = True
     config.model.update({"dtype": "bfloat16", "remat": "full"})
     config.data.sets = {name: _set() for name in CAPABILITIES}
+    config.data.update({"workers": 8, "image_cache_mb": 8192})
     config.prompt.update(
         {
             "max_tokens": 2048,

@@ -7,6 +7,7 @@ import math
 
 from ml_collections import ConfigDict
 
+from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.errors import InputError
 
 OBJECTIVES = ("grpo", "sft")
@@ -20,12 +21,14 @@ class Stage:
     name: str
     data: tuple[str, ...]  # names of config.data's sets; several are one shuffled pool (merged training)
     objective: str
-    steps: int  # rollout batches (grpo) or updates (sft)
+    steps: int  # rollout batches (grpo) or updates (sft); 0 where epochs are given, until the data is known
     prompts: int  # in one rollout batch (grpo) or one update (sft)
     learning_rate: float
     learning_rate_schedule: str
     warmup_steps: int
     freeze: str  # parameters whose path this regular expression finds get no gradient and no optimizer state
+    epochs: int = 0  # 0 where steps are given
+    curriculum: Curriculum = dataclasses.field(default_factory=Curriculum)
 
     def learning_rate_at(self, step: int, updates: int) -> float:
         """The learning rate of update `step` (from 0) of `updates` in all."""
@@ -50,8 +53,9 @@ def stages(config: ConfigDict) -> list[Stage]:
             raise InputError(
                 f"config.order names '{name}', which config.stages lacks; it has {', '.join(config.stages)}"
             )
-        stage = Stage(name=name, **{**config.stages[name].to_dict(), "data": tuple(config.stages[name].data)})
-        where = f"config.stages.{name}"
+        given, where = config.stages[name], f"config.stages.{name}"
+        curriculum = Curriculum.from_config(given.curriculum, f"{where}.curriculum", len(given.data))
+        stage = Stage(name=name, **given.to_dict() | {"data": tuple(given.data), "curriculum": curriculum})
         if stage.objective not in OBJECTIVES:
             raise InputError(f"{where}.objective = {stage.objective!r}; choose one of {', '.join(OBJECTIVES)}")
         if stage.learning_rate_schedule not in LEARNING_RATE_SCHEDULES:
@@ -59,9 +63,10 @@ def stages(config: ConfigDict) -> list[Stage]:
                 f"{where}.learning_rate_schedule = {stage.learning_rate_schedule!r}; "
                 f"choose one of {', '.join(LEARNING_RATE_SCHEDULES)}"
             )
-        if stage.steps < 1:
+        if min(stage.steps, stage.epochs) < 0 or bool(stage.steps) == bool(stage.epochs):
             raise InputError(
-                f"{where}.steps = {stage.steps}; it must be at least 1 (leave the stage out of config.order)"
+                f"{where}.steps = {stage.steps} and epochs = {stage.epochs}: one must be at least 1, the other 0 "
+                "(a stage that is not wanted is left out of config.order)"
             )
         missing = [name for name in stage.data if name not in config.data.sets]
         if missing or not stage.data:

@@ -53,9 +53,11 @@ def train(
     """
     stages = schedule.stages(config)
     quiet = quiet or not distributed.is_owner()
-    display = Display(total_steps=sum(stage.steps for stage in stages), quiet=quiet)
+    display = Display(quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
+        stages = run.stages  # their steps are known now
+        display.whole_run(sum(stage.steps for stage in stages))
         results.plan(run)
         at, late = run.position, Late(run)
         try:
@@ -88,7 +90,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
     """One stage: its own reference policy, its own optimizer state, its own order of data."""
     config = run.config
     run.display.stage(stage.name, stage.steps)
-    problems, sizes = usable(run, stage)
+    sets, sizes = usable(run, stage)
     images = any(size.images for size in sizes)
     packer = Packer(stage, config, run.buckets, run.processor, run.mesh, images)
     trainer = run.trainer(stage, number)
@@ -97,9 +99,10 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
         return
     warm_up(run, stage, trainer, packer, sizes, images)
     run.end_update(trainer)
-    order = pipeline.in_order(problems, seed=config.seed + 1000 * number)
+    order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
     maker = Maker(run, stage, order, packer.updates)
-    batches = pipeline.batches(maker, maker.local, start=run.position.batches)
+    threads = max(2, config.data.workers)  # each waits for a worker
+    batches = pipeline.batches(maker, maker.local, start=run.position.batches, threads=threads)
     rates = [
         [stage.learning_rate_at(step * packer.updates + i, stage.steps * packer.updates) for i in range(packer.updates)]
         for step in range(stage.steps)
@@ -173,28 +176,31 @@ def target_of(run: Run, stage: Stage, problem: Problem):
     return target_tokens(run.processor, problem, run.config.rollout.max_new_tokens)
 
 
-def usable(run: Run, stage: Stage) -> tuple[list[Problem], list[PromptSize]]:
-    """The stage's problems that fit, and the sizes of their prompts; no pixel is decoded. The others are counted."""
-    problems, sizes = [], []
-    for problem in run.problems(stage.data, "train"):
-        try:
-            target_of(run, stage, problem)
-            size = run.builder.measure(problem)
-        except BadInput as error:
-            run.builder.skip(problem, error)
-            continue
-        problems.append(problem)
-        sizes.append(size)
-    if not problems:
+def usable(run: Run, stage: Stage) -> tuple[list[list[Problem]], list[PromptSize]]:
+    """The problems of each of the stage's sets that its curriculum selects and that fit, and the sizes of all their
+    prompts; no pixel is decoded. What does not fit is counted."""
+    sets, sizes = [], []
+    for selected in run.selected(stage):
+        problems = []
+        for problem in selected:
+            try:
+                target_of(run, stage, problem)
+                sizes.append(run.builder.measure(problem))
+                problems.append(problem)
+            except BadInput as error:
+                run.builder.skip(problem, error)
+        sets.append(problems)
+    if not sizes:
         raise InputError(f"stage {stage.name}: no problem can be used: {run.builder.reasons()}")
-    return problems, sizes
+    return sets, sizes
 
 
 class Maker:
     """Example number i of this process, in the data threads: a function of the number alone, so that a run goes on from
     a number, and any number of processes see the same problems in the same steps.
 
-    A problem whose image turns out to be broken is counted and another one takes its place.
+    A problem whose image turns out to be broken is counted, and the one that comes a step later takes its place: in a
+    curriculum, one that is about as hard.
     """
 
     def __init__(self, run: Run, stage: Stage, order: Any, updates: int):
@@ -212,7 +218,7 @@ class Maker:
     def __call__(self, index: int) -> Example:
         run, number = self._run, self.number(index)
         for attempt in range(1000):
-            problem = self._order[number + attempt * 7919]
+            problem = self._order[number + attempt * self._stage.prompts]
             if problem in run.builder.skipped:
                 continue
             try:

@@ -54,10 +54,12 @@ SUMMARY = {
 }
 
 
-def captured(width=80, **options):
+def captured(width=80, total=200, **options):
     """A display that writes to a string, as into a log file."""
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    return Display(console=console, **{"total_steps": 200, **options}), console.file
+    display = Display(console=console, **options)
+    display.whole_run(total)
+    return display, console.file
 
 
 def evaluation(capability, accuracy, after="base", step=0):
@@ -93,7 +95,7 @@ def test_log_lines_come_every_few_steps_or_seconds(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def steps_shown(seconds, **options):
-        display, out = captured(total_steps=47, **options)
+        display, out = captured(total=47, **options)
         display.stage("text", 47)
         for step in range(1, 48):
             now[0] += seconds
@@ -158,7 +160,7 @@ def test_final_tables():
 
 def test_best_accuracy_is_bold():
     console = Console(file=io.StringIO(), width=80, highlight=False, force_terminal=True, color_system="standard")
-    Display(total_steps=200, console=console).final(SUMMARY)
+    Display(console=console).final(SUMMARY)
     assert "\x1b[1m75.0" in console.file.getvalue() and "\x1b[1m90.0" in console.file.getvalue()
     assert "\x1b[1m50.0" not in console.file.getvalue()
 
@@ -192,7 +194,8 @@ def test_quiet_shows_warnings_only():
 _LIVE_RUN = """
 import json, sys, time
 from capcur_jax.display import Display
-with Display(total_steps=200) as display:
+with Display() as display:
+    display.whole_run(200)
     display.stage("perception", 100)
     display.step(json.loads(sys.argv[1]))
     with display.progress("evaluating text", 100) as advance:

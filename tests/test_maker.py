@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from capcur_jax import presets, schedule
-from capcur_jax.data import pipeline
+from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.errors import InputError
@@ -72,9 +72,9 @@ def problems(tmp_path):
 
 def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monkeypatch, run, problems):
     stage = stage_of()
-    run.problems = lambda names, split: problems
-    assert usable(run, stage)[0] == problems and not run.builder.counts
-    order = pipeline.in_order(problems, 5)
+    run.selected = lambda stage: [problems]
+    assert usable(run, stage)[0] == [problems] and not run.builder.counts
+    order = Curriculum().arrange([problems], 5, PROMPTS)
     (maker,) = makers(monkeypatch, 1, 1, run, order, stage)
     examples = [maker(i) for i in range(24)]
     assert run.builder.counts == {"images": 1} and [p.id for p in run.builder.skipped] == ["3"]
@@ -92,7 +92,7 @@ def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monk
 
 def test_data_that_is_broken_throughout_ends_the_run(monkeypatch, run, problems):
     broken = [problems[3]]
-    (maker,) = makers(monkeypatch, 1, 1, run, pipeline.in_order(broken, 0))
+    (maker,) = makers(monkeypatch, 1, 1, run, Curriculum().arrange([broken], 0, PROMPTS))
     with pytest.raises(InputError, match=r"stage perception: no problem can be used: .*3\.jpg"):
         maker(0)
     assert run.builder.counts == {"images": 1}
@@ -102,13 +102,13 @@ def test_sft_examples_have_their_target(monkeypatch, run, problems):
     (maker,) = makers(monkeypatch, 1, 1, run, problems[:2], stage_of("sft"))
     example = maker(1)
     assert example.target[-1] == run.processor.end_tokens[0] and len(example.target) >= 2
-    run.problems = lambda names, split: [*problems[:2], Problem("none", "What?", "red")]
+    run.selected = lambda stage: [[*problems[:2], Problem("none", "What?", "red")], problems[2:3]]
     found, sizes = usable(run, stage_of("sft"))
-    assert found == problems[:2] and run.builder.counts == {"prompts": 1}
-    assert [size.images for size in sizes] == [run.builder.measure(problem).images for problem in found]
+    assert found == [problems[:2], problems[2:3]] and run.builder.counts == {"prompts": 1}
+    assert [size.images for size in sizes] == [run.builder.measure(problem).images for problem in problems[:3]]
 
 
 def test_problems_without_use_end_the_run_before_it_starts(run):
-    run.problems = lambda names, split: [Problem("long", "word " * 900, "red")]
+    run.selected = lambda stage: [[Problem("long", "word " * 900, "red")]]
     with pytest.raises(InputError, match=r"stage perception: no problem can be used: .*max_tokens = 256"):
         usable(run, stage_of())

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from capcur_jax import presets, schedule
+from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.errors import InputError
 
 
@@ -19,7 +20,9 @@ def test_stages_come_in_the_config_s_order_with_its_values():
     given |= {"learning_rate_schedule": "cosine", "warmup_steps": 5, "freeze": "^visual"}
     config.stages.visual.update(given)
     first, second = schedule.stages(config)
-    assert dataclasses.asdict(first) == {"name": "visual", **given}
+    found = dataclasses.asdict(first)
+    assert found.pop("curriculum") == dataclasses.asdict(Curriculum()) and found.pop("epochs") == 0
+    assert found == {"name": "visual", **given}
     assert (second.name, second.data) == ("perception", ("perception",))
 
 
@@ -43,6 +46,7 @@ MISTAKES = {
     "objective": ("stages.text.objective", "ppo", r"config\.stages\.text\.objective = 'ppo'.*grpo, sft"),
     "schedule": ("stages.text.learning_rate_schedule", "linear", r"stages\.text\.learning_rate_schedule.*constant"),
     "no steps": ("stages.text.steps", 0, r"config\.stages\.text\.steps = 0.*at least 1"),
+    "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = 150 and epochs = 2"),
     "unknown set": ("stages.text.data", ("words",), r"config\.stages\.text\.data.*words.*perception, text, visual"),
     "no set": ("stages.text.data", (), r"config\.stages\.text\.data"),
 }

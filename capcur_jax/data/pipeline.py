@@ -1,10 +1,10 @@
-"""The order in which a stage sees its problems: shuffled by seed, epoch after epoch, in whole batches (grain)."""
+"""The problem sets of a config, and whole batches of examples prepared ahead (grain)."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,6 @@ class Sets:
             if drops:
                 self.skipped_rows[name, split] = [str(drop) for drop in drops]
         return self._read[name, split]
-
-
-def in_order(problems: Sequence[Problem], seed: int) -> grain.MapDataset:
-    """The problems without end: shuffled anew in each epoch, the same for the same seed."""
-    return grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
 
 
 def batches(make: Callable[[int], Any], size: int, *, start: int = 0, threads: int = 2) -> Iterator[list[Any]]:

@@ -6,6 +6,7 @@ import pytest
 
 from capcur_jax import presets
 from capcur_jax.data import pipeline
+from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.errors import InputError
@@ -21,26 +22,12 @@ def first(ordered, count):
     return ids(ordered[i] for i in range(count))
 
 
-# ---------------------------------------------------------------------- order
-
-
-def test_the_order_is_the_seed_s():
-    once, again, other = (first(pipeline.in_order(PROBLEMS, seed), 50) for seed in (3, 3, 4))
-    assert once == again and once != other and once[:10] != ids(PROBLEMS)
-
-
-def test_every_problem_comes_once_an_epoch_in_a_new_order_each_time():
-    epochs = [tuple(first(pipeline.in_order(PROBLEMS, 0), 50)[at : at + 10]) for at in range(0, 50, 10)]
-    assert all(sorted(epoch) == sorted(ids(PROBLEMS)) for epoch in epochs)
-    assert len(set(epochs)) == 5
-
-
 # ---------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_batches_follow_the_order_and_run_over_epochs(threads):
-    ordered = pipeline.in_order(PROBLEMS, 1)
+    ordered = Curriculum().arrange([PROBLEMS], 1, 4)
     batches = pipeline.batches(ordered.__getitem__, 4, threads=threads)
     got = [next(batches) for _ in range(10)]
     assert all(isinstance(batch, list) and len(batch) == 4 for batch in got)
@@ -49,7 +36,7 @@ def test_batches_follow_the_order_and_run_over_epochs(threads):
 
 @pytest.mark.parametrize("start", [1, 3, 7])
 def test_batches_go_on_exactly_where_they_were_left(start):
-    ordered = pipeline.in_order(PROBLEMS, 2)
+    ordered = Curriculum().arrange([PROBLEMS], 2, 4)
     whole, rest = (pipeline.batches(ordered.__getitem__, 4, start=at) for at in (0, start))
     unbroken = [ids(next(whole)) for _ in range(start + 6)]
     assert [ids(next(rest)) for _ in range(6)] == unbroken[start:]

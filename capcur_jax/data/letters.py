@@ -1,0 +1,81 @@
+"""The letter that a short reply to a multiple-choice question names, or none where it names none or several."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+LETTERS = "ABCDEFGHIJ"  # that options may have
+_LONGEST = 1000  # characters that are looked at; a reply of a few tokens has fewer
+_WORD = r"A-Za-z0-9\u00c0-\u024f\u0370-\u052f"  # not Chinese or Japanese characters: they need no space before a letter
+_ALONE = rf"(?<![{_WORD}])(?<![{_WORD}][-'’])([A-Ja-j])(?![{_WORD}+]|['’-][{_WORD}])"
+_CANDIDATE = re.compile(_ALONE)
+_OPEN, _CLOSE = r"[\s(\[{<*_\"'`“‘$]*", r"[\s)\]}>*_\"'`”’$]*"
+
+# What may stand before a letter that is the answer, besides nothing.
+_KEYWORD = re.compile(
+    r"(?:\b(?:answers?|options?|choices?|letters?|correct|right|is|be|choose|select|pick)|\b(?:it|that)['’]s|答案|选项?|是"
+    r"|\\boxed|\\text)\s*[:：=→]?" + _OPEN + r"\Z|[:：=→]" + _OPEN + r"\Z",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(rf"[.!?。！]\s+{_OPEN}\Z")
+_LINE = re.compile(rf"\n{_OPEN}\Z")
+_NOTHING = re.compile(rf"{_OPEN}\Z")
+# What may stand after it.
+_END = re.compile(r"\W*\Z")
+_LABEL = re.compile(r"[*_]*[.):]")
+_DENIED = re.compile(
+    r"[\s,]+(?:(?:is|was|can)(?:\s+not\b|n['’]t\b|not\b)|(?:is|was)\s+(?:wrong|incorrect|false)\b)", re.IGNORECASE
+)
+_JOINED = re.compile(
+    rf"{_CLOSE},?\s*(?:or|and|nor)\b|{_CLOSE}[,;/&]?{_OPEN}(?:(?:or|maybe|perhaps)\s+)*{_ALONE}", re.IGNORECASE
+)
+# "A" (and "I") before a word is an article, unless the word says something of the letter itself.
+_NOUN = re.compile(r"[ \t]+(?!(?:or|and|nor|is|was|because|since|as|but|if|vs|not)\b)[^\W\d_]{2}")
+_PAIRS = {"(": ")", "[": "]", "{": "}", ">": "<", "*": "*", "_": "_", '"': '"', "'": "'", "`": "`", "“": "”", "$": "$"}
+
+
+def letter_in(text: str, letters: str = "ABCD") -> str | None:
+    """The letter, in upper case, that `text` gives as its answer.
+
+    "B", "(b)", "B.", "**B**", "Answer: B", "The answer is B", "B. red", "\\boxed{B}" name B. A letter counts at the
+    start, after words like "answer" and "option", and in brackets; not inside a sentence ("vitamin C"), not as an
+    article ("A cat is ...") and not where it is denied. Lower case counts only where it can't be a word of a sentence.
+    None where no letter counts, or where there is a choice of several ("A or B", "(A), (C)").
+    """
+    text = unicodedata.normalize("NFKC", text.rpartition("</think>")[2].strip()[:_LONGEST]).strip()
+    found: set[str] = set()
+    for match in _CANDIDATE.finditer(text):
+        letter = match[1].upper()
+        before, after = text[: match.start()], text[match.end() :]
+        if letter not in letters.upper() or not _counts(match[1], before, after) or _DENIED.match(after):
+            continue
+        joined = _JOINED.match(after)
+        if joined and (joined[1] or "").upper() != letter:
+            return None
+        found.add(letter)
+    return found.pop() if len(found) == 1 else None
+
+
+def _counts(letter: str, before: str, after: str) -> bool:
+    """Whether a letter that stands alone is given as an answer, by what is around it."""
+    enclosed = bool(before) and bool(after) and _PAIRS.get(before[-1]) == after[0]
+    first, last = bool(_NOTHING.fullmatch(before)), bool(_END.match(after))
+    if letter.islower():
+        whole = last and (first or bool(re.search(r"\b(?:answer|option)\s*[:：]\s*\Z", before, re.IGNORECASE)))
+        return whole or (enclosed and before[-1] in "([{") or (first and bool(_LABEL.match(after)))
+    if enclosed:
+        return True
+    if letter in "AI" and _NOUN.match(after):
+        return False
+    own_line = bool(_LINE.search(before)) and (last or bool(_LABEL.match(after)))
+    return first or bool(_KEYWORD.search(before)) or own_line or (last and bool(_SENTENCE.search(before)))
+
+
+def option_letters(problem: str) -> str:
+    """The letters of a problem's options as it lists them ("A. ...", "(a) ..."), "ABCD" where it lists none."""
+    run = ""
+    for listed in re.finditer(r"(?:^|[\s(])([A-Ja-j])[.):]", problem):
+        if listed[1].upper() == chr(ord("A") + len(run)):
+            run += listed[1].upper()
+    return run if len(run) > 1 else "ABCD"
