@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from capcur_jax.data.images import load_image
 from capcur_jax.data.problem import IMAGE_MARK
-from capcur_jax.data.prompts import load_image
 from capcur_jax.models.inputs import BadImage
 
 LOOK_SIDE = 16
