@@ -223,7 +223,7 @@ def compare(
         "training_rows": {kind: by_kind[kind] for kind in KINDS},
         "evaluation_rows": {
             file: {"rows": count, "shared": surely.get(file, 0), "shared_or_look": also.get(file, 0)}
-            for file, count in rows_of_files.items()
+            for file, count in ((str(file), rows_of_files[str(file)]) for file in against)
         },
         "pairs": totals["pairs"],
         "same_text_only": totals["same text, nothing else in common"],
