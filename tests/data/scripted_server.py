@@ -13,14 +13,18 @@ from typing import Any
 class Raw:
     """An answer as it goes over the wire; status 0 hangs up without one."""
 
-    def __init__(self, status: int = 200, body: bytes = b"", headers: dict[str, str] | None = None, delay_s: float = 0.0):
+    def __init__(
+        self, status: int = 200, body: bytes = b"", headers: dict[str, str] | None = None, delay_s: float = 0.0
+    ):
         self.status, self.body, self.headers, self.delay_s = status, body, headers or {}, delay_s
 
 
 def completion(text: str | None, finish: str = "stop", chat: bool = True) -> bytes:
     """The body of a good answer."""
     said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    return json.dumps({"object": "chat.completion", "choices": [{"index": 0, "finish_reason": finish, **said}]}).encode()
+    return json.dumps(
+        {"object": "chat.completion", "choices": [{"index": 0, "finish_reason": finish, **said}]}
+    ).encode()
 
 
 class ScriptedServer:

@@ -176,26 +176,25 @@ def _slowly(count, pause_s):
 
 
 def test_a_server_that_fails_at_everything_ends_the_job():
-    with ScriptedServer(lambda body: Raw(500, b"broken")) as server:
-        with pytest.raises(InputError, match="broken"):
-            ask([server.address], range(10_000), retries=0)
+    with ScriptedServer(lambda body: Raw(500, b"broken")) as server, pytest.raises(InputError, match="broken"):
+        ask([server.address], range(10_000), retries=0)
     assert len(server.requests) < 60
 
 
 @pytest.mark.parametrize("status, said", [(401, "--api-key-variable"), (404, "--address"), (307, "--address")])
 def test_what_no_question_will_mend_ends_the_job(status, said):
-    with ScriptedServer(lambda body: Raw(status, b"no", {"Location": "http://127.0.0.1:1/"})) as server:
-        with pytest.raises(InputError, match=said):
-            ask([server.address], range(10))
+    answer = Raw(status, b"no", {"Location": "http://127.0.0.1:1/"})
+    with ScriptedServer(lambda body: answer) as server, pytest.raises(InputError, match=said):
+        ask([server.address], range(10))
     assert len(server.requests) <= 4
 
 
 def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch, caplog):
     monkeypatch.setenv("MY_KEY", SECRET + "\n")
     caplog.set_level("DEBUG")
-    with ScriptedServer(lambda body: Raw(401, f'{{"error": {{"message": "bad key {SECRET}"}}}}'.encode())) as server:
-        with pytest.raises(InputError) as error:
-            ask([server.address], [0], key_variable="MY_KEY")
+    answer = Raw(401, f'{{"error": {{"message": "bad key {SECRET}"}}}}'.encode())
+    with ScriptedServer(lambda body: answer) as server, pytest.raises(InputError) as error:
+        ask([server.address], [0], key_variable="MY_KEY")
     assert server.requests[0]["headers"]["Authorization"] == f"Bearer {SECRET}"
     assert SECRET not in str(error.value) and "bad key ***" in str(error.value)
     assert SECRET not in caplog.text
@@ -233,7 +232,9 @@ def test_images_go_out_whole_and_are_in_no_message(caplog):
         assert "iVBORw0KGgo" not in text and "\x1b" not in text
 
 
-@pytest.mark.parametrize("address", ["localhost:8000", "ftp://host", "http://", "", "http://host:99999", "http://h/?k=v"])
+@pytest.mark.parametrize(
+    "address", ["localhost:8000", "ftp://host", "http://", "", "http://host:99999", "http://h/?k=v"]
+)
 def test_no_address(address):
     with pytest.raises(InputError, match="--address"):
         Chat([address], "m")

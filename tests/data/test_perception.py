@@ -1,4 +1,4 @@
-"""Questions from captions: strict parsing, one repair, balance of the letters, and a killed build that asks nothing twice."""
+"""Questions from captions: strict parsing, one repair, even letters, and a killed build that asks nothing twice."""
 
 import collections
 import json
@@ -295,7 +295,7 @@ def test_rows_that_are_no_captions_and_servers_that_fail_are_counted(capsys, tmp
 def test_limit_takes_the_first_usable_captions(capsys, tmp_path):
     rows = [Problem("no", "q", "x", images=("/a.jpg",)), *captions(9)]
     with ScriptedServer(lambda body: fenced(GOOD)) as server:
-        _, result, problems = synthesize(capsys, tmp_path, server, "--limit", "5", rows=rows)
+        _, result, _ = synthesize(capsys, tmp_path, server, "--limit", "5", rows=rows)
         assert len(server.requests) == result["kept"] == 5 and result["rows"] == 6
         # The rest of a set later costs the rest.
         synthesize(capsys, tmp_path, server)
@@ -360,7 +360,16 @@ def test_a_killed_build_goes_on_without_asking_twice(capsys, tmp_path):
 
     write_rows(tmp_path / "captions.jsonl", captions(60))
     with ScriptedServer(reply) as server:
-        command = ["--input", "captions.jsonl", "--output", "out.jsonl", "--address", server.address, "--model", "writer"]
+        command = [
+            "--input",
+            "captions.jsonl",
+            "--output",
+            "out.jsonl",
+            "--address",
+            server.address,
+            "--model",
+            "writer",
+        ]
         run = subprocess.Popen(
             [sys.executable, "-m", "capcur_jax.data", "synthesize", *command, "--concurrency", str(at_once)],
             cwd=tmp_path,
