@@ -23,6 +23,7 @@ DTYPES = ("float32", "bfloat16")
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
 MAY_CHANGE = (
     "mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers",
+    "data.workers", "data.image_cache_mb",
     "rollout.slots", "rollout.prefill", "rollout.gathered", "rollout.sglang",
 )  # fmt: skip
 
@@ -91,7 +92,7 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
         "objective.updates_per_batch": 1,
         "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0, "rollout.dynamic_retries": 0,
         "packing.micro_prompts": 0, "checkpointing.every": 1, "checkpointing.keep": 1, "validation.every": 0,
-        "validation.questions": 0,
+        "validation.questions": 0, "data.workers": 0, "data.image_cache_mb": 0,
     }  # fmt: skip
     if any(stage.objective == "grpo" for stage in stages):
         least["rollout.group"] = 2  # an advantage is a comparison inside the group

@@ -86,6 +86,8 @@ def laptop() -> ConfigDict:
                     "text": _set("word_problems"),
                     "visual": _set("easy_vqa"),
                 },
+                "workers": 2,  # processes that decode images; 0: the trainer's own threads do
+                "image_cache_mb": 256,  # MiB of resized images that are kept
             },
             "prompt": {
                 "instruction": "suffix",  # suffix | system | none
@@ -197,6 +199,7 @@ def _paper(architecture: str) -> ConfigDict:
         entry.curriculum.drop_last = True
     config.model.update({"dtype": "bfloat16", "remat": "full"})
     config.data.sets = {name: _set() for name in CAPABILITIES}
+    config.data.update({"workers": 8, "image_cache_mb": 8192})
     config.prompt.update(
         {
             "max_tokens": 2048,

@@ -74,9 +74,8 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
     group = f" x {run.config.rollout.group}" if stage.objective == "grpo" else ""
     return {
         "stage": stage.name,
-        "data": " + ".join(stage.data),
+        "data": " + ".join(stage.data) + stage.curriculum.described(),
         "problems": sum(map(len, run.selected(stage))),
-        "order": stage.curriculum.described(),
         "objective": stage.objective,
         "steps": stage.steps,
         "a step": f"{stage.prompts}{group}",

@@ -16,24 +16,19 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capcur_jax import distributed, metrics, objectives, sharding
+from capcur_jax import distributed, metrics, objectives, opening, sharding
 from capcur_jax.checkpointing import Checkpoints, truncate_records
 from capcur_jax.checks import check, check_same, dtype_of, sampling_of
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
-from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder
+from capcur_jax.data.prompts import INSTRUCTION
 from capcur_jax.display import Display
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import Learner, frozen_paths
-from capcur_jax.models import config as model_config
-from capcur_jax.models import fresh, huggingface, published
+from capcur_jax.models import fresh, huggingface
 from capcur_jax.models import lora as lora_lib
-from capcur_jax.models.batching import Buckets
-from capcur_jax.models.inputs import Processor
-from capcur_jax.models.lora import LoRA
 from capcur_jax.rewards.reward import make_reward
-from capcur_jax.rollout.choose import open_engine
 from capcur_jax.rollout.engine import Sample
 from capcur_jax.rollouts import Example, Group
 from capcur_jax.schedule import Stage
@@ -178,52 +173,24 @@ class Run:
             self.display.warn(f"{self.workdir}: going on after step {self._counts['step']}")
 
     def _open_model(self) -> None:
-        config, prompt = self.config, self.config.prompt
+        config = self.config
         self.source = Path(config.checkpoint).expanduser()
-        kinds = {"remat": config.model.remat, "attention": config.model.attention, "mesh": self.mesh}
-        kinds["dtype"] = dtype_of(config.model.dtype, "config.model.dtype")
-        kinds["param_dtype"] = dtype_of(config.optimizer.parameters, "config.optimizer.parameters")
-        lora = config.model.lora
-        self.lora = kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
-        place = functools.partial(sharding.of_parameter, self.mesh)
-        if config.checkpoint:
-            self._check_mesh(model_config.from_directory(self.source))
-            model = huggingface.load(self.source, seed=config.seed, sharding=place, **kinds)
-        else:
+        if not config.checkpoint:
             self.source = self.workdir / "skeleton"
             if self.owner and not self.source.exists():
                 fresh.write_skeleton(self.source, self._texts(), config.create.to_dict())
             distributed.barrier("skeleton")
-            self._check_mesh(model_config.from_directory(self.source))
-            model = huggingface.create(model_config.from_directory(self.source), config.seed, sharding=place, **kinds)
-        self.processor = Processor.from_directory(self.source, prompt.min_pixels, prompt.max_pixels)
-        if config.architecture:
-            expected = model_config.from_dict(published.config(config.architecture))
-            if (expected.text, expected.vision) != (self.processor.config.text, self.processor.config.vision):
-                self.display.warn(
-                    f"{self.source} is no {config.architecture}: what plan says of that does not hold here"
-                )
-        self.builder = PromptBuilder(self.processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
-        merged = self.processor.config.vision.merge_size**2
-        if prompt.patch_row % merged:
-            raise InputError(f"config.prompt.patch_row must be a multiple of {merged}: so many patches make a token")
-        self.buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
-        self.graph, self.parameters = nnx.split(model)
+        opened = opening.open_model(config, self.source, self.mesh, self.display.warn)
+        self.processor, self.builder, self.buckets = opened.processor, opened.builder, opened.buckets
+        self.lora = opened.lora
+        self._closing.enter_context(opened.images)
+        self.graph, self.parameters = nnx.split(opened.model)
         with self.display.progress(f"rollout engine ({config.rollout.engine})"):
-            where = {"source": self.source, "workdir": self.workdir, "buckets": self.buckets, "mesh": self.mesh}
-            self.engine = open_engine(config, model, self.processor, lora=self.lora, **where)
+            self.engine = opening.open_engine(config, opened, self.workdir, self.mesh)
             self._closing.callback(self.engine.close)
             if self.checkpoint is None:  # else `trainer` has what it holds
                 self.engine.update_weights(self.parameters, self.version)
         self.display.watch(self.engine.health)
-
-    def _check_mesh(self, known: model_config.ModelConfig) -> None:
-        """Heads are split whole. Raises InputError."""
-        tensor = self.mesh.shape["tensor"]
-        heads = {"heads": known.text.heads, "kv heads": known.text.kv_heads, "vision heads": known.vision.heads}
-        if any(count % tensor for count in heads.values()):
-            counts = ", ".join(f"{count} {name}" for name, count in heads.items())
-            raise InputError(f"config.mesh.tensor = {tensor} must divide the model's {counts}")
 
     def _texts(self):
         """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction.

@@ -101,7 +101,8 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
     run.end_update(trainer)
     order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
     maker = Maker(run, stage, order, packer.updates)
-    batches = pipeline.batches(maker, maker.local, start=run.position.batches)
+    threads = max(2, config.data.workers)  # each waits for a worker
+    batches = pipeline.batches(maker, maker.local, start=run.position.batches, threads=threads)
     rates = [
         [stage.learning_rate_at(step * packer.updates + i, stage.steps * packer.updates) for i in range(packer.updates)]
         for step in range(stage.steps)

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from capcur_jax import presets, sharding
-from capcur_jax import run as run_lib
+from capcur_jax.rollout import choose
 from capcur_jax.rollout.local import LocalEngine
 from capcur_jax.train import train
 
@@ -57,7 +57,7 @@ def test_turns_change_where_arrays_lie_and_no_result(tmp_path, monkeypatch):
     def open_engine(config, model, processor, *, buckets, mesh, **_):
         return Engine(model, processor, slots=4, prefill=2, buckets=buckets, mesh=mesh)
 
-    monkeypatch.setattr(run_lib, "open_engine", open_engine)
+    monkeypatch.setattr(choose, "open_engine", open_engine)
     train(turns, tmp_path / "turns", quiet=True)
     assert calls == ["release", "resume"] * 2
     assert seen[-1] == {"pinned_host"}  # what the trainer keeps is away when the engine samples

@@ -29,11 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         if arguments[:1] == [name]:  # the others' modules are not imported: some of them bring JAX
             module = importlib.import_module(f"capcur_jax.data.commands.{name}")
             module.add_arguments(command)
-    chosen = parser.parse_args(arguments)
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(chosen, "config"):
+        parser.error(f"unknown argument {rest[0]}")
+    chosen.overrides = rest  # --config.key=value, of a command that takes a config
     try:
         result = module.run(chosen)
     except InputError as error:

@@ -51,10 +51,11 @@ class Curriculum:
         return made
 
     def described(self) -> str:
-        """In a few words, for people."""
-        if self.weights:
-            return f"{self.order}, mixed {':'.join(f'{weight:g}' for weight in self.weights)}"
-        return f"{self.order}, set by set" if self.by_set else self.order
+        """In a few words, for people; nothing of one shuffled pool."""
+        said = [] if self.order == "shuffled" else [self.order]
+        said += [f"mixed {':'.join(f'{weight:g}' for weight in self.weights)}"] if self.weights else []
+        said += ["set by set"] if self.by_set else []
+        return f" ({', '.join(said)})" if said else ""
 
     @property
     def by_difficulty(self) -> bool:

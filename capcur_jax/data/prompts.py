@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
+from capcur_jax.data.images import ImageStore
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.errors import InputError
 from capcur_jax.models.batching import PromptSize
@@ -19,38 +18,20 @@ INSTRUCTION = "Reason inside <think></think>, then give the final answer in \\bo
 PLACEMENTS = ("suffix", "system", "none")
 
 
-@contextlib.contextmanager
-def opened_image(path: str) -> Iterator[Image.Image]:
-    """An image file, header read, pixels not yet. Raises BadImage naming the file and the remedy."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise BadImage(f"{path}: no such image; put it there or take the row out") from None
-    except Exception as error:  # broken files make Pillow raise a dozen kinds
-        raise BadImage(f"{path}: not a readable image ({error}); replace it or take the row out") from None
-
-
-def load_image(path: str) -> Image.Image:
-    """An RGB image, decoded whole, upright (a phone's photo says in its EXIF how it was held). Raises BadImage."""
-    with opened_image(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) that the image will have when upright; no pixel is decoded."""
-    lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (image.width, image.height) if lying else (image.height, image.width)
-
-
 class PromptBuilder:
-    """Builds prompts, and counts what it has to leave out: overlong prompts are skipped whole, never truncated."""
+    """Builds prompts, and counts what it has to leave out: overlong prompts are skipped whole, never truncated.
 
-    def __init__(self, processor: Processor, placement: str, max_tokens: int, max_patches: int):
+    `store` reads the images; without one each is decoded in the calling thread, and none is kept.
+    """
+
+    def __init__(
+        self, processor: Processor, placement: str, max_tokens: int, max_patches: int, store: ImageStore | None = None
+    ):
         if placement not in PLACEMENTS:
             raise InputError(f"config.prompt.instruction = {placement!r}; choose one of {', '.join(PLACEMENTS)}")
         self.processor, self._placement = processor, placement
         self._max_tokens, self._max_patches = max_tokens, max_patches
+        self._store = store or ImageStore()
         self.skipped: dict[Problem, str] = {}  # why
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -72,23 +53,31 @@ class PromptBuilder:
     def build(self, problem: Problem) -> Prompt:
         """Raises BadInput: a missing or broken image, a prompt over a limit."""
         text = self.render(problem)
-        self._measure(text, problem.images)  # first: nothing is decoded for a prompt that is left out
-        return self.processor.prepare(text, [load_image(path) for path in problem.images])
+        sizes = [self._size(path) for path in problem.images]
+        self._measure(text, sizes)  # first: nothing is decoded for a prompt that is left out
+        resample = self.processor.images.resample
+        loaded = [self._store.load(path, size, resample) for path, size in zip(problem.images, sizes, strict=True)]
+        return self.processor.prepare(text, loaded)
 
     def measure(self, problem: Problem) -> PromptSize:
         """Tokens of the prompt and patches of each image; no pixel is decoded. Raises BadInput as `build` does, but for
         images whose header alone is sound."""
-        return self._measure(self.render(problem), problem.images)
+        return self._measure(self.render(problem), [self._size(path) for path in problem.images])
 
-    def _measure(self, text: str, images: Sequence[str]) -> PromptSize:
-        merged, patches = self.processor.config.vision.merge_size**2, []
-        tokens = len(self.processor.tokenize(text, len(images)))
-        for path in images:
-            # Inside: an image too narrow for the model is a bad image as well.
-            with opened_image(path) as image:
-                count = self.processor.images.get_number_of_image_patches(*upright_size(image))
-            patches.append(count)
-            tokens += count // merged - 1
+    def _size(self, path: str) -> tuple[int, int]:
+        """(height, width) at which the model sees an image. Raises BadImage."""
+        height, width = self._store.size(path)
+        try:
+            return self.processor.resized(height, width)
+        except ValueError as error:
+            raise BadImage(f"{path}: {width} x {height} pixels: {error}; crop it or take the row out") from None
+
+    def _measure(self, text: str, sizes: Sequence[tuple[int, int]]) -> PromptSize:
+        """`sizes`: of the images, as the model sees them."""
+        vision = self.processor.config.vision
+        patches = [height * width // vision.patch_size**2 for height, width in sizes]
+        tokens = len(self.processor.tokenize(text, len(sizes)))
+        tokens += sum(count // vision.merge_size**2 - 1 for count in patches)
         self._check(tokens, max(patches, default=0))
         return PromptSize(tokens, tuple(patches))
 

@@ -35,6 +35,11 @@ class Tally:
         """Passes the problems on."""
         for row in rows:
             self.rows += 1
+            yield from self.passed([row])
+
+    def passed(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """Of rows that were counted before, passes on what is no Drop, and counts the drops."""
+        for row in rows:
             if isinstance(row, Drop):
                 self.drop(row)
             else:

@@ -209,13 +209,33 @@ class Processor:
             )
         return tokens
 
-    def prepare(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
-        """Token ids, patches and positions of a rendered prompt with one image placeholder per image."""
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels at which the model sees an image of that size: whole patches that merge, within
+        the bounds. Raises ValueError: it is too narrow."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        limits = self.images.size["shortest_edge"], self.images.size["longest_edge"]
+        found = smart_resize(height, width, self.images.patch_size * self.images.merge_size, *limits)
+        # Rounding may make it narrower than what is allowed: a rollout server, which sees the result, would refuse it.
+        if max(found) > 200 * min(found):
+            raise ValueError(f"the model would see {found[1]} x {found[0]}, and no side may be 200 times the other")
+        return found
+
+    def prepare(self, text: str, images: Sequence[Image.Image | np.ndarray] = ()) -> Prompt:
+        """Token ids, patches and positions of a rendered prompt with one image placeholder per image.
+
+        Args:
+            images: pictures, which are resized, or else arrays [height, width, 3] uint8 whose size is by `resized`.
+        """
         tokens = self.tokenize(text, len(images))
         merge, image_token = self.config.vision.merge_size, self.config.image_token
         patches, grids = np.zeros((0, self.config.vision.patch_values), np.float32), ()
         if images:
-            done = self.images(images=list(images), return_tensors="np")
+            # Arrays are not resized again: of narrow images a second time would not find the size of the first.
+            arrays = {"do_resize": False, "input_data_format": "channels_last"}
+            done = self.images(
+                images=list(images), return_tensors="np", **(arrays if isinstance(images[0], np.ndarray) else {})
+            )
             patches = np.ascontiguousarray(done["pixel_values"], np.float32)
             grids = tuple(tuple(int(n) for n in grid) for grid in done["image_grid_thw"])
             counts = np.ones(len(tokens), np.int64)

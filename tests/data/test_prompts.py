@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from capcur_jax.data.images import load_image
 from capcur_jax.data.problem import Problem
-from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder, explain_skipped, load_image, target_tokens
+from capcur_jax.data.prompts import INSTRUCTION, PromptBuilder, explain_skipped, target_tokens
 from capcur_jax.errors import InputError
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadImage, BadInput
