@@ -210,7 +210,7 @@ def _paper(architecture: str) -> ConfigDict:
             "patch_rows": (0.5, 1.0),
         }
     )
-    config.rollout.update({"max_new_tokens": 2048, "slots": 240, "prefill": 1})
+    config.rollout.update({"max_new_tokens": 2048, "slots": 192, "prefill": 1})
     config.packing.update(
         {
             "micro_prompts": 1,  # 2 need 34 GiB of a device on v6e-16, 40 on 8 x H200
