@@ -162,7 +162,7 @@ def test_any_mutation_of_a_reply_is_a_question_or_has_its_reason():
             reasons["good"] += 1
         except BadQuestion as error:
             reasons[error.reason] += 1
-    assert len(reasons) > 8 and reasons["good"] < 700
+    assert len(reasons) > 5 and 0 < reasons["good"] < 700
 
 
 @pytest.mark.parametrize(
