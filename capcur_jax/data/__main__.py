@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
+    code = result.pop("exit_code", 0)
     print(json.dumps(result, ensure_ascii=False))
-    return 0
+    return code
 
 
 if __name__ == "__main__":

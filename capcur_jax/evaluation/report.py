@@ -59,7 +59,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         _rollouts_section(rollouts, workdir),
         _details_section({"Configuration": config, "Versions": versions, "Summary": summary}),
     ]
-    page = PAGE.format(title=text(f"{workdir.name}: run report"), style=STYLE, body="\n".join(body))
+    footer = "Made by <code>python -m capcur_jax.evaluation.report WORKDIR</code> from the records of the run."
+    page = PAGE.format(title=text(f"{workdir.name}: run report"), style=STYLE, body="\n".join(body), footer=footer)
     path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path

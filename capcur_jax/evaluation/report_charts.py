@@ -149,6 +149,17 @@ def accuracy_chart(accuracy: Mapping[str, Record], moments: Mapping[str, str]) -
         return _svg(figure, legend=True)
 
 
+def bar_chart(title: str, unit: str, heights: Mapping[str, float], below: str = "") -> str:
+    """SVG of a bar for each label, in the order given; `unit` names the heights, `below` the labels."""
+    with rc_context(_STYLE):
+        figure, axes = _new_axes(title, unit, ())
+        axes.bar(range(len(heights)), list(heights.values()), width=0.85, color=_SERIES[0])
+        narrow = max(3, 66 // max(1, len(heights)))  # characters that fit under a bar
+        axes.set_xticks(range(len(heights)), [_label(label, narrow) for label in heights])
+        axes.set_xlabel(_label(below))
+        return _svg(figure, legend=False)
+
+
 def _panel_chart(panel: Panel, steps: Sequence[Record], stages: Sequence[Stage], window: int) -> str:
     """SVG of one panel, or "" where no step has a number for it."""
     steps = [step for step in steps if not panel.objective or step.get("objective") == panel.objective]

@@ -117,6 +117,6 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{style}</style></head>
 <body>
 {body}
-<footer>Made by <code>python -m capcur_jax.evaluation.report WORKDIR</code> from the records of the run.</footer>
+<footer>{footer}</footer>
 </body></html>
 """
