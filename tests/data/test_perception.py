@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -126,6 +127,42 @@ def test_a_reply_that_was_cut_off_is_told_so():
     with pytest.raises(BadQuestion, match="cut off"):
         parse("```json\n" + json.dumps(GOOD)[:40], cut_off=True)
     assert parse(fenced(GOOD), cut_off=True)
+
+
+def test_any_mutation_of_a_reply_is_a_question_or_has_its_reason():
+    draw, good = random.Random(0), fenced(json.dumps(GOOD, indent=1))
+    pieces = [
+        "```",
+        "\n",
+        '"',
+        "{",
+        "}",
+        "[",
+        "]",
+        ":",
+        ",",
+        "A",
+        "null",
+        "1e999",
+        "\ud800",
+        "\0",
+        "<image>",
+        "é",
+        "\\u0000",
+    ]
+    reasons = collections.Counter()
+    for _ in range(1000):
+        text = good
+        for _ in range(draw.randint(1, 3)):
+            at, length = draw.randrange(len(text)), draw.choice((0, 0, 1, 5, 40))
+            text = text[:at] + draw.choice(["", *pieces, text[at : at + 30]]) + text[at + length :]
+        try:
+            question = parse(text)
+            assert len(set(question.options)) == 4 and question.right in range(4)
+            reasons["good"] += 1
+        except BadQuestion as error:
+            reasons[error.reason] += 1
+    assert len(reasons) > 5 and 0 < reasons["good"] < 700
 
 
 @pytest.mark.parametrize(

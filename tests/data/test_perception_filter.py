@@ -276,7 +276,7 @@ def local_rows(tmp_path_factory):
 
 def replies_alone(directory, rows, caption_chat=False, max_new_tokens=8):
     """(image, caption) replies of each row: one prompt at a time, made from the chat template directly."""
-    from capcur_jax.data.prompts import load_image
+    from capcur_jax.data.images import load_image
     from capcur_jax.models import huggingface
     from capcur_jax.models.batching import Buckets
     from capcur_jax.models.inputs import Processor

@@ -53,9 +53,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     models = filter_models.open_models(arguments.model, how)
     tally = Tally()
-    rows = [
-        row for row in map(perception_filter.readable, tally.kept(read_rows(Path(arguments.input)))) if keep(tally, row)
-    ]
+    read = map(perception_filter.readable, tally.kept(read_rows(Path(arguments.input))))
+    rows = list(tally.passed(read))
 
     def journal(model: FilterModel) -> Journal:
         known = perception_filter.settings(model, how, arguments.caption_chat)
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = perception_filter.judge(rows, models, journal, arguments.caption_chat)
     except RolloutError as error:
         raise InputError(str(error)) from None
-    judged = [one for one in found if keep(tally, one)]
+    judged = list(tally.passed(found))
     counts = perception_filter.counted(judged, models)
     perception_filter.show(counts)
     for one in judged:
@@ -76,13 +75,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         write_rows(others, (one.problem for one in judged if one.reason != KEPT))
     passes = perception_filter.by_pass(judged, models)
     return tally.summary() | {"models": counts, "passes": passes, "output": str(output)}
-
-
-def keep(tally: Tally, row: Any) -> bool:
-    """Whether it is none of the drops, which are counted."""
-    if isinstance(row, Drop):
-        tally.drop(row)
-    return not isinstance(row, Drop)
 
 
 def _file_part(name: str) -> str:
