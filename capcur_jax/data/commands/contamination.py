@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--remove-look-alikes",
         action="store_true",
-        help="with --remove: also leave out rows whose pictures only look alike, which may be wrong",
+        help="with --remove: also leave out rows whose pictures look alike, which may be wrong",
     )
     add("--images", metavar="DIR", help="folder for images that Parquet files hold as bytes")
 
