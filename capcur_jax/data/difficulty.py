@@ -6,7 +6,9 @@ The paper samples K = 16 responses of the base model at temperature 0.7, 1,024 n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from capcur_jax.data.journal import Journal, key_of
@@ -68,11 +70,9 @@ def measure(
             continue
         built: list[tuple[Problem, Prompt]] = []
         broken: list[tuple[Problem, Drop]] = []
-        for problem in part:
-            try:
-                built.append((problem, builder.build(problem)))
-            except BadInput as error:
-                broken.append((problem, _drop(problem, error)))
+        with ThreadPoolExecutor() as pool:  # the workers that decode images are kept busy
+            for problem, prompt in zip(part, pool.map(functools.partial(_built, builder), part), strict=True):
+                (broken if isinstance(prompt, Drop) else built).append((problem, prompt))
         groups = engine.generate([prompt for _, prompt in built], sampling, samples, seed + start, images)
         asked = [problem for problem, _ in built for _ in range(samples)]
         texts = [builder.processor.decode(sample.tokens) for group in groups for sample in group]
@@ -114,6 +114,13 @@ def _add(journal: Journal, problem: Problem, record: dict, progress: Callable[[s
     if key(problem) not in journal.done:  # of a batch that was cut off midway, the first rows are there
         journal.add(key(problem), record)
         progress(record.get("reason", ""))
+
+
+def _built(builder: PromptBuilder, problem: Problem) -> Prompt | Drop:
+    try:
+        return builder.build(problem)
+    except BadInput as error:
+        return _drop(problem, error)
 
 
 def _drop(problem: Problem, error: BadInput) -> Drop:

@@ -288,17 +288,20 @@ class LocalModel:
 
     def _measure(self, asked: Asked) -> Any:
         """The prompt's size; of images the header is read. Raises BadInput."""
-        from capcur_jax.data.prompts import opened_image, upright_size
+        from capcur_jax.data.images import ImageStore
         from capcur_jax.models.batching import PromptSize
-        from capcur_jax.models.inputs import BadInput
+        from capcur_jax.models.inputs import BadImage, BadInput
 
-        paths = [part for part in asked.parts if isinstance(part, Path)]
-        tokens, patches = len(self._processor.tokenize(self._text(asked), len(paths))), []
+        paths = [str(part) for part in asked.parts if isinstance(part, Path)]
+        vision, patches = self._processor.config.vision, []
+        tokens = len(self._processor.tokenize(self._text(asked), len(paths)))
         for path in paths:
-            with opened_image(str(path)) as image:
-                size = _shrunk(upright_size(image), self._how)
-                patches.append(self._processor.images.get_number_of_image_patches(*size))
-        tokens += sum(count // self._processor.config.vision.merge_size**2 - 1 for count in patches)
+            try:
+                height, width = self._processor.resized(*_shrunk(ImageStore().size(path), self._how))
+            except ValueError as error:
+                raise error if isinstance(error, BadInput) else BadImage(f"{path}: {error}") from None
+            patches.append(height * width // vision.patch_size**2)
+        tokens += sum(count // vision.merge_size**2 - 1 for count in patches)
         published = self._processor.config.published
         context = {**published, **published.get("text_config", {})}.get("max_position_embeddings", 1 << 60)
         if tokens + self._how.max_new_tokens > context:

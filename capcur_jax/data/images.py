@@ -62,9 +62,9 @@ class ImageStore:
     """Reads images for any number of threads; what `image_files` says becomes of them.
 
     Args:
-      workers: processes that decode, started when they are first needed; 0: the calling thread does. A worker that an
-        image kills, or that takes longer than `timeout_s` over it, is replaced and the image tried once more; then it
-        is a bad image.
+      workers: processes that decode, started when they are first needed. One that an image kills, or that takes longer
+        than `timeout_s` over it, is replaced and the image tried once more; then it is a bad image. 0: the calling
+        thread decodes, where a decoder's crash is the process's and libtiff may write to the terminal.
       cache_mb: MiB of resized images that are kept, the last used.
       max_pixels: a header that says more is refused, and nothing decoded.
       timeout_s, memory_mb: of a worker, for one image: seconds by the clock, MiB of address space.

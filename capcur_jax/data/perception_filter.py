@@ -76,6 +76,7 @@ class Judged:
     """A row, what all models said of it in its metadata, and each model's verdict."""
 
     problem: Problem
+    answer: str
     verdicts: dict[str, str]
 
     @property
@@ -170,7 +171,7 @@ def _judged(row: Row, replies: dict[str, dict[str, str]]) -> Judged:
         verdicts[name] = verdict(row.answer, found["image"], found["caption"])
     earlier = row.problem.metadata.get("filter")
     metadata = {**row.problem.metadata, "filter": {**(earlier if isinstance(earlier, dict) else {}), **said}}
-    return Judged(dataclasses.replace(row.problem, metadata=metadata), verdicts)
+    return Judged(dataclasses.replace(row.problem, metadata=metadata), row.answer, verdicts)
 
 
 def _size(path: str) -> int:
@@ -191,6 +192,18 @@ def counted(judged: Iterable[Judged], models: Sequence[FilterModel]) -> dict[str
         for name, said in one.verdicts.items():
             counts[name][said] += 1
     return {name: {said: counts[name][said] for said in (KEPT, *REASONS) if said in counts[name]} for name in counts}
+
+
+def by_pass(judged: Iterable[Judged], models: Sequence[FilterModel]) -> dict[str, dict[str, dict[str, int]]]:
+    """Of each model and pass: how many rows it got right, got wrong, and gave no letter for."""
+    words = ("right", "wrong", "no letter")
+    counts = {model.name: {which: dict.fromkeys(words, 0) for which in PASSES} for model in models}
+    for one in judged:
+        for name in one.verdicts:
+            for which in PASSES:
+                letter = one.problem.metadata["filter"][name][which]
+                counts[name][which][words[2] if letter is None else words[letter != one.answer]] += 1
+    return counts
 
 
 def show(counts: dict[str, dict[str, int]], console: Console | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -42,7 +43,9 @@ def evaluate(
     images = any(problem.images for problem in problems)
     for number, part in enumerate(_parts(problems, batch)):
         # Of several processes each asks its share; all of them sample together.
-        built = [(problem, builder.try_build(problem)) for problem in part[jax.process_index() :: jax.process_count()]]
+        mine = part[jax.process_index() :: jax.process_count()]
+        with ThreadPoolExecutor() as pool:  # the workers that decode images are kept busy
+            built = list(zip(mine, pool.map(builder.try_build, mine), strict=True))
         built = [(problem, prompt) for problem, prompt in built if prompt is not None]
         groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
         samples, asked = [group[0] for group in groups], [problem for problem, _ in built]

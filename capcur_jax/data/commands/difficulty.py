@@ -40,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_config(name: str, overrides: list[str]) -> ConfigDict:
     """The config file with the command line's --config.key=value. Raises InputError."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    if not Path(name.partition(":")[0]).is_file():
+        raise InputError(f"--config {name}: no such config file; configs/ has some")
+    values, given = flags.FlagValues(), ["difficulty", f"--config={name}", *overrides]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=given)
     try:
-        rest = values(["difficulty", f"--config={name}", *overrides])
+        rest = values(given)
         config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(f"--config {name}: {error}") from None

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns rows, kept, dropped by reason, and kept and dropped by reason of each model."""
+    """Returns rows, kept, dropped by reason; the same of each model; and right and wrong of each of its passes."""
     output = output_file(arguments.output, arguments.input)
     others = output_file(arguments.keep_dropped, arguments.input, arguments.output) if arguments.keep_dropped else None
     how = How(
@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     write_rows(output, (one.problem for one in judged if one.reason == KEPT))
     if others:
         write_rows(others, (one.problem for one in judged if one.reason != KEPT))
-    return tally.summary() | {"models": counts, "output": str(output)}
+    passes = perception_filter.by_pass(judged, models)
+    return tally.summary() | {"models": counts, "passes": passes, "output": str(output)}
 
 
 def keep(tally: Tally, row: Any) -> bool:
