@@ -156,7 +156,9 @@ def test_the_command_reports_and_writes_what_is_clean(folder, capsys):
     _, result, _ = run(capsys, *arguments, "--remove", clean, "--remove-look-alikes")
     removed = result["removed"]["dropped"]
     assert removed["contaminated: look"] == removed["contaminated: look and text"] == 1
-    assert run(capsys, *arguments, "--threshold", 0)[0] == 2
+    for wrong in (("--threshold", 0), ("--remove", "clean.csv"), ("--remove", train)):
+        assert run(capsys, *arguments, *wrong)[0] == 2
+    assert len(train.read_text().splitlines()) == 6
 
 
 # ---------------------------------------------------------------------- images
