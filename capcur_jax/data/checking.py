@@ -8,16 +8,18 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from capcur_jax.data.fingerprints import Fingerprint, Images, spelling
 from capcur_jax.data.problem import Drop, Problem, answer_type_of
 from capcur_jax.data.rows import Tally, read_rows
-from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadImage, BadInput
 from capcur_jax.rewards import extract, grade
+
+if TYPE_CHECKING:  # it brings JAX
+    from capcur_jax.models.batching import PromptSize
 
 MOST_VALUES = 50  # distinct values of a field that are reported; the others are counted together
 RATE_EDGES = [i / 10 for i in range(11)]

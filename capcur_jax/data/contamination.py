@@ -30,10 +30,11 @@ from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import read_rows, write_rows
 from capcur_jax.models.inputs import BadImage
 
-# From the surest on. "look": the pictures look alike, which may be wrong.
-KINDS = ("image and text", "image", "text", "look and text", "similar text", "look")
-LOOK = "look"
+# From the surest on.
+KINDS = ("image and text", "image", "text", "similar text", "look and text", "look")
+LOOKS = ("look and text", "look")  # pictures that look alike, which may be wrong: a set of drawings has many
 PAIRS_OF_A_ROW = 5  # named for one training row; all are counted
+_NEAR_KEPT = 20_000  # images whose look-alikes are remembered
 _ROWS_OF_AN_IMAGE = 100  # of the evaluation rows with one image, those whose text is compared word for word
 
 
@@ -90,7 +91,7 @@ class Evaluation:
 
     def finish(self) -> None:
         """Builds the indexes; `add` is over."""
-        self._nearest = Looks(self._looks)
+        self._nearest, self._near = Looks(self._looks), {}
         # Texts of rows without images, which may match by themselves.
         self._plain = np.array(list(self._by_text), np.int64)
         self._rows_of_plain = np.array([len(rows) for rows in self._by_text.values()], np.int64)
@@ -134,7 +135,7 @@ class Evaluation:
         near: dict[int, float | None] = {}  # image number -> difference; None: the same pixels
         for image in images:
             same = self._images.get(image if isinstance(image, bytes) else image.pixels)
-            for other, difference in [] if isinstance(image, bytes) else self._nearest.near(image.look):
+            for other, difference in [] if isinstance(image, bytes) else self._looks_like(image):
                 near.setdefault(other, difference)
             if same is not None:
                 near[same] = None
@@ -150,10 +151,18 @@ class Evaluation:
                     found[row] = self._pair(row, number, its_shingles, difference)
         return list(found.values()), max(counted, len(found))
 
+    def _looks_like(self, image: Fingerprint) -> list[tuple[int, float]]:
+        """The evaluation's images that look like it; an image is often asked about several times."""
+        if image.pixels not in self._near:
+            if len(self._near) >= _NEAR_KEPT:
+                self._near.clear()
+            self._near[image.pixels] = self._nearest.near(image.look)
+        return self._near[image.pixels]
+
     def _pair(self, row: int, number: int | None, its_shingles: np.ndarray, difference: float | None) -> Match:
         its = self.rows[row]
         score = 1.0 if its.text == number else jaccard(its_shingles, self._shingles[its.text])
-        kind = ("image" if difference is None else LOOK) + (" and text" if score >= self._threshold else "")
+        kind = ("image" if difference is None else "look") + (" and text" if score >= self._threshold else "")
         return Match(kind, its, score, difference or 0.0)
 
     def hit_rows(self, looks: bool = False) -> dict[str, int]:
@@ -240,12 +249,12 @@ def write_clean(
     images: str | os.PathLike | None = None,
     examples: int = 5,
 ) -> dict[str, Any]:
-    """Writes the training rows that share nothing with the evaluation; those that only look alike too, unless `looks`.
+    """Writes the training rows that share nothing with the evaluation; those that look alike too, unless `looks`.
 
     Returns:
       `rows`, `kept` and `dropped` by reason, of the written file.
     """
-    removed = {row: kind for row, kind in kinds.items() if looks or kind != LOOK}
+    removed = {row: kind for row, kind in kinds.items() if looks or kind not in LOOKS}
     tally = Rows(examples)
 
     def rows() -> Iterator[Problem | Drop]:

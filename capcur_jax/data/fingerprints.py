@@ -116,7 +116,7 @@ class Images:
     """Fingerprints by path, each file decoded once, in threads; what it keeps of an image is a kilobyte at most."""
 
     def __init__(self, look: bool = False, threads: int | None = None):
-        self._look, self._threads = look, threads or min(8, os.cpu_count() or 1)
+        self._look, self._threads = look, threads or min(4, os.cpu_count() or 1)  # each may hold a large image
         self._known: dict[str, Fingerprint | str] = {}  # or what is wrong with the image
 
     def of(self, paths: Iterable[str]) -> list[Fingerprint | str]:

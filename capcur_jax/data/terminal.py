@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from capcur_jax.errors import InputError
 from capcur_jax.evaluation.report_page import visible
 
 _Item = TypeVar("_Item")
@@ -33,6 +35,16 @@ def counted(items: Iterable[_Item], label: str) -> Iterator[_Item]:
         for item in items:
             yield item
             progress.advance(task)
+
+
+@contextlib.contextmanager
+def files_explained() -> Iterator[None]:
+    """A file that can't be opened or written ends the command with a line that names it."""
+    try:
+        yield
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        raise InputError(f"{name}{error.strerror or error}; mend that and start again") from None
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Group:

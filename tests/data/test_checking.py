@@ -5,6 +5,8 @@ import io
 import json
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -197,6 +199,22 @@ def test_strict_fails_on_rows_that_a_run_would_leave_out(folder, capsys, row):
 def test_a_missing_file_is_named(tmp_path, capsys):
     code, result, err = run(capsys, "check", tmp_path / "nowhere.jsonl")
     assert code == 2 and result is None and "nowhere.jsonl" in err and "Traceback" not in err
+
+
+def test_none_of_it_needs_jax():
+    modules = ", ".join(f"capcur_jax.data.{name}" for name in ("checking", "splitting", "contamination", "card_pages"))
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif("CAPCUR_SHARED_DATA" not in os.environ, reason="needs a folder of public data sets")
+@pytest.mark.parametrize("name", ["mathvision", "visonlyqa", "gsm8k"])
+def test_public_sets_are_sound(name, tmp_path, capsys):
+    file, source = tmp_path / f"{name}.jsonl", os.path.join(os.environ["CAPCUR_SHARED_DATA"], name)
+    assert run(capsys, "build", name, "--input", source, "--output", file)[0] == 0
+    code, result, _ = run(capsys, "check", file, "--max-tokens", 4096, "--strict")
+    assert code == 0 and result["usable"] == result["rows"] > 100
+    assert result["duplicates"]["conflicting_answers"]["rows"] == 0
 
 
 # ---------------------------------------------------------------------- bad input

@@ -129,7 +129,8 @@ def run(capsys, *arguments):
 
 def test_the_command_reports_and_writes_what_is_clean(folder, capsys):
     train = write(folder / "train.jsonl", [
-        row("both", "How many dots?", "same.bmp"), row("look", "What is this?", "look.jpg"),
+        row("both", "How many dots?", "same.bmp"), row("alike", "How many dots?", "look.jpg"),
+        row("look", "What is this?", "look.jpg"),
         row("clean", "How many dots?", "b.png"), row("text", LONG), {"id": "bad", "problem": "Q?", "answer": None},
     ])  # fmt: skip
     second = write(folder / "second.jsonl", [row("clean", "Another row of that id?"), row("more", "Is it one more?")])
@@ -139,19 +140,25 @@ def test_the_command_reports_and_writes_what_is_clean(folder, capsys):
     code, result, err = run(capsys, *arguments, "--output", output, "--remove", clean)
     assert code == 0 and "image and text" in err
     removed = result["removed"]
-    assert (removed["rows"], removed["kept"]) == (7, 3)
+    assert (removed["rows"], removed["kept"]) == (8, 4)
     assert removed["dropped"] == {
         "contaminated: image and text": 1, "contaminated: text": 1, "no answer": 1, "id of another file": 1,
     }  # fmt: skip
-    assert [json.loads(line)["id"] for line in clean.read_text().splitlines()] == ["look", "clean", "more"]
+    assert [json.loads(line)["id"] for line in clean.read_text().splitlines()] == ["alike", "look", "clean", "more"]
     report = json.loads(output.read_text())
     pairs = {pair["train"]["id"]: pair for pair in report["named_pairs"]}
-    assert set(pairs) == {"both", "look", "text"} and pairs["both"]["against"] == {"file": str(test), "id": "e"}
+    assert set(pairs) == {"both", "alike", "look", "text"} and pairs["both"]["against"] == {
+        "file": str(test),
+        "id": "e",
+    }
     assert pairs["both"]["image_difference"] == 0 < pairs["look"]["image_difference"]
     assert result["train"]["dropped"] == {"no answer": 1}
     _, result, _ = run(capsys, *arguments, "--remove", clean, "--remove-look-alikes")
-    assert result["removed"]["dropped"]["contaminated: look"] == 1
-    assert run(capsys, *arguments, "--threshold", 0)[0] == 2
+    removed = result["removed"]["dropped"]
+    assert removed["contaminated: look"] == removed["contaminated: look and text"] == 1
+    for wrong in (("--threshold", 0), ("--remove", "clean.csv"), ("--remove", train)):
+        assert run(capsys, *arguments, *wrong)[0] == 2
+    assert len(train.read_text().splitlines()) == 6
 
 
 # ---------------------------------------------------------------------- images

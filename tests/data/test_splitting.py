@@ -144,3 +144,10 @@ def test_a_split_never_overwrites_its_input(rows, tmp_path, capsys):
     file = write(tmp_path / "train.jsonl", rows)
     code, _, err = run(capsys, "split", "--input", file, "--output", tmp_path)
     assert code == 2 and "overwrite" in err and len(file.read_text().splitlines()) == len(rows)
+
+
+def test_a_place_that_can_not_be_written_is_named(rows, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file, no folder")
+    file = write(tmp_path / "all.jsonl", rows)
+    code, _, err = run(capsys, "split", "--input", file, "--output", tmp_path / "taken")
+    assert code == 2 and "taken" in err and "Traceback" not in err

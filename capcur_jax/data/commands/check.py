@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from capcur_jax.data import terminal
+from capcur_jax.data.commands.options import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +20,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="whose tokenizer and image processor count tokens (default: the one that comes with the package)",
     )
-    add("--max-tokens", type=int, default=2048, metavar="N", help="longer prompts are overlong (%(default)s)")
-    add("--min-pixels", type=int, default=0, metavar="N", help="smaller images are enlarged (0: the checkpoint's own)")
-    add("--max-pixels", type=int, default=0, metavar="N", help="larger images are reduced (0: the checkpoint's own)")
+    add("--max-tokens", type=at_least(1), default=2048, metavar="N", help="longer prompts are overlong (%(default)s)")
+    add(
+        "--min-pixels",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="smaller images are enlarged (0: the checkpoint's own)",
+    )
+    add(
+        "--max-pixels",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="larger images are reduced (0: the checkpoint's own)",
+    )
     add("--instruction", choices=("suffix", "system", "none"), default="suffix", help="as config.prompt.instruction")
     add("--images", metavar="DIR", help="folder for images that a Parquet file holds as bytes")
-    add("--examples", type=int, default=5, metavar="N", help="findings of each sort that are named (%(default)s)")
+    add(
+        "--examples",
+        type=at_least(0),
+        default=5,
+        metavar="N",
+        help="findings of each sort that are named (%(default)s)",
+    )
     add("--json", action="store_true", help="no tables, only the JSON line")
     add(
         "--strict",
@@ -33,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@terminal.files_explained()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # Late: --help needs no transformers.
     from capcur_jax.data.checking import check

@@ -29,15 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--remove-look-alikes",
         action="store_true",
-        help="with --remove: also leave out rows whose pictures only look alike, which may be wrong",
+        help="with --remove: also leave out rows whose pictures look alike, which may be wrong",
     )
     add("--images", metavar="DIR", help="folder for images that Parquet files hold as bytes")
 
 
+@terminal.files_explained()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.data.contamination import compare, write_clean
     from capcur_jax.data.problem import write_atomically
+    from capcur_jax.data.rows import FORMATS
 
+    if arguments.remove and Path(arguments.remove).suffix not in FORMATS:  # before the work, not after it
+        raise InputError(f"--remove {arguments.remove}: the name must end in {' or '.join(FORMATS)}")
+    if arguments.remove and {Path(arguments.remove).resolve()} & {Path(file).resolve() for file in arguments.train}:
+        raise InputError(f"--remove {arguments.remove}: that is a training file; name another")
     if not 0 < arguments.threshold <= 1:
         raise InputError(f"--threshold {arguments.threshold}: give a share above 0 and up to 1")
     report, pairs, kinds = compare(
