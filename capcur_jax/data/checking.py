@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from capcur_jax.data.fingerprints import Fingerprint, Images, spelling
+from capcur_jax.data.letters import options_of
 from capcur_jax.data.problem import Drop, Problem, answer_type_of
 from capcur_jax.data.rows import Tally, read_rows
 from capcur_jax.models.inputs import BadImage, BadInput
@@ -25,14 +26,13 @@ MOST_VALUES = 50  # distinct values of a field that are reported; the others are
 RATE_EDGES = [i / 10 for i in range(11)]
 
 # "A. cube", "(B) cube", "c) cube": the letter and the first word of what it stands for.
-_OPTION = re.compile(r"(?<![^\W_])\(?\[?([A-Za-z])\s?[.):\]]\**\s*(\w*)")
 
 
 class Rows(Tally):
     """A tally that names the first dropped rows of each reason."""
 
     def drop(self, drop: Drop) -> None:
-        if self.dropped[drop.reason] < self._shown:
+        if self.dropped[drop.reason] < self.shown:
             self.examples.append(drop)
         self.dropped[drop.reason] += 1
 
@@ -104,7 +104,7 @@ def _contradiction(problem: Problem) -> str:
 
 def _no_option(problem: Problem) -> Drop | None:
     """The answer is a letter, the question has options, and none of them has that letter."""
-    letters, options = _letters(problem.answer), _options(problem.problem)
+    letters, options = _letters(problem.answer), options_of(problem.problem)
     missing = [letter for letter in letters if letter not in options]
     texts = {text.casefold() for text in options.values()}
     # The answer may name an option by its text; and a small x is a variable rather than an option.
@@ -123,21 +123,6 @@ def _letters(answer: str) -> str:
     if not re.fullmatch("[A-Z]{1,8}", letters) or len(set(letters)) < len(letters):
         return ""
     return letters if len(letters) == 1 or "".join(filter(str.isalpha, answer)) == letters else ""
-
-
-def _options(text: str) -> dict[str, str]:
-    """The options of a multiple-choice question, letter -> first word of it: the longest run A, B, ... in the text."""
-    longest: dict[str, str] = {}
-    run: dict[str, str] = {}
-    for letter, word in _OPTION.findall(text):
-        letter = letter.upper()
-        if letter == "A":
-            run = {}
-        elif ord(letter) != ord("A") + len(run):
-            continue
-        run[letter] = word
-        longest = max(longest, run, key=len).copy()
-    return longest if len(longest) > 1 else {}
 
 
 class _Findings:

@@ -11,6 +11,7 @@ _WORD = r"A-Za-z0-9\u00c0-\u024f\u0370-\u052f"  # not Chinese or Japanese charac
 _ALONE = rf"(?<![{_WORD}])(?<![{_WORD}][-'’])([A-Ja-j])(?![{_WORD}+]|['’-][{_WORD}])"
 _CANDIDATE = re.compile(_ALONE)
 _OPEN, _CLOSE = r"[\s(\[{<*_\"'`“‘$]*", r"[\s)\]}>*_\"'`”’$]*"
+_OPTION = re.compile(r"(?<![^\W_])\(?\[?([A-Za-z])\s?[.):\]]\**\s*(\w*)")
 
 # What may stand before a letter that is the answer, besides nothing.
 _KEYWORD = re.compile(
@@ -72,10 +73,21 @@ def _counts(letter: str, before: str, after: str) -> bool:
     return first or bool(_KEYWORD.search(before)) or own_line or (last and bool(_SENTENCE.search(before)))
 
 
+def options_of(text: str) -> dict[str, str]:
+    """The options of a multiple-choice question, letter -> first word of it: the longest run A, B, ... in the text."""
+    longest: dict[str, str] = {}
+    run: dict[str, str] = {}
+    for letter, word in _OPTION.findall(text):
+        letter = letter.upper()
+        if letter == "A":
+            run = {}
+        elif ord(letter) != ord("A") + len(run):
+            continue
+        run[letter] = word
+        longest = max(longest, run, key=len).copy()
+    return longest if len(longest) > 1 else {}
+
+
 def option_letters(problem: str) -> str:
-    """The letters of a problem's options as it lists them ("A. ...", "(a) ..."), "ABCD" where it lists none."""
-    run = ""
-    for listed in re.finditer(r"(?:^|[\s(])([A-Ja-j])[.):]", problem):
-        if listed[1].upper() == chr(ord("A") + len(run)):
-            run += listed[1].upper()
-    return run if len(run) > 1 else "ABCD"
+    """The letters of a problem's options, "ABCD" where it lists none."""
+    return "".join(options_of(problem)) or "ABCD"

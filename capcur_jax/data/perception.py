@@ -21,7 +21,7 @@ from typing import Any
 from capcur_jax.data.chat import Chat, Failed, ask_all
 from capcur_jax.data.journal import Journal, key_of
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem, stable_hash
-from capcur_jax.data.progress import Progress
+from capcur_jax.data.terminal import Progress
 
 LETTERS = "ABCD"
 KINDS = ("detail", "relation")

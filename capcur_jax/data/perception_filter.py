@@ -22,7 +22,7 @@ from capcur_jax.data.filter_models import PASSES, Asked, FilterModel, How, parts
 from capcur_jax.data.journal import Journal, key_of
 from capcur_jax.data.letters import LETTERS, letter_in, option_letters
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem
-from capcur_jax.data.progress import Progress
+from capcur_jax.data.terminal import Progress
 
 LETTER_ALONE = "Reply with the letter of the right option and nothing else."
 FROM_CAPTION = "This is the description of an image:\n\n{caption}\n\nA question about the image:\n\n{question}\n"

@@ -29,7 +29,7 @@ class Tally:
     def __init__(self, shown: int = 5):
         self.rows, self.dropped = 0, collections.Counter()
         self.examples: list[Drop] = []  # the first so many
-        self._shown = shown
+        self.shown = shown
 
     def kept(self, rows: Iterable[Problem | Drop]) -> Iterator[Problem]:
         """Passes the problems on."""
@@ -48,7 +48,7 @@ class Tally:
     def drop(self, drop: Drop) -> None:
         """One of the rows that were passed on is left out after all."""
         self.dropped[drop.reason] += 1
-        if len(self.examples) < self._shown:
+        if len(self.examples) < self.shown:
             self.examples.append(drop)
 
     def summary(self) -> dict[str, Any]:

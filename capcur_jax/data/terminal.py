@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console, Group
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -17,10 +20,11 @@ from capcur_jax.errors import InputError
 from capcur_jax.evaluation.report_page import visible
 
 _Item = TypeVar("_Item")
+LINE_S = 15.0  # between lines about a long job, where there is no terminal
 _BAR = 40  # characters of the longest bar
 
 
-def console() -> Console:
+def stderr_console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
@@ -30,11 +34,64 @@ def counted(items: Iterable[_Item], label: str) -> Iterator[_Item]:
         yield from items
         return
     columns = (TextColumn("{task.description} {task.completed:,.0f}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console(), transient=True) as progress:
+    with Bar(*columns, console=stderr_console(), transient=True) as progress:
         task = progress.add_task(label, total=None)
         for item in items:
             yield item
             progress.advance(task)
+
+
+class Progress:
+    """How far a long job is: a bar on a terminal, elsewhere a line now and then.
+
+    A context manager; `advance` counts one item, under a word such as "rejected" if it is given one.
+
+    Args:
+      what: is done, such as "writing questions".
+      total: items.
+      done: of them before this run; they don't count for the speed.
+      words: that are shown even at 0.
+    """
+
+    def __init__(
+        self, what: str, total: int, done: int = 0, words: tuple[str, ...] = (), console: Console | None = None
+    ):
+        self._console = console or stderr_console()
+        self._what, self._total, self._first, self._done = what, total, done, done
+        self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(words, 0))
+        self._started = self._said = time.monotonic()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}")
+        self._bar = Bar(*columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task(what, total=total, completed=done, said="")
+
+    def advance(self, word: str = "") -> None:
+        self._done += 1
+        if word:
+            self.counts[word] += 1
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=self._done, said=self._words())
+        elif time.monotonic() - self._said >= LINE_S:
+            self._line()
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+        if not self._console.is_terminal:
+            self._line()
+
+    def _line(self) -> None:
+        self._said = time.monotonic()
+        # Not wrapped: one line of a log.
+        self._console.print(
+            f"{self._what}: {self._done} of {self._total}, {self._words()}", soft_wrap=True, markup=False
+        )
+
+    def _words(self) -> str:
+        rate = (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
+        return ", ".join([*(f"{count} {word}" for word, count in self.counts.items()), f"{rate:.1f}/s"])
 
 
 @contextlib.contextmanager

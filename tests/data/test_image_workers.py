@@ -146,8 +146,8 @@ import os, signal, sys, time
 from capcur_jax.data.images import ImageStore
 store = ImageStore(2)
 store.size(sys.argv[1])
-print(*store._pool.processes(), flush=True)
 try:
+    print(*store._pool.processes(), flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print(store.load(sys.argv[1], (4, 6)).shape, flush=True)

@@ -92,7 +92,7 @@ def _faults(result: dict[str, Any]) -> dict[str, int]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    console = terminal.console()
+    console = terminal.stderr_console()
     rows = {"rows": result["rows"], "kept": result["kept"], "usable": result["usable"], **_faults(result)}
     rows["same question and images, equal answer"] = (
         result["duplicates"]["same_question"]["rows"] - result["duplicates"]["conflicting_answers"]["rows"]

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
-    console = terminal.console()
+    console = terminal.stderr_console()
     rows = [*report["training_rows"].items(), ("only the question, with other images", report["same_text_only"])]
     console.print(terminal.table("Training rows by the surest thing they share", ("", "rows"), rows))
     rows = [(file, *counts.values()) for file, counts in report["evaluation_rows"].items()]

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict, config_flags
 from capcur_jax.data.commands.options import at_least, journal_file, output_file
 from capcur_jax.data.filter_models import fingerprint
 from capcur_jax.data.journal import Journal
-from capcur_jax.data.progress import Progress
 from capcur_jax.data.rows import Tally, read_rows, write_rows
+from capcur_jax.data.terminal import Progress
 from capcur_jax.errors import InputError, RolloutError
 
 TENTHS = 10

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [
         (split, count, result["images"][split], result["files"][split]) for split, count in result["splits"].items()
     ]
-    console = terminal.console()
+    console = terminal.stderr_console()
     console.print(terminal.table("Splits", ("split", "rows", "images", "file"), rows))
     if result["dropped"]:
         console.print(terminal.table("Dropped", ("reason", "rows"), result["dropped"].items()))
