@@ -1,12 +1,17 @@
 """Stages: what they take from the config, which mistakes are named by their key, and learning rates by hand."""
 
 import dataclasses
+import inspect
+import runpy
+from pathlib import Path
 
 import pytest
 
 from capcur_jax import presets, schedule
 from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
@@ -36,6 +41,22 @@ def test_the_paper_s_steps():
     assert steps == {"perception": 90, "text": 375, "visual": 465} and sum(steps.values()) == 930
     (merged,) = schedule.stages(presets.get("qwen3_vl_8b", order=("merged",)))
     assert (merged.steps, merged.prompts, merged.learning_rate) == (930, 512, 1e-6)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_gives_stages_of_sets_that_it_has(file):
+    get = runpy.run_path(str(file))["get_config"]
+    presets_of = ("laptop", "qwen3_vl_8b", "qwen2_5_vl_7b_split") if inspect.signature(get).parameters else ()
+    for config in [get(), *map(get, presets_of)]:
+        assert [stage.name for stage in schedule.stages(config)] == list(config.order)
+        assert config.is_locked
+
+
+def test_the_sft_ablation_imitates_captions_for_as_long_as_perception_is_trained():
+    get = runpy.run_path(str(CONFIGS / "sft_perception.py"))["get_config"]
+    captions, text, visual = schedule.stages(get("qwen3_vl_8b"))
+    assert (captions.objective, captions.data, captions.steps) == ("sft", ("captions",), 90)
+    assert (text.objective, visual.objective) == ("grpo", "grpo")
 
 
 MISTAKES = {
