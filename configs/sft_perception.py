@@ -1,5 +1,5 @@
-"""Table 6: perception by imitation. The first stage learns to describe images (caption SFT) instead of being rewarded for
-answers; textual and visual reasoning follow as in the paper's method.
+"""Table 6: perception by imitation. The first stage learns to describe images (caption SFT) instead of being rewarded
+for answers; textual and visual reasoning follow as in the paper's method.
 
     python -m capcur_jax.main --config=configs/sft_perception.py
     python -m capcur_jax.main --config=configs/sft_perception.py:qwen3_vl_8b \\
