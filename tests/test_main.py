@@ -277,6 +277,10 @@ def run_main(*arguments: str, timeout: float = 120) -> subprocess.CompletedProce
             ["--config=configs/staged.py:qwen3_vl_8b"],
             ["config.checkpoint", "config.data.sets.perception.train", "config.data.sets.visual.test", ".parquet"],
         ),
+        (
+            ["--config=configs/staged.py:qwen3_vl_8b_turns", "--config.rollout.sglang.python=/nowhere/python"],
+            ["config.checkpoint", "config.rollout.sglang.python = '/nowhere/python' is no executable"],
+        ),
         (["--config=configs/staged.py", "--config.checkpoint=/nowhere"], ["/nowhere", "config.json"]),
         (["--config=configs/staged.py", "--config.order=('speech',)"], ["speech", "perception"]),
     ],

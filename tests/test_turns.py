@@ -3,6 +3,7 @@
 The engine is the local one, which stands for servers that give their memory away."""
 
 import json
+import sys
 
 import jax
 import pytest
@@ -48,7 +49,7 @@ def test_turns_change_where_arrays_lie_and_no_result(tmp_path, monkeypatch):
     turns = small(1)
     with turns.unlocked():
         turns.rollout.engine = "sglang"
-        turns.rollout.sglang.update({"colocate": True, "python": "python"})
+        turns.rollout.sglang.update({"colocate": True, "python": sys.executable})
     calls, seen = [], []
 
     class Engine(LocalEngine):
