@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from capcur_jax import metrics, objectives
+from capcur_jax import distributed, metrics, objectives
 from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.errors import InputError
@@ -80,6 +81,12 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
             missing.append(f"config.data.sets.{name}.{split}: {sets.missing(name, split)}")
         elif entry[split] and not sets.path(name, split).is_file():
             missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
+    servers = config.rollout.sglang
+    # Process 0 starts them; the other hosts need not have their environment.
+    if config.rollout.engine == "sglang" and not servers.addresses and distributed.is_owner():
+        for key in ("python", "router"):
+            if (key == "python" or servers[key]) and not shutil.which(servers[key]):
+                missing.append(f"config.rollout.sglang.{key} = {servers[key]!r} is no executable: docs/rollouts.md")
     if missing:
         raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
     _check_numbers(config, stages)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from capcur_jax import metrics
+from capcur_jax.errors import RolloutError
 from capcur_jax.rollout.engine import Sample
 from capcur_jax.rollouts import Example, Group, Rollout, collect
 from capcur_jax.run import Run
@@ -26,7 +27,7 @@ class Drawer:
 
     A sample's staleness is the number of updates between the oldest weights that made a part of it and those that
     train on it: 0 where sampling and training take turns, at most `async_steps` rollout batches' updates else. Groups
-    that are older (their server missed an update) are sampled once more, and counted.
+    that are older (their server missed an update) are sampled once more, and counted; to stay so is an error.
 
     Args:
         batches: the stage's rollout batches of this process; one drawn ahead counts as consumed when it is used.
@@ -86,11 +87,21 @@ class Drawer:
         return self._run.engine.generate(prompts, self._run.sampling, self._group, seed, self._images)
 
     def _renew(self, examples: Sequence[Example], drawn: list[list[Sample]], attempt: int) -> None:
-        """Samples groups anew, in place, that are older than allowed."""
-        oldest = self._run.version - self._allowed
-        stale = [i for i, group in enumerate(drawn) if min(sample.version for sample in group) < oldest]
+        """Samples groups anew, in place, that are older than allowed. Raises RolloutError if they stay so."""
+        stale = self._stale(drawn)
         if stale:
             again = self._generate([examples[i] for i in stale], self._run.rollout_seed(attempt + 1000))
+            if still := self._stale(again):
+                version = min(sample.version for sample in again[still[0]])
+                raise RolloutError(
+                    f"samples of weights of version {version}, sampled anew because of that, where the trainer is at "
+                    f"{self._run.version} and may be {self._allowed} ahead: a server doesn't take new weights"
+                )
             for i, group in zip(stale, again, strict=True):
                 drawn[i] = group
         self._renewed += len(stale)
+
+    def _stale(self, groups: Sequence[Sequence[Sample]]) -> list[int]:
+        """Which groups are older than allowed."""
+        oldest = self._run.version - self._allowed
+        return [i for i, group in enumerate(groups) if min(sample.version for sample in group) < oldest]

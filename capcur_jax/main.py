@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from capcur_jax.errors import InputError
+from capcur_jax.errors import InputError, RolloutError
 
 _STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -91,6 +91,8 @@ def main(arguments: list[str]) -> None:
         summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except RolloutError as error:  # of a run that began: what it learned is in its work directory
+        sys.exit(f"error: {error}\nthe same command with --workdir={workdir} goes on")
     if summary["status"] != "finished":
         sys.exit(130)
 

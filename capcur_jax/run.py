@@ -62,11 +62,16 @@ class Run:
         self.config, self.workdir, self.stages = config, workdir, stages
         self.display, self.interruption = display, interruption
         self.owner = distributed.is_owner()
-        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as self._closing:  # an error on the way leaves no server and no worker behind
+            self._open()
+            self._closing = self._closing.pop_all()
+
+    def _open(self) -> None:
+        config, workdir, display = self.config, self.workdir, self.display
         self.sets = Sets(config.data, workdir / "data")
-        check(config, stages, self.sets)
+        check(config, self.stages, self.sets)
         self._build_data()
-        self.stages = [self._with_steps(stage) for stage in stages]
+        self.stages = [self._with_steps(stage) for stage in self.stages]
         gpus = config.mesh.gpus
         if gpus and jax.default_backend() == "gpu" and jax.local_device_count() != len(gpus):
             raise InputError(
@@ -95,7 +100,7 @@ class Run:
         self.parameter_count, self.blind = 0, {}
         self.turns = config.rollout.engine != "local" and config.rollout.sglang.colocate
         self.exports_compiled = False
-        self._open_model()
+        opened = self._open_model()
         for stage in self.stages:  # what does not fit together is said before anything is computed
             Packer(stage, config, self.buckets, self.processor, self.mesh, images=True)
             frozen_paths(self.parameters, self.freeze_of(stage))
@@ -107,6 +112,7 @@ class Run:
         except ValueError as error:
             raise InputError(str(error)) from None
         self._closing.callback(self.reward.close)
+        self._open_engine(opened)  # last of what may fail: servers take minutes to start
         self.records = self._lines("metrics.jsonl")
         self.rollouts = self._lines("rollouts.jsonl")
         self.sinks = None
@@ -172,7 +178,7 @@ class Run:
         if self.owner:
             self.display.warn(f"{self.workdir}: going on after step {self._counts['step']}")
 
-    def _open_model(self) -> None:
+    def _open_model(self) -> opening.Opened:
         config = self.config
         self.source = Path(config.checkpoint).expanduser()
         if not config.checkpoint:
@@ -185,6 +191,10 @@ class Run:
         self.lora = opened.lora
         self._closing.enter_context(opened.images)
         self.graph, self.parameters = nnx.split(opened.model)
+        return opened
+
+    def _open_engine(self, opened: opening.Opened) -> None:
+        config = self.config
         with self.display.progress(f"rollout engine ({config.rollout.engine})"):
             self.engine = opening.open_engine(config, opened, self.workdir, self.mesh)
             self._closing.callback(self.engine.close)
@@ -250,28 +260,32 @@ class Run:
         """The pattern of what the stage does not train: with LoRA, all but the factors."""
         return lora_lib.pattern() if self.lora else stage.freeze
 
+    def begin_stage(self) -> None:
+        """The devices are the trainer's while its state is made and its programs are compiled, where it and the engine
+        take turns on them."""
+        if self.turns:
+            self.engine.release()
+
     def begin_update(self, trainer: Trainer) -> None:
-        """The devices are the trainer's, where it and the engine take turns on them."""
+        """They are the trainer's again."""
         if self.turns and trainer.away:
             self.engine.release()
             trainer.enter()
 
-    def end_update(self, trainer: Trainer) -> None:
-        """They are the engine's again, and what is on them of the trainer goes to the host."""
+    def hand_over(self, trainer: Trainer) -> dict[str, float]:
+        """They are the engine's, with the present weights; what is on them of the trainer goes to the host. Seconds of
+        the weights' way by phase."""
         if self.turns:
             trainer.leave()
             self.parameters = trainer.parameters()
+            self.engine.resume()
+        return self.engine.update_weights(self.parameters, self.version)
 
     def publish(self, trainer: Trainer, updates: int, sampled: bool = True) -> dict[str, float]:
         """The parameters after an update: what is saved and, if something is `sampled` before the next one, what the
         engine samples from. Seconds by phase."""
         self.parameters, self.version = trainer.parameters(), self.version + updates
-        if not sampled:
-            return {}
-        self.end_update(trainer)
-        if self.turns:
-            self.engine.resume()
-        return self.engine.update_weights(self.parameters, self.version)
+        return self.hand_over(trainer) if sampled else {}
 
     def trainer(self, stage: Stage, number: int) -> Trainer:
         """The stage's state: a fresh one around the present parameters, or the one that the last checkpoint holds."""
@@ -295,7 +309,8 @@ class Run:
             state = self.checkpoints.restore(self.checkpoint, shapes)
             self.checkpoint = None
             self.parameters = nnx.merge_state(state.trained, frozen)
-            self.engine.update_weights(self.parameters, self.version)
+            if not self.turns:  # else `hand_over` follows
+                self.engine.update_weights(self.parameters, self.version)
         else:
             # Updates donate what they are given, so the stage's start is copied.
             copied = learner.copy_as(trained, dtype) if wanted else None

@@ -93,12 +93,16 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
     sets, sizes = usable(run, stage)
     images = any(size.images for size in sizes)
     packer = Packer(stage, config, run.buckets, run.processor, run.mesh, images)
+    run.begin_stage()
     trainer = run.trainer(stage, number)
-    if run.position.stage_step >= stage.steps:  # stopped between the stage's last step and the next stage
+    done = run.position.stage_step >= stage.steps  # stopped between the stage's last step and the next stage
+    if not done:
+        warm_up(run, stage, trainer, packer, sizes, images)
+    if run.turns:
+        run.hand_over(trainer)
+    if done:
         run.position = Position(stage=number + 1, evaluated=True)
         return
-    warm_up(run, stage, trainer, packer, sizes, images)
-    run.end_update(trainer)
     order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
     maker = Maker(run, stage, order, packer.updates)
     threads = max(2, config.data.workers)  # each waits for a worker

@@ -12,7 +12,7 @@ import pytest
 
 from capcur_jax import metrics, presets
 from capcur_jax.drawing import Drawer
-from capcur_jax.errors import InputError
+from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout import choose
 from capcur_jax.rollout.engine import Health, Sample, Span
 from capcur_jax.rollouts import Group, Rollout
@@ -134,6 +134,18 @@ def test_samples_that_are_too_old_are_drawn_again(async_steps):
     assert run.engine.calls[1] == (["p1"], 3, 300 + 1000) and run.consumed == 1
 
 
+def test_an_engine_that_stays_at_old_weights_trains_nothing():
+    run, timer = Scripted(async_steps=1), metrics.PhaseTimer()
+    for _ in range(2):
+        run.update()
+    run.engine.version = 1
+    with (
+        Drawer(run, batches(), 2, images=False, updates=2) as drawer,
+        pytest.raises(RolloutError, match=r"version 1, .* trainer is at 4 and may be 2 ahead"),
+    ):
+        drawer.step(timer, ())
+
+
 def test_an_error_of_the_engine_reaches_the_step_that_needs_the_samples():
     run, timer = Scripted(async_steps=1), metrics.PhaseTimer()
     with Drawer(run, batches(), 2, images=False, updates=1) as drawer:
@@ -154,11 +166,14 @@ def test_trainer_and_servers_take_turns_in_this_order():
         return types.SimpleNamespace(**{name: (lambda *a, n=name: calls.append(n) or {}) for name in names})
 
     run = types.SimpleNamespace(turns=True, engine=noting("release", "resume", "update_weights"), version=4)
-    run.end_update = lambda trainer: Run.end_update(run, trainer)
+    run.hand_over = lambda trainer: Run.hand_over(run, trainer)
     trainer = noting("enter", "leave", "parameters")
     trainer.away = True
-    Run.end_update(run, trainer)  # a stage begins: sampling comes first
-    assert calls == ["leave", "parameters"]
+    Run.begin_stage(run)
+    calls.append("the stage's state and programs")
+    Run.hand_over(run, trainer)  # sampling comes first
+    calls = [call for call in calls if call != "parameters"]
+    assert calls == ["release", "the stage's state and programs", "leave", "resume", "update_weights"]
     calls.clear()
     Run.begin_update(run, trainer)
     calls.append("the update")

@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from capcur_jax import presets
+from capcur_jax import main, presets
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
-from capcur_jax.errors import InputError
+from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.metrics import read_jsonl
 from capcur_jax.models import huggingface
 from capcur_jax.train import train
@@ -276,6 +277,10 @@ def run_main(*arguments: str, timeout: float = 120) -> subprocess.CompletedProce
             ["--config=configs/staged.py:qwen3_vl_8b"],
             ["config.checkpoint", "config.data.sets.perception.train", "config.data.sets.visual.test", ".parquet"],
         ),
+        (
+            ["--config=configs/staged.py:qwen3_vl_8b_turns", "--config.rollout.sglang.python=/nowhere/python"],
+            ["config.checkpoint", "config.rollout.sglang.python = '/nowhere/python' is no executable"],
+        ),
         (["--config=configs/staged.py", "--config.checkpoint=/nowhere"], ["/nowhere", "config.json"]),
         (["--config=configs/staged.py", "--config.order=('speech',)"], ["speech", "perception"]),
     ],
@@ -286,6 +291,23 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path):
     for word in words:
         assert word in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+
+
+def test_servers_that_are_gone_are_one_clear_message_too(monkeypatch, tmp_path):
+    def gone(*_, **__):
+        raise RolloutError("no SGLang server is left\nlast words")
+
+    for name, value in (("CONFIG", presets.get("laptop")), ("WORKDIR", str(tmp_path)), ("PROFILE", "")):
+        monkeypatch.setattr(main, f"_{name}", types.SimpleNamespace(value=value))
+    for name in ("COORDINATOR", "PROCESS_ID", "PROCESS_COUNT"):
+        monkeypatch.setattr(main, f"_{name}", types.SimpleNamespace(value="" if name == "COORDINATOR" else None))
+    monkeypatch.setattr(main.config_flags, "get_config_filename", lambda _: "staged.py")
+    monkeypatch.setattr("capcur_jax.train.train", gone)
+    with pytest.raises(SystemExit) as ended:
+        main.main(["main"])
+    assert str(ended.value) == (
+        f"error: no SGLang server is left\nlast words\nthe same command with --workdir={tmp_path} goes on"
+    )
 
 
 def test_a_finished_run_says_so_and_is_left_alone(finished, checkpoint):

@@ -3,11 +3,13 @@
 The engine is the local one, which stands for servers that give their memory away."""
 
 import json
+import sys
 
 import jax
 import pytest
 
 from capcur_jax import presets, sharding
+from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout import choose
 from capcur_jax.rollout.local import LocalEngine
 from capcur_jax.train import train
@@ -34,13 +36,20 @@ def step_records(workdir):
     return [record for record in records if record["type"] == "step"]
 
 
+def open_with(engine):
+    """What stands for `choose.open_engine`."""
+    return lambda config, model, processor, *, buckets, mesh, **_: engine(
+        model, processor, slots=4, prefill=2, buckets=buckets, mesh=mesh
+    )
+
+
 def test_turns_change_where_arrays_lie_and_no_result(tmp_path, monkeypatch):
     together = small(1)
     train(together, tmp_path / "together", quiet=True)
     turns = small(1)
     with turns.unlocked():
         turns.rollout.engine = "sglang"
-        turns.rollout.sglang.update({"colocate": True, "python": "python"})
+        turns.rollout.sglang.update({"colocate": True, "python": sys.executable})
     calls, seen = [], []
 
     class Engine(LocalEngine):
@@ -54,13 +63,11 @@ def test_turns_change_where_arrays_lie_and_no_result(tmp_path, monkeypatch):
             seen.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(parameters)})
             return super().update_weights(sharding.on_devices(parameters), version)
 
-    def open_engine(config, model, processor, *, buckets, mesh, **_):
-        return Engine(model, processor, slots=4, prefill=2, buckets=buckets, mesh=mesh)
-
-    monkeypatch.setattr(choose, "open_engine", open_engine)
+    monkeypatch.setattr(choose, "open_engine", open_with(Engine))
     train(turns, tmp_path / "turns", quiet=True)
-    assert calls == ["release", "resume"] * 2
-    assert seen[-1] == {"pinned_host"}  # what the trainer keeps is away when the engine samples
+    # A stage's state is made, and its programs are compiled, with the servers' memory given away, as each update is.
+    assert calls == ["release", "resume"] * 4
+    assert all(kinds == {"pinned_host"} for kinds in seen[2:])  # the trainer is away when the engine samples
     fields = ("loss", "grad_norm", "reward", "response_length", "kl")
     before, after = (
         [[record[field] for field in fields] for record in step_records(tmp_path / name)]
@@ -70,3 +77,32 @@ def test_turns_change_where_arrays_lie_and_no_result(tmp_path, monkeypatch):
     for name in ("1-perception", "final"):
         files = [tmp_path / run / "checkpoints" / name / "model.safetensors" for run in ("together", "turns")]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["packing", "weights"])
+def test_a_run_that_does_not_start_leaves_no_engine_open(tmp_path, monkeypatch, fault):
+    """Else its servers and its weights in memory stay. What the config alone can tell comes before it is opened."""
+    config, calls = small(1), []
+
+    class Engine(LocalEngine):
+        def __init__(self, *args, **kinds):
+            calls.append("open")
+            super().__init__(*args, **kinds)
+
+        def update_weights(self, parameters, version):
+            if "update" in calls:
+                raise RolloutError("no server is left")
+            calls.append("update")  # the first one is the engine's own
+            return super().update_weights(parameters, version)
+
+        def close(self):
+            calls.append("close")
+            super().close()
+
+    monkeypatch.setattr(choose, "open_engine", open_with(Engine))
+    if fault == "packing":
+        with config.unlocked():
+            config.packing.buckets = ((4,),)
+    with pytest.raises(InputError if fault == "packing" else RolloutError):
+        train(config, tmp_path / "run", quiet=True)
+    assert calls == ([] if fault == "packing" else ["open", "update", "close"])

@@ -36,11 +36,10 @@ from capcur_jax.rollout.engine import Health, Sample, Sampling
 from capcur_jax.rollout.sglang_client import Client, ServerError
 from capcur_jax.rollout.sglang_fleet import Fleet, Server, Weights
 from capcur_jax.rollout.sglang_pool import COUNTERS, Pool
-from capcur_jax.rollout.sglang_server import Process
+from capcur_jax.rollout.sglang_server import MEMORY, Process
 from capcur_jax.rollout.sglang_settings import WHERE, Settings
 from capcur_jax.rollout.weights import WeightStore
 
-MEMORY = Path("/dev/shm")
 PREFIX = "capcur_jax-weights-"
 SERVED_PATCH = 1176  # numbers in a patch; of another size SGLang's Qwen2.5-VL takes patches for finished features
 Result = TypeVar("Result")
@@ -150,7 +149,7 @@ class SGLangEngine:
     def _weights_directory(self, config, directory: Path) -> Path:
         """Where weight files go: one place for all processes, which the servers see."""
         if self._settings.weights:
-            return Path(self._settings.weights)
+            return Path(self._settings.weights).expanduser().absolute()  # servers have a directory of their own
         chosen = ""
         if self._owner:
             clean_memory()
@@ -208,9 +207,11 @@ class SGLangEngine:
     def update_weights(self, parameters: Any, version: int) -> dict[str, float]:
         """See engine.Engine. All processes call it; seconds of gather, write, load (the slowest server's) and verify.
 
-        Files of the version before are deleted once every server has this one.
+        Files of the version before are deleted once every server has this one. After `resume` the version of before is
+        not written again: the servers get its files.
         """
-        update = self._store.write(parameters, version)
+        again = self._complete_next and version == self._version
+        update = self._store.last if again else self._store.write(parameters, version)
         seconds, error = {"load": 0.0, "verify": 0.0}, ""
         if self._owner:
             sums = {name: number for file in update.files for name, number in file.checksums.items()}
@@ -233,7 +234,7 @@ class SGLangEngine:
         self._call(_set_version(self._fleet, version))
         self._complete_next, self._version = False, version
         self._store.discard(version)
-        return {"gather": 0.0, "write": 0.0, **update.seconds, **seconds}
+        return {"gather": 0.0, "write": 0.0, **({} if again else update.seconds), **seconds}
 
     def warm_up(self, sizes: Sequence[PromptSize], sampling: Sampling, n: int, images: bool | None = None) -> None:
         """See engine.Engine; a server compiles nothing for a shape. Raises InputError for prompts it can't hold."""

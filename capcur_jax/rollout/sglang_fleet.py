@@ -23,6 +23,7 @@ from capcur_jax.rollout.sglang_settings import WHERE, Settings
 
 WATCH_S = 0.5  # between looks at the processes
 PROBE_S = 2.0  # between questions to a server that isn't there
+NONE = -1  # the version of weights that are nobody's: made-up ones, half-loaded ones
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,6 +107,13 @@ class Fleet:
     def everyone(self) -> list[Server]:
         return [*self.servers, *([self.router] if self.router else [])]
 
+    def held(self, front: Server) -> int:
+        """The oldest version that answers of `front` may end with, to what it is asked now."""
+        behind = [server for server in self.servers if server.up] if front is self.router else [front]
+        known = [server.version for server in behind]
+        # Where weights aren't sent from, all that is known is that every server had the run's when it got there.
+        return self.version if None in known or not known else min(known)
+
     @property
     def patience_s(self) -> float:
         """Without any server for so long, none will come."""
@@ -175,6 +183,8 @@ class Fleet:
                 server.reason = f"not healthy after {WHERE}.start_timeout_s = {self.settings.start_timeout_s:g}"
                 raise TimedOut(server.reason)
             await asyncio.sleep(PROBE_S / 4)
+        if server.process:
+            await asyncio.to_thread(server.process.note)
 
     async def _must_obey(self, server: Server) -> None:
         try:
@@ -359,8 +369,11 @@ class Fleet:
             if wrong:
                 raise RolloutError(f"weights of version {weights.version}: {wrong}")
             server.checksums, server.version = now, weights.version
-        except (ServerError, RolloutError):
+        except (ServerError, RolloutError) as error:
             server.leave()  # before it goes on: it may hold half of the new weights
+            if not isinstance(error, TimedOut | Unreachable):
+                with contextlib.suppress(ServerError):  # for other processes, and a router, that ask it meanwhile
+                    await client.rename(NONE)
             raise
         finally:
             with contextlib.suppress(ServerError):

@@ -109,6 +109,7 @@ class Pool:
         self, server: Server, prompt: Prompt, sampling: Sampling, n: int, pictures: Sequence[str], seed: int
     ) -> list[Sample]:
         """n samples or fewer. Raises ServerError, WrongPrompt or BadAnswer."""
+        held = self.fleet.held(server)
         seeds = [(seed + 15485863 * number) % 2**31 for number in range(n)] if self._settings.deterministic else ()
         rid = uuid.uuid4().hex
         body = wire.payload(prompt, self._processor, sampling, n, rid, pictures, seeds)
@@ -127,6 +128,8 @@ class Pool:
                 # queue under the name that we gave it; groups get names of the server's own.
                 self.fleet.begin(self._abort(body["rid"]))
         got = wire.samples(answer, prompt, self._processor, sampling, n)
+        if behind := [sample.spans[-1].version for sample in got if sample.spans[-1].version < held]:
+            raise wire.ForeignWeights(f"made by weights of version {behind[0]}, it should have {held}")
         server.failures = 0
         self._counters["aborted"] += n - len(got)
         return got

@@ -16,14 +16,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from capcur_jax.errors import InputError
 from capcur_jax.models.weight_files import WEIGHTS
 from capcur_jax.rollout.sglang_settings import WHERE, Settings
 
+MEMORY = Path("/dev/shm")
 GUARD = Path(__file__).with_name("sglang_guard.py")
 UNBOUNDED = {"shortest_edge": 1, "longest_edge": 2**40}  # pixels: no image that comes at the grid's size is resized
 # Variables that belong to the trainer's environment and break another Python's.
@@ -139,6 +142,7 @@ class Process:
         self.name, self.log = name, log
         self._line, self._variables = list(line), dict(variables)
         self._guard: subprocess.Popen | None = None
+        self._members: set[int] = set()
         self._stopping = threading.Lock()
 
     def start(self) -> None:
@@ -170,12 +174,19 @@ class Process:
         """Its exit code; None while it runs."""
         return guard.poll() if (guard := self._guard) else 0
 
+    def note(self) -> None:
+        """Remembers which processes it has, for what they leave in memory if somebody else kills them."""
+        if guard := self._guard:
+            with contextlib.suppress(psutil.Error):
+                self._members |= {one.pid for one in psutil.Process(guard.pid).children(recursive=True)}
+
     def stop(self, grace_s: float = 5.0) -> None:
         """Ends it and everything that it started; returns when nothing of it is left."""
         with self._stopping:  # a recovery and the engine's end may both ask for it
             guard = self._guard
             if guard is None:
                 return
+            self.note()
             give_up = time.monotonic() + grace_s
             _signal(guard, signal.SIGTERM)
             while _signal(guard, 0) and time.monotonic() < give_up:
@@ -186,6 +197,8 @@ class Process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 guard.wait(5)
             self._guard = None
+            _clean_memory(self._members)
+            self._members = set()
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of the log, each cut to a screen's width."""
@@ -206,3 +219,10 @@ def _signal(guard: subprocess.Popen, number: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def _clean_memory(members: Collection[int]) -> None:
+    """Deletes the pixels that a server's processes had not passed on: of large images, gigabytes at every kill."""
+    for file in MEMORY.glob("sgl_shm_*_*_*"):  # kind, process, a random name
+        if file.name.split("_")[-2] in map(str, members):
+            file.unlink(missing_ok=True)

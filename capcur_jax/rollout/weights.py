@@ -268,6 +268,11 @@ class WeightStore:
 
     # ------------------------------------------------------------------ what is there
 
+    @property
+    def last(self) -> Update | None:
+        """The newest version."""
+        return self._last
+
     def discard(self, before: int) -> None:
         """Removes the versions before that one, but never the last. Nothing of the last one's `complete` is lost.
 

@@ -27,7 +27,7 @@ class BadAnswer(ValueError):
 
 
 class ForeignWeights(BadAnswer):
-    """Made by weights that we didn't send: somebody else started or updated that server."""
+    """Made by weights that we didn't send, or not for now: somebody else started or updated that server."""
 
 
 class WrongPrompt(RolloutError):

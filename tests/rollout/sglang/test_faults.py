@@ -64,7 +64,7 @@ def weights(processor, tmp_path):
 class Engine:
     """A pool in a loop of its own, as the engine has it, over stand-ins."""
 
-    def __init__(self, processor, stand_ins, router=None, **settings):
+    def __init__(self, processor, stand_ins, router=None, manages=True, **settings):
         settings = {"concurrency": 2, "request_timeout_s": 20.0, "start_timeout_s": 5.0, **settings}
         self.settings = Settings.from_config({"addresses": [one.address for one in stand_ins], **settings})
         self.loop = asyncio.new_event_loop()
@@ -73,7 +73,7 @@ class Engine:
         async def begin():
             made = [Server(Client(one.address), self.settings.concurrency) for one in stand_ins]
             front = Server(Client(router.address), 8) if router else None
-            self.fleet = Fleet(self.settings, processor.config, made, front)
+            self.fleet = Fleet(self.settings, processor.config, made, front, manages)
             self.pool = Pool(self.fleet, processor)
             await self.fleet.start()
             self.fleet.version = 0
@@ -158,18 +158,18 @@ def test_what_a_server_does_wrong_another_one_does_again(engine, servers, prompt
 
 def test_what_an_aborted_try_brought_is_kept_and_counted_once(engine, servers, prompt):
     def half(body, right):
-        for one in right[1:]:
-            one = {**one, "meta_info": {"finish_reason": {"type": "abort"}}}
+        if body["sampling_params"]["n"] < 4:
+            return 200, right
         aborted = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}}}
         return 200, [right[0], right[1], aborted, aborted]
 
     servers[0].faults, servers[1].faults = [half], [half]
     pool = engine()
     (group,) = pool.generate([prompt], 4)
-    assert len(group) == 4
+    assert sorted(int(sample.tokens[0]) for sample in group) == [40, 40, 50, 50]
     asked = [body["sampling_params"]["n"] for one in servers for body in one.sent("/generate")]
-    assert sorted(asked) == [2, 4] or sorted(asked, reverse=True)[0] == 4
-    assert pool.fleet.counters["aborted"] >= 2
+    assert sorted(asked) == [2, 4]
+    assert pool.fleet.counters["aborted"] == 2
 
 
 def test_an_answer_that_comes_after_its_time_is_not_counted_again(engine, servers, prompt):
@@ -260,6 +260,58 @@ def test_a_call_that_runs_ends_when_the_engine_is_closed(processor, servers, pro
             drawn.result(20)
 
 
+@pytest.mark.parametrize("has", ["-1", "4"])
+def test_a_server_of_other_weights_is_taken_out_where_nobody_sends_any(engine, servers, prompt, has):
+    """One of several processes that ask: it isn't told that a server was started again, or missed an update."""
+    servers[0].version, servers[1].version = has, "5"
+    pool = engine(manages=False, retries=2)
+    pool.fleet.version = 5
+    groups = pool.generate([prompt] * 12)
+    assert {sample.version for group in groups for sample in group} == {5}
+    assert [one.up for one in pool.fleet.servers] == [False, True]
+    assert f"weights of version {has}" in pool.fleet.servers[0].reason
+    servers[0].version = "5"
+    wait_for(lambda: pool.fleet.servers[0].up)
+
+
+def test_a_server_that_lost_its_weights_gets_them_again(engine, servers, prompt, weights):
+    """It was started again by whoever it belongs to, while nothing was asked of it."""
+    pool = engine()
+    pool.call(pool.fleet.update(weights(3)))
+    servers[0].version = "2"
+    groups = pool.generate([prompt] * 12)
+    assert {sample.version for group in groups for sample in group} == {3}
+    wait_for(lambda: servers[0].version == "3" and pool.fleet.servers[0].up)
+
+
+def test_what_began_before_an_update_may_end_under_either_weights(engine, servers, prompt, weights):
+    pool = engine([servers[0]])
+    pool.call(pool.fleet.update(weights(3)))
+    old = threading.Event()
+
+    def slow(body, right):
+        old.wait(10)
+        return 200, right
+
+    servers[0].faults = [slow]
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        drawn = threads.submit(pool.generate, [prompt])
+        wait_for(lambda: servers[0].held)
+        pool.call(pool.fleet.update(weights(4)))
+        old.set()
+        (group,) = drawn.result(20)
+    assert {sample.version for sample in group} == {3} and pool.fleet.servers[0].up
+
+
+def test_half_loaded_weights_have_no_version_that_anybody_takes(engine, servers, weights):
+    """A server that failed an update goes on, and other processes ask it until they notice."""
+    pool = engine()
+    pool.call(pool.fleet.update(weights(1)))
+    servers[0].broken["/update_weights_from_disk"] = (400, {"success": False, "message": "half"})
+    pool.call(pool.fleet.update(weights(2)))
+    assert servers[0].version == "-1" and not servers[0].paused and servers[1].version == "2"
+
+
 def test_without_any_server_for_too_long_the_call_ends_naming_them(engine, servers, prompt):
     pool = engine(start_timeout_s=1.0)
     for one in servers:
@@ -338,8 +390,7 @@ def test_an_update_goes_on_even_if_it_fails_and_the_server_gets_everything(engin
     pool.call(pool.fleet.update(weights(1)))
     servers[0].broken["/update_weights_from_disk"] = (400, {"success": False, "message": "no room"})
     pool.call(pool.fleet.update(weights(2, names=[], sums={})))
-    assert (not pool.fleet.servers[0].up and "no room" in pool.fleet.servers[0].reason) or True
-    assert not servers[0].paused
+    assert pool.fleet.servers[0].up  # nothing changed: the weights that it has got a new name
     assert servers[1].sent("/update_weight_version") == [{"new_version": "2", "abort_all_requests": False}]
     pool.call(pool.fleet.update(weights(3)))
     assert not pool.fleet.servers[0].up and not servers[0].paused

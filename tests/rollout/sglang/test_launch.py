@@ -181,6 +181,25 @@ def test_a_process_ends_with_all_that_it_started(tmp_path):
     process.stop()
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_pixels_that_a_server_left_in_memory_are_deleted_with_it(tmp_path, monkeypatch, killed):
+    monkeypatch.setattr(sglang_server, "MEMORY", tmp_path)
+    process = Process("server 0", [sys.executable, "-c", STUBBORN], os.environ, tmp_path / "log")
+    process.start()
+    wait_for(lambda: "deaf" in process.tail().splitlines())
+    group = process.group
+    left = [tmp_path / f"sgl_shm_mm_{pid}_1b2c3d4e" for pid in _members(group) if pid != group]
+    others = [tmp_path / f"sgl_shm_mm_{os.getpid()}_1b2c3d4e", tmp_path / "sgl_shm_odd", tmp_path / "else"]
+    for file in (*left, *others):
+        file.touch()
+    if killed:
+        process.note()
+        os.killpg(group, signal.SIGKILL)
+        wait_for(lambda: process.ended() is not None)
+    process.stop(grace_s=0.2)
+    assert len(left) == 2 and not any(file.exists() for file in left) and all(file.exists() for file in others)
+
+
 def test_the_log_has_a_line_for_each_start_and_the_output(tmp_path):
     process = Process(
         "server 0", [sys.executable, "-c", "print('x' * 500); import sys; sys.exit(3)"], {}, tmp_path / "log"
