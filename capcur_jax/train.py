@@ -200,13 +200,15 @@ class Maker:
     a number, and any number of processes see the same problems in the same steps.
 
     A problem whose image turns out to be broken is counted, and the one that comes a step later takes its place: in a
-    curriculum, one that is about as hard.
+    curriculum, one that is about as hard. Where a fixed order has the same one there, its neighbours do.
     """
 
     def __init__(self, run: Run, stage: Stage, order: Any, updates: int):
         self._run, self._stage, self._order, self._updates = run, stage, order, updates
         self._process, self._processes = jax.process_index(), jax.process_count()
         self.local = stage.prompts // self._processes  # examples of a batch that are this process's
+        # Not the builder's: what another stage could not use has no say here, where a resumed run may begin.
+        self._unusable: set[Problem] = set()
 
     def number(self, index: int) -> int:
         """Where this process's example `index` stands in the order: of each update's prompts it has its share."""
@@ -218,12 +220,13 @@ class Maker:
     def __call__(self, index: int) -> Example:
         run, number = self._run, self.number(index)
         for attempt in range(1000):
-            problem = self._order[number + attempt * self._stage.prompts]
-            if problem in run.builder.skipped:
+            problem = self._order[number + attempt * self._stage.prompts + attempt // 2]
+            if problem in self._unusable:
                 continue
             try:
                 return Example(problem, run.builder.build(problem), target_of(run, self._stage, problem))
             except BadInput as error:
+                self._unusable.add(problem)
                 run.builder.skip(problem, error)
         raise InputError(f"stage {self._stage.name}: no problem can be used: {run.builder.reasons()}")
 

@@ -1,5 +1,6 @@
 """Which problem is which example of a step, in one process or several, and what takes the place of a broken one."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -88,6 +89,29 @@ def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monk
         again = maker(number)
         assert again.problem == examples[number].problem
         np.testing.assert_array_equal(again.prompt.tokens, examples[number].prompt.tokens)
+
+
+@pytest.mark.parametrize("curriculum", [Curriculum(order="file"), Curriculum(order="file", drop_last=True)])
+@pytest.mark.parametrize("count", [4, 8])
+def test_one_broken_image_does_not_end_a_run_whose_epoch_divides_its_steps(
+    monkeypatch, run, problems, curriculum, count
+):
+    """In a fixed order the same problem comes a step later, and a step after that."""
+    pool = problems[:count]
+    stage = dataclasses.replace(stage_of(), prompts=count)
+    (maker,) = makers(monkeypatch, 1, 1, run, curriculum.arrange([pool], 0, count), stage)
+    found = [maker(i).problem.id for i in range(2 * count)]
+    assert "3" not in found and set(found) == {problem.id for problem in pool} - {"3"}
+
+
+def test_what_another_stage_could_not_use_comes_in_this_one(monkeypatch, run, problems):
+    """Else a run that is resumed in this stage, which has not seen the other, would draw other problems."""
+    unlearnable = [Problem("caption", "What?", "red"), *problems[:2]]
+    run.selected = lambda stage: [unlearnable]
+    assert usable(run, stage_of("sft"))[0] == [problems[:2]] and run.builder.counts == {"prompts": 1}
+    assert usable(run, stage_of())[0] == [unlearnable]
+    (maker,) = makers(monkeypatch, 1, 1, run, unlearnable, stage_of())
+    assert [maker(i).problem for i in range(3)] == unlearnable
 
 
 def test_data_that_is_broken_throughout_ends_the_run(monkeypatch, run, problems):
