@@ -243,7 +243,15 @@ def test_rows_that_changed_are_asked_anew(capsys, tmp_path):
         rows[1].metadata["caption"] = "Thing <1> is navy."
         write_rows(tmp_path / "in.jsonl", rows)
         run_filter(capsys, tmp_path, [server])
-    assert [(has_image(body), number(body)) for body in server.requests[6:]] == [(True, 0), (False, 1)]
+        assert [(has_image(body), number(body)) for body in server.requests[6:]] == [(True, 0), (False, 1)]
+        content = bytearray((tmp_path / "2.png").read_bytes())
+        content += b"."  # behind the image's end, where nothing looks
+        (tmp_path / "2.png").write_bytes(content)
+        run_filter(capsys, tmp_path, [server])
+        content[-1:] = b"!"  # of the same length
+        (tmp_path / "2.png").write_bytes(content)
+        run_filter(capsys, tmp_path, [server])
+    assert [(has_image(body), number(body)) for body in server.requests[8:]] == [(True, 2), (True, 2)]
 
 
 def test_other_settings_are_refused(capsys, tmp_path):
