@@ -56,7 +56,7 @@ def train(
     display = Display(quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
-        stages = run.stages  # their steps are known now
+        run.stages = stages = [with_steps(run, stage) for stage in run.stages]
         display.whole_run(sum(stage.steps for stage in stages))
         results.plan(run)
         at, late = run.position, Late(run)
@@ -193,6 +193,15 @@ def usable(run: Run, stage: Stage) -> tuple[list[list[Problem]], list[PromptSize
     if not sizes:
         raise InputError(f"stage {stage.name}: no problem can be used: {run.builder.reasons()}")
     return sets, sizes
+
+
+def with_steps(run: Run, stage: Stage) -> Stage:
+    """The stage with what its epochs come to: prompts that do not fit are no part of an epoch."""
+    if not stage.epochs:
+        return stage
+    counts = [len(problems) for problems in usable(run, stage)[0]]
+    steps = stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
+    return dataclasses.replace(stage, steps=steps)
 
 
 class Maker:

@@ -11,7 +11,7 @@ from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.errors import InputError
-from capcur_jax.train import Maker, usable
+from capcur_jax.train import Maker, usable, with_steps
 from tests.conftest import random_image
 
 PROMPTS, BATCHES = 16, 5
@@ -130,6 +130,18 @@ def test_sft_examples_have_their_target(monkeypatch, run, problems):
     found, sizes = usable(run, stage_of("sft"))
     assert found == [problems[:2], problems[2:3]] and run.builder.counts == {"prompts": 1}
     assert [size.images for size in sizes] == [run.builder.measure(problem).images for problem in problems[:3]]
+
+
+@pytest.mark.parametrize(("drop_last", "epochs", "steps"), [(False, 1, 2), (False, 3, 8), (True, 3, 6)])
+def test_epochs_count_the_problems_that_fit(run, problems, drop_last, epochs, steps):
+    """Eleven of twenty: an epoch of all of them would see each twice."""
+    long = [Problem(f"long {number}", "word " * 900, "red") for number in range(9)]
+    short = [Problem(f"short {number}", "What?", "red") for number in range(3)]
+    run.selected = lambda stage: [problems + long, short]
+    curriculum = Curriculum(drop_last=drop_last)
+    stage = dataclasses.replace(stage_of(), steps=0, epochs=epochs, prompts=4, curriculum=curriculum)
+    assert with_steps(run, stage) == dataclasses.replace(stage, steps=steps)
+    assert with_steps(run, stage_of()) == stage_of()
 
 
 def test_problems_without_use_end_the_run_before_it_starts(run):
