@@ -71,7 +71,8 @@ class Run:
         self.sets = Sets(config.data, workdir / "data")
         check(config, self.stages, self.sets)
         self._build_data()
-        self.stages = [self._with_steps(stage) for stage in self.stages]
+        for stage in self.stages:
+            self._try_curriculum(stage)
         gpus = config.mesh.gpus
         if gpus and jax.default_backend() == "gpu" and jax.local_device_count() != len(gpus):
             raise InputError(
@@ -232,13 +233,11 @@ class Run:
             for name in stage.data
         ]
 
-    def _with_steps(self, stage: Stage) -> Stage:
-        """The stage with what its epochs come to, and its curriculum tried: what it lacks is said before the start."""
+    def _try_curriculum(self, stage: Stage) -> None:
+        """What a curriculum lacks is said before the start. Raises InputError."""
         counts = [len(problems) for problems in self.selected(stage)]
-        if not stage.epochs:
-            return stage
-        where = f"config.stages.{stage.name}"
-        return dataclasses.replace(stage, steps=stage.curriculum.steps(counts, stage.prompts, stage.epochs, where))
+        if stage.epochs:
+            stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
 
     def learner(self, stage: Stage) -> Learner:
         """Stages with the same objective and the same frozen parameters share their compiled programs."""

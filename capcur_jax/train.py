@@ -56,7 +56,7 @@ def train(
     display = Display(quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
-        stages = run.stages  # their steps are known now
+        run.stages = stages = [with_steps(run, stage) for stage in run.stages]
         display.whole_run(sum(stage.steps for stage in stages))
         results.plan(run)
         at, late = run.position, Late(run)
@@ -199,18 +199,29 @@ def usable(run: Run, stage: Stage) -> tuple[list[list[Problem]], list[PromptSize
     return sets, sizes
 
 
+def with_steps(run: Run, stage: Stage) -> Stage:
+    """The stage with what its epochs come to: prompts that do not fit are no part of an epoch."""
+    if not stage.epochs:
+        return stage
+    counts = [len(problems) for problems in usable(run, stage)[0]]
+    steps = stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
+    return dataclasses.replace(stage, steps=steps)
+
+
 class Maker:
     """Example number i of this process, in the data threads: a function of the number alone, so that a run goes on from
     a number, and any number of processes see the same problems in the same steps.
 
     A problem whose image turns out to be broken is counted, and the one that comes a step later takes its place: in a
-    curriculum, one that is about as hard.
+    curriculum, one that is about as hard. Where a fixed order has the same one there, its neighbours do.
     """
 
     def __init__(self, run: Run, stage: Stage, order: Any, updates: int):
         self._run, self._stage, self._order, self._updates = run, stage, order, updates
         self._process, self._processes = jax.process_index(), jax.process_count()
         self.local = stage.prompts // self._processes  # examples of a batch that are this process's
+        # Not the builder's: what another stage could not use has no say here, where a resumed run may begin.
+        self._unusable: set[Problem] = set()
 
     def number(self, index: int) -> int:
         """Where this process's example `index` stands in the order: of each update's prompts it has its share."""
@@ -222,12 +233,13 @@ class Maker:
     def __call__(self, index: int) -> Example:
         run, number = self._run, self.number(index)
         for attempt in range(1000):
-            problem = self._order[number + attempt * self._stage.prompts]
-            if problem in run.builder.skipped:
+            problem = self._order[number + attempt * self._stage.prompts + attempt // 2]
+            if problem in self._unusable:
                 continue
             try:
                 return Example(problem, run.builder.build(problem), target_of(run, self._stage, problem))
             except BadInput as error:
+                self._unusable.add(problem)
                 run.builder.skip(problem, error)
         raise InputError(f"stage {self._stage.name}: no problem can be used: {run.builder.reasons()}")
 

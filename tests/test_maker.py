@@ -1,5 +1,6 @@
 """Which problem is which example of a step, in one process or several, and what takes the place of a broken one."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -10,7 +11,7 @@ from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.errors import InputError
-from capcur_jax.train import Maker, usable
+from capcur_jax.train import Maker, usable, with_steps
 from tests.conftest import random_image
 
 PROMPTS, BATCHES = 16, 5
@@ -90,6 +91,29 @@ def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monk
         np.testing.assert_array_equal(again.prompt.tokens, examples[number].prompt.tokens)
 
 
+@pytest.mark.parametrize("curriculum", [Curriculum(order="file"), Curriculum(order="file", drop_last=True)])
+@pytest.mark.parametrize("count", [4, 8])
+def test_one_broken_image_does_not_end_a_run_whose_epoch_divides_its_steps(
+    monkeypatch, run, problems, curriculum, count
+):
+    """In a fixed order the same problem comes a step later, and a step after that."""
+    pool = problems[:count]
+    stage = dataclasses.replace(stage_of(), prompts=count)
+    (maker,) = makers(monkeypatch, 1, 1, run, curriculum.arrange([pool], 0, count), stage)
+    found = [maker(i).problem.id for i in range(2 * count)]
+    assert "3" not in found and set(found) == {problem.id for problem in pool} - {"3"}
+
+
+def test_what_another_stage_could_not_use_comes_in_this_one(monkeypatch, run, problems):
+    """Else a run that is resumed in this stage, which has not seen the other, would draw other problems."""
+    unlearnable = [Problem("caption", "What?", "red"), *problems[:2]]
+    run.selected = lambda stage: [unlearnable]
+    assert usable(run, stage_of("sft"))[0] == [problems[:2]] and run.builder.counts == {"prompts": 1}
+    assert usable(run, stage_of())[0] == [unlearnable]
+    (maker,) = makers(monkeypatch, 1, 1, run, unlearnable, stage_of())
+    assert [maker(i).problem for i in range(3)] == unlearnable
+
+
 def test_data_that_is_broken_throughout_ends_the_run(monkeypatch, run, problems):
     broken = [problems[3]]
     (maker,) = makers(monkeypatch, 1, 1, run, Curriculum().arrange([broken], 0, PROMPTS))
@@ -106,6 +130,18 @@ def test_sft_examples_have_their_target(monkeypatch, run, problems):
     found, sizes = usable(run, stage_of("sft"))
     assert found == [problems[:2], problems[2:3]] and run.builder.counts == {"prompts": 1}
     assert [size.images for size in sizes] == [run.builder.measure(problem).images for problem in problems[:3]]
+
+
+@pytest.mark.parametrize(("drop_last", "epochs", "steps"), [(False, 1, 2), (False, 3, 8), (True, 3, 6)])
+def test_epochs_count_the_problems_that_fit(run, problems, drop_last, epochs, steps):
+    """Eleven of twenty: an epoch of all of them would see each twice."""
+    long = [Problem(f"long {number}", "word " * 900, "red") for number in range(9)]
+    short = [Problem(f"short {number}", "What?", "red") for number in range(3)]
+    run.selected = lambda stage: [problems + long, short]
+    curriculum = Curriculum(drop_last=drop_last)
+    stage = dataclasses.replace(stage_of(), steps=0, epochs=epochs, prompts=4, curriculum=curriculum)
+    assert with_steps(run, stage) == dataclasses.replace(stage, steps=steps)
+    assert with_steps(run, stage_of()) == stage_of()
 
 
 def test_problems_without_use_end_the_run_before_it_starts(run):

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from capcur_jax.data.terminal import files_explained
 from capcur_jax.errors import InputError
 
 # Each is a module of capcur_jax.data.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {rest[0]}")
     chosen.overrides = rest  # --config.key=value, of a command that takes a config
     try:
-        result = module.run(chosen)
+        with files_explained():
+            result = module.run(chosen)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from capcur_jax.data.journal import Journal, key_of
+from capcur_jax.data.journal import Journal, digest_of, key_of
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.models.batching import PromptSize
@@ -24,7 +24,7 @@ WORST = 512  # characters of a prediction that are kept; a longer one is wrong w
 
 def key(problem: Problem) -> str:
     """What a measured problem is known by in the journal: changed text, answer or images make it another one."""
-    return key_of(problem.id, problem.problem, problem.answer, *problem.images)
+    return key_of(problem.id, problem.problem, problem.answer, *map(digest_of, problem.images))
 
 
 def measurable(problems: Iterable[Problem], builder: PromptBuilder) -> Iterator[tuple[Problem, PromptSize] | Drop]:

@@ -186,6 +186,7 @@ class Pool:
             except OSError as error:  # no memory, no process left, ...
                 raise RuntimeError(start_error(str(error))) from None
             slot.worker.start()
+            self._check_open()  # a pool that was closed meanwhile may have missed this worker
 
     def processes(self) -> list[int]:
         """Process ids of the workers that there are."""

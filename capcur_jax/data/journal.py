@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,22 @@ def key_of(name: str, *content: object) -> str:
     """
     digest = hashlib.sha256("\x1f".join(map(str, content)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{name}#{digest}"
+
+
+def digest_of(path: str) -> str:
+    """Of a file's content, "" where there is none to be read: a file that was moved is the same, one that was changed
+    or repaired is another."""
+    try:
+        found = os.stat(path)
+        return _digest(path, found.st_mtime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else ""
+    except (OSError, ValueError):
+        return ""
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _digest(path: str, changed: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 class Journal:

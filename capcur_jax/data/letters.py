@@ -52,7 +52,7 @@ def letter_in(text: str, letters: str = "ABCD") -> str | None:
         if letter not in letters.upper() or not _counts(match[1], before, after) or _DENIED.match(after):
             continue
         joined = _JOINED.match(after)
-        if joined and (joined[1] or "").upper() != letter:
+        if joined and (joined[1] or "").upper() != letter and not _is_article(joined[1], after[joined.end() :]):
             return None
         found.add(letter)
     return found.pop() if len(found) == 1 else None
@@ -67,10 +67,15 @@ def _counts(letter: str, before: str, after: str) -> bool:
         return whole or (enclosed and before[-1] in "([{") or (first and bool(_LABEL.match(after)))
     if enclosed:
         return True
-    if letter in "AI" and _NOUN.match(after):
+    if _is_article(letter, after):
         return False
     own_line = bool(_LINE.search(before)) and (last or bool(_LABEL.match(after)))
     return first or bool(_KEYWORD.search(before)) or own_line or (last and bool(_SENTENCE.search(before)))
+
+
+def _is_article(letter: str | None, after: str) -> bool:
+    """Whether it begins "A cat", "I think"."""
+    return letter in ("A", "I") and bool(_NOUN.match(after))
 
 
 def options_of(text: str) -> dict[str, str]:

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capcur_jax.data.filter_models import PASSES, Asked, FilterModel, How, parts_of
-from capcur_jax.data.journal import Journal, key_of
+from capcur_jax.data.journal import Journal, digest_of, key_of
 from capcur_jax.data.letters import LETTERS, letter_in, option_letters
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem
 from capcur_jax.data.terminal import Progress
@@ -67,8 +66,7 @@ class Row:
         """Of the journal: another question, caption or image is another row."""
         if which == "caption":
             return key_of(f"caption {self.problem.id}", self.problem.problem, self.caption)
-        images = [(os.path.basename(path), _size(path)) for path in self.problem.images]
-        return key_of(f"image {self.problem.id}", self.problem.problem, *images)
+        return key_of(f"image {self.problem.id}", self.problem.problem, *map(digest_of, self.problem.images))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +170,6 @@ def _judged(row: Row, replies: dict[str, dict[str, str]]) -> Judged:
     earlier = row.problem.metadata.get("filter")
     metadata = {**row.problem.metadata, "filter": {**(earlier if isinstance(earlier, dict) else {}), **said}}
     return Judged(dataclasses.replace(row.problem, metadata=metadata), row.answer, verdicts)
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
 
 
 # ---------------------------------------------------------------------- what came of it

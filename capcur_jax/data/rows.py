@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from capcur_jax.data import parquet
 from capcur_jax.data.fields import KEYS, BadRow, RowReader, decoded
 from capcur_jax.data.problem import Drop, Problem, short
 from capcur_jax.errors import InputError
@@ -80,9 +81,11 @@ def read_rows(
         raise InputError(f"{path}: not a file; give the .jsonl or .parquet file itself")
     reader = RowReader(path, capability, images)
     seen: dict[str, str] = {}
-    for number, row in _parquet(path) if path.suffix == ".parquet" else _lines(path):
+    for number, row in parquet.rows(path, _BATCH) if path.suffix == ".parquet" else _lines(path):
         where = f"{path}, row {number}" if path.suffix == ".parquet" else f"{path}:{number}"
         try:
+            if isinstance(row, BadRow):
+                raise row
             if isinstance(row, bytes):
                 row = decoded(row)
             problem = reader.problem(row, f"{path.stem}-{number}")
@@ -117,21 +120,6 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield number, line
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
-    import pyarrow  # here: files of JSON lines are read without it
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: no readable Parquet file ({short(str(error), 120)}); write it again") from None
 
 
 # ---------------------------------------------------------------------- out

@@ -104,6 +104,22 @@ def test_a_changed_row_is_measured_anew(tmp_path, problems, builder):
     assert engine.calls == [3]
 
 
+def test_a_changed_or_repaired_image_is_measured_anew_and_a_moved_one_is_not(tmp_path, problems, builder):
+    measured(tmp_path / "journal", problems, builder, Engine())
+    (tmp_path / "moved").mkdir()
+    for number in (0, 1, 2):
+        (tmp_path / f"{number}.jpg").rename(tmp_path / "moved" / f"{number}.jpg")
+        path = str(tmp_path / "moved" / f"{number}.jpg")
+        problems[number] = dataclasses.replace(problems[number], images=(path,))
+    random_image(32, 24, seed=4).save(tmp_path / "4.jpg")
+    engine = Engine()
+    rows, seen = measured(tmp_path / "journal", problems, builder, engine)
+    assert engine.calls == [3] and seen == [""] and not any(isinstance(row, Drop) for row in rows)
+    random_image(32, 24, seed=70).save(tmp_path / "7.jpg")
+    measured(tmp_path / "journal", problems, builder, engine)
+    assert engine.calls == [3, 2]
+
+
 def test_rows_that_cannot_be_measured_are_told_apart(problems, builder):
     rows = [problems[0], Problem("caption", "Describe.", "", response="A."), Problem("long", "word " * 900, "1")]
     found = list(difficulty.measurable(rows, builder))

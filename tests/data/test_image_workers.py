@@ -141,6 +141,33 @@ def test_closing_ends_the_workers_and_who_is_waiting_hears_of_it(paths):
         store.size(str(paths[1]))
 
 
+def test_a_worker_that_starts_while_the_store_closes_does_not_stay(monkeypatch, paths):
+    start, started, closed = image_pool._Worker.__init__, [], threading.Event()
+
+    def slow(worker, *limits):
+        started.append(True)
+        closed.wait(20)
+        start(worker, *limits)
+        started.append(worker.process.pid)
+
+    monkeypatch.setattr(image_pool._Worker, "__init__", slow)
+    store, errors = ImageStore(1), []
+
+    def work():
+        try:
+            store.load(paths[0], SIZE)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert wait_for(lambda: started)
+    store.close()  # gives up waiting for the one that starts
+    closed.set()
+    thread.join(30)
+    assert errors == ["the image workers were closed"] and gone(started[1]) and not store._pool.processes()
+
+
 PARENT = """
 import os, signal, sys, time
 from capcur_jax.data.images import ImageStore

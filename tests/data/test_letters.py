@@ -73,6 +73,14 @@ def test_none_is_named(text):
     assert letter_in(text) is None
 
 
+@pytest.mark.parametrize("after", ["\n\nA question about the image:", "\n\nI chose it", ", A dog", " A cat is"])
+@pytest.mark.parametrize("first", ["B", "(B)", "The answer is B", "A"])
+def test_an_article_that_begins_what_follows_is_no_second_letter(first, after):
+    """A bare text's continuation goes on after the letter, and the filter's own text has "A question about"."""
+    assert letter_in(f" {first}{after}") == ("A" if first == "A" else "B")
+    assert letter_in(f"{first} or C{after}") is None
+
+
 def test_only_the_letters_of_the_options_count():
     assert letter_in("(e)", "ABCDE") == "E" and letter_in("E", "ABCD") is None
     assert letter_in("C", "AB") is None and letter_in("A", "ab") == "A"

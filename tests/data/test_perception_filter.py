@@ -243,7 +243,34 @@ def test_rows_that_changed_are_asked_anew(capsys, tmp_path):
         rows[1].metadata["caption"] = "Thing <1> is navy."
         write_rows(tmp_path / "in.jsonl", rows)
         run_filter(capsys, tmp_path, [server])
-    assert [(has_image(body), number(body)) for body in server.requests[6:]] == [(True, 0), (False, 1)]
+        assert [(has_image(body), number(body)) for body in server.requests[6:]] == [(True, 0), (False, 1)]
+        content = bytearray((tmp_path / "2.png").read_bytes())
+        content += b"."  # behind the image's end, where nothing looks
+        (tmp_path / "2.png").write_bytes(content)
+        run_filter(capsys, tmp_path, [server])
+        content[-1:] = b"!"  # of the same length
+        (tmp_path / "2.png").write_bytes(content)
+        run_filter(capsys, tmp_path, [server])
+    assert [(has_image(body), number(body)) for body in server.requests[8:]] == [(True, 2), (True, 2)]
+
+
+@pytest.mark.parametrize("option", ["--output", "--keep-dropped"])
+def test_a_place_that_cannot_be_written_is_named_before_a_model_is_asked(capsys, tmp_path, option):
+    (tmp_path / "file").write_text("")
+    place = str(tmp_path / "file" / "rows.jsonl")
+    with ScriptedServer(scripted(["A"], ["B"])) as server:
+        code, said, *_ = run_filter(capsys, tmp_path, [server], option, place, rows=make_rows(tmp_path, 1))
+    assert code == 2 and place in said and not server.requests
+
+
+def test_a_file_that_cannot_be_read_is_named(capsys, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", "rows.jsonl")
+
+    monkeypatch.setattr("capcur_jax.data.commands.filter.read_rows", refused)
+    with ScriptedServer(scripted(["A"], ["B"])) as server:
+        code, said, *_ = run_filter(capsys, tmp_path, [server], rows=make_rows(tmp_path, 1))
+    assert code == 2 and "rows.jsonl: Permission denied" in said
 
 
 def test_other_settings_are_refused(capsys, tmp_path):

@@ -64,6 +64,36 @@ def test_parquet_of_easyr1_is_read_and_its_images_are_unpacked_once(tmp_path):
     assert unpacked.stat().st_mtime_ns == before and len(list(folder.iterdir())) == 1
 
 
+def test_times_in_parquet_are_texts_and_a_broken_text_costs_its_row(tmp_path):
+    """Nanoseconds, as pandas writes them, are beyond Python's own; a byte that is no UTF-8 once ended the reading."""
+    texts = pyarrow.array([f"q{i}".encode() for i in range(70)] + [b"\xff\xfe", b"last"], pyarrow.binary())
+    columns = {
+        "problem": pyarrow.Array.from_buffers(pyarrow.string(), 72, texts.buffers()),
+        "answer": ["1"] * 72,
+        "made": pyarrow.array(range(72), pyarrow.timestamp("ns")),
+        "until": pyarrow.array([2**52] * 72, pyarrow.duration("s")),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    problems, skipped = read_problems(tmp_path / "rows.parquet")
+    assert [p.problem for p in problems] == [f"q{i}" for i in range(70)] + ["last"]
+    assert problems[1].metadata == {"made": "1970-01-01 00:00:00.000000001", "until": str(2**52)}
+    (drop,) = skipped
+    assert drop.where.endswith("rows.parquet, row 71") and drop.reason == "unreadable row" and "problem" in drop.detail
+
+
+def test_rows_of_a_broken_part_of_a_parquet_file_are_counted_one_by_one(tmp_path):
+    rows = [{"problem": f"{i} " + "?" * 50, "answer": "1"} for i in range(300)]
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100, use_dictionary=False)
+    start = pyarrow.parquet.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    content = file.read_bytes()
+    file.write_bytes(content[:start] + b"\xff" * 64 + content[start + 64 :])
+    problems, skipped = read_problems(file)
+    assert [p.id for p in problems] == [f"rows-{n}" for n in [*range(1, 101), *range(201, 301)]]
+    assert [drop.where.rpartition(" ")[2] for drop in skipped] == [str(n) for n in range(101, 201)]
+    assert {drop.reason for drop in skipped} == {"unreadable row"}
+
+
 def test_parquet_round_trip_holds_the_images(tmp_path):
     whole = Problem(
         "a", "<image>Which?", "B", (str(_png(tmp_path)),), "perception", "detail", None, "letter", "docci", 0.25,

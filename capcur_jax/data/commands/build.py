@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from capcur_jax.data.commands.options import output_file
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import FORMATS, Tally, write_rows
 from capcur_jax.data.sources import published
@@ -30,22 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    output = Path(arguments.output)
-    if output.suffix not in FORMATS:
-        raise InputError(f"--output {output}: the name must end in {' or '.join(FORMATS)}")
-    if output.is_dir():
-        raise InputError(f"--output {output}: a folder; give the name of a file")
+    output = output_file(arguments.output)
     if arguments.limit is not None and arguments.limit < 1:
         raise InputError(f"--limit {arguments.limit}: give at least 1, or leave it out for all rows")
     tally = Tally(SHOWN)
     # Beside the file, and named as where its reader unpacks images, so that nothing is unpacked twice.
     images = Path(output.absolute()).with_name(f"{output.stem}-images")
     rows = published.reader(arguments.name).read(Path(arguments.input).absolute(), images)
-    try:
-        with _progress(arguments.name, tally) as shown:
-            write_rows(output, shown(itertools.islice(tally.kept(rows), arguments.limit)))
-    except OSError as error:
-        raise InputError(f"{error.filename or output}: {error.strerror or error}; mend that and build again") from None
+    with _progress(arguments.name, tally) as shown:
+        write_rows(output, shown(itertools.islice(tally.kept(rows), arguments.limit)))
     summary = tally.summary()
     _tell(summary)
     drops = [f"{drop.where}: {drop.detail}" for drop in tally.examples]

@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", metavar="DIR", help="folder for images that Parquet files hold as bytes")
 
 
-@terminal.files_explained()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.data.card import make_card
     from capcur_jax.data.card_pages import write_card

@@ -52,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@terminal.files_explained()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # Late: --help needs no transformers.
     from capcur_jax.data.checking import check

@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", metavar="DIR", help="folder for images that Parquet files hold as bytes")
 
 
-@terminal.files_explained()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.data.contamination import compare, write_clean
     from capcur_jax.data.problem import write_atomically

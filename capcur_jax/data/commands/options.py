@@ -49,6 +49,10 @@ def output_file(name: str, *inputs: str) -> Path:
         raise InputError(f"--output {path}: a folder; give a file")
     if any(Path(other).resolve() == path.resolve() for other in inputs):
         raise InputError(f"--output {path}: it is the input as well; give another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {path}: its folder can't be made ({error.strerror}); give another") from None
     return path
 
 

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", metavar="DIR", help="folder for images that a Parquet file holds as bytes")
 
 
-@terminal.files_explained()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.data.splitting import split_file
 

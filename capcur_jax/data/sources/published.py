@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from capcur_jax.data import parquet
 from capcur_jax.data.fields import BadRow, decoded, unpack_image
 from capcur_jax.data.problem import ANSWER_LENGTH, Drop, Problem, answer_type_of, short, stable_hash
 from capcur_jax.data.sources import json_stream, wording
@@ -74,7 +75,8 @@ def records(file: Path, key: str = "") -> Iterator[Record]:
       InputError: the file as a whole can't be read.
     """
     if file.suffix == ".parquet":
-        yield from _parquet(file)
+        for number, row in parquet.rows(file, _PARQUET_ROWS):
+            yield Record(file, number, row)
     elif _is_lines(file) or (not key and _starts_with_object(file)):
         yield from _lines(file)
     else:
@@ -137,25 +139,6 @@ def _lines(file: Path) -> Iterator[Record]:
                     yield Record(file, number, decoded(line))
                 except BadRow as error:
                     yield Record(file, number, error)
-
-
-def _parquet(file: Path) -> Iterator[Record]:
-    import pyarrow  # here: sets of JSON files are read without it
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Record(file, number, row)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if not number:
-            detail = short(str(error), 120)
-            raise InputError(f"{file}: no readable Parquet file ({detail}); download it again") from None
-        detail = f"the file can't be read from here on ({short(str(error), 80)}); download it again"
-        yield Record(file, number + 1, BadRow("unreadable rows", detail))
 
 
 # ---------------------------------------------------------------------- fields
