@@ -40,7 +40,9 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
             "pass_rates": (0.0, 1.0),  # problems outside are left out
             "drop_all_right": False,  # problems of pass rate 1 are left out
             "drop_all_wrong": False,  # of pass rate 0
-            "drop_last": False,  # True: an epoch's last, partial batch is left out; False: it is filled from the next
+            # True: an epoch's last, partial batch is left out; False: it is filled from the next. Sets that are mixed
+            # by weights have no epochs.
+            "drop_last": False,
         },
     }
 

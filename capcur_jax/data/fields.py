@@ -47,7 +47,8 @@ def unpack_image(data: bytes, folder: str | os.PathLike) -> str:
             write_atomically(path, data)
     except OSError as error:
         raise InputError(
-            f"{path.parent}: images can't be unpacked there ({error.strerror}); set {IMAGES_VARIABLE} to a folder"
+            f"{path.parent}: images can't be unpacked there ({error.strerror}); make it writable, or for a data "
+            f"command set {IMAGES_VARIABLE} to another folder"
         ) from None
     return str(path)
 

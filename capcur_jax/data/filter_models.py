@@ -170,9 +170,9 @@ class ServedModel:
 
 
 def fingerprint(directory: Path) -> str:
-    """Of a checkpoint: its config, and the sizes, beginnings, middles and ends of its weight files."""
+    """Of a checkpoint: its settings and tokenizer, and the sizes, beginnings, middles and ends of its weight files."""
     digest = hashlib.sha256()
-    for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+    for file in sorted(file for pattern in ("*.json", "*.jinja", "*.safetensors") for file in directory.glob(pattern)):
         size, piece = file.stat().st_size, 1 << 20
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:

@@ -93,8 +93,6 @@ def command(*arguments, capsys):
 
 
 RUN = {
-    "config.order": "('perception','text')",
-    "config.evaluation.sets": "('perception','text')",
     "config.evaluation.questions": "4",
     "config.evaluation.blind": "False",
     "config.prompt.max_tokens": "192",
@@ -131,10 +129,20 @@ def test_from_captions_to_a_trained_model_and_a_data_card(tmp_path, capsys):
         for said in row.metadata["filter"].values():
             assert said["caption"] == row.answer and said["image"] not in (row.answer, None)
 
-    # How often the base answers them rightly; and some sums.
+    # How often the base answers them rightly; some sums, and sums that need a picture.
     sums = [Problem(f"sum-{n}", f"What is {n} + {n + 1}?", str(2 * n + 1), capability="text") for n in range(12)]
+    seen = read_problems(tmp_path / "captions.jsonl")[0][:8]
+    corners = [
+        Problem(
+            f"corners-{row.id}", "How many corners has the shape, plus 2?", "6" if "rectangle" in row.response else "2",
+            row.images, "visual",
+        )
+        for row in seen
+    ]  # fmt: skip
     write_rows(tmp_path / "sums.jsonl", sums)
-    for name, output in ((kept, rated), (tmp_path / "sums.jsonl", tmp_path / "text.jsonl")):
+    write_rows(tmp_path / "corners.jsonl", corners)
+    files = {"perception": rated, "text": tmp_path / "text.jsonl", "visual": tmp_path / "visual.jsonl"}
+    for name, output in zip((kept, tmp_path / "sums.jsonl", tmp_path / "corners.jsonl"), files.values(), strict=True):
         settings = [f"--{key}={RUN[key]}" for key in RUN if key.startswith(("config.prompt", "config.rollout.slots"))]
         arguments = ["--input", name, "--output", output, "--samples", 4, "--max-new-tokens", 24, *settings]
         found = command("difficulty", *arguments, capsys=capsys)
@@ -143,20 +151,21 @@ def test_from_captions_to_a_trained_model_and_a_data_card(tmp_path, capsys):
         assert all(row.pass_rate == sum(row.correctness) / 4 and row.pass_rate_by["samples"] == 4 for row in rows)
 
     # The stages of the config on them, each from easy to hard.
-    sets = {f"config.data.sets.{name}.{split}": str(file) for name, file in (
-        ("perception", rated), ("text", tmp_path / "text.jsonl")) for split in ("train", "test")}  # fmt: skip
-    sets |= {f"config.stages.{name}.{key}": value for name in ("perception", "text")
-             for key, value in (("steps", "0"), ("epochs", "1"), ("prompts", "4"))}  # fmt: skip
+    sets = {
+        f"config.data.sets.{name}.{split}": str(file) for name, file in files.items() for split in ("train", "test")
+    }
+    counts = (("steps", "0"), ("epochs", "1"), ("prompts", "4"))
+    sets |= {f"config.stages.{name}.{key}": value for name in files for key, value in counts}
     flags = [f"--{key}={value}" for key, value in {**RUN, **sets}.items()]
     run = [sys.executable, "-m", "capcur_jax.main", "--config=configs/capability_x_difficulty.py"]
     subprocess.run([*run, f"--workdir={tmp_path / 'run'}", *flags], check=True, stdout=subprocess.DEVNULL)
     records = [record for record in metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl") if record["type"] == "step"]
     steps = len(read_problems(rated)[0]) // 4
-    assert [record["stage"] for record in records] == ["perception"] * steps + ["text"] * 3
+    assert [record["stage"] for record in records] == ["perception"] * steps + ["text"] * 3 + ["visual"] * 2
     assert all(record["compilations"] == 0 and np.isfinite(record["loss"]) for record in records)
 
     # A page that shows it.
     page = tmp_path / "card.html"
-    command("card", "--input", rated, tmp_path / "text.jsonl", "--output", page, capsys=capsys)
+    command("card", "--input", *files.values(), "--output", page, capsys=capsys)
     text = page.read_text()
     assert "data:image/" in text and all(word in text for word in ("perception", "text", "What is", "pass rate"))
