@@ -40,6 +40,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",
         "psutil>=7.2.2",
+        "pyarrow>=26.0.1",
         "rich>=15.0.0",
         "safetensors>=0.8.0",
         "tensorboardX>=2.6.5",

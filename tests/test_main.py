@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from capcur_jax import main, presets
+from capcur_jax import presets
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
 from capcur_jax.errors import InputError, RolloutError
@@ -294,6 +294,8 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path):
 
 
 def test_servers_that_are_gone_are_one_clear_message_too(monkeypatch, tmp_path):
+    from capcur_jax import main  # here: runs import this module for its reward, and would define their flags twice
+
     def gone(*_, **__):
         raise RolloutError("no SGLang server is left\nlast words")
 

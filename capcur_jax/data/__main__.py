@@ -22,6 +22,7 @@ COMMANDS = {
     "contamination": "what a training set shares with evaluation sets",
     "card": "a page about a problem set: counts and examples with their pictures",
 }
+GOING_ON = ("synthesize", "filter", "difficulty")  # where they were stopped; the others write at their end alone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        goes_on = chosen.command in GOING_ON
+        print(f"stopped; the same command {'goes on' if goes_on else 'starts anew'}", file=sys.stderr)
         return 130
     code = result.pop("exit_code", 0)
     print(json.dumps(result, ensure_ascii=False))

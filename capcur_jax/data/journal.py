@@ -59,6 +59,7 @@ class Journal:
 
     Raises:
       InputError: the file holds records of other settings (names them), is no journal, or another process writes it.
+        A journal of other settings without a record is begun anew.
     """
 
     def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any]):
@@ -110,7 +111,7 @@ class Journal:
         self._file.seek(0)
         header, whole = self._file.readline(), 0
         if header.endswith(b"\n"):
-            self._check(_object(header))
+            other = self._other_settings(_object(header))
             whole = self._file.tell()
             for line in self._file:
                 entry = _object(line)
@@ -120,23 +121,25 @@ class Journal:
                 # A line of another kind is what a machine's crash left in the middle: its key is not done.
                 if entry and isinstance(entry.get("key"), str) and "record" in entry:
                     self.done[entry["key"]] = entry["record"]
+            if other and self.done:
+                raise InputError(
+                    f"{self.path}: its answers came with other settings: {other}. Run with those of then, write to "
+                    "another --output, or delete this file to begin anew"
+                )
+            whole = 0 if other else whole
         elif not b'{"settings": '.startswith(header[:13]):
             raise self._no_journal()
         self._file.truncate(whole)
         if not whole:
             self._append({"settings": self._settings})
 
-    def _check(self, header: dict | None) -> None:
+    def _other_settings(self, header: dict | None) -> str:
+        """Settings of the header that differ from this run's, in words."""
         if not header or not isinstance(header.get("settings"), dict):
             raise self._no_journal()
         theirs = header["settings"]
         names = [name for name in {**self._settings, **theirs} if theirs.get(name) != self._settings.get(name)]
-        if names:
-            said = ", ".join(f"{name} {_shown(theirs, name)}, now {_shown(self._settings, name)}" for name in names)
-            raise InputError(
-                f"{self.path}: its answers came with other settings: {said}. Run with those of then, write to another "
-                "--output, or delete this file to begin anew"
-            )
+        return ", ".join(f"{name} {_shown(theirs, name)}, now {_shown(self._settings, name)}" for name in names)
 
     def _no_journal(self) -> InputError:
         return InputError(

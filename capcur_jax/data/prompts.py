@@ -85,7 +85,7 @@ class PromptBuilder:
         if tokens > self._max_tokens:
             raise BadInput(
                 f"the prompt has {tokens} tokens, config.prompt.max_tokens = {self._max_tokens}: "
-                "raise the limit or lower config.prompt.max_pixels"
+                f"raise the limit{' or lower config.prompt.max_pixels' if patches else ''}"
             )
         if patches > self._max_patches:
             raise BadInput(

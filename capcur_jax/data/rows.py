@@ -30,6 +30,7 @@ class Tally:
     def __init__(self, shown: int = 5):
         self.rows, self.dropped = 0, collections.Counter()
         self.examples: list[Drop] = []  # the first so many
+        self.firsts: dict[str, Drop] = {}  # by reason
         self.shown = shown
 
     def kept(self, rows: Iterable[Problem | Drop]) -> Iterator[Problem]:
@@ -49,8 +50,13 @@ class Tally:
     def drop(self, drop: Drop) -> None:
         """One of the rows that were passed on is left out after all."""
         self.dropped[drop.reason] += 1
+        self.firsts.setdefault(drop.reason, drop)
         if len(self.examples) < self.shown:
             self.examples.append(drop)
+
+    def told(self) -> list[tuple[str, str]]:
+        """(where, reason and detail) of the first drop of each reason that has more to say, for people."""
+        return [(drop.where, f"{drop.reason}: {drop.detail}") for drop in self.firsts.values() if drop.detail]
 
     def summary(self) -> dict[str, Any]:
         kept = self.rows - self.dropped.total()

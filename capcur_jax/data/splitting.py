@@ -45,6 +45,8 @@ def split_file(
     files = {split: directory / f"{split}{suffix}" for split in SPLITS}
     if source.resolve() in {file.resolve() for file in files.values()}:
         raise InputError(f"--output {directory}: the splits would overwrite {source}; name another folder")
+    if directory.is_file():
+        raise InputError(f"--output {directory}: a file; name a folder for train{suffix}, validation and test")
     tally, reader = Rows(examples), Images()
 
     def rows() -> Iterator[Problem | Drop]:

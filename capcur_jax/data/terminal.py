@@ -107,8 +107,7 @@ def files_explained() -> Iterator[None]:
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Group:
     """Untrusted cells are shown as they are, without rich's markup and without control characters."""
     made = Table(
-        title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False,
-        show_header=any(head),
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=any(head),
     )  # fmt: skip
     rows = [[_cell(cell) for cell in row] for row in rows]
     for index, name in enumerate(head):
@@ -116,7 +115,15 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Gro
         made.add_column(name, justify="right" if numbers and rows else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)
-    return Group(made, "")
+    return Group(Text(title, style="bold"), made, "")  # a table's own title would be folded to the table's width
+
+
+def kept_and_dropped(summary: Mapping[str, Any], examples: Iterable[Sequence[str]] = ()) -> Group:
+    """`Tally.summary`: rows that were read, that are kept, and that are left out by reason; (where, what) of some."""
+    counts = [("read", summary["rows"]), ("kept", summary["kept"])]
+    counts += [(f"dropped: {reason}", count) for reason, count in summary["dropped"].items()]
+    rows, parts = list(examples), [table("Rows", ("", "rows"), counts)]
+    return Group(*parts, *([table("Examples of dropped rows", ("where", "what"), rows)] if rows else []))
 
 
 def bars(title: str, histogram: Mapping[str, Sequence[float]]) -> Group:

@@ -156,9 +156,12 @@ def test_the_command_reports_and_writes_what_is_clean(folder, capsys):
     _, result, _ = run(capsys, *arguments, "--remove", clean, "--remove-look-alikes")
     removed = result["removed"]["dropped"]
     assert removed["contaminated: look"] == removed["contaminated: look and text"] == 1
-    for wrong in (("--threshold", 0), ("--remove", "clean.csv"), ("--remove", train)):
+    for wrong in (
+        ("--threshold", 0), ("--remove", "clean.csv"), ("--remove", train), ("--remove", test), ("--output", second),
+        ("--output", test), ("--output", clean, "--remove", clean),
+    ):  # fmt: skip
         assert run(capsys, *arguments, *wrong)[0] == 2
-    assert len(train.read_text().splitlines()) == 6
+    assert [len(file.read_text().splitlines()) for file in (train, second, test, clean)] == [6, 2, 2, 2]
 
 
 # ---------------------------------------------------------------------- images

@@ -57,12 +57,22 @@ def test_a_spoilt_line_in_the_middle_is_not_done(tmp_path):
 
 def test_other_settings_are_named_with_the_remedy(tmp_path):
     path = tmp_path / "j.jsonl"
-    Journal(path, SETTINGS).close()
+    with Journal(path, SETTINGS) as journal:
+        journal.add("a", 1)
     with pytest.raises(InputError) as error:
         Journal(path, {"model": "another", "temperature": 0.0, "words": ["a", "b"], "seed": 1})
     said = str(error.value)
     assert str(path) in said and 'model "writer", now "another"' in said and "seed (not set), now 1" in said
     assert "temperature" not in said and "delete this file" in said
+
+
+def test_settings_without_an_answer_bind_nobody(tmp_path):
+    path = tmp_path / "j.jsonl"
+    Journal(path, SETTINGS).close()
+    with Journal(path, {"model": "another"}) as journal:
+        journal.add("a", 1)
+    with Journal(path, {"model": "another"}) as journal:
+        assert journal.done == {"a": 1} and path.read_bytes().count(b"settings") == 1
 
 
 @pytest.mark.parametrize("content", [b'{"id": "a", "problem": "q"}\n', b"text\n", b"no line end", b"[]\n", b"\xff\n"])

@@ -376,7 +376,7 @@ def test_bad_options_are_refused_before_anything_is_asked(capsys, tmp_path, bad)
 def test_the_output_must_not_be_the_input(capsys, tmp_path):
     with ScriptedServer(lambda body: fenced(GOOD)) as server:
         code, said, _ = synthesize(capsys, tmp_path, server, rows=captions(2), output="captions.jsonl")
-    assert code == 2 and "the input as well" in said
+    assert code == 2 and "names that file already" in said
 
 
 def test_no_server_keeps_what_is_there(capsys, tmp_path):

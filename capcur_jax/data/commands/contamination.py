@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from capcur_jax.data import terminal
+from capcur_jax.data.commands.options import not_among, output_file
 from capcur_jax.errors import InputError
 
 _SHOWN = 10  # pairs of the JSON line; --output has the others
@@ -37,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.data.contamination import compare, write_clean
     from capcur_jax.data.problem import write_atomically
-    from capcur_jax.data.rows import FORMATS
 
-    if arguments.remove and Path(arguments.remove).suffix not in FORMATS:  # before the work, not after it
-        raise InputError(f"--remove {arguments.remove}: the name must end in {' or '.join(FORMATS)}")
-    if arguments.remove and {Path(arguments.remove).resolve()} & {Path(file).resolve() for file in arguments.train}:
-        raise InputError(f"--remove {arguments.remove}: that is a training file; name another")
+    read = (*arguments.train, *arguments.against)
+    if arguments.remove:  # before the work, not after it
+        output_file(arguments.remove, *read, option="--remove")
+    if arguments.output:
+        not_among(Path(arguments.output), [*read, *filter(None, [arguments.remove])], "--output")
     if not 0 < arguments.threshold <= 1:
         raise InputError(f"--threshold {arguments.threshold}: give a share above 0 and up to 1")
     report, pairs, kinds = compare(
@@ -81,5 +82,6 @@ def _show(report: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
         head = ("kind", "training row", "evaluation row", "texts agree", "images differ")
         console.print(terminal.table("First pairs", head, rows))
     if "removed" in report:
-        rows = [("kept", report["removed"]["kept"]), *report["removed"]["dropped"].items()]
-        console.print(terminal.table(report["removed"]["file"], ("", "rows"), rows))
+        cleaned = report["removed"]
+        console.print(f"{cleaned['file']}:", markup=False, soft_wrap=True)
+        console.print(terminal.kept_and_dropped(cleaned))

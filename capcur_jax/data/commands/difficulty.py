@@ -16,7 +16,7 @@ from capcur_jax.data.commands.options import at_least, journal_file, output_file
 from capcur_jax.data.filter_models import fingerprint
 from capcur_jax.data.journal import Journal
 from capcur_jax.data.rows import Tally, read_rows, write_rows
-from capcur_jax.data.terminal import Progress
+from capcur_jax.data.terminal import Progress, kept_and_dropped, stderr_console, table
 from capcur_jax.errors import InputError, RolloutError
 
 TENTHS = 10
@@ -47,8 +47,13 @@ def read_config(name: str, overrides: list[str]) -> ConfigDict:
     try:
         rest = values(given)
         config = values.config
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(f"unknown argument --{error.flagname}; settings look like --config.checkpoint=DIR") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"--config {name}: {error}") from None
+        said = error.args[0] if isinstance(error, AttributeError) and error.args else error
+        if isinstance(said, KeyError):  # a key that is none; its own text is the message in quotes
+            said = f"no key {said.args[0]}".replace("\n", "; ")
+        raise InputError(f"--config {name}: {said}") from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
     return config
@@ -79,6 +84,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = itertools.islice(read_rows(arguments.input), arguments.limit or None)
     found = list(tally.passed(difficulty.measurable(tally.kept(rows), opened.builder)))
     problems, sizes = [problem for problem, _ in found], [size for _, size in found]
+    if tally.rows and not problems:
+        stderr_console().print(kept_and_dropped(tally.summary(), tally.told()))
+        raise InputError(f"{arguments.input}: none of {tally.rows} rows can be measured; nothing is written")
     by = {
         "model": str(source), "samples": arguments.samples, "temperature": arguments.temperature,
         "top_p": arguments.top_p, "max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed,
@@ -111,6 +119,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         measured = list(tally.passed(difficulty.rated(problems, journal, by)))
     write_rows(output, measured)
     rates = [problem.pass_rate for problem in measured]
+    console = stderr_console()
+    console.print(kept_and_dropped(tally.summary(), tally.told()))
+    if rates:
+        said = [("mean", f"{sum(rates) / len(rates):.1%}")]
+        said += [("rows always right", rates.count(1)), ("rows always wrong", rates.count(0))]
+        console.print(table("Pass rate", ("", ""), said))
     histogram = collections.Counter(int(rate * TENTHS) for rate in rates)
     return tally.summary() | {
         "pass_rate": sum(rates) / len(rates) if rates else None,

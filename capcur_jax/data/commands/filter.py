@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.data import filter_models, perception_filter
+from capcur_jax.data import filter_models, perception_filter, terminal
 from capcur_jax.data.commands.options import add_server, at_least, journal_file, output_file
 from capcur_jax.data.filter_models import FilterModel, How
 from capcur_jax.data.journal import Journal
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns rows, kept, dropped by reason; the same of each model; and right and wrong of each of its passes."""
     output = output_file(arguments.output, arguments.input)
-    others = output_file(arguments.keep_dropped, arguments.input, arguments.output) if arguments.keep_dropped else None
+    others = None
+    if arguments.keep_dropped:
+        others = output_file(arguments.keep_dropped, arguments.input, arguments.output, option="--keep-dropped")
     how = How(
         max_new_tokens=arguments.max_new_tokens,
         downsample=arguments.downsample,
@@ -70,6 +72,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for one in judged:
         if one.reason != KEPT:
             tally.drop(Drop(f"row {one.problem.id}", one.reason, ""))
+    terminal.stderr_console().print(terminal.kept_and_dropped(tally.summary(), tally.told()))
     write_rows(output, (one.problem for one in judged if one.reason == KEPT))
     if others:
         write_rows(others, (one.problem for one in judged if one.reason != KEPT))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from capcur_jax.data.rows import FORMATS
@@ -40,20 +40,25 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="environment variable that holds the servers' API key (default: none is sent)")  # fmt: skip
 
 
-def output_file(name: str, *inputs: str) -> Path:
-    """The file to write. Raises InputError before hours of work for what could not be written at their end."""
+def output_file(name: str, *inputs: str, option: str = "--output") -> Path:
+    """The file of rows to write. Raises InputError before hours of work for what could not be written at their end."""
     path = Path(name)
     if path.suffix not in FORMATS:
-        raise InputError(f"--output {path}: the name must end in {' or '.join(FORMATS)}")
+        raise InputError(f"{option} {path}: the name must end in {' or '.join(FORMATS)}")
     if path.is_dir():
-        raise InputError(f"--output {path}: a folder; give a file")
-    if any(Path(other).resolve() == path.resolve() for other in inputs):
-        raise InputError(f"--output {path}: it is the input as well; give another file")
+        raise InputError(f"{option} {path}: a folder; give a file")
+    not_among(path, inputs, option)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {path}: its folder can't be made ({error.strerror}); give another") from None
+        raise InputError(f"{option} {path}: its folder can't be made ({error.strerror}); give another") from None
     return path
+
+
+def not_among(path: Path, others: Iterable[str], option: str) -> None:
+    """Raises InputError where a file to write is one that the command reads, or writes besides."""
+    if any(Path(other).resolve() == path.resolve() for other in others):
+        raise InputError(f"{option} {path}: the command names that file already; give another")
 
 
 def journal_file(output: Path, part: str = "") -> Path:

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     console = terminal.stderr_console()
     console.print(terminal.table("Splits", ("split", "rows", "images", "file"), rows))
-    if result["dropped"]:
-        console.print(terminal.table("Dropped", ("reason", "rows"), result["dropped"].items()))
+    examples = [(drop["where"], drop["detail"]) for drop in result["dropped_examples"]]
+    if examples:
+        console.print(terminal.kept_and_dropped(result, examples))
     return result

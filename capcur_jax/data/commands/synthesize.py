@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.data import perception
+from capcur_jax.data import perception, terminal
 from capcur_jax.data.chat import Chat
 from capcur_jax.data.commands.options import add_server, at_least, journal_file, output_file
 from capcur_jax.data.journal import Journal
@@ -62,5 +62,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             write_rows(output, tally.kept(rows))
         except RolloutError as error:
             raise InputError(str(error)) from None
+    terminal.stderr_console().print(terminal.kept_and_dropped(tally.summary(), tally.told()))
     made = {"asked": counts.asked, "requests": counts.requests, "repaired": counts.repaired}
     return tally.summary() | made | {"letters": dict(counts.letters), "output": str(output)}

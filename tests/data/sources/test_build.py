@@ -91,6 +91,11 @@ def test_what_cannot_be_built_leaves_the_old_file_alone(tmp_path, capsys):
         assert words in capsys.readouterr().err
     (tmp_path / "folder.jsonl").mkdir()
     fixtures.gsm8k(tmp_path)
+    published_bytes = (tmp_path / "train.jsonl").read_bytes()
+    for name in ("train.jsonl", "test_rows.jsonl"):  # the set's own, and what the next build would take for it
+        assert main(["build", "gsm8k", "--input", str(tmp_path), "--output", str(tmp_path / name)]) == 2
+        assert "the set's own files" in capsys.readouterr().err
+    assert (tmp_path / "train.jsonl").read_bytes() == published_bytes and not (tmp_path / "test_rows.jsonl").exists()
     assert build(capsys, "gsm8k", tmp_path, tmp_path / "folder.jsonl")[0] == 2
     assert output.read_text() == "an older file"
     with pytest.raises(SystemExit):
