@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from absl import app, flags
+from image_architecture import ARCHITECTURE
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -48,19 +49,6 @@ _SAMPLES = flags.DEFINE_integer("samples", 20_000, "Prompts of the memory part."
 _WORKERS = flags.DEFINE_integer("workers", 2, "Workers of the memory part.")
 QUESTION = "Which of the shapes in the image is left of the large blue square, and how many corners does it have?"
 FILES = 300  # of the memory part
-ARCHITECTURE = {
-    "vocabulary": 300, "tied": True, "min_pixels": 65_536, "max_pixels": 4_194_304,
-    "text": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 32768, "rope_theta": 5e6,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
-    },
-    "vision": {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 16,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [],
-    },
-}  # fmt: skip
 
 
 def picture(width: int, height: int, drawing: bool, random: np.random.Generator) -> Image.Image:

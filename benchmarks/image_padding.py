@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from image_architecture import ARCHITECTURE
 from rich.progress import track
 
 from capcur_jax import presets
@@ -31,19 +32,6 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "config.prompt.max_tokens; 0
 _PATCH_ROW = flags.DEFINE_integer("patch_row", 0, "config.prompt.patch_row; 0: the preset's.")
 _EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over the images.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the orders.")
-ARCHITECTURE = {
-    "vocabulary": 300, "tied": True, "min_pixels": 65_536, "max_pixels": 4_194_304,
-    "text": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 32768, "rope_theta": 5e6,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True},
-    },
-    "vision": {
-        "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 16,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [],
-    },
-}  # fmt: skip
 
 
 def main(_) -> None:

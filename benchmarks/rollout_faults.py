@@ -41,7 +41,7 @@ from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
 from capcur_jax.rollout.sglang import SGLangEngine
-from capcur_jax.rollout.sglang_fleet import Server
+from capcur_jax.rollout.sglang_member import Server
 from capcur_jax.rollout.sglang_settings import Settings
 
 _SGLANG = flags.DEFINE_string("sglang_python", None, "Python of SGLang's environment.", required=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,17 @@ from typing import Any
 from capcur_jax.checkpoint_store import CheckpointFailed, Store, difference, plain
 from capcur_jax.errors import InputError
 
-__all__ = ["CheckpointFailed", "Checkpoints", "check_same_config", "truncate_records"]
+__all__ = ["CheckpointFailed", "Checkpoints", "Position", "check_same_config", "truncate_records"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a run stands: what of a checkpoint is not arrays."""
+
+    stage: int = 0  # number in config.order
+    stage_step: int = 0  # steps of it that are done
+    batches: int = 0  # rollout batches of it that were drawn
+    evaluated: bool = False  # the base was
 
 
 class Checkpoints:

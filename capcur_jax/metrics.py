@@ -87,6 +87,13 @@ class JsonLines:
         self.close()
 
 
+class Nowhere:
+    """Stands for a record file in processes that write none."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        pass
+
+
 def _mend_tail(path: pathlib.Path) -> None:
     """Ends the file with a whole line: completes the last one, or drops it when it is no JSON."""
     if not path.exists():

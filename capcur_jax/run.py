@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from capcur_jax import distributed, metrics, objectives, opening, sharding
-from capcur_jax.checkpointing import Checkpoints, truncate_records
+from capcur_jax.checkpointing import Checkpoints, Position, truncate_records
 from capcur_jax.checks import check, check_same, dtype_of, sampling_of
 from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
@@ -34,16 +34,6 @@ from capcur_jax.rollouts import Example, Group
 from capcur_jax.schedule import Stage
 from capcur_jax.sinks import Sinks
 from capcur_jax.updates import Offload, Packer, Trainer, needs_reference
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands: what of a checkpoint is not arrays."""
-
-    stage: int = 0  # number in config.order
-    stage_step: int = 0  # steps of it that are done
-    batches: int = 0  # rollout batches of it that were drawn
-    evaluated: bool = False  # the base was
 
 
 class Run:
@@ -129,10 +119,10 @@ class Run:
             )
         )
 
-    def _lines(self, name: str) -> metrics.JsonLines | _Nowhere:
+    def _lines(self, name: str) -> metrics.JsonLines | metrics.Nowhere:
         """Records of the owner; the other processes write none."""
         if not self.owner:
-            return _Nowhere()
+            return metrics.Nowhere()
         return self._closing.enter_context(metrics.JsonLines(self.workdir / name))
 
     def _build_data(self) -> None:
@@ -402,10 +392,3 @@ class Run:
         dtype = dtype_of(self.config.export.dtype, "config.export.dtype")
         huggingface.save(directory, self.parameters, self.processor.config, self.source, dtype, lora=self.lora)
         return directory
-
-
-class _Nowhere:
-    """Stands for a record file in processes that write none."""
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        pass

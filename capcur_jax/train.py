@@ -24,6 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from capcur_jax import distributed, metrics, results, schedule
+from capcur_jax.checkpointing import Position
 from capcur_jax.data import packing, pipeline
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import target_tokens
@@ -35,7 +36,7 @@ from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadInput
 from capcur_jax.profile import Profile
 from capcur_jax.rollouts import Example, Rollout
-from capcur_jax.run import Position, Run
+from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
 from capcur_jax.updates import Packer, Trainer, combined, grpo_item, sft_item
 

@@ -15,28 +15,13 @@ alone. The parent's clock kills it; the limits set here hold where the parent is
 """
 
 import json
-import math
 import os
 import resource
 import sys
-import time
 from contextlib import suppress
 
+from capcur_jax import limits
 from capcur_jax.data import image_files
-
-
-def _limit(kind: int, value: int) -> None:
-    """Sets a soft and hard resource limit, no higher than the hard limit already there."""
-    hard = resource.getrlimit(kind)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (value, value))
-
-
-def _roll_cpu_limit(timeout_s: float) -> None:
-    """Allows the next request its time of CPU: ends this process if the parent died and cannot."""
-    soft = math.ceil(time.process_time() + timeout_s) + 1
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def _answer(request: dict, max_pixels: int) -> tuple[dict, bytes]:
@@ -56,10 +41,10 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
+    limits.limit(resource.RLIMIT_CORE, 0)
+    limits.limit(resource.RLIMIT_FSIZE, 0)
     if sys.platform != "darwin":  # which does not know it
-        _limit(resource.RLIMIT_AS, memory_mb * 2**20)
+        limits.limit(resource.RLIMIT_AS, memory_mb * 2**20)
 
     def reply(message: dict, pixels: bytes = b"") -> None:
         replies.write(json.dumps(message).encode() + b"\n")
@@ -71,7 +56,7 @@ def main() -> None:
         reply({"ready": True})
         os.dup2(devnull, 2)
         for line in sys.stdin.buffer:
-            _roll_cpu_limit(timeout_s)
+            limits.roll_cpu_limit(timeout_s)
             reply(*_answer(json.loads(line), max_pixels))
 
 

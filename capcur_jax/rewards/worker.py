@@ -13,11 +13,11 @@ hold if the parent is gone. The address space is limited on Linux only: macOS do
 
 import json
 import logging
-import math
 import os
 import resource
 import sys
-import time
+
+from capcur_jax import limits
 
 # No part of grading does these. math-verify does not evaluate text as Python today; if that changes, this still holds.
 _FORBIDDEN_EVENTS = (
@@ -61,20 +61,6 @@ def _forbid(event: str, args: tuple) -> None:
         raise PermissionError(f"the grader's worker does not allow {event}")
 
 
-def _limit(kind: int, value: int) -> None:
-    """Sets a soft and hard resource limit, no higher than the hard limit already there."""
-    hard = resource.getrlimit(kind)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (value, value))
-
-
-def _roll_cpu_limit(timeout_s: float) -> None:
-    """Allows the next request its time of CPU: ends this process if the parent died and cannot."""
-    soft = math.ceil(time.process_time() + timeout_s) + 1
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
 def _is_bloated(memory_mb: int) -> bool:
     """Whether so much memory was taken that the next, innocent request may fail for want of it."""
     return _peak_bytes() > memory_mb * 2**20 // 2
@@ -93,11 +79,11 @@ def _prepare(memory_mb: int) -> None:
     """Sets the limits, imports the slow libraries once, and closes what is left open to them."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "darwin":
-        _limit(resource.RLIMIT_AS, memory_mb * 2**20)
+        limits.limit(resource.RLIMIT_AS, memory_mb * 2**20)
     math_equal("1", "x=1")  # imports and warms up, so that the first request's time is its own
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True
-    _limit(resource.RLIMIT_FSIZE, 0)
+    limits.limit(resource.RLIMIT_FSIZE, 0)
     sys.addaudithook(_forbid)
 
 
@@ -122,7 +108,7 @@ def main() -> None:
 
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        _roll_cpu_limit(timeout_s)
+        limits.roll_cpu_limit(timeout_s)
         try:
             equal = math_equal(request["gold"], request["predicted"])
         except MemoryError:

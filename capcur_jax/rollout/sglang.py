@@ -34,7 +34,8 @@ from capcur_jax.models.lora import LoRA
 from capcur_jax.rollout import manifest, sglang_checks, sglang_server
 from capcur_jax.rollout.engine import Health, Sample, Sampling
 from capcur_jax.rollout.sglang_client import Client, ServerError
-from capcur_jax.rollout.sglang_fleet import Fleet, Server, Weights
+from capcur_jax.rollout.sglang_fleet import Fleet
+from capcur_jax.rollout.sglang_member import Server, Weights
 from capcur_jax.rollout.sglang_pool import COUNTERS, Pool
 from capcur_jax.rollout.sglang_server import MEMORY, Process
 from capcur_jax.rollout.sglang_settings import WHERE, Settings

@@ -19,7 +19,8 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.rollout import wire
 from capcur_jax.rollout.engine import Sample, Sampling
 from capcur_jax.rollout.sglang_client import Refused, ServerError, TimedOut, Unreachable
-from capcur_jax.rollout.sglang_fleet import Fleet, Server, cancel
+from capcur_jax.rollout.sglang_fleet import Fleet, cancel
+from capcur_jax.rollout.sglang_member import Server
 from capcur_jax.rollout.sglang_settings import WHERE
 
 # Prompts tried again, servers started again; requests without an answer in time, without a connection to the end, with

@@ -13,22 +13,11 @@ import pytest
 from markdown_it import MarkdownIt  # comes with rich
 from PIL import Image
 
-from capcur_jax.data import __main__ as data_command
 from capcur_jax.data.card import licence_of, make_card
 from capcur_jax.data.card_pages import html_page, picture
 from tests.conftest import random_image
+from tests.data.command import run, write
 from tests.data.test_checking import SEED, broken_images, mutated
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(capsys, *arguments):
-    code = data_command.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, json.loads(out.splitlines()[-1]) if out else None, err
 
 
 def rows_of(folder):

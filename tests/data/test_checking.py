@@ -11,12 +11,12 @@ import sys
 import pytest
 from PIL import Image
 
-from capcur_jax.data import __main__ as data_command
 from capcur_jax.data.checking import check, unanswerable
 from capcur_jax.data.problem import Problem
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadInput
 from tests.conftest import random_image
+from tests.data.command import run, write
 
 
 def measured(problem):
@@ -24,17 +24,6 @@ def measured(problem):
     if "<|image_pad|>" in problem.problem:
         raise BadInput("a vision token")
     return PromptSize(len(problem.problem.split()), ())
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(capsys, *arguments):
-    code = data_command.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, json.loads(out.splitlines()[-1]) if out else None, err
 
 
 @pytest.fixture

@@ -1,28 +1,16 @@
 """Splits by image: what belongs together stays together, whatever the order, the file and the format."""
 
 import collections
-import json
 import random
 
 import pytest
 
-from capcur_jax.data import __main__ as data_command
 from capcur_jax.data.problem import SPLITS, Problem
 from capcur_jax.data.rows import read_problems, read_rows, write_rows
 from capcur_jax.data.splitting import assign, image_keys, split_file
 from capcur_jax.errors import InputError
 from tests.conftest import random_image
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def run(capsys, *arguments):
-    code = data_command.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, json.loads(out.splitlines()[-1]) if out else None, err
+from tests.data.command import run, write
 
 
 def split_of(directory, suffix=".jsonl"):

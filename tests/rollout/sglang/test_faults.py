@@ -17,7 +17,8 @@ from capcur_jax.rollout import sglang_fleet
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.sglang import SGLangEngine
 from capcur_jax.rollout.sglang_client import Client, Refused
-from capcur_jax.rollout.sglang_fleet import Fleet, Server, Weights
+from capcur_jax.rollout.sglang_fleet import Fleet
+from capcur_jax.rollout.sglang_member import Server, Weights
 from capcur_jax.rollout.sglang_pool import Pool
 from capcur_jax.rollout.sglang_settings import Settings
 from tests.rollout.sglang.scripted import Scripted
