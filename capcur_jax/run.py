@@ -89,6 +89,7 @@ class Run:
         self.skipped_before = self._counts["skipped_before"]  # of the stages before this one
         self.saved: tuple[int, Position] | None = None  # what the last checkpoint is of
         self.parameter_count, self.blind = 0, {}
+        self.measured: dict[str, tuple] = {}  # by stage, what `usable` found before the stage's turn
         self.turns = config.rollout.engine != "local" and config.rollout.sglang.colocate
         self.exports_compiled = False
         opened = self._open_model()

@@ -91,7 +91,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
     """One stage: its own reference policy, its own optimizer state, its own order of data."""
     config = run.config
     run.display.stage(stage.name, stage.steps)
-    sets, sizes = usable(run, stage)
+    sets, sizes = run.measured.pop(stage.name, None) or usable(run, stage)
     images = any(size.images for size in sizes)
     packer = Packer(stage, config, run.buckets, run.processor, run.mesh, images)
     run.begin_stage()
@@ -204,7 +204,8 @@ def with_steps(run: Run, stage: Stage) -> Stage:
     """The stage with what its epochs come to: prompts that do not fit are no part of an epoch."""
     if not stage.epochs:
         return stage
-    counts = [len(problems) for problems in usable(run, stage)[0]]
+    run.measured[stage.name] = usable(run, stage)  # every prompt was tokenised: once is enough
+    counts = [len(problems) for problems in run.measured[stage.name][0]]
     steps = stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
     return dataclasses.replace(stage, steps=steps)
 

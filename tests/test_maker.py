@@ -55,7 +55,7 @@ def run(processor):
     """What a Maker uses of a run."""
     builder = PromptBuilder(processor, "suffix", 256, 64)
     settings = types.SimpleNamespace(rollout=types.SimpleNamespace(max_new_tokens=8))
-    return types.SimpleNamespace(builder=builder, processor=processor, config=settings)
+    return types.SimpleNamespace(builder=builder, processor=processor, config=settings, measured={})
 
 
 @pytest.fixture
