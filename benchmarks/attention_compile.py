@@ -53,9 +53,9 @@ def cases():
 
 def measure(target: str) -> None:
     """Prints the target's table."""
-    from capcur_jax import aot
+    from capcur_jax.plan import topologies
 
-    devices = aot.devices(target)  # before anything else of jax
+    devices = topologies.devices(target)  # before anything else of jax
 
     import jax
     import jax.numpy as jnp

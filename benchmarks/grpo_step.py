@@ -36,15 +36,14 @@ from flax import nnx
 from ml_collections import ConfigDict
 from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, save_weights, settings, write_checkpoint
 
-from capcur_jax import objectives
-from capcur_jax.data import packing
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.learner import objectives, packing
+from capcur_jax.learner.trainer import grpo_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rollout.engine import Sample
-from capcur_jax.updates import grpo_item
 
 _TRL = flags.DEFINE_string("trl_python", "", "Python of an environment with TRL; empty: our side alone.")
 _CASES = flags.DEFINE_list("cases", ["policy", "kl", "four_updates"], "Which of them.")

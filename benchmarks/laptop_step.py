@@ -24,15 +24,15 @@ import numpy as np
 from absl import app, flags
 from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, settings, write_checkpoint
 
-from capcur_jax import objectives
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.learner import objectives
+from capcur_jax.learner.trainer import grpo_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.local import LocalEngine
-from capcur_jax.updates import grpo_item
+from capcur_jax.rollout.local.engine import LocalEngine
 
 _TRL = flags.DEFINE_string("trl_python", "", "Python of an environment with TRL; empty: our side alone.")
 _STEPS = flags.DEFINE_integer("steps", 12, "Steps a round; the first two of each are left out.")

@@ -22,9 +22,9 @@ from absl import app, flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from capcur_jax import aot
 from capcur_jax.errors import InputError
 from capcur_jax.models.logprobs import BLOCK, Shards, token_logprobs
+from capcur_jax.plan import topologies
 
 _TARGET = flags.DEFINE_multi_string(
     "target", ["tpu:v5p:2x2x1", "cuda:h100:1x1x1"], "What to compile for; may be repeated."
@@ -70,7 +70,7 @@ def compiled(loss, mesh: Mesh, tokens: P, kernel: P):
 
 
 def measure(target: str) -> None:
-    devices = aot.devices(target)
+    devices = topologies.devices(target)
     tensor = _TENSOR.value
     count = len(devices) if tensor else 1
     if count % max(tensor, 1):

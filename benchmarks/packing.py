@@ -28,15 +28,15 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
 
 from capcur_jax import schedule
-from capcur_jax.data import packing
-from capcur_jax.data.packing import Row, UpdateBatch
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
-from capcur_jax.metrics import read_jsonl
+from capcur_jax.learner import packing
+from capcur_jax.learner.packing import Row, UpdateBatch
+from capcur_jax.learner.trainer import Item, Packer
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.records.metrics import read_jsonl
 from capcur_jax.schedule import Stage
-from capcur_jax.updates import Item, Packer
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/staged.py", "What the run is told.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", "", "A recorded run; empty: lengths are drawn.")

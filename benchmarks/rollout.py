@@ -42,13 +42,13 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from capcur_jax import presets
-from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.data.sets import Sets
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.rollout.engine import Engine, Sampling
-from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollout.local.engine import LocalEngine
 
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often the sides take turns; the median counts.")
 _CASES = flags.DEFINE_list("cases", ["fixed", "greedy", "varied"], "Which loads.")
@@ -163,8 +163,8 @@ def padded(prompts: Sequence[Prompt], processor: Processor) -> dict[str, torch.T
 
 def sglang(directory: Path, processor: Processor) -> Engine:
     """The server, with the same weights and as many places; `processor` says what ends a response, at every call."""
-    from capcur_jax.rollout.sglang import SGLangEngine
-    from capcur_jax.rollout.sglang_settings import Settings
+    from capcur_jax.rollout.sglang.engine import SGLangEngine
+    from capcur_jax.rollout.sglang.settings import Settings
 
     flags = ("--max-running-requests", str(_SLOTS), "--max-total-tokens", "32768", "--context-length", "1024")
     settings = Settings(

@@ -32,17 +32,17 @@ from absl import app, flags
 from flax import nnx
 
 from capcur_jax import presets
-from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.data.sets import Sets
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
-from capcur_jax.rollout.sglang import SGLangEngine
-from capcur_jax.rollout.sglang_member import Server
-from capcur_jax.rollout.sglang_settings import Settings
+from capcur_jax.rollout.sglang.engine import SGLangEngine
+from capcur_jax.rollout.sglang.member import Server
+from capcur_jax.rollout.sglang.settings import Settings
 
 _SGLANG = flags.DEFINE_string("sglang_python", None, "Python of SGLang's environment.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 200, "Prompts.")

@@ -10,18 +10,19 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from capcur_jax import presets, schedule, sharding
+from capcur_jax import presets, schedule
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION
 from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa
-from capcur_jax.learner import Learner
+from capcur_jax.devices import sharding
+from capcur_jax.learner.learner import Learner
+from capcur_jax.learner.trainer import Packer, Trainer, needs_reference
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.qwen_vl import QwenVL
-from capcur_jax.updates import Packer, Trainer, needs_reference
 
 PROMPTS, GROUP, TOKENS = 16, 5, 48
 ARCHITECTURE = {

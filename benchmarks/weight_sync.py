@@ -40,8 +40,8 @@ from flax import nnx
 
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import fresh, huggingface, weight_files
-from capcur_jax.rollout import manifest
-from capcur_jax.rollout.weights import Update, WeightStore
+from capcur_jax.rollout.sglang import manifest
+from capcur_jax.rollout.sglang.weights import Update, WeightStore
 
 _PYTHON = flags.DEFINE_string(
     "sglang_python", None, "Python of the server's environment; without it nothing is loaded."

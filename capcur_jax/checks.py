@@ -12,10 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from capcur_jax import distributed, metrics, objectives
 from capcur_jax.checkpointing import check_same_config
-from capcur_jax.data.pipeline import Sets
+from capcur_jax.data.sets import Sets
+from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
+from capcur_jax.learner import objectives
+from capcur_jax.records import metrics
 from capcur_jax.rollout import choose
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.schedule import Stage

@@ -126,7 +126,7 @@ def answer(options: argparse.Namespace) -> None:
     from capcur_jax.models.batching import Buckets, PromptSize
     from capcur_jax.models.inputs import Processor
     from capcur_jax.rollout.engine import Sampling
-    from capcur_jax.rollout.local import LocalEngine
+    from capcur_jax.rollout.local.engine import LocalEngine
 
     try:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         # Imported late: a mistyped flag should not wait for JAX.
-        from capcur_jax import distributed
+        from capcur_jax.devices import distributed
 
         _take_gpus(_CONFIG.value)
         distributed.initialize(distributed.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))

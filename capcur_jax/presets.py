@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from capcur_jax.errors import InputError
-from capcur_jax.rollout.sglang_settings import Settings
+from capcur_jax.rollout.sglang.settings import Settings
 
 TINY_CHECKPOINT = str(Path(__file__).parent / "assets" / "tiny_qwen3_vl")
 CAPABILITIES = ("perception", "text", "visual")

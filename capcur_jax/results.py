@@ -13,15 +13,17 @@ from typing import Any
 import jax
 from flax import nnx
 
-from capcur_jax import distributed, metrics, sharding
 from capcur_jax.checks import dtype_of
-from capcur_jax.data.blind import blind_accuracy
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import explain_skipped
+from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
-from capcur_jax.evaluation import heldout, report
+from capcur_jax.evaluation import heldout
+from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.models import huggingface
 from capcur_jax.models.inputs import BadInput
+from capcur_jax.records import metrics
+from capcur_jax.report import run as report
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage

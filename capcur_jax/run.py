@@ -16,24 +16,27 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capcur_jax import distributed, metrics, objectives, opening, sharding
+from capcur_jax import policy
 from capcur_jax.checkpointing import Checkpoints, Position, truncate_records
 from capcur_jax.checks import check, check_same, dtype_of, sampling_of
-from capcur_jax.data.pipeline import Sets
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION
-from capcur_jax.display import Display
+from capcur_jax.data.sets import Sets
+from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interruption
-from capcur_jax.learner import Learner, frozen_paths
+from capcur_jax.learner import objectives
+from capcur_jax.learner.learner import Learner, frozen_paths
+from capcur_jax.learner.trainer import Offload, Packer, Trainer, needs_reference
 from capcur_jax.models import fresh, huggingface
 from capcur_jax.models import lora as lora_lib
+from capcur_jax.records import metrics
+from capcur_jax.records.display import Display
+from capcur_jax.records.sinks import Sinks
 from capcur_jax.rewards.reward import make_reward
 from capcur_jax.rollout.engine import Sample
-from capcur_jax.rollouts import Example, Group
+from capcur_jax.rollout.groups import Example, Group
 from capcur_jax.schedule import Stage
-from capcur_jax.sinks import Sinks
-from capcur_jax.updates import Offload, Packer, Trainer, needs_reference
 
 
 class Run:
@@ -170,7 +173,7 @@ class Run:
         if self.owner:
             self.display.warn(f"{self.workdir}: going on after step {self._counts['step']}")
 
-    def _open_model(self) -> opening.Opened:
+    def _open_model(self) -> policy.Opened:
         config = self.config
         self.source = Path(config.checkpoint).expanduser()
         if not config.checkpoint:
@@ -178,17 +181,17 @@ class Run:
             if self.owner and not self.source.exists():
                 fresh.write_skeleton(self.source, self._texts(), config.create.to_dict())
             distributed.barrier("skeleton")
-        opened = opening.open_model(config, self.source, self.mesh, self.display.warn)
+        opened = policy.open_model(config, self.source, self.mesh, self.display.warn)
         self.processor, self.builder, self.buckets = opened.processor, opened.builder, opened.buckets
         self.lora = opened.lora
         self._closing.enter_context(opened.images)
         self.graph, self.parameters = nnx.split(opened.model)
         return opened
 
-    def _open_engine(self, opened: opening.Opened) -> None:
+    def _open_engine(self, opened: policy.Opened) -> None:
         config = self.config
         with self.display.progress(f"rollout engine ({config.rollout.engine})"):
-            self.engine = opening.open_engine(config, opened, self.workdir, self.mesh)
+            self.engine = policy.open_engine(config, opened, self.workdir, self.mesh)
             self._closing.callback(self.engine.close)
             if self.checkpoint is None:  # else `trainer` has what it holds
                 self.engine.update_weights(self.parameters, self.version)

@@ -23,22 +23,25 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from capcur_jax import distributed, metrics, results, schedule
+from capcur_jax import results, schedule
 from capcur_jax.checkpointing import Position
-from capcur_jax.data import packing, pipeline
+from capcur_jax.data import sets as pipeline
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import target_tokens
-from capcur_jax.display import Display
-from capcur_jax.drawing import Drawer
+from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
+from capcur_jax.learner import packing
+from capcur_jax.learner.trainer import Packer, Trainer, combined, grpo_item, sft_item
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadInput
-from capcur_jax.profile import Profile
-from capcur_jax.rollouts import Example, Rollout
+from capcur_jax.records import metrics
+from capcur_jax.records.display import Display
+from capcur_jax.records.profile import Profile
+from capcur_jax.rollout.collector import Drawer
+from capcur_jax.rollout.groups import Example, Rollout
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
-from capcur_jax.updates import Packer, Trainer, combined, grpo_item, sft_item
 
 
 def train(

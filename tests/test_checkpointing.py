@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from capcur_jax.checkpointing import CheckpointFailed, Checkpoints, check_same_config, truncate_records
 from capcur_jax.errors import InputError
-from capcur_jax.metrics import CompilationCounter
+from capcur_jax.records.metrics import CompilationCounter
 
 
 class State(NamedTuple):

@@ -17,7 +17,7 @@ from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.presets import TINY_CHECKPOINT
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollout.local.engine import LocalEngine
 from tests.conftest import random_image
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

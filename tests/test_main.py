@@ -21,8 +21,8 @@ from capcur_jax import presets
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
 from capcur_jax.errors import InputError, RolloutError
-from capcur_jax.metrics import read_jsonl
 from capcur_jax.models import huggingface
+from capcur_jax.records.metrics import read_jsonl
 from capcur_jax.train import train
 from tests.conftest import random_image
 
@@ -159,7 +159,7 @@ def test_rollouts_are_logged_with_rewards_and_images(finished):
 
 def test_every_config_key_is_read(finished, own):
     # Stages that `order` leaves out are not read, nor is what stands in for a checkpoint where there is one.
-    # The servers' section is read as one (sglang_settings.Settings, whose fields are its keys) where there are servers.
+    # The servers' section is read as one where there are servers (rollout.sglang.settings.Settings has its keys).
     allowed = ("config.stages.text", "config.stages.visual", "config.create", "config.rollout.sglang")
     unread = set(finished[2]) & set(own[2])  # LoRA's keys are read where it has a rank
     assert [key for key in sorted(unread) if not key.startswith(allowed)] == []

@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 
-from capcur_jax.metrics import read_jsonl
 from capcur_jax.models import huggingface
+from capcur_jax.records.metrics import read_jsonl
 from tests.test_main import ROOT, SMALL
 
 

@@ -8,10 +8,11 @@ import sys
 import jax
 import pytest
 
-from capcur_jax import presets, sharding
+from capcur_jax import presets
+from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout import choose
-from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollout.local.engine import LocalEngine
 from capcur_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

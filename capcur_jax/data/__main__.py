@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from capcur_jax.data.terminal import files_explained
+from capcur_jax.curation.terminal import files_explained
 from capcur_jax.errors import InputError
 
 # Each is a module of capcur_jax.data.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         if arguments[:1] == [name]:  # the others' modules are not imported: some of them bring JAX
-            module = importlib.import_module(f"capcur_jax.data.commands.{name}")
+            module = importlib.import_module(f"capcur_jax.curation.commands.{name}")
             module.add_arguments(command)
     chosen, rest = parser.parse_known_args(arguments)
     if rest and not hasattr(chosen, "config"):

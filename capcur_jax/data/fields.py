@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from capcur_jax.data import answers
 from capcur_jax.data.problem import (
     ANSWER_LENGTH,
     ANSWER_TYPES,
@@ -20,7 +21,6 @@ from capcur_jax.data.problem import (
     write_atomically,
 )
 from capcur_jax.errors import InputError
-from capcur_jax.rewards import extract
 
 IMAGES_VARIABLE = "CAPCUR_IMAGES"
 KEYS = (
@@ -166,8 +166,8 @@ def _answer_type(row: dict, answer: str) -> str:
         detail = f"`answer_type` is {short(given)}; choose one of {', '.join(ANSWER_TYPES)}"
         raise BadRow("bad answer_type", detail)
     possible = given == "expression" or (given == "word" and found == "letter")
-    possible |= given == "number" and extract.is_number_with_unit(extract.normalize(answer[:ANSWER_LENGTH]))
-    possible |= given == "letter" and extract.words(extract.normalize(answer[:ANSWER_LENGTH])) is not None
+    possible |= given == "number" and answers.is_number_with_unit(answers.normalize(answer[:ANSWER_LENGTH]))
+    possible |= given == "letter" and answers.words(answers.normalize(answer[:ANSWER_LENGTH])) is not None
     if not possible:
         detail = f"`answer_type` is {given}, but `answer` is {short(answer)}; correct one of them or leave the type out"
         raise BadRow("bad answer_type", detail)

@@ -20,7 +20,7 @@ import resource
 import sys
 from contextlib import suppress
 
-from capcur_jax import limits
+from capcur_jax import workers
 from capcur_jax.data import image_files
 
 
@@ -41,10 +41,10 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
-    limits.limit(resource.RLIMIT_CORE, 0)
-    limits.limit(resource.RLIMIT_FSIZE, 0)
+    workers.limit(resource.RLIMIT_CORE, 0)
+    workers.limit(resource.RLIMIT_FSIZE, 0)
     if sys.platform != "darwin":  # which does not know it
-        limits.limit(resource.RLIMIT_AS, memory_mb * 2**20)
+        workers.limit(resource.RLIMIT_AS, memory_mb * 2**20)
 
     def reply(message: dict, pixels: bytes = b"") -> None:
         replies.write(json.dumps(message).encode() + b"\n")
@@ -56,7 +56,7 @@ def main() -> None:
         reply({"ready": True})
         os.dup2(devnull, 2)
         for line in sys.stdin.buffer:
-            limits.roll_cpu_limit(timeout_s)
+            workers.roll_cpu_limit(timeout_s)
             reply(*_answer(json.loads(line), max_pixels))
 
 

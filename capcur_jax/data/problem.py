@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capcur_jax.rewards import extract
+from capcur_jax.data import answers
 
 IMAGE_MARK = "<image>"
 SPLITS = ("train", "validation", "test")
@@ -59,14 +59,14 @@ def answer_type_of(answer: str) -> str:
     "expression"; "" of no answer."""
     if len(answer) > ANSWER_LENGTH:
         return "expression"  # the patterns below are for short texts
-    text = extract.normalize(answer)
+    text = answers.normalize(answer)
     if not text:
         return ""
     if re.fullmatch(r"\(?[A-Z]\)?", text):
         return "letter"
-    if extract.plain_number(text) is not None:
+    if answers.plain_number(text) is not None:
         return "number"
-    return "word" if extract.words(text) is not None else "expression"
+    return "word" if answers.words(text) is not None else "expression"
 
 
 def short(text: str, length: int = 40) -> str:

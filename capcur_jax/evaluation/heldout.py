@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from capcur_jax import distributed
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.devices import distributed
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rewards.reward import Reward
 from capcur_jax.rollout.engine import Engine, Sampling

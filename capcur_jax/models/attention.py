@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from capcur_jax import sharding
+from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import attention_gpu, attention_tpu
 

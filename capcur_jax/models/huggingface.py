@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from capcur_jax.devices.sharding import on_devices
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models import names as names_lib
@@ -31,7 +32,6 @@ from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.models.weight_files import WEIGHTS, CheckpointError, Part, Reader, Tensor
-from capcur_jax.sharding import on_devices
 
 SHARD_BYTES = 4 * 1000**3  # as the published Qwen checkpoints
 UNQUANTIZED = (

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from capcur_jax import sharding
+from capcur_jax.devices import sharding
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import text_angles

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from capcur_jax import sharding
+from capcur_jax.devices import sharding
 from capcur_jax.models import layers as layers_lib
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.attention import Cached, Causal, Extend, attend

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from capcur_jax import sharding
+from capcur_jax.devices import sharding
 from capcur_jax.models import layers as layers_lib
 from capcur_jax.models.attention import Segments, attend
 from capcur_jax.models.config import VisionConfig

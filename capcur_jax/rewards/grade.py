@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from capcur_jax.rewards import extract
+from capcur_jax.data import answers
 
 MAX_LENGTH = 512  # characters; a longer prediction is wrong outright
 START_TIMEOUT_S = 120.0  # a worker imports sympy, on a machine that may be busy compiling
@@ -29,7 +29,7 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
-def _equal_numbers(predicted: extract.Number, gold: extract.Number) -> bool:
+def _equal_numbers(predicted: answers.Number, gold: answers.Number) -> bool:
     """Exact equality; see `decide` for what the forms and the percent sign change."""
     if gold.form == "integer" and predicted.form == "fraction" and not gold.percent:
         return False
@@ -57,22 +57,22 @@ def decide(predicted: str | None, gold: str) -> bool | tuple[str, str]:
     """
     if not predicted or not gold or len(predicted) > MAX_LENGTH or len(gold) > MAX_LENGTH:
         return False
-    predicted, gold = extract.normalize(predicted), extract.normalize(gold)
+    predicted, gold = answers.normalize(predicted), answers.normalize(gold)
     if not predicted or not gold:
         return False
     if predicted == gold:
         return True
-    gold_words = extract.words(gold)
+    gold_words = answers.words(gold)
     if gold_words is not None:
-        return extract.words(predicted) == gold_words
-    gold_number = extract.plain_number(gold)
+        return answers.words(predicted) == gold_words
+    gold_number = answers.plain_number(gold)
     if gold_number is not None:
-        predicted = extract.claimed_number(predicted)
-        number = extract.plain_number(predicted)
+        predicted = answers.claimed_number(predicted)
+        number = answers.plain_number(predicted)
         if number is not None:
             return _equal_numbers(number, gold_number)
-        return (predicted, gold) if extract.is_number_with_unit(predicted) else False
-    words, expected = extract.long_words(predicted), extract.long_words(gold)
+        return (predicted, gold) if answers.is_number_with_unit(predicted) else False
+    words, expected = answers.long_words(predicted), answers.long_words(gold)
     if words and expected and words != expected:
         return False
     return predicted, gold

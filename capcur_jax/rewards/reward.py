@@ -9,8 +9,8 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from capcur_jax.data import answers as extract
 from capcur_jax.data.problem import Problem
-from capcur_jax.rewards import extract
 from capcur_jax.rewards.grade import Grader
 
 RewardFunction = Callable[[Problem, str], float | dict[str, float]]

@@ -17,7 +17,7 @@ import os
 import resource
 import sys
 
-from capcur_jax import limits
+from capcur_jax import workers
 
 # No part of grading does these. math-verify does not evaluate text as Python today; if that changes, this still holds.
 _FORBIDDEN_EVENTS = (
@@ -79,11 +79,11 @@ def _prepare(memory_mb: int) -> None:
     """Sets the limits, imports the slow libraries once, and closes what is left open to them."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform != "darwin":
-        limits.limit(resource.RLIMIT_AS, memory_mb * 2**20)
+        workers.limit(resource.RLIMIT_AS, memory_mb * 2**20)
     math_equal("1", "x=1")  # imports and warms up, so that the first request's time is its own
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True
-    limits.limit(resource.RLIMIT_FSIZE, 0)
+    workers.limit(resource.RLIMIT_FSIZE, 0)
     sys.addaudithook(_forbid)
 
 
@@ -108,7 +108,7 @@ def main() -> None:
 
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        limits.roll_cpu_limit(timeout_s)
+        workers.roll_cpu_limit(timeout_s)
         try:
             equal = math_equal(request["gold"], request["predicted"])
         except MemoryError:

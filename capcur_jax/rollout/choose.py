@@ -13,8 +13,8 @@ from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Engine
-from capcur_jax.rollout.local import LocalEngine
-from capcur_jax.rollout.sglang_settings import Settings
+from capcur_jax.rollout.local.engine import LocalEngine
+from capcur_jax.rollout.sglang.settings import Settings
 
 ENGINES = ("local", "sglang")
 
@@ -74,7 +74,7 @@ def open_engine(
     if rollout.engine == "local":
         kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": rollout.gathered}
         return LocalEngine(model, processor, buckets=buckets, mesh=mesh, **kinds)
-    from capcur_jax.rollout.sglang import SGLangEngine  # here: a run with the local engine needs no HTTP
+    from capcur_jax.rollout.sglang.engine import SGLangEngine  # here: a run with the local engine needs no HTTP
 
     settings = Settings.from_config(rollout.sglang)
     return SGLangEngine(processor, source, workdir, settings, lora=lora, seed=config.seed)

@@ -18,7 +18,7 @@ from capcur_jax import checks, presets, schedule
 from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data import image_pool
 from capcur_jax.data.images import ImageStore
-from capcur_jax.data.pipeline import Sets
+from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
 from capcur_jax.models.inputs import BadImage
 from tests.conftest import random_image

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from capcur_jax import presets
-from capcur_jax.data.packing import Row, Slab, UpdateBatch, pack
-from capcur_jax.learner import Learner, TrainState, token_means
+from capcur_jax.learner.learner import Learner, TrainState, token_means
+from capcur_jax.learner.packing import Row, Slab, UpdateBatch, pack
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor

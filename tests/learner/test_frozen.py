@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capcur_jax import metrics
-from capcur_jax.data.packing import UpdateBatch, blank
 from capcur_jax.errors import InputError
-from capcur_jax.learner import frozen_paths
-from tests.learner.conftest import (
+from capcur_jax.learner.learner import frozen_paths
+from capcur_jax.learner.packing import UpdateBatch, blank
+from capcur_jax.records import metrics
+from tests.learner.conftest import (  # fmt: skip
     ADVANTAGES,
     EVENLY,
     LENGTHS,
@@ -24,7 +24,7 @@ from tests.learner.conftest import (
     replaced,
     same,
     update,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import optax
 import pytest
 import torch
 
-from tests.learner.conftest import (
+from tests.learner.conftest import (  # fmt: skip
     ADVANTAGES,
     EVENLY,
     MASK,
@@ -21,7 +21,7 @@ from tests.learner.conftest import (
     replaced,
     same,
     update,
-)  # fmt: skip
+)
 
 # The score program knows batches without old and reference log-probs.
 UNUSED = {"old_logprobs": None, "reference_logprobs": None, "sampler_logprobs": np.zeros((6, T), np.float32)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from capcur_jax.errors import InputError
-from tests.learner.conftest import (
+from tests.learner.conftest import (  # fmt: skip
     EVENLY,
     LENGTHS,
     MASK,
@@ -17,7 +17,7 @@ from tests.learner.conftest import (
     relative_differences,
     replaced,
     update,
-)  # fmt: skip
+)
 
 # Options that do not meet in one another's terms are tried together: each learner is a program to compile.
 OPTIONS = {

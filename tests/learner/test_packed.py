@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from capcur_jax import schedule, sharding
+from capcur_jax import schedule
+from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
-from capcur_jax.learner import Learner, token_means
+from capcur_jax.learner.learner import Learner, token_means
+from capcur_jax.learner.trainer import Packer, Trainer, combined, grpo_item, sft_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Prompt
 from capcur_jax.rollout.engine import Sample
-from capcur_jax.updates import Packer, Trainer, combined, grpo_item, sft_item
 from tests.conftest import random_image
 from tests.learner.conftest import relative_differences
 

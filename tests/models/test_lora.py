@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForImageTextToText
 
 from capcur_jax.errors import InputError
-from capcur_jax.learner import frozen_paths
+from capcur_jax.learner.learner import frozen_paths
 from capcur_jax.models import huggingface, lora, names
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor

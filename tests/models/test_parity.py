@@ -18,7 +18,7 @@ from capcur_jax.models.inputs import Processor, Prompt, mrope_positions
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.models.weight_files import neutral
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollout.local.engine import LocalEngine
 
 ROWS = 4
 BUCKETS = Buckets((96,), patch_row=288, patch_rows=(1.0,))

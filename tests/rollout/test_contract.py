@@ -5,7 +5,7 @@ import pytest
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
-from capcur_jax.rollout.local import LocalEngine
+from capcur_jax.rollout.local.engine import LocalEngine
 from tests.rollout.contract import Contract
 from tests.rollout.sglang.conftest import Served
 

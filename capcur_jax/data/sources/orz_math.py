@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from capcur_jax.data import answers
 from capcur_jax.data.fields import BadRow
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.sources import published
 from capcur_jax.data.sources.published import Record
-from capcur_jax.rewards import extract
 
 FILES = (
     "orz_math_13k_collection_hard.json",
@@ -53,7 +53,7 @@ def _convert(record: Record) -> Problem:
     if not isinstance(truth, dict):
         raise BadRow("no answer", "`ground_truth` is missing")
     answer = published.as_text(truth.get("value"), "ground_truth")
-    answer = extract.last_boxed(answer) or answer
+    answer = answers.last_boxed(answer) or answer
     if not answer.strip():
         raise BadRow("no answer", "`ground_truth` holds no value")
     rate: Any = truth.get("pass_at_n")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from capcur_jax.data import answers
 from capcur_jax.data.fields import BadRow
 from capcur_jax.data.problem import ANSWER_LENGTH, IMAGE_MARK, answer_type_of, short
-from capcur_jax.rewards import extract
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_ANSWER = 60  # characters of a final answer that is taken from a solution: more is prose
@@ -133,7 +133,7 @@ def final_answer(solution: str, options: Sequence[str] = ()) -> str:
     Raises:
       BadRow: it has none, or one that is too long to be compared.
     """
-    answer = extract.last_boxed(solution)
+    answer = answers.last_boxed(solution)
     if answer is None:
         matches = list(_ANSWER.finditer(solution))
         rest = solution[matches[-1].end() :][:ANSWER_LENGTH] if matches else ""
@@ -141,7 +141,7 @@ def final_answer(solution: str, options: Sequence[str] = ()) -> str:
     answer = answer.strip().strip("*$").strip().rstrip(".,;:").strip()
     if not answer:
         raise BadRow("no final answer", "the solution names no answer at its end")
-    words = extract.long_words(answer)
+    words = answers.long_words(answer)
     if not options and (len(answer) > LONGEST_ANSWER or len(words) > 3 or not answer_type_of(answer)):
         raise BadRow("no final answer", f"the solution ends in {short(answer)}, which is prose")
     return answer

@@ -20,8 +20,8 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
-from capcur_jax.rollout.sglang import SGLangEngine
-from capcur_jax.rollout.sglang_settings import Settings
+from capcur_jax.rollout.sglang.engine import SGLangEngine
+from capcur_jax.rollout.sglang.settings import Settings
 from tests.conftest import architecture, random_checkpoint, random_image, windowed_architecture
 
 ROOT = Path(__file__).parents[3]

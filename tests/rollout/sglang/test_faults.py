@@ -12,15 +12,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from capcur_jax.errors import InputError, RolloutError
-from capcur_jax.rollout import sglang_checks as checks
-from capcur_jax.rollout import sglang_fleet
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.sglang import SGLangEngine
-from capcur_jax.rollout.sglang_client import Client, Refused
-from capcur_jax.rollout.sglang_fleet import Fleet
-from capcur_jax.rollout.sglang_member import Server, Weights
-from capcur_jax.rollout.sglang_pool import Pool
-from capcur_jax.rollout.sglang_settings import Settings
+from capcur_jax.rollout.sglang import checks as checks
+from capcur_jax.rollout.sglang import fleet
+from capcur_jax.rollout.sglang.client import Client, Refused
+from capcur_jax.rollout.sglang.engine import SGLangEngine
+from capcur_jax.rollout.sglang.fleet import Fleet
+from capcur_jax.rollout.sglang.member import Server, Weights
+from capcur_jax.rollout.sglang.pool import Pool
+from capcur_jax.rollout.sglang.settings import Settings
 from tests.rollout.sglang.scripted import Scripted
 
 TWO = Sampling(2)
@@ -28,8 +28,8 @@ TWO = Sampling(2)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(sglang_fleet, "PROBE_S", 0.05)
-    monkeypatch.setattr(sglang_fleet, "WATCH_S", 0.05)
+    monkeypatch.setattr(fleet, "PROBE_S", 0.05)
+    monkeypatch.setattr(fleet, "WATCH_S", 0.05)
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import pytest
 
 from capcur_jax.errors import InputError
 from capcur_jax.models.inputs import Processor
-from capcur_jax.rollout import sglang, sglang_server
-from capcur_jax.rollout.sglang import SGLangEngine
-from capcur_jax.rollout.sglang_server import Process
-from capcur_jax.rollout.sglang_settings import Settings
+from capcur_jax.rollout.sglang import engine as sglang
+from capcur_jax.rollout.sglang import server
+from capcur_jax.rollout.sglang.engine import SGLangEngine
+from capcur_jax.rollout.sglang.server import Process
+from capcur_jax.rollout.sglang.settings import Settings
 from tests.conftest import random_image
 
 HERE = Settings(python=sys.executable, device="cpu")
@@ -95,7 +96,7 @@ def test_settings_that_can_not_be_are_refused_by_name(given, message):
 @pytest.mark.parametrize("kind", ["checkpoint", "windowed_checkpoint"])
 def test_the_served_directory_is_the_checkpoint_without_weights_and_never_resizes(kind, request, tmp_path):
     source = request.getfixturevalue(kind)
-    served = sglang_server.write_served(tmp_path / "served", source)
+    served = server.write_served(tmp_path / "served", source)
     names = {file.name for file in served.iterdir()}
     assert names == {file.name for file in source.iterdir() if file.suffix != ".safetensors"}
     assert (served / "config.json").read_bytes() == (source / "config.json").read_bytes()
@@ -115,7 +116,7 @@ def test_newer_processor_files_are_unbounded_too(checkpoint, tmp_path):
     source.mkdir()
     images = json.loads((checkpoint / "preprocessor_config.json").read_text())
     (source / "processor_config.json").write_text(json.dumps({"image_processor": images, "processor_class": "x"}))
-    served = sglang_server.write_served(tmp_path / "served", source)
+    served = server.write_served(tmp_path / "served", source)
     found = json.loads((served / "processor_config.json").read_text())
     assert found["image_processor"]["size"]["shortest_edge"] == 1 and found["processor_class"] == "x"
 
@@ -125,7 +126,7 @@ def test_the_command_line_of_a_gpu_server():
         python="/e/bin/python", servers=2, tensor_parallel=2, gpus=(1, 3, 5, 7), colocate=True, memory_fraction=0.6,
         arguments=("--context-length", "9000"), environment=("NCCL_DEBUG=INFO", "SGLANG_VLM_CACHE_SIZE_MB=100"),
     )  # fmt: skip
-    line = sglang_server.command(settings, Path("/m"), 1, 31001, seed=10)
+    line = server.command(settings, Path("/m"), 1, 31001, seed=10)
     assert line[:3] == ["/e/bin/python", "-m", "sglang.launch_server"] and line[-2:] == ["--context-length", "9000"]
     flags = dict(zip(line[3::2], line[4::2], strict=False))
     assert flags["--host"] == "127.0.0.1" and flags["--port"] == "31001" and flags["--load-format"] == "dummy"
@@ -133,17 +134,17 @@ def test_the_command_line_of_a_gpu_server():
     assert flags["--mem-fraction-static"] == "0.6" and flags["--device"] == "cuda"
     assert {"--skip-server-warmup", "--enable-memory-saver"} <= set(line) and "torch_native" not in line
     base = {"PATH": "/bin", "PYTHONPATH": "/ours", "VIRTUAL_ENV": "/ours"}
-    assert sglang_server.environment(settings, 1, base) == {
+    assert server.environment(settings, 1, base) == {
         "PATH": "/bin", "SGLANG_VLM_CACHE_SIZE_MB": "0", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "5,7", "NCCL_DEBUG": "INFO",
     }  # fmt: skip
-    counted = sglang_server.environment(Settings(python="x", servers=3, tensor_parallel=2), 2, base)
+    counted = server.environment(Settings(python="x", servers=3, tensor_parallel=2), 2, base)
     assert counted["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 
 def test_the_command_line_of_a_router():
     settings = Settings(python="x", router="/r/bin/python", request_timeout_s=30.0)
-    line = sglang_server.router_command(settings, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
+    line = server.router_command(settings, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
     assert line[:3] == ["/r/bin/python", "-m", "sglang_router.launch_router"]
     at = line.index("--worker-urls")
     assert line[at + 1 :] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
@@ -154,8 +155,8 @@ def test_ports_are_counted_up_or_free_and_one_in_use_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1 port {port}"):
-            sglang_server.free_ports(Settings(python="x", port=port), 1)
-    assert len(set(sglang_server.free_ports(Settings(python="x"), 3))) == 3
+            server.free_ports(Settings(python="x", port=port), 1)
+    assert len(set(server.free_ports(Settings(python="x"), 3))) == 3
 
 
 # ---------------------------------------------------------------------- processes
@@ -183,7 +184,7 @@ def test_a_process_ends_with_all_that_it_started(tmp_path):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_pixels_that_a_server_left_in_memory_are_deleted_with_it(tmp_path, monkeypatch, killed):
-    monkeypatch.setattr(sglang_server, "MEMORY", tmp_path)
+    monkeypatch.setattr(server, "MEMORY", tmp_path)
     process = Process("server 0", [sys.executable, "-c", STUBBORN], os.environ, tmp_path / "log")
     process.start()
     wait_for(lambda: "deaf" in process.tail().splitlines())
@@ -218,7 +219,7 @@ def test_no_server_outlives_a_trainer_that_was_killed(tmp_path):
     trainer = f"""
 import os, sys, time
 from pathlib import Path
-from capcur_jax.rollout.sglang_server import Process
+from capcur_jax.rollout.sglang.server import Process
 process = Process("server 0", [sys.executable, "-c", {STUBBORN!r}], os.environ, Path({str(tmp_path / "log")!r}))
 process.start()
 print(process.group, flush=True)

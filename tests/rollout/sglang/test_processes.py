@@ -5,10 +5,10 @@ import contextlib
 import pytest
 
 from capcur_jax.models.inputs import Processor
-from capcur_jax.rollout import sglang_checks
+from capcur_jax.rollout.sglang import checks
+from tests.devices.test_distributed import by_variables, free_port
+from tests.devices.test_distributed import run as run_processes
 from tests.rollout.sglang.scripted import Scripted
-from tests.test_distributed import by_variables, free_port
-from tests.test_distributed import run as run_processes
 
 CODE = """
 from flax import nnx
@@ -17,7 +17,7 @@ from capcur_jax.models import huggingface
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.sglang import SGLangEngine
-from capcur_jax.rollout.sglang_settings import Settings
+from capcur_jax.rollout.sglang.settings import Settings
 distributed.initialize()
 source, workdir, addresses = sys.argv[2:]
 processor = Processor.from_directory(source)
@@ -49,7 +49,7 @@ def servers(checkpoint):
     config = Processor.from_directory(checkpoint).config
     made = [Scripted(40), Scripted(50)]
     for one in made:
-        one.moves = [sglang_checks.served_name(name) for name in sglang_checks.declared(config)]
+        one.moves = [checks.served_name(name) for name in checks.declared(config)]
     yield made
     for one in made:
         with contextlib.suppress(OSError):

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models.batching import Buckets, PromptSize
-from capcur_jax.rollout import wire
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.local import LocalEngine
-from capcur_jax.rollout.sglang import SGLangEngine
+from capcur_jax.rollout.local.engine import LocalEngine
+from capcur_jax.rollout.sglang import wire
+from capcur_jax.rollout.sglang.engine import SGLangEngine
 from tests.rollout.sglang.conftest import changed
 
 pytestmark = [pytest.mark.sglang, pytest.mark.usefixtures("quick_compilation")]

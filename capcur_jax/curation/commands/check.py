@@ -1,0 +1,123 @@
+"""`check`: what problem files hold, and what in them a run could not use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from capcur_jax.curation import terminal
+from capcur_jax.curation.commands.options import at_least
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="JSONL or Parquet files of rows")
+    add(
+        "--checkpoint",
+        default="",
+        metavar="DIR",
+        help="whose tokenizer and image processor count tokens (default: the one that comes with the package)",
+    )
+    add("--max-tokens", type=at_least(1), default=2048, metavar="N", help="longer prompts are overlong (%(default)s)")
+    add(
+        "--min-pixels",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="smaller images are enlarged (0: the checkpoint's own)",
+    )
+    add(
+        "--max-pixels",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="larger images are reduced (0: the checkpoint's own)",
+    )
+    add("--instruction", choices=("suffix", "system", "none"), default="suffix", help="as config.prompt.instruction")
+    add("--images", metavar="DIR", help="folder for images that a Parquet file holds as bytes")
+    add(
+        "--examples",
+        type=at_least(0),
+        default=5,
+        metavar="N",
+        help="findings of each sort that are named (%(default)s)",
+    )
+    add("--json", action="store_true", help="no tables, only the JSON line")
+    add(
+        "--strict",
+        action="store_true",
+        help="exit code 1 where a row is dropped or could not be used, an id is in two files, or answers conflict",
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Late: --help needs no transformers.
+    from capcur_jax.curation.checking import check
+    from capcur_jax.data.prompts import PromptBuilder
+    from capcur_jax.models.inputs import Processor
+    from capcur_jax.presets import TINY_CHECKPOINT
+
+    checkpoint = arguments.checkpoint or TINY_CHECKPOINT
+    processor = Processor.from_directory(checkpoint, arguments.min_pixels, arguments.max_pixels)
+    builder = PromptBuilder(processor, arguments.instruction, sys.maxsize, sys.maxsize)
+    result = check(
+        arguments.files,
+        builder.measure,
+        arguments.max_tokens,
+        examples=arguments.examples,
+        images=arguments.images,
+        along=lambda rows: terminal.counted(rows, "rows"),
+    )
+    result["checkpoint"] = os.path.abspath(checkpoint)
+    if not arguments.json:
+        _show(result)
+    return {**result, "exit_code": int(arguments.strict and bool(_faults(result)))}
+
+
+def _faults(result: dict[str, Any]) -> dict[str, int]:
+    """What --strict does not let pass: rows by fault. Equal questions with equal answers are no fault."""
+    faults = {
+        "dropped": sum(result["dropped"].values()),
+        "same id in another file": result["duplicates"]["same_id"]["rows"],
+        "same question and images, another answer": result["duplicates"]["conflicting_answers"]["rows"],
+        "broken images": result["broken_images"]["rows"],
+        "unusable prompts": result["unusable_prompts"]["rows"],
+        f"prompts over {result['overlong_prompts']['max_tokens']:,} tokens": result["overlong_prompts"]["rows"],
+        "unanswerable": result["unanswerable"]["rows"],
+    }
+    return {name: count for name, count in faults.items() if count}
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = terminal.stderr_console()
+    rows = {"rows": result["rows"], "kept": result["kept"], "usable": result["usable"], **_faults(result)}
+    rows["same question and images, equal answer"] = (
+        result["duplicates"]["same_question"]["rows"] - result["duplicates"]["conflicting_answers"]["rows"]
+    )
+    console.print(terminal.table("Rows", ("", "rows"), rows.items()))
+    for name, counts in result["counts"].items():
+        if set(counts) - {"(none)"}:
+            console.print(
+                terminal.table(f"By {name.replace('_', ' ')}", (name.replace("_", " "), "rows"), counts.items())
+            )
+    if result["dropped"]:
+        console.print(terminal.table("Dropped", ("reason", "rows"), result["dropped"].items()))
+    examples = [(drop["where"], f"{drop['reason']}: {drop['detail']}") for drop in result["dropped_examples"]]
+    for section in (
+        *result["duplicates"].values(),
+        *(result[key] for key in ("broken_images", "unusable_prompts", "overlong_prompts", "unanswerable")),
+    ):
+        examples += [(example["where"], example["detail"]) for example in section["examples"]]
+    if examples:
+        console.print(terminal.table("Examples", ("where", "what"), examples))
+    histograms = {
+        "Prompt tokens": result["prompt_tokens"],
+        "Images, longer side in pixels": result["images"]["longer_side"],
+        "Pass rate": result["pass_rate"],
+    }
+    for title, values in histograms.items():
+        if values["count"]:
+            title += f" (median {values['median']:,g}, 95 % {values['p95']:,g}, largest {values['max']:,g})"
+            console.print(terminal.bars(title, values["histogram"]))

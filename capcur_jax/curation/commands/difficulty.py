@@ -1,0 +1,134 @@
+"""python -m capcur_jax.data difficulty: how often a model answers each problem rightly, graded as in training."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from capcur_jax.curation.commands.options import at_least, journal_file, output_file
+from capcur_jax.curation.filter_models import fingerprint
+from capcur_jax.curation.journal import Journal
+from capcur_jax.curation.terminal import Progress, kept_and_dropped, stderr_console, table
+from capcur_jax.data.rows import Tally, read_rows, write_rows
+from capcur_jax.errors import InputError, RolloutError
+
+TENTHS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", required=True, metavar="FILE", help="rows of problems (.jsonl, .parquet)")
+    add("--output", required=True, metavar="FILE", help="the same rows with pass_rate, pass_rate_by, predictions and "
+        "correctness; a journal beside it keeps what was measured, and a later run goes on from there")  # fmt: skip
+    add("--config", default="configs/staged.py", metavar="FILE[:PRESET]",
+        help="checkpoint, engine, prompt and reward are those of this config (default: %(default)s); any key can be "
+        "set: --config.checkpoint=DIR --config.rollout.engine=sglang")  # fmt: skip
+    add("--samples", type=at_least(1), default=16, metavar="K", help="responses to each problem (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, metavar="T", help="default: %(default)s, as in the paper")
+    add("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
+    add("--max-new-tokens", type=at_least(1), default=1024, metavar="N", help="default: %(default)s, as in the paper")
+    add("--seed", type=at_least(0), default=0, metavar="N")
+    add("--limit", type=at_least(0), default=0, metavar="N", help="measure the first N rows alone; 0: all")
+
+
+def read_config(name: str, overrides: list[str]) -> ConfigDict:
+    """The config file with the command line's --config.key=value. Raises InputError."""
+    if not Path(name.partition(":")[0]).is_file():
+        raise InputError(f"--config {name}: no such config file; configs/ has some")
+    values, given = flags.FlagValues(), ["difficulty", f"--config={name}", *overrides]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=given)
+    try:
+        rest = values(given)
+        config = values.config
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(f"unknown argument --{error.flagname}; settings look like --config.checkpoint=DIR") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        said = error.args[0] if isinstance(error, AttributeError) and error.args else error
+        if isinstance(said, KeyError):  # a key that is none; its own text is the message in quotes
+            said = f"no key {said.args[0]}".replace("\n", "; ")
+        raise InputError(f"--config {name}: {said}") from None
+    if len(rest) > 1:
+        raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
+    return config
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns rows, kept, dropped by reason, the mean pass rate and its histogram in tenths (the last: all right)."""
+    output = output_file(arguments.output, arguments.input)
+    config = read_config(arguments.config, arguments.overrides)
+    if not config.checkpoint:
+        raise InputError("config.checkpoint is empty: name the model to measure, --config.checkpoint=DIR")
+    if config.rollout.engine == "sglang" and config.rollout.sglang.colocate:
+        raise InputError("config.rollout.sglang.colocate: nothing is trained here; set it to False")
+    from capcur_jax import policy
+    from capcur_jax.curation import difficulty
+    from capcur_jax.devices import sharding  # here: JAX comes with them
+    from capcur_jax.rewards.reward import make_reward
+    from capcur_jax.rollout.engine import Sampling
+
+    try:
+        sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+        reward = make_reward(config.reward)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    mesh = sharding.make_mesh(config.mesh)
+    source = Path(config.checkpoint).expanduser()
+    opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))
+    tally = Tally()
+    rows = itertools.islice(read_rows(arguments.input), arguments.limit or None)
+    found = list(tally.passed(difficulty.measurable(tally.kept(rows), opened.builder)))
+    problems, sizes = [problem for problem, _ in found], [size for _, size in found]
+    if tally.rows and not problems:
+        stderr_console().print(kept_and_dropped(tally.summary(), tally.told()))
+        raise InputError(f"{arguments.input}: none of {tally.rows} rows can be measured; nothing is written")
+    by = {
+        "model": str(source), "samples": arguments.samples, "temperature": arguments.temperature,
+        "top_p": arguments.top_p, "max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed,
+        "engine": config.rollout.engine, "instruction": config.prompt.instruction,
+    }  # fmt: skip
+    known = by | {"weights": fingerprint(source), "reward": config.reward.function or "accuracy"}
+    known |= {name: config.prompt[name] for name in ("max_tokens", "min_pixels", "max_pixels")}
+    with opened.images, Journal(journal_file(output), known) as journal:
+        todo = [problem for problem in problems if difficulty.key(problem) not in journal.done]
+        if todo:
+            engine = policy.open_engine(config, opened, output.parent, mesh)
+            try:
+                from flax import nnx
+
+                engine.update_weights(nnx.split(opened.model)[1], 0)
+                images = any(size.images for size in sizes)
+                engine.warm_up(sizes, sampling, arguments.samples, images)
+                with Progress("measuring", len(problems), len(problems) - len(todo)) as progress:
+                    difficulty.measure(
+                        problems, engine=engine, builder=opened.builder, reward=reward, sampling=sampling,
+                        samples=arguments.samples, seed=arguments.seed, journal=journal, images=images,
+                        batch=max(1, 4 * config.rollout.slots // arguments.samples),  # slots that become free find work
+                        progress=progress.advance,
+                    )  # fmt: skip
+            except RolloutError as error:
+                raise InputError(f"{error}; the same command goes on") from None
+            finally:
+                engine.close()
+                reward.close()
+        measured = list(tally.passed(difficulty.rated(problems, journal, by)))
+    write_rows(output, measured)
+    rates = [problem.pass_rate for problem in measured]
+    console = stderr_console()
+    console.print(kept_and_dropped(tally.summary(), tally.told()))
+    if rates:
+        said = [("mean", f"{sum(rates) / len(rates):.1%}")]
+        said += [("rows always right", rates.count(1)), ("rows always wrong", rates.count(0))]
+        console.print(table("Pass rate", ("", ""), said))
+    histogram = collections.Counter(int(rate * TENTHS) for rate in rates)
+    return tally.summary() | {
+        "pass_rate": sum(rates) / len(rates) if rates else None,
+        "histogram": [histogram[tenth] for tenth in range(TENTHS + 1)],
+        "output": str(output),
+    }

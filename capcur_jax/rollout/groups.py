@@ -1,0 +1,160 @@
+"""A step's rollouts: groups of samples, their rewards and advantages, drawn again where groups teach nothing (DAPO)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from capcur_jax.data.problem import Problem
+from capcur_jax.devices import distributed
+from capcur_jax.models.inputs import Prompt
+from capcur_jax.rewards.reward import Score
+from capcur_jax.rollout.engine import Sample
+
+_ENDS = ("reward_min", "advantage_min", "reward_max", "advantage_max", "staleness_max")
+
+
+class Example(NamedTuple):
+    """A problem ready for a step; `target` is an sft row's response."""
+
+    problem: Problem
+    prompt: Prompt
+    target: np.ndarray | None
+
+
+class Group(NamedTuple):
+    """All responses to one example."""
+
+    example: Example
+    samples: Sequence[Sample]
+    responses: Sequence[str]
+    scores: Sequence[Score]
+    advantages: np.ndarray  # [G]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return np.array([score.reward for score in self.scores], np.float32)
+
+    @property
+    def equal(self) -> bool:
+        """All rewards are the same: the group has no advantage to learn from."""
+        return bool(self.rewards.max() == self.rewards.min())
+
+
+@dataclasses.dataclass
+class Rollout:
+    """The groups that a step trains on (this process's), and what was drawn for them."""
+
+    groups: list[Group]
+    drawn: int  # groups, those that were drawn again included
+    dropped_equal: int  # of them left out because they had no advantage
+    capabilities: tuple[str, ...] = ()  # of the stage, in an order that all processes share
+    version: int = 0  # of the weights that train on them
+    renewed: int = 0  # groups that were sampled again because they were too old
+    tokens_per_second: float = 0.0  # of this process's last call of the sampler
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group.samples]
+
+    def metrics(self) -> dict[str, float]:
+        """What the step record says about the rollouts, over all processes."""
+        sums: dict[str, tuple[float, int]] = {}  # and of how many values
+
+        def add(name: str, values: Sequence[float]) -> None:
+            sums[name] = float(np.sum(values)), len(values)
+
+        scores = [score for group in self.groups for score in group.scores]
+        lengths = [len(sample.tokens) for sample in self.samples]
+        rewards = np.concatenate([group.rewards for group in self.groups])
+        advantages = np.concatenate([group.advantages for group in self.groups])
+        add("reward", rewards)
+        add("reward_square", rewards**2)
+        add("advantage", advantages)
+        add("advantage_square", advantages**2)
+        add("advantage_positive", advantages > 0)
+        add("accuracy", [score.accuracy for score in scores])
+        add("format", [score.format for score in scores])
+        add("response_length", lengths)
+        add("truncated", [sample.finish == "length" for sample in self.samples])
+        add("equal_groups", [group.equal for group in self.groups])
+        add("right_groups", [group.equal and group.scores[0].accuracy > 0 for group in self.groups])
+        add("drawn_groups", [self.drawn])
+        add("dropped_groups", [self.dropped_equal])
+        add("renewed_groups", [self.renewed])
+        add("rollout_tokens_per_second", [self.tokens_per_second])
+        ages = np.array([self.version - sample.version for sample in self.samples])
+        add("staleness", ages)
+        for capability in self.capabilities:
+            mine = [group for group in self.groups if group.example.problem.capability == capability]
+            add(f"response_length/{capability}", [len(s.tokens) for group in mine for s in group.samples])
+        total = dict(zip(sums, distributed.exchange(np.array(list(sums.values()))).sum(0).tolist(), strict=True))
+        low = np.array([rewards.min(), advantages.min(), -rewards.max(), -advantages.max(), -ages.max()])
+        ends = dict(zip(_ENDS, distributed.exchange(low).reshape(-1, len(_ENDS)).min(0).tolist(), strict=True))
+        mean = {name: value / count for name, (value, count) in total.items() if count}
+        for name in ("reward", "advantage"):
+            mean[f"{name}_std"] = float(np.sqrt(max(mean.pop(f"{name}_square") - mean[name] ** 2, 0.0)))
+        mean |= {name: 0.0 - value if name.endswith("_max") else value for name, value in ends.items()}
+        for name in ("drawn_groups", "dropped_groups", "renewed_groups", "rollout_tokens_per_second"):
+            mean[name] = total[name][0]
+        return {name: float(value) for name, value in mean.items()}
+
+    def shown(self, prompts: int, workdir: Path) -> list[dict[str, Any]]:
+        """The first groups as records for rollouts.jsonl; images by their path from the work directory."""
+        lines = []
+        for group in self.groups[:prompts]:
+            problem = group.example.problem
+            samples = [
+                {
+                    "response": response,
+                    "reward": score.reward,
+                    "accuracy": score.accuracy,
+                    "format": score.format,
+                    "advantage": float(advantage),
+                    "tokens": len(sample.tokens),
+                    "finish": sample.finish,
+                    "weights": [list(span) for span in sample.spans],
+                }
+                for response, score, advantage, sample in zip(
+                    group.responses, group.scores, group.advantages, group.samples, strict=True
+                )
+            ]
+            lines.append(
+                {
+                    "id": problem.id,
+                    "problem": problem.problem,
+                    "answer": problem.answer,
+                    "images": [os.path.relpath(image, workdir) for image in problem.images],
+                    "samples": samples,
+                }
+            )
+        return lines
+
+
+def collect(
+    draw: Callable[[int], list[Group]], wanted: int, retries: int, capabilities: tuple[str, ...] = ()
+) -> Rollout:
+    """A rollout of `wanted` groups (of this process).
+
+    `draw(attempt)` gives `wanted` graded groups. With `retries`, groups whose rewards are all equal are dropped and
+    more are drawn until there are enough, at most so often (DAPO's dynamic sampling, arXiv:2503.14476). What is then
+    missing is filled with dropped ones, whose advantages are 0. Processes draw together, until none lacks any.
+    """
+    kept: list[Group] = []
+    dropped: list[Group] = []
+    drawn = 0
+    for attempt in range(1 + retries):
+        groups = draw(attempt)
+        drawn += len(groups)
+        for group in groups:
+            (dropped if retries and group.equal else kept).append(group)
+        if attempt < retries and not distributed.agree(len(kept) < wanted):
+            break
+    missing = wanted - len(kept)
+    groups = (kept + dropped[: max(missing, 0)])[:wanted]
+    return Rollout(groups, drawn, len(dropped) - max(missing, 0), capabilities)

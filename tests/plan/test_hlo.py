@@ -1,0 +1,240 @@
+"""Collectives and FLOPs against numbers worked out by hand: from compilers' texts, and from programs compiled here."""
+
+# ruff: noqa: E501 (compilers write long lines)
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from capcur_jax.models.attention import Causal, attend
+from capcur_jax.plan import topologies
+from capcur_jax.plan.hlo import Collective, collectives, jaxpr_flops
+
+# ---------------------------------------------------------------------- collectives
+
+# One layer's loop as XLA writes it for a GPU (asynchronous pairs, the loop's length beside it) and for a TPU (a
+# reduce-scatter fused of all-reduce and slice; the counter goes from 1 to 11 by 2, five turns), shortened.
+GPU = """HloModule jit_step, is_scheduled=true
+
+%add (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%x, %y)
+}
+
+%body (p: (s32[], bf16[256,2048])) -> (s32[], bf16[256,2048]) {
+  %p = (s32[], bf16[256,2048]{1,0}) parameter(0)
+  %a = bf16[256,2048]{1,0} get-tuple-element(%p), index=1
+  %ag = ((bf16[256,2048]{1,0}, bf16[256,2048]{1,0}), (bf16[1024,2048]{1,0}, /*index=1*/bf16[1024,2048]{1,0})) all-gather-start(%a, %a), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %got = (bf16[1024,2048]{1,0}, bf16[1024,2048]{1,0}) all-gather-done(%ag)
+  %b = bf16[1024,2048]{1,0} get-tuple-element(%got), index=0
+  %ar = bf16[1024,2048]{1,0} all-reduce-start(%b), replica_groups=[4,2]<=[8], to_apply=%add
+  %reduced = bf16[1024,2048]{1,0} all-reduce-done(%ar)
+  %rs = ((bf16[1024,2048]{1,0}), (bf16[256,2048]{1,0})) reduce-scatter-start(%reduced), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}, to_apply=%add
+  %kept = bf16[256,2048]{1,0} reduce-scatter-done(%rs)
+  %cp = (bf16[256,2048]{1,0}, bf16[256,2048]{1,0}, u32[], u32[]) collective-permute-start(%kept), source_target_pairs={{0,1},{1,0}}
+  %passed = bf16[256,2048]{1,0} collective-permute-done(%cp)
+  ROOT %out = (s32[], bf16[256,2048]{1,0}) tuple(%i, %passed)
+}
+
+%condition (p: (s32[], bf16[256,2048])) -> pred[] {
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (x: bf16[256,2048]) -> bf16[256,2048] {
+  %x = bf16[256,2048]{1,0} parameter(0)
+  %init = (s32[], bf16[256,2048]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], bf16[256,2048]{1,0}) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  ROOT %r = bf16[256,2048]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+TPU = """HloModule jit_step
+
+%all-reduce-scatter.2.clone.1 (i: bf16[1024,2048], j: bf16[64,2048]) -> (bf16[256,2048], bf16[16,2048]) {
+  %i = bf16[1024,2048]{1,0:T(8,128)(2,1)} parameter(0)
+  %j = bf16[64,2048]{1,0:T(8,128)(2,1)} parameter(1)
+  %ar = (bf16[1024,2048]{1,0:T(8,128)(2,1)}, bf16[64,2048]{1,0:T(8,128)(2,1)S(1)}) all-reduce(%i, %j), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %kept = (bf16[256,2048]{1,0:T(8,128)(2,1)}, bf16[16,2048]{1,0}) fusion(%ar), kind=kCustom, calls=%slices
+}
+
+%body (p: (s32[], bf16[256,2048])) -> (s32[], bf16[256,2048]) {
+  %a = bf16[256,2048]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %ag = bf16[1024,2048]{1,0:T(8,128)(2,1)S(1)} all-gather(%a), replica_groups=mesh['x'=4,'y'=2] {'x'}, dimensions={0}
+  %fused = (bf16[256,2048]{1,0}, bf16[16,2048]{1,0}) fusion(%ag, %k), kind=kCustom, calls=%all-reduce-scatter.2.clone.1
+  %kernel = bf16[8]{0} custom-call(%ag), custom_call_target="tpu_custom_call", metadata={
+}} spread over lines
+  %two = s32[]{:T(128)} constant(2)
+  %c = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %next = s32[]{:T(128)} add(%c, %two)
+  ROOT %out = (s32[], bf16[256,2048]{1,0}) tuple(%next, %s)
+}
+
+%compare (c: s32[], n: s32[]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(11)
+  ROOT %less = pred[] compare(%c, %limit), direction=LT
+}
+
+%condition (p: (s32[], bf16[256,2048])) -> pred[] {
+  %c = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %go = pred[]{:T(512)} fusion(%c, %n), kind=kLoop, calls=%compare
+}
+
+ENTRY %main (x: bf16[256,2048]) -> bf16[256,2048] {
+  %one = s32[]{:T(128)} constant(1)
+  %from = s32[]{:T(128)} copy(%one)
+  %init = (s32[]{:T(128)}, bf16[256,2048]{1,0}) tuple(%from, %x)
+  ROOT %loop = (s32[], bf16[256,2048]{1,0:T(8,128)(2,1)}) while(%init), condition=%condition, body=%body, metadata={op_name="while"}
+}
+"""
+MIB = 2**20
+
+
+def test_a_gpus_text():
+    traffic = collectives(GPU)
+    assert traffic.unknown_loops == 0
+    assert traffic.collectives == (
+        Collective("all-gather", 4, 6, 6 * 8 * MIB),
+        Collective("all-reduce", 2, 6, 6 * 4 * MIB),
+        Collective("collective-permute", 0, 6, 6 * 1 * MIB),
+        Collective("reduce-scatter", 4, 6, 6 * 4 * MIB),
+    )
+    # In a ring: three quarters of what is gathered or scattered, both halves of what is reduced, all that is passed on.
+    assert traffic.sent == 6 * (8 * 3 / 4 + 4 + 1 + 4 * 3 / 4) * MIB
+
+
+def test_a_tpus_text():
+    traffic = collectives(TPU)
+    assert traffic.unknown_loops == 0
+    assert traffic.collectives == (
+        Collective("all-gather", 4, 5, 5 * 4 * MIB),
+        Collective("reduce-scatter", 4, 5, 5 * (1024 + 64) * 2048 * 2),
+    )
+
+
+def test_a_loop_of_unknown_length_is_counted_once_and_said():
+    traffic = collectives(GPU.replace('"known_trip_count":{"n":"6"}', ""))
+    assert traffic.unknown_loops == 1
+    assert traffic.collectives[0] == Collective("all-gather", 4, 1, 8 * MIB)
+
+
+PROGRAM = """
+import json, sys
+from capcur_jax import aot, hlo
+devices = aot.devices(sys.argv[1])
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(devices[:8]).reshape(4, 2), ("a", "b"))
+
+def body(x):  # [8, 128, 256] float32, 1 MiB a device
+    def step(x, _):
+        y = jax.lax.all_gather(x, "a", axis=0, tiled=True)
+        z = jax.lax.psum_scatter(jnp.sin(y), "a", scatter_dimension=0, tiled=True)
+        z = jax.lax.psum(jnp.cos(z), "b")
+        z = jax.lax.all_to_all(jnp.sin(z), "b", 0, 1, tiled=True).reshape(x.shape)
+        return jax.lax.ppermute(jnp.cos(z), "a", [(i, (i + 1) % 4) for i in range(4)]), None
+    return jax.lax.scan(step, x, None, length=7)[0]
+
+function = jax.shard_map(body, mesh=mesh, in_specs=P(("a", "b")), out_specs=P(("a", "b")), check_vma=False)
+sharding = NamedSharding(mesh, P(("a", "b")))
+array = jax.ShapeDtypeStruct((64, 128, 256), jnp.float32, sharding=sharding)
+print(json.dumps(hlo.collectives(jax.jit(function).lower(array).compile().as_text())))
+"""
+
+
+@pytest.mark.parametrize("topology", ["cpu:8", "cuda:h200:1x1x8", "tpu:v5p:2x2x2"])
+def test_a_program_compiled_here(topology):
+    if topologies.missing(topologies.parse(topology).platform):
+        pytest.skip("its compiler is not installed")
+    command = [sys.executable, "-c", PROGRAM, topology]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == [
+        [
+            ["all-gather", 4, 7, 7 * 4 * MIB],
+            ["all-reduce", 2, 7, 7 * MIB],
+            ["all-to-all", 2, 7, 7 * MIB],
+            ["collective-permute", 0, 7, 7 * MIB],
+            ["reduce-scatter", 4, 7, 7 * 4 * MIB],
+        ],
+        0,
+    ]
+
+
+# ---------------------------------------------------------------------- FLOPs
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def flops(function, *arguments, **how) -> int:
+    return jaxpr_flops(jax.make_jaxpr(function)(*arguments), **how)
+
+
+def test_products_with_batch_axes_and_several_contracted():
+    assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), array(3, 4, 5), array(3, 5, 7)) == 2 * 3 * 4 * 5 * 7
+    assert flops(lambda a, b: jnp.tensordot(a, b, 2), array(4, 5, 6), array(5, 6, 7)) == 2 * 4 * 5 * 6 * 7
+
+
+def test_a_convolution():
+    def convolve(images, kernel):
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops(convolve, array(2, 8, 8, 3), array(3, 3, 3, 5)) == 2 * (2 * 6 * 6 * 5) * (3 * 3 * 3)
+
+
+@pytest.mark.parametrize(("remat", "products"), [(False, 3), (True, 4)])
+def test_scanned_layers_and_their_gradients(remat, products):
+    """Forwards once, backwards twice; recomputed once more. The loss itself has no products."""
+
+    def loss(w_LxDxD, x_BxD):
+        def layer(x, w):
+            return jnp.sin(x @ w), None
+
+        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BxD, w_LxDxD)[0].sum()
+
+    one = 2 * 16 * 8 * 8
+    assert flops(loss, array(5, 8, 8), array(16, 8)) == 5 * one
+    assert flops(jax.grad(loss, argnums=(0, 1)), array(5, 8, 8), array(16, 8)) == products * 5 * one
+
+
+def test_shapes_inside_shard_map_are_those_of_a_device():
+    mesh = AbstractMesh((4, 2), ("a", "b"))
+
+    def product(x, w):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("a"), P(None, "b")), out_specs=P("a", "b"))(x, w)
+
+    assert flops(product, array(64, 32), array(32, 16)) == 2 * 64 * 32 * 16
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_the_caller_says():
+    def loop(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w, x)
+
+    assert flops(loop, array(4, 4), array(4, 4), trips=11) == 11 * 2 * 4**3
+
+
+def test_the_dearer_branch_counts():
+    def either(flag, x):
+        return jax.lax.cond(flag, lambda x: x @ x, lambda x: x @ (x @ x), x)
+
+    assert flops(either, jax.ShapeDtypeStruct((), bool), array(4, 4)) == 2 * 2 * 4**3
+
+
+def test_attention_counts_every_product_whatever_kernel_computes_it():
+    B, T, N, K, H = 2, 256, 4, 2, 64
+    q, k = (jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K))
+
+    def loss(q, k, v):
+        return attend(q, k, v, Causal()).astype(jnp.float32).sum()
+
+    assert flops(loss, q, k, k) == 2 * 2 * B * N * T * T * H
+    assert flops(jax.grad(loss, argnums=(0, 1, 2)), q, k, k) == 3 * 2 * 2 * B * N * T * T * H

@@ -1,0 +1,225 @@
+"""The plan of a tiny run against sizes worked out from its shapes; its verdict and estimate against made-up chips; what
+the command says and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from capcur_jax import presets
+from capcur_jax.models.config import from_directory
+from capcur_jax.plan import __main__ as plan
+from capcur_jax.plan import programs as plan_programs
+from capcur_jax.plan import topologies
+
+QUICK = (
+    "--config.packing.buckets=((32,),(48,))",
+    "--config.model.remat=none",
+    "--config.objective.updates_per_batch=2",
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "capcur_jax.plan", *arguments]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+# ---------------------------------------------------------------------- a tiny run
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The laptop run's text stage on two virtual devices, fsdp."""
+    done = run("--config=configs/staged.py", "--topology=cpu:2", "--json", "--config.order=('text',)", *QUICK)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def programs(tiny) -> dict[str, dict]:
+    (stage,) = tiny["stages"]
+    return {program["name"]: program for program in stage["programs"]}
+
+
+def test_what_is_compiled_and_how_often_a_step_runs_it(tiny):
+    (stage,) = tiny["stages"]
+    assert (stage["stages"], stage["mesh"], stage["images"]) == (["text"], {"data": 1, "fsdp": 2, "tensor": 1}, False)
+    times = {name: program["runs_a_step"] for name, program in programs(tiny).items()}
+    updated = {"reference log-probs": 2, "old log-probs": 2, "gradient": 2, "update": 2}
+    assert times == updated | {"prefill": 1, "decoding": 1}
+    assert stage["shapes"]["tokens of a response"] == [48]
+    assert stage["shapes"]["prompts of a gradient"] == 8
+
+
+def test_bytes_follow_from_the_parameters(tiny):
+    """Float32 throughout; the frozen tower has neither gradient nor moments. What two devices split is half on each."""
+    (stage,) = tiny["stages"]
+    known = programs(tiny)
+    update, gradient, score = known["update"], known["gradient"], known["old log-probs"]
+    trained = update["arguments_bytes"] / 4  # parameters, two moments, gradients
+    everything = 4 * stage["parameters"] / 2
+    frozen = update["resident_bytes"] - trained  # and the reference
+    assert trained + frozen == pytest.approx(everything, rel=0.05)  # norms and biases lie whole on both
+    assert 0 < frozen < everything
+    # Without images nothing uses the frozen tower: it is no argument, but it lies there.
+    assert score["arguments_bytes"] == pytest.approx(trained, rel=0.05)
+    assert gradient["arguments_bytes"] == pytest.approx(2 * trained, rel=0.05)
+    for program in (score, gradient):
+        beside = program["needed_bytes"] - program["peak_bytes"] - program["resident_bytes"]
+        assert beside == pytest.approx(frozen, rel=0.05)
+    # Beside a gradient: both moments and the reference; beside the sampler gradients, too.
+    assert gradient["resident_bytes"] == pytest.approx(3 * trained, rel=0.05)
+    for name in ("prefill", "decoding"):
+        assert known[name]["resident_bytes"] == pytest.approx(4 * trained, rel=0.01)
+    # Of a device: 40 slots of 96 + 48 keys and values, their logits, tokens, log-probs and a dozen bytes of state.
+    text = from_directory(presets.TINY_CHECKPOINT).text
+    cache = 40 * (96 + 48) * 2 * text.depth * text.kv_heads * text.head_dim * 4
+    slots = cache + 40 * (4 * text.vocabulary + 8 * 48)
+    assert known["decoding"]["outputs_bytes"] == pytest.approx(slots, rel=0.01)
+    assert known["decoding"]["aliases_bytes"] == pytest.approx(slots, rel=0.01)  # nothing is copied
+    assert known["reference log-probs"]["resident_bytes"] == pytest.approx(4 * trained, rel=0.05)
+    for program in known.values():
+        sizes = (program[f"{name}_bytes"] for name in ("arguments", "outputs", "temp", "aliases"))
+        arguments, outputs, temp, aliases = sizes
+        assert program["peak_bytes"] >= arguments + outputs + temp - aliases
+    assert tiny["peak_bytes"] == max(program["needed_bytes"] for program in known.values())
+
+
+def test_flops_are_those_of_the_shapes(tiny):
+    """Linear layers of prompt and response tokens, attention over [prompt | own], logits of response tokens."""
+    text = from_directory(presets.TINY_CHECKPOINT).text
+    B, G, S, T = 8, 5, 96, 48
+    heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    layer = text.width * (2 * heads + 2 * kv + 3 * text.mlp_width)
+    tokens = B * S + B * G * (T - 1)
+    attention = 2 * heads * (B * S * S + B * G * (T - 1) * (S + T - 1))
+    forward = 2 * text.depth * (tokens * layer + attention) + 2 * B * G * T * text.width * text.vocabulary
+    known = programs(tiny)
+    assert known["old log-probs"]["flops"] == known["reference log-probs"]["flops"] == forward
+    # Backwards twice, the logits once more (they are not kept).
+    logits = 2 * B * G * T * text.width * text.vocabulary
+    assert known["gradient"]["flops"] == 3 * forward + logits
+    assert known["old log-probs"]["flops_smallest"] < forward
+    token = layer + 2 * heads * (S + T) + text.width * text.vocabulary // text.depth
+    assert known["decoding"]["flops"] == pytest.approx(2 * text.depth * token * 80 * T, rel=0.01)
+    assert tiny["stages"][0]["step"]["flops"] == sum(p["flops"] * p["runs_a_step"] for p in known.values())
+
+
+def test_parameters_are_gathered_and_gradients_scattered(tiny):
+    kinds = {c["kind"] for c in programs(tiny)["gradient"]["collectives"]}
+    assert "all-gather" in kinds and kinds & {"reduce-scatter", "all-reduce"}
+    assert programs(tiny)["gradient"]["sent_bytes"] > 0
+
+
+def test_servers_sample_on_their_own_and_the_trainer_takes_its_gpus():
+    config = presets.get("laptop")
+    with config.unlocked():
+        config.rollout.engine, config.mesh.gpus = "sglang", (0,)
+    (variant, *_) = plan_programs.variants(config, jax.devices() * 2, ())
+    assert [program.name for program in variant.programs] == ["reference log-probs", "gradient", "update"]
+    assert variant.mesh.size == 1
+
+
+def test_a_cpu_gets_no_verdict_and_says_what_it_is_good_for(tiny, capsys):
+    assert "fits" not in tiny and "estimate" not in tiny and tiny["chip"] is None
+    assert tiny["versions"]["jax"] == jax.__version__
+    plan.render(tiny)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Virtual CPU devices are for numerics" in shown
+    assert "prompts of a gradient 8" in shown and "old log-probs" in shown and "Fits" not in shown
+
+
+# ---------------------------------------------------------------------- verdict and estimate
+
+CHIP = topologies.Chip(memory_bytes=2**20, flops=1e9, bandwidth=1e6, link=1e5, network=1e4)
+
+
+def program(size: int, **values):
+    """x @ x of [size, size] float32, one run."""
+    array = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    trace = lambda: jax.jit(lambda x: x @ x).trace(array)  # noqa: E731
+    known = {"name": "square", "times": 1, "given": 0, "resident": 0, "trips": (1, 1), "reads": 0}
+    return SimpleNamespace(trace=trace, smallest=trace, **(known | values))
+
+
+def test_what_fits_with_what_lies_there_and_the_headroom():
+    needed = 2 * 4 * 128**2  # argument and result
+    room = CHIP.memory_bytes * 0.75
+    assumed = plan.Assumptions(headroom=0.25)
+
+    def fits(resident):
+        return plan.measure(program(128, resident=int(resident)), 1, CHIP, assumed)["fits"]
+
+    measured = plan.measure(program(128), 1, CHIP, assumed)
+    assert measured["peak_bytes"] >= needed and measured["flops"] == 2 * 128**3
+    assert fits(room - measured["peak_bytes"])
+    assert not fits(room - measured["peak_bytes"] + 1)
+
+
+def test_an_out_of_memory_error_of_the_compiler_is_a_verdict():
+    class Lowered:
+        def compile(self):
+            raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM (12G of 8G)\nmore")
+
+    traced = SimpleNamespace(lower=Lowered, jaxpr=jax.make_jaxpr(lambda x: x)(1.0))
+    what = program(8)
+    what.trace = what.smallest = lambda: traced
+    measured = plan.measure(what, 1, CHIP, plan.Assumptions())
+    assert measured["fits"] is False and measured["out_of_memory"] == "Ran out of memory on HBM (12G of 8G)"
+
+
+@pytest.mark.parametrize(("measured", "trips", "reads", "expected"), [
+    ({"flops": 8e9}, (1, 1), 0, 8e9 / 4 / 1e9 / 0.5),  # four devices at half of their peak
+    ({"arguments_bytes": 3e6, "outputs_bytes": 1e6}, (1, 1), 0, 4e6 / 1e6 / 0.8),
+    ({"sent_bytes": 1e6}, (1, 1), 0, 1e6 / 1e5 / 0.8),
+    ({"arguments_bytes": 3e6}, (100, 10), 5e5, 100 * 5e5 / 1e6 / 0.8),  # a loop that reads 5e5 bytes a turn
+])  # fmt: skip
+def test_the_estimate_is_what_takes_longest(measured, trips, reads, expected):
+    known = {"flops": 1, "flops_smallest": 1, "arguments_bytes": 1, "outputs_bytes": 0, "sent_bytes": 0, **measured}
+    what = SimpleNamespace(trips=trips, reads=reads)
+    assumed = plan.Assumptions(utilisation=0.5, bandwidth=0.8)
+    assert plan.seconds(known, what, 4, CHIP, assumed, smallest=False) == pytest.approx(expected)
+    if reads:
+        assert plan.seconds(known, what, 4, CHIP, assumed, smallest=True) == pytest.approx(expected / 10)
+
+
+@pytest.mark.parametrize("topology", ["cuda:h100:1x1x2", "tpu:v5p:2x2x1"])
+def test_a_tiny_run_on_accelerators(topology):
+    if topologies.missing(topologies.parse(topology).platform):
+        pytest.skip("its compiler is not installed")
+    settings = ("--config.order=('text',)", "--config.model.dtype=bfloat16", *QUICK)
+    done = run("--config=configs/staged.py", f"--topology={topology}", *settings)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Fits" in done.stdout and "Estimate (not measured)" in done.stdout
+
+
+# ---------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--topology=cpu:1",), "--config is missing"),
+    (("--config=configs/staged.py",), "--topology is missing"),
+    (("--config=configs/staged.py", "--topology=tpu:v9:2x2"), "topology 'tpu:v9:2x2' is unknown"),
+    (("--config=configs/staged.py", "--topology=cpu:1", "--config.sed=1"), "the config has no such key"),
+    (("--config=configs/staged.py", "--topology=cpu:1", "--headroom=2"), "--headroom=2"),
+    (("--config=configs/staged.py", "--topology=cpu:1", "extra"), "unknown argument 'extra'"),
+    (("--config=configs/staged.py", "--topology=cpu:1", "--config.checkpoint="), "give --config.checkpoint=DIR, or"),
+    (
+        ("--config=configs/staged.py", "--topology=cpu:2", "--config.mesh.gpus=(0,1,2)"),
+        "config.mesh.gpus = (0, 1, 2): the topology has 2 devices",
+    ),
+    (("--config=configs/staged.py", "--topology=cpu:3"), "can't be split into"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_exit_code_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(topologies, "devices", lambda name: jax.devices()[:1] * topologies.parse(name).layout[-1])
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])  # where ml_collections looks for settings
+    assert plan.main(sys.argv) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and message in said.err
