@@ -5,7 +5,7 @@
 For every layout of models/attention.py at an 8B model's sizes (bfloat16), forward and backward: the kernels that the
 compiled program really calls, and the bytes it needs beyond arguments and results, as `attend` chooses and with
 implementation="xla". The last two rows are split over two devices inside shard_map, by heads or by rows. What to
-install for a target is said in capcur_jax/aot.py.
+install for a target is said in capcur_jax/plan/topologies.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 
 from absl import app, flags
 
-_TARGETS = flags.DEFINE_list("targets", ["tpu:v5p:2x2x1", "cuda:h100:1x1x2"], "topologies, see capcur_jax/aot.py")
+_TARGETS = flags.DEFINE_list("targets", ["tpu:v5p:2x2x1", "cuda:h100:1x1x2"], "see capcur_jax/plan/topologies.py")
 _ONLY = flags.DEFINE_list("only", [], "layouts, by the beginnings of their names; none: all")
 _KERNEL = re.compile(r"splash_mha_(?:fwd|dq|dkv)|__cudnn\$\w+|\bmha_(?:forward|backward)\b")
 _MIB = 2**20

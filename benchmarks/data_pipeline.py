@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from capcur_jax.data import sets
+from capcur_jax.data import loader
 from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.images import ImageStore
 from capcur_jax.data.problem import Problem
@@ -167,7 +167,7 @@ def memory(processor: Processor, paths: Sequence[str], console: Console) -> dict
     batch, every = 16, max(_SAMPLES.value // 40, 16)
     with ImageStore(_WORKERS.value, int(total / 2.5) >> 20) as store:
         builder = PromptBuilder(processor, "suffix", 10**6, 10**6, store)
-        batches = sets.batches(lambda number: builder.build(order[number]), batch)
+        batches = loader.batches(lambda number: builder.build(order[number]), batch)
         seen, curve, started = 0, [], time.perf_counter()
         while seen < _SAMPLES.value:
             next(batches)

@@ -39,7 +39,7 @@ from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, save_weights, settin
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import objectives, packing
-from capcur_jax.learner.trainer import grpo_item
+from capcur_jax.learner.minibatches import grpo_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Processor

@@ -27,7 +27,7 @@ from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, settings, write_chec
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import objectives
-from capcur_jax.learner.trainer import grpo_item
+from capcur_jax.learner.minibatches import grpo_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor

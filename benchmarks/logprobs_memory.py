@@ -2,13 +2,12 @@
 
     python benchmarks/logprobs_memory.py --target=tpu:v5p:2x2x1 --target=cuda:h100:1x1x1 [--block=4096] [--tensor=2]
 
-Nothing runs: both are compiled for devices that aren't there (capcur_jax/aot.py lists targets and what each needs
-installed), and the compiler says how much temporary memory a device needs besides arguments and results. Both compute
-log-probs [T] and the gradients of their weighted sum to h [T, D] and to the kernel [D, V]; the blockwise side computes
-the entropy and differentiates through it as well. Factors are bfloat16, logits and log-probs float32.
-
-Seconds a program for a GPU, minutes for a TPU. Temporary memory with jax 0.10.2: H100 0.319 GiB of 9.273 (1/29), TPU
-v5p 0.255 of 9.274 (1/36); with --tensor=2, 8 x H100 0.160 of 1.739.
+Nothing runs: both are compiled for devices that aren't there (capcur_jax/plan/topologies.py lists targets and what each
+needs installed), and the compiler says how much temporary memory a device needs besides arguments and results. Both
+compute log-probs [T] and the gradients of their weighted sum to h [T, D] and to the kernel [D, V]; the blockwise side
+computes the entropy and differentiates through it as well. Factors are bfloat16, logits and log-probs float32. Seconds
+a program for a GPU, minutes for a TPU. Temporary memory with jax 0.10.2: H100 0.319 GiB of 9.273 (1/29), TPU v5p 0.255
+of 9.274 (1/36); with --tensor=2, 8 x H100 0.160 of 1.739.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ from capcur_jax import schedule
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import packing
+from capcur_jax.learner.minibatches import Item, Packer
 from capcur_jax.learner.packing import Row, UpdateBatch
-from capcur_jax.learner.trainer import Item, Packer
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
-from capcur_jax.records.metrics import read_jsonl
+from capcur_jax.records.jsonl import read_jsonl
 from capcur_jax.schedule import Stage
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/staged.py", "What the run is told.", lock_config=True)

@@ -17,7 +17,8 @@ from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa
 from capcur_jax.devices import sharding
 from capcur_jax.learner.learner import Learner
-from capcur_jax.learner.trainer import Packer, Trainer, needs_reference
+from capcur_jax.learner.minibatches import Packer, needs_reference
+from capcur_jax.learner.trainer import Trainer
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
 from capcur_jax.models.batching import Buckets, PromptSize

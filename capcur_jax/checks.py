@@ -9,20 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from capcur_jax import policy
 from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives
-from capcur_jax.records import metrics
-from capcur_jax.rollout import choose
-from capcur_jax.rollout.engine import Sampling
+from capcur_jax.models.config import DTYPES
+from capcur_jax.records import jsonl
+from capcur_jax.rollout.sglang.settings import Settings
 from capcur_jax.schedule import Stage
 
-DTYPES = ("float32", "bfloat16")
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
 MAY_CHANGE = (
     "mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers",
@@ -33,7 +32,7 @@ MAY_CHANGE = (
 
 MEMORIES = ("device", "pinned_host")
 CHOICES = {
-    "rollout.engine": choose.ENGINES,
+    "rollout.engine": tuple(policy.ENGINES),
     "objective.ratio": objectives.RATIO_LEVELS,
     "objective.kl_estimator": objectives.KL_ESTIMATORS,
     "objective.aggregation": objectives.AGGREGATIONS,
@@ -47,20 +46,6 @@ CHOICES = {
     "reference.memory": MEMORIES,
     "optimizer.memory": MEMORIES,
 }
-
-
-def dtype_of(name: str, key: str):
-    if name not in DTYPES:
-        raise InputError(f"{key} = {name!r}; choose one of {', '.join(DTYPES)}")
-    return jnp.dtype(name)
-
-
-def sampling_of(config: ConfigDict, key: str) -> Sampling:
-    try:
-        settings = config[key]
-        return Sampling(config.rollout.max_new_tokens, settings.temperature, settings.top_p, settings.get("top_k", 0))
-    except ValueError as error:
-        raise InputError(f"config.{key}: {error}") from None
 
 
 def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
@@ -115,7 +100,7 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
             raise InputError(f"config.{key} = {value!r}; choose one of {', '.join(choices)}")
     if 0 < config.objective.clip_dual <= 1:
         raise InputError(f"config.objective.clip_dual = {config.objective.clip_dual}: above 1, or 0 for none")
-    choose.check(config)
+    _check_rollout(config)
     if config.objective.sampler_cap < 1:
         raise InputError("config.objective.sampler_cap must be at least 1")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
@@ -136,9 +121,48 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
         raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
 
 
+def _check_rollout(config: ConfigDict) -> None:
+    """Raises InputError for rollout settings that don't go together."""
+    rollout = config.rollout
+    if rollout.async_steps not in (0, 1):
+        raise InputError(f"config.rollout.async_steps = {rollout.async_steps}; choose 0 (on-policy) or 1")
+    if rollout.engine == "local":
+        if rollout.async_steps:
+            raise InputError(
+                "config.rollout.async_steps = 1 needs config.rollout.engine = 'sglang': the local engine reads the "
+                "trainer's own parameters, which an update overwrites"
+            )
+        return
+    settings = Settings.from_config(rollout.sglang)
+    _check_gpus(config, settings)
+    if rollout.async_steps and config.objective.sampler_correction == "none":
+        raise InputError(
+            "config.rollout.async_steps = 1 trains on samples of older weights: set "
+            "config.objective.sampler_correction to 'truncate' (or 'mask')"
+        )
+    if rollout.async_steps and settings.colocate:
+        raise InputError(
+            "config.rollout.async_steps = 1 samples while the trainer works: with config.rollout.sglang.colocate the "
+            "two take turns; choose one"
+        )
+
+
 def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     """The config in plain JSON types; raises InputError if the directory holds a run with another one."""
-    plain, stored = json.loads(metrics.to_json(config.to_dict())), workdir / "config.json"
+    plain, stored = json.loads(jsonl.to_json(config.to_dict())), workdir / "config.json"
     if stored.exists():
         check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
     return plain
+
+
+def _check_gpus(config: ConfigDict, settings: Settings) -> None:
+    """A GPU is the trainer's or a server's, unless they take turns."""
+    if settings.device != "cuda" or settings.addresses or settings.colocate:
+        return
+    served = set(settings.gpus or range(settings.servers * settings.tensor_parallel))
+    if not config.mesh.gpus or served & set(config.mesh.gpus):
+        raise InputError(
+            f"config.mesh.gpus = {tuple(config.mesh.gpus)}: the trainer would take GPUs that servers have "
+            f"({', '.join(map(str, sorted(served)))}, config.rollout.sglang.gpus); give each its own, or set "
+            "config.rollout.sglang.colocate=True to take turns"
+        )

@@ -76,10 +76,10 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         # Imported late: a mistyped flag should not wait for JAX.
-        from capcur_jax.devices import distributed
+        from capcur_jax.devices import cluster, distributed
 
         _take_gpus(_CONFIG.value)
-        distributed.initialize(distributed.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
+        cluster.initialize(cluster.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
         if distributed.process_count() > 1 and not _WORKDIR.value:
             raise InputError("a run of several processes needs --workdir, one that all of them see")
         workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))

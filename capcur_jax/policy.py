@@ -10,7 +10,6 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capcur_jax.checks import dtype_of
 from capcur_jax.data.images import ImageStore
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.devices import sharding
@@ -18,10 +17,10 @@ from capcur_jax.errors import InputError
 from capcur_jax.models import config as model_config
 from capcur_jax.models import huggingface, published
 from capcur_jax.models.batching import Buckets
+from capcur_jax.models.config import dtype_of
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
-from capcur_jax.rollout import choose
 from capcur_jax.rollout.engine import Engine
 
 
@@ -66,9 +65,28 @@ def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str
 
 
 def open_engine(config: ConfigDict, opened: Opened, workdir: Path, mesh: Mesh) -> Engine:
-    """Starts the config's engine; `update_weights` must follow. Raises InputError."""
-    where = {"source": opened.source, "workdir": workdir, "buckets": opened.buckets, "mesh": mesh}
-    return choose.open_engine(config, opened.model, opened.processor, lora=opened.lora, **where)
+    """Starts the config's engine, with the model's parameters; `update_weights` must follow. Of several processes all
+    call this together. Raises InputError."""
+    return ENGINES[config.rollout.engine](config, opened, workdir, mesh)
+
+
+def _local(config: ConfigDict, opened: Opened, workdir: Path, mesh: Mesh) -> Engine:
+    from capcur_jax.rollout.local.engine import LocalEngine
+
+    rollout = config.rollout
+    kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": rollout.gathered}
+    return LocalEngine(opened.model, opened.processor, buckets=opened.buckets, mesh=mesh, **kinds)
+
+
+def _sglang(config: ConfigDict, opened: Opened, workdir: Path, mesh: Mesh) -> Engine:
+    from capcur_jax.rollout.sglang.engine import SGLangEngine  # here: a run with the local engine needs no HTTP
+    from capcur_jax.rollout.sglang.settings import Settings
+
+    settings = Settings.from_config(config.rollout.sglang)
+    return SGLangEngine(opened.processor, opened.source, workdir, settings, lora=opened.lora, seed=config.seed)
+
+
+ENGINES = {"local": _local, "sglang": _sglang}  # config.rollout.engine
 
 
 def _check_mesh(known: model_config.ModelConfig, mesh: Mesh) -> None:

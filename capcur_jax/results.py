@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from capcur_jax.checks import dtype_of
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
@@ -21,8 +20,9 @@ from capcur_jax.errors import InputError
 from capcur_jax.evaluation import heldout
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.models import huggingface
+from capcur_jax.models.config import dtype_of
 from capcur_jax.models.inputs import BadInput
-from capcur_jax.records import metrics
+from capcur_jax.records import jsonl, metrics
 from capcur_jax.report import run as report
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.run import Run
@@ -33,8 +33,8 @@ def plan(run: Run) -> None:
     """Writes config and versions; prints stages, data, steps, parameters and devices."""
     config = run.config
     if run.owner:
-        metrics.write_json_atomic(run.workdir / "config.json", config.to_dict())
-        metrics.write_json_atomic(run.workdir / "versions.json", metrics.versions())
+        jsonl.write_json_atomic(run.workdir / "config.json", config.to_dict())
+        jsonl.write_json_atomic(run.workdir / "versions.json", metrics.versions())
     sizes = {path[0]: 0 for path, _ in nnx.to_flat_state(run.parameters)}
     for path, leaf in nnx.to_flat_state(run.parameters):
         sizes[path[0]] += leaf.size
@@ -221,7 +221,7 @@ def finish(run: Run, status: str) -> dict[str, Any]:
     }
     if not run.owner:
         return summary
-    metrics.write_json_atomic(run.workdir / "summary.json", summary)
+    jsonl.write_json_atomic(run.workdir / "summary.json", summary)
     files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
     for line in explain_skipped(run.builder):
         run.display.warn(f"left out: {line}")

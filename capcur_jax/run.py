@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from capcur_jax import policy
 from capcur_jax.checkpointing import Checkpoints, Position, truncate_records
-from capcur_jax.checks import check, check_same, dtype_of, sampling_of
+from capcur_jax.checks import check, check_same
+from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION
 from capcur_jax.data.sets import Sets
@@ -27,15 +28,17 @@ from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.learner import Learner, frozen_paths
-from capcur_jax.learner.trainer import Offload, Packer, Trainer, needs_reference
+from capcur_jax.learner.minibatches import Packer, needs_reference
+from capcur_jax.learner.trainer import Offload, Trainer
 from capcur_jax.models import fresh, huggingface
 from capcur_jax.models import lora as lora_lib
-from capcur_jax.records import metrics
+from capcur_jax.models.config import dtype_of
+from capcur_jax.records import jsonl, metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.sinks import Sinks
 from capcur_jax.rewards.reward import make_reward
-from capcur_jax.rollout.engine import Sample
-from capcur_jax.rollout.groups import Example, Group
+from capcur_jax.rollout.engine import Sample, sampling_of
+from capcur_jax.rollout.groups import Group
 from capcur_jax.schedule import Stage
 
 
@@ -123,11 +126,11 @@ class Run:
             )
         )
 
-    def _lines(self, name: str) -> metrics.JsonLines | metrics.Nowhere:
+    def _lines(self, name: str) -> jsonl.JsonLines | jsonl.Nowhere:
         """Records of the owner; the other processes write none."""
         if not self.owner:
-            return metrics.Nowhere()
-        return self._closing.enter_context(metrics.JsonLines(self.workdir / name))
+            return jsonl.Nowhere()
+        return self._closing.enter_context(jsonl.JsonLines(self.workdir / name))
 
     def _build_data(self) -> None:
         """The owner builds the sets that are built on first use; the others read what it wrote."""
@@ -146,7 +149,7 @@ class Run:
         Raises InputError where steps were recorded: their checkpoints were taken away.
         """
         records = self.workdir / "metrics.jsonl"
-        if records.exists() and any(record["type"] == "step" for record in metrics.read_jsonl(records)):
+        if records.exists() and any(record["type"] == "step" for record in jsonl.read_jsonl(records)):
             raise InputError(
                 f"{self.workdir} holds the records of a run but no checkpoint in {self.checkpoints.directory}: "
                 "put them back, or give another --workdir"
@@ -165,7 +168,7 @@ class Run:
             for name, size in stored["bytes"].items():
                 truncate_records(self.workdir / name, size)
         distributed.barrier("records")
-        for record in metrics.read_jsonl(self.workdir / "metrics.jsonl"):
+        for record in jsonl.read_jsonl(self.workdir / "metrics.jsonl"):
             if record["type"] == "step":
                 self._steps.append(record)
             elif record["type"] == "evaluation":

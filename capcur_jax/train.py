@@ -25,21 +25,23 @@ from ml_collections import ConfigDict
 
 from capcur_jax import results, schedule
 from capcur_jax.checkpointing import Position
-from capcur_jax.data import sets as pipeline
+from capcur_jax.data import loader
+from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import target_tokens
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.learner import packing
-from capcur_jax.learner.trainer import Packer, Trainer, combined, grpo_item, sft_item
+from capcur_jax.learner.minibatches import Packer, grpo_item, sft_item
+from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadInput
 from capcur_jax.records import metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.profile import Profile
 from capcur_jax.rollout.collector import Drawer
-from capcur_jax.rollout.groups import Example, Rollout
+from capcur_jax.rollout.groups import Rollout
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
 
@@ -110,7 +112,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
     order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
     maker = Maker(run, stage, order, packer.updates)
     threads = max(2, config.data.workers)  # each waits for a worker
-    batches = pipeline.batches(maker, maker.local, start=run.position.batches, threads=threads)
+    batches = loader.batches(maker, maker.local, start=run.position.batches, threads=threads)
     rates = [
         [stage.learning_rate_at(step * packer.updates + i, stage.steps * packer.updates) for i in range(packer.updates)]
         for step in range(stage.steps)

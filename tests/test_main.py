@@ -22,7 +22,7 @@ from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models import huggingface
-from capcur_jax.records.metrics import read_jsonl
+from capcur_jax.records.jsonl import read_jsonl
 from capcur_jax.train import train
 from tests.conftest import random_image
 

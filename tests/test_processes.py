@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from capcur_jax.models import huggingface
-from capcur_jax.records.metrics import read_jsonl
+from capcur_jax.records.jsonl import read_jsonl
 from tests.test_main import ROOT, SMALL
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from capcur_jax.records.metrics import read_jsonl
+from capcur_jax.records.jsonl import read_jsonl
 from tests.test_main import ROOT, SMALL
 
 STAGES = {"perception": 12, "text": 10}

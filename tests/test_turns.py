@@ -8,10 +8,9 @@ import sys
 import jax
 import pytest
 
-from capcur_jax import presets
+from capcur_jax import policy, presets
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError, RolloutError
-from capcur_jax.rollout import choose
 from capcur_jax.rollout.local.engine import LocalEngine
 from capcur_jax.train import train
 
@@ -38,9 +37,9 @@ def step_records(workdir):
 
 
 def open_with(engine):
-    """What stands for `choose.open_engine`."""
-    return lambda config, model, processor, *, buckets, mesh, **_: engine(
-        model, processor, slots=4, prefill=2, buckets=buckets, mesh=mesh
+    """What stands for `policy.open_engine`."""
+    return lambda config, opened, workdir, mesh: engine(
+        opened.model, opened.processor, slots=4, prefill=2, buckets=opened.buckets, mesh=mesh
     )
 
 
@@ -64,7 +63,7 @@ def test_turns_change_where_arrays_lie_and_no_result(tmp_path, monkeypatch):
             seen.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(parameters)})
             return super().update_weights(sharding.on_devices(parameters), version)
 
-    monkeypatch.setattr(choose, "open_engine", open_with(Engine))
+    monkeypatch.setattr(policy, "open_engine", open_with(Engine))
     train(turns, tmp_path / "turns", quiet=True)
     # A stage's state is made, and its programs are compiled, with the servers' memory given away, as each update is.
     assert calls == ["release", "resume"] * 4
@@ -100,7 +99,7 @@ def test_a_run_that_does_not_start_leaves_no_engine_open(tmp_path, monkeypatch, 
             calls.append("close")
             super().close()
 
-    monkeypatch.setattr(choose, "open_engine", open_with(Engine))
+    monkeypatch.setattr(policy, "open_engine", open_with(Engine))
     if fault == "packing":
         with config.unlocked():
             config.packing.buckets = ((4,),)

@@ -14,8 +14,9 @@ from PIL import Image
 
 from capcur_jax.curation.card import Card, Section
 from capcur_jax.data.images import load_image
-from capcur_jax.data.problem import Problem, write_atomically
+from capcur_jax.data.problem import Problem
 from capcur_jax.errors import InputError
+from capcur_jax.files import write_atomically
 from capcur_jax.models.inputs import BadImage
 from capcur_jax.report.charts import bar_chart
 from capcur_jax.report.page import MAX_CHARACTERS, PAGE, STYLE, table, text, visible

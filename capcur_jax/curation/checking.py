@@ -14,8 +14,9 @@ import numpy as np
 
 from capcur_jax.curation.fingerprints import Fingerprint, Images, spelling
 from capcur_jax.data import answers
+from capcur_jax.data.answers import answer_type_of
 from capcur_jax.data.letters import options_of
-from capcur_jax.data.problem import Drop, Problem, answer_type_of
+from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import Tally, read_rows
 from capcur_jax.models.inputs import BadImage, BadInput
 from capcur_jax.rewards import grade

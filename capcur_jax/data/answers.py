@@ -1,4 +1,4 @@
-"""Read a response: its final answer, whether it has the required form, and the answer as words or as a number.
+"""Answers as text: the final one of a response, whether that has the required form, and what kind of answer it is.
 
 Responses are untrusted. `last_boxed` and `is_formatted` take the whole of one and run in time linear in its length,
 whatever it holds; the functions for an answer are for the few hundred characters that `grade.decide` lets through.
@@ -8,6 +8,9 @@ import re
 import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
+
+ANSWER_LENGTH = 512  # characters; a longer answer can't be graded
+ANSWER_TYPES = ("letter", "number", "expression", "word")
 
 _BOX = re.compile(r"\\boxed\s*\{")
 # An escaped character (\{ and \} are printed braces, \\ a line break) is one unit, so that it opens and closes nothing.
@@ -184,3 +187,23 @@ def claimed_number(text: str) -> str:
     if rounded and plain_number(claim) is None:
         claim = rounded.strip()
     return claim[1:-1].strip() if claim.startswith("(") and claim.endswith(")") else claim
+
+
+def answer_type_of(answer: str) -> str:
+    """How a gold answer will be compared (rewards.grade): a choice's "letter", a "number", a "word" or several, else an
+    "expression"; "" of no answer."""
+    if len(answer) > ANSWER_LENGTH:
+        return "expression"  # the patterns below are for short texts
+    text = normalize(answer)
+    if not text:
+        return ""
+    if re.fullmatch(r"\(?[A-Z]\)?", text):
+        return "letter"
+    if plain_number(text) is not None:
+        return "number"
+    return "word" if words(text) is not None else "expression"
+
+
+def boxed_response(reasoning: str, answer: str) -> str:
+    """The response that the format reward wants: reasoning inside <think></think>, then the boxed answer."""
+    return f"<think>{reasoning}</think> \\boxed{{{answer}}}"

@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from capcur_jax.data.problem import SPLITS, Problem, write_atomically
+from capcur_jax.data.problem import SPLITS, Problem
 from capcur_jax.data.rows import write_rows
+from capcur_jax.files import write_atomically
 
 
 def build_set(

@@ -11,16 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from capcur_jax.data import answers
-from capcur_jax.data.problem import (
-    ANSWER_LENGTH,
-    ANSWER_TYPES,
-    IMAGE_MARK,
-    Problem,
-    answer_type_of,
-    short,
-    write_atomically,
-)
+from capcur_jax.data.answers import ANSWER_LENGTH, ANSWER_TYPES, answer_type_of
+from capcur_jax.data.problem import IMAGE_MARK, Problem, short
 from capcur_jax.errors import InputError
+from capcur_jax.files import write_atomically
 
 IMAGES_VARIABLE = "CAPCUR_IMAGES"
 KEYS = (

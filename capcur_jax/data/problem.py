@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from capcur_jax.data import answers
+from capcur_jax.data.answers import answer_type_of
 
 IMAGE_MARK = "<image>"
 SPLITS = ("train", "validation", "test")
-ANSWER_LENGTH = 512  # characters; a longer answer can't be graded
-ANSWER_TYPES = ("letter", "number", "expression", "word")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +24,9 @@ class Problem:
     capability: str = ""  # "perception" | "text" | "visual" | a user's own
     kind: str = ""  # finer kind, e.g. "shape" or "corners"
     response: str | None = None  # the target of an SFT row; of a caption set the caption
-    answer_type: str = ""  # one of ANSWER_TYPES, or "" where there is no answer; found out where it is not given
+    answer_type: str = (
+        ""  # one of answers.ANSWER_TYPES, or "" where there is no answer; found out where it is not given
+    )
     source: str = ""  # the data set that it comes from
     pass_rate: float | None = None  # the share of a model's responses that were right (paper, difficulty)
     # Whose: {"model", "samples", "temperature", "max_new_tokens", ...}.
@@ -54,35 +51,9 @@ class Drop(NamedTuple):
         return f"{self.where}: {self.detail}"
 
 
-def answer_type_of(answer: str) -> str:
-    """How a gold answer will be compared (rewards.grade): a choice's "letter", a "number", a "word" or several, else an
-    "expression"; "" of no answer."""
-    if len(answer) > ANSWER_LENGTH:
-        return "expression"  # the patterns below are for short texts
-    text = answers.normalize(answer)
-    if not text:
-        return ""
-    if re.fullmatch(r"\(?[A-Z]\)?", text):
-        return "letter"
-    if answers.plain_number(text) is not None:
-        return "number"
-    return "word" if answers.words(text) is not None else "expression"
-
-
 def short(text: str, length: int = 40) -> str:
     """A value for a message, cut so that no prompt or base64 image lands in a log."""
     return repr(text if len(text) <= length else text[: length - 1] + "…")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a temporary file beside `path` (made with its folders) and renames it over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def stable_hash(*parts: object) -> int:
@@ -93,8 +64,3 @@ def stable_hash(*parts: object) -> int:
 def even_shares(total: int, kinds: Sequence[str]) -> dict[str, int]:
     """How many of `total` rows each kind gets; the first kinds get one more where it does not divide."""
     return {kind: total // len(kinds) + (i < total % len(kinds)) for i, kind in enumerate(kinds)}
-
-
-def boxed_response(reasoning: str, answer: str) -> str:
-    """The response that the format reward wants: reasoning inside <think></think>, then the boxed answer."""
-    return f"<think>{reasoning}</think> \\boxed{{{answer}}}"

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import grain
 from ml_collections import ConfigDict
 
 from capcur_jax.data.problem import SPLITS, Problem
@@ -64,13 +60,3 @@ class Sets:
             if drops:
                 self.skipped_rows[name, split] = [str(drop) for drop in drops]
         return self._read[name, split]
-
-
-def batches(make: Callable[[int], Any], size: int, *, start: int = 0, threads: int = 2) -> Iterator[list[Any]]:
-    """Batches of `size` examples make(0), make(1), ..., prepared ahead in threads; from batch number `start` on.
-
-    Batches run across the borders of epochs, so none is ever partial.
-    """
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
-    numbers = grain.MapDataset.range(start * size, sys.maxsize // 2)
-    return iter(numbers.map(make).to_iter_dataset(options).batch(size, drop_remainder=True, batch_fn=list))

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from capcur_jax.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -277,3 +279,12 @@ def from_directory(directory: str | Path) -> ModelConfig:
     except ValueError as error:
         raise UnsupportedCheckpoint(f"{path} is not valid JSON ({error}); copy the file again") from None
     return from_dict(published, str(path))
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def dtype_of(name: str, key: str):
+    if name not in DTYPES:
+        raise InputError(f"{key} = {name!r}; choose one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)

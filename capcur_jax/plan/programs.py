@@ -21,8 +21,8 @@ from capcur_jax import schedule
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import Learner, Sums
+from capcur_jax.learner.minibatches import Packer, needs_reference
 from capcur_jax.learner.packing import UpdateBatch
-from capcur_jax.learner.trainer import Packer, needs_reference
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models import published

@@ -1,6 +1,6 @@
 """Devices to compile for without having them: what a program needs, by the compiler's own account.
 
-    devices = aot.devices("tpu:v5p:2x2x2")  # before jax uses a device of its own
+    devices = topologies.devices("tpu:v5p:2x2x2")  # before jax uses a device of its own
     compiled = jax.jit(f).lower(abstract arrays whose shardings name those devices).compile()
     compiled.memory_analysis()
 

@@ -21,7 +21,7 @@ from typing import Any
 from absl import logging
 
 from capcur_jax.errors import InputError
-from capcur_jax.records.metrics import to_jsonable
+from capcur_jax.records.jsonl import to_jsonable
 
 # Beginning of a step record's key -> beginning of its tag; the first that fits counts. Anything else is train/<key>.
 _TAGS = (

@@ -19,7 +19,7 @@ from typing import Any
 
 import PIL.Image
 
-from capcur_jax.records import metrics
+from capcur_jax.records import jsonl, metrics
 from capcur_jax.report import charts
 from capcur_jax.report.page import PAGE, STYLE, duration, is_number, number, points, table, text
 
@@ -41,12 +41,12 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     workdir = pathlib.Path(workdir).absolute()
     if not (workdir / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{workdir} holds no metrics.jsonl: give the work directory (--workdir) of a run")
-    records = metrics.read_jsonl(workdir / "metrics.jsonl")
+    records = jsonl.read_jsonl(workdir / "metrics.jsonl")
     # A resumed run may have written a step twice: the last one counts.
     steps = {record["step"]: record for record in records if record.get("type") == "step"}
     steps = [steps[step] for step in sorted(steps)]
     evaluations = [record for record in records if record.get("type") == "evaluation"]
-    rollouts = metrics.read_jsonl(workdir / "rollouts.jsonl") if (workdir / "rollouts.jsonl").is_file() else []
+    rollouts = jsonl.read_jsonl(workdir / "rollouts.jsonl") if (workdir / "rollouts.jsonl").is_file() else []
     summary, config, versions = (_read_json(workdir / f"{name}.json") for name in ("summary", "config", "versions"))
     stages = charts.stages_of(steps)
     body = [

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from capcur_jax.data.loader import Example
+from capcur_jax.devices import distributed
 from capcur_jax.errors import RolloutError
 from capcur_jax.records import metrics
 from capcur_jax.rollout.engine import Sample
-from capcur_jax.rollout.groups import Example, Group, Rollout, collect
+from capcur_jax.rollout.groups import Group, Rollout
 from capcur_jax.run import Run
 
 
@@ -105,3 +107,27 @@ class Drawer:
         """Which groups are older than allowed."""
         oldest = self._run.version - self._allowed
         return [i for i, group in enumerate(groups) if min(sample.version for sample in group) < oldest]
+
+
+def collect(
+    draw: Callable[[int], list[Group]], wanted: int, retries: int, capabilities: tuple[str, ...] = ()
+) -> Rollout:
+    """A rollout of `wanted` groups (of this process).
+
+    `draw(attempt)` gives `wanted` graded groups. With `retries`, groups whose rewards are all equal are dropped and
+    more are drawn until there are enough, at most so often (DAPO's dynamic sampling, arXiv:2503.14476). What is then
+    missing is filled with dropped ones, whose advantages are 0. Processes draw together, until none lacks any.
+    """
+    kept: list[Group] = []
+    dropped: list[Group] = []
+    drawn = 0
+    for attempt in range(1 + retries):
+        groups = draw(attempt)
+        drawn += len(groups)
+        for group in groups:
+            (dropped if retries and group.equal else kept).append(group)
+        if attempt < retries and not distributed.agree(len(kept) < wanted):
+            break
+    missing = wanted - len(kept)
+    groups = (kept + dropped[: max(missing, 0)])[:wanted]
+    return Rollout(groups, drawn, len(dropped) - max(missing, 0), capabilities)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from capcur_jax.errors import InputError
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Prompt
 
@@ -105,3 +107,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Releases what the engine holds."""
+
+
+def sampling_of(config: ConfigDict, key: str) -> Sampling:
+    try:
+        settings = config[key]
+        return Sampling(config.rollout.max_new_tokens, settings.temperature, settings.top_p, settings.get("top_k", 0))
+    except ValueError as error:
+        raise InputError(f"config.{key}: {error}") from None

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from capcur_jax.data.problem import Problem
+from capcur_jax.data.loader import Example
 from capcur_jax.devices import distributed
-from capcur_jax.models.inputs import Prompt
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample
 
 _ENDS = ("reward_min", "advantage_min", "reward_max", "advantage_max", "staleness_max")
-
-
-class Example(NamedTuple):
-    """A problem ready for a step; `target` is an sft row's response."""
-
-    problem: Problem
-    prompt: Prompt
-    target: np.ndarray | None
 
 
 class Group(NamedTuple):
@@ -134,27 +125,3 @@ class Rollout:
                 }
             )
         return lines
-
-
-def collect(
-    draw: Callable[[int], list[Group]], wanted: int, retries: int, capabilities: tuple[str, ...] = ()
-) -> Rollout:
-    """A rollout of `wanted` groups (of this process).
-
-    `draw(attempt)` gives `wanted` graded groups. With `retries`, groups whose rewards are all equal are dropped and
-    more are drawn until there are enough, at most so often (DAPO's dynamic sampling, arXiv:2503.14476). What is then
-    missing is filled with dropped ones, whose advantages are 0. Processes draw together, until none lacks any.
-    """
-    kept: list[Group] = []
-    dropped: list[Group] = []
-    drawn = 0
-    for attempt in range(1 + retries):
-        groups = draw(attempt)
-        drawn += len(groups)
-        for group in groups:
-            (dropped if retries and group.equal else kept).append(group)
-        if attempt < retries and not distributed.agree(len(kept) < wanted):
-            break
-    missing = wanted - len(kept)
-    groups = (kept + dropped[: max(missing, 0)])[:wanted]
-    return Rollout(groups, drawn, len(dropped) - max(missing, 0), capabilities)

@@ -17,7 +17,7 @@ from capcur_jax.data.__main__ import main
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.models.inputs import Processor
-from capcur_jax.records import metrics
+from capcur_jax.records import jsonl
 from tests.conftest import random_checkpoint
 from tests.curation.scripted_server import ScriptedServer, turn_text
 
@@ -159,7 +159,7 @@ def test_from_captions_to_a_trained_model_and_a_data_card(tmp_path, capsys):
     flags = [f"--{key}={value}" for key, value in {**RUN, **sets}.items()]
     run = [sys.executable, "-m", "capcur_jax.main", "--config=configs/capability_x_difficulty.py"]
     subprocess.run([*run, f"--workdir={tmp_path / 'run'}", *flags], check=True, stdout=subprocess.DEVNULL)
-    records = [record for record in metrics.read_jsonl(tmp_path / "run" / "metrics.jsonl") if record["type"] == "step"]
+    records = [record for record in jsonl.read_jsonl(tmp_path / "run" / "metrics.jsonl") if record["type"] == "step"]
     steps = len(read_problems(rated)[0]) // 4
     assert [record["stage"] for record in records] == ["perception"] * steps + ["text"] * 3 + ["visual"] * 2
     assert all(record["compilations"] == 0 and np.isfinite(record["loss"]) for record in records)

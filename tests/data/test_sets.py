@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from capcur_jax import presets
+from capcur_jax.data import loader
 from capcur_jax.data import sets as pipeline
 from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.problem import Problem
@@ -28,7 +29,7 @@ def first(ordered, count):
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_batches_follow_the_order_and_run_over_epochs(threads):
     ordered = Curriculum().arrange([PROBLEMS], 1, 4)
-    batches = pipeline.batches(ordered.__getitem__, 4, threads=threads)
+    batches = loader.batches(ordered.__getitem__, 4, threads=threads)
     got = [next(batches) for _ in range(10)]
     assert all(isinstance(batch, list) and len(batch) == 4 for batch in got)
     assert [id for batch in got for id in ids(batch)] == first(ordered, 40)
@@ -37,20 +38,20 @@ def test_batches_follow_the_order_and_run_over_epochs(threads):
 @pytest.mark.parametrize("start", [1, 3, 7])
 def test_batches_go_on_exactly_where_they_were_left(start):
     ordered = Curriculum().arrange([PROBLEMS], 2, 4)
-    whole, rest = (pipeline.batches(ordered.__getitem__, 4, start=at) for at in (0, start))
+    whole, rest = (loader.batches(ordered.__getitem__, 4, start=at) for at in (0, start))
     unbroken = [ids(next(whole)) for _ in range(start + 6)]
     assert [ids(next(rest)) for _ in range(6)] == unbroken[start:]
 
 
 def test_nothing_before_the_start_is_made():
     made = []
-    batch = next(pipeline.batches(lambda number: made.append(number) or number, 4, start=5, threads=1))
+    batch = next(loader.batches(lambda number: made.append(number) or number, 4, start=5, threads=1))
     assert batch == [20, 21, 22, 23] and min(made) == 20
 
 
 def test_what_is_built_is_handed_on_as_it_is():
     built = [(problem, [problem.id]) for problem in PROBLEMS]
-    batch = next(pipeline.batches(built.__getitem__, 3))
+    batch = next(loader.batches(built.__getitem__, 3))
     assert all(example is built[n] for n, example in enumerate(batch))
 
 
@@ -61,7 +62,7 @@ def test_building_runs_ahead_in_threads():
         names.add(threading.current_thread().name)
         return number
 
-    next(pipeline.batches(build, 2))
+    next(loader.batches(build, 2))
     assert names and threading.current_thread().name not in names
 
 
@@ -70,7 +71,7 @@ def test_an_error_while_building_reaches_the_caller():
         raise KeyError("what went wrong")
 
     with pytest.raises(KeyError, match="what went wrong"):
-        next(pipeline.batches(build, 2))
+        next(loader.batches(build, 2))
 
 
 # ---------------------------------------------------------------------- sets

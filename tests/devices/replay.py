@@ -19,9 +19,10 @@ import numpy as np
 from flax import nnx
 
 from capcur_jax import presets, schedule
-from capcur_jax.devices import distributed, sharding
+from capcur_jax.devices import cluster, sharding
 from capcur_jax.learner.learner import Learner
-from capcur_jax.learner.trainer import Packer, Trainer, combined, grpo_item
+from capcur_jax.learner.minibatches import Packer, grpo_item
+from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Processor
@@ -63,7 +64,7 @@ def fingerprint(tree: nnx.State) -> dict[str, list[float]]:
 def main(arguments: list[str]) -> None:
     checkpoint, *numbers = arguments[:6]
     data, fsdp, tensor, micro, updates = map(int, numbers)
-    distributed.initialize()
+    cluster.initialize()
     config = presets.laptop()
     config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
     config.rollout.update({"group": GROUP, "max_new_tokens": LENGTH})

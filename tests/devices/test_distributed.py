@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from capcur_jax.devices import distributed
-from capcur_jax.devices.distributed import Settings
+from capcur_jax.devices import cluster, distributed
+from capcur_jax.devices.cluster import Settings
 from capcur_jax.errors import InputError
 from capcur_jax.records.metrics import CompilationCounter
 
@@ -37,7 +37,7 @@ def bare_environment(monkeypatch):
 @contextlib.contextmanager
 def processes(code: str, *environments: dict[str, str]):
     """One process an environment, running `code`, which has `i` and the module at hand; ended at the latest on exit."""
-    preamble = "import sys, jax, numpy as np\nfrom capcur_jax import distributed\ni = int(sys.argv[1])\n"
+    preamble = "import sys, jax, numpy as np\nfrom capcur_jax.devices import cluster, distributed\ni = int(sys.argv[1])\n"
     bare = {key: value for key, value in os.environ.items() if not key.startswith(CLUSTERS)}
     bare |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     started = [
@@ -71,8 +71,8 @@ def free_port(least: int = 20000, most: int = 65500) -> int:
 
 
 def by_variables(port: int, count: int = 2) -> list[dict[str, str]]:
-    shared = {distributed.COORDINATOR: f"localhost:{port}", distributed.PROCESS_COUNT: str(count)}
-    return [shared | {distributed.PROCESS_ID: str(i)} for i in range(count)]
+    shared = {cluster.COORDINATOR: f"localhost:{port}", cluster.PROCESS_COUNT: str(count)}
+    return [shared | {cluster.PROCESS_ID: str(i)} for i in range(count)]
 
 
 # ---------------------------------------------------------------------- two real processes
@@ -80,8 +80,8 @@ def by_variables(port: int, count: int = 2) -> list[dict[str, str]]:
 
 def test_two_processes_hear_each_other_to_the_last_bit():
     code = """
-        from capcur_jax.metrics import CompilationCounter
-        distributed.initialize()
+        from capcur_jax.records.metrics import CompilationCounter
+        cluster.initialize()
         assert distributed.process_count() == 2 and distributed.process_id() == i
         assert distributed.is_owner() == (i == 0)
         assert jax._src.xla_bridge._backends == {}, "who is who starts no backend"
@@ -134,7 +134,7 @@ def test_flags_start_two_processes_and_sigterm_still_reaches_python():
         import os, signal
         seen = []
         signal.signal(signal.SIGTERM, lambda *unused: seen.append("SIGTERM"))
-        distributed.initialize(distributed.Settings("localhost:{port}", i, 2))
+        cluster.initialize(cluster.Settings("localhost:{port}", i, 2))
         os.kill(os.getpid(), signal.SIGTERM)
         print(seen, distributed.exchange(np.array(i)).tolist())
     """
@@ -144,7 +144,7 @@ def test_flags_start_two_processes_and_sigterm_still_reaches_python():
 def test_slurm_starts_two_processes():
     port = free_port(65535 - 2**12 + 1)  # JAX takes the port from the job's number
     job = SLURM | {"SLURM_JOB_ID": str(port - (65535 - 2**12 + 1)), "SLURM_STEP_TASKS_PER_NODE": "2"}
-    code = "distributed.initialize()\nprint(distributed.process_id(), distributed.exchange(np.array(i * 10)).tolist())"
+    code = "cluster.initialize()\nprint(distributed.process_id(), distributed.exchange(np.array(i * 10)).tolist())"
     tasks = [job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_NODEID": "0"} for i in range(2)]
     assert [output.splitlines()[-1] for output in run(code, *tasks)] == ["0 [0, 10]", "1 [0, 10]"]
 
@@ -152,10 +152,10 @@ def test_slurm_starts_two_processes():
 def test_kubernetes_with_coordinator_and_count_takes_the_completion_index():
     shared = {
         "KUBERNETES_SERVICE_HOST": "10.0.0.1",
-        distributed.COORDINATOR: f"localhost:{free_port()}",
-        distributed.PROCESS_COUNT: "2",
+        cluster.COORDINATOR: f"localhost:{free_port()}",
+        cluster.PROCESS_COUNT: "2",
     }
-    code = "distributed.initialize()\nprint(distributed.process_id(), distributed.exchange(np.array(i)).tolist())"
+    code = "cluster.initialize()\nprint(distributed.process_id(), distributed.exchange(np.array(i)).tolist())"
     pods = [shared | {"JOB_COMPLETION_INDEX": str(i)} for i in range(2)]
     assert [output.splitlines()[-1] for output in run(code, *pods)] == ["0 [0, 1]", "1 [0, 1]"]
 
@@ -181,7 +181,7 @@ KUBERNETES_RUN = """
     from jax._src.clusters import k8s_cluster
     k8s_cluster.K8sCluster._namespace = lambda: "default"  # a file that every pod has
     k8s_cluster.time.sleep = lambda seconds: None
-    distributed.initialize()
+    cluster.initialize()
     print(distributed.process_id(), distributed.exchange(np.array(i)).tolist())
 """
 
@@ -194,7 +194,7 @@ def pods(directory, **variables) -> list[dict[str, str]]:
 
 
 def test_kubernetes_asks_the_cluster_how_many_pods_the_job_has(tmp_path):
-    outputs = run(KUBERNETES_RUN, *pods(tmp_path, **{distributed.COORDINATOR: f"localhost:{free_port()}"}))
+    outputs = run(KUBERNETES_RUN, *pods(tmp_path, **{cluster.COORDINATOR: f"localhost:{free_port()}"}))
     assert [output.splitlines()[-1] for output in outputs] == ["0 [0, 1]", "1 [0, 1]"]
 
 
@@ -209,7 +209,7 @@ def test_kubernetes_that_refuses_says_what_it_needs(tmp_path):
 def test_a_process_that_dies_ends_the_others():
     """Nobody trains on alone; the limit is the harness's, not the library's."""
     code = """
-        distributed.initialize()
+        cluster.initialize()
         distributed.barrier("both are here")
         if i == 0:
             import os
@@ -225,8 +225,8 @@ def test_a_process_that_dies_ends_the_others():
 
 def test_an_error_in_one_process_ends_the_others():
     code = """
-        distributed._EXIT_S = 1
-        distributed.initialize()
+        cluster._EXIT_S = 1
+        cluster.initialize()
         distributed.barrier("both are here")
         if i == 1:
             raise FloatingPointError("a bug")
@@ -247,15 +247,15 @@ def test_one_process_starts_nothing(monkeypatch):
         raise AssertionError("nothing is to be started")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    distributed.initialize()
-    distributed.initialize(Settings(process_count=1))
+    cluster.initialize()
+    cluster.initialize(Settings(process_count=1))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a pod, but no indexed job
-    distributed.initialize()
+    cluster.initialize()
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    distributed.initialize(Settings(process_count=1))
+    cluster.initialize(Settings(process_count=1))
     for name, value in (SLURM | {"SLURM_NTASKS": "1"}).items():
         monkeypatch.setenv(name, value)
-    distributed.initialize()
+    cluster.initialize()
 
 
 def test_one_process_answers_itself_without_device_work():
@@ -293,43 +293,43 @@ def test_one_process_answers_itself_without_device_work():
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
-        distributed.initialize(settings)
+        cluster.initialize(settings)
 
 
 def test_wrong_variables_are_named(monkeypatch):
-    monkeypatch.setenv(distributed.COORDINATOR, "localhost:1")
+    monkeypatch.setenv(cluster.COORDINATOR, "localhost:1")
     with pytest.raises(InputError, match=r"--process_id .* and --process_count .* is missing"):
-        distributed.initialize()
-    monkeypatch.setenv(distributed.PROCESS_COUNT, "two")
+        cluster.initialize()
+    monkeypatch.setenv(cluster.PROCESS_COUNT, "two")
     with pytest.raises(InputError, match="JAX_NUM_PROCESSES='two' isn't a whole number"):
-        distributed.initialize()
+        cluster.initialize()
 
 
 def test_flags_come_before_variables_and_these_before_slurm(monkeypatch):
     started = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *where, **options: started.append((where, options)))
-    monkeypatch.setattr(distributed, "_meet", lambda given: None)
+    monkeypatch.setattr(cluster, "_meet", lambda given: None)
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    distributed.initialize()
+    cluster.initialize()
     assert started[-1][0] == () and started[-1][1]["cluster_detection_method"] == "slurm"
-    monkeypatch.setenv(distributed.COORDINATOR, "other:5")
-    distributed.initialize()
+    monkeypatch.setenv(cluster.COORDINATOR, "other:5")
+    cluster.initialize()
     assert started[-1][0] == (), "with an address alone, JAX reads it and Slurm says the rest"
-    monkeypatch.setenv(distributed.PROCESS_COUNT, "3")
-    monkeypatch.setenv(distributed.PROCESS_ID, "2")
-    distributed.initialize()
+    monkeypatch.setenv(cluster.PROCESS_COUNT, "3")
+    monkeypatch.setenv(cluster.PROCESS_ID, "2")
+    cluster.initialize()
     assert started[-1][0] == ("other:5", 3, 2) and started[-1][1]["cluster_detection_method"] == "deactivate"
-    distributed.initialize(Settings("mine:6", 1, 4))
+    cluster.initialize(Settings("mine:6", 1, 4))
     assert started[-1][0] == ("mine:6", 4, 1)
 
 
 def test_coordinator_that_cannot_open_its_port_or_does_not_answer(monkeypatch):
-    monkeypatch.setattr(distributed, "_START_S", 0)
+    monkeypatch.setattr(cluster, "_START_S", 0)
     with socket.create_server(("", 0)) as taken, pytest.raises(InputError, match="process 0 can't open port"):
-        distributed.initialize(Settings(f"localhost:{taken.getsockname()[1]}", 0, 2))
+        cluster.initialize(Settings(f"localhost:{taken.getsockname()[1]}", 0, 2))
     with pytest.raises(InputError, match="process 0 didn't answer within 0 s"):
-        distributed.initialize(Settings(f"localhost:{free_port()}", 1, 2))
+        cluster.initialize(Settings(f"localhost:{free_port()}", 1, 2))
 
 
 def test_kubernetes_without_its_package(monkeypatch):
@@ -337,36 +337,36 @@ def test_kubernetes_without_its_package(monkeypatch):
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(InputError, match=r"pip install 'jax\[k8s\]'; .*--process_count=1 makes a run of its own"):
-        distributed.initialize()
+        cluster.initialize()
 
 
 # ---------------------------------------------------------------------- detection
 
 
 def test_detection():
-    assert distributed.detect({}) == ""
-    assert distributed.detect(SLURM) == "Slurm"
-    assert distributed.detect(SLURM | {"SLURM_NTASKS": "1"}) == ""
+    assert cluster.detect({}) == ""
+    assert cluster.detect(SLURM) == "Slurm"
+    assert cluster.detect(SLURM | {"SLURM_NTASKS": "1"}) == ""
     batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
-    assert distributed.detect(batch_script) == "", "not started by srun"
+    assert cluster.detect(batch_script) == "", "not started by srun"
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-    assert distributed.detect(pod) == ""
-    assert distributed.detect(pod | {"JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
-    assert distributed.detect(SLURM | pod | {"JOB_COMPLETION_INDEX": "0"}) == "Slurm"
+    assert cluster.detect(pod) == ""
+    assert cluster.detect(pod | {"JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
+    assert cluster.detect(SLURM | pod | {"JOB_COMPLETION_INDEX": "0"}) == "Slurm"
 
 
 def test_detection_on_a_tpu_host(monkeypatch):
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
     hosts = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}
-    assert distributed.detect(hosts) == "", "no TPU here"
+    assert cluster.detect(hosts) == "", "no TPU here"
     monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(distributed, "jax", _with_platforms(None))
-    assert distributed.detect(hosts) == distributed.detect(hosts | pod) == "TPU metadata"
-    assert distributed.detect({"TPU_WORKER_HOSTNAMES": "a"}) == ""
-    assert distributed.detect({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == "TPU metadata"
-    assert distributed.detect({}) == "TPU metadata", "a TPU VM's metadata server is asked"
-    monkeypatch.setattr(distributed, "jax", _with_platforms("cpu"))
-    assert distributed.detect(hosts) == "", "the run doesn't use the TPU"
+    monkeypatch.setattr(cluster, "jax", _with_platforms(None))
+    assert cluster.detect(hosts) == cluster.detect(hosts | pod) == "TPU metadata"
+    assert cluster.detect({"TPU_WORKER_HOSTNAMES": "a"}) == ""
+    assert cluster.detect({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == "TPU metadata"
+    assert cluster.detect({}) == "TPU metadata", "a TPU VM's metadata server is asked"
+    monkeypatch.setattr(cluster, "jax", _with_platforms("cpu"))
+    assert cluster.detect(hosts) == "", "the run doesn't use the TPU"
 
 
 def _with_platforms(platforms):
@@ -377,7 +377,7 @@ def _with_platforms(platforms):
 
 def test_devices_of_a_slurm_task():
     def devices(task=0, **variables):
-        return distributed._slurm_devices(SLURM | {"SLURM_LOCALID": str(task), "SLURM_NODEID": "0"} | variables)
+        return cluster._slurm_devices(SLURM | {"SLURM_LOCALID": str(task), "SLURM_NODEID": "0"} | variables)
 
     eight = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7", "SLURM_GPUS_ON_NODE": "8"}
     assert devices(SLURM_STEP_TASKS_PER_NODE="1(x2)", **eight) == [], "one task a host has all its GPUs"
@@ -391,6 +391,6 @@ def test_devices_of_a_slurm_task():
 
 def test_tasks_on_a_slurm_node():
     def tasks(node):
-        return distributed._tasks_on_this_node({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": node})
+        return cluster._tasks_on_this_node({"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": node})
 
     assert [tasks(node) for node in "01234"] == [2, 2, 2, 1, None]

@@ -271,7 +271,7 @@ LAYOUTS = """
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
-from capcur_jax.optimizer import make_optimizer, state_sharding
+from capcur_jax.learner.optimizer import make_optimizer, state_sharding
 settings = ConfigDict(dict(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01, max_gradient_norm=0.0,
                            moments="bfloat16", parameters="bfloat16"))
 optimizer, random = make_optimizer(settings), np.random.default_rng(0)

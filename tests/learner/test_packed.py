@@ -13,7 +13,8 @@ from capcur_jax import schedule
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import Learner, token_means
-from capcur_jax.learner.trainer import Packer, Trainer, combined, grpo_item, sft_item
+from capcur_jax.learner.minibatches import Packer, grpo_item, sft_item
+from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Prompt

@@ -127,8 +127,8 @@ def test_a_loop_of_unknown_length_is_counted_once_and_said():
 
 PROGRAM = """
 import json, sys
-from capcur_jax import aot, hlo
-devices = aot.devices(sys.argv[1])
+from capcur_jax.plan import hlo, topologies
+devices = topologies.devices(sys.argv[1])
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 mesh = Mesh(np.array(devices[:8]).reshape(4, 2), ("a", "b"))

@@ -16,8 +16,8 @@ import pytest
 from capcur_jax import presets
 from capcur_jax.models.config import from_directory
 from capcur_jax.plan import __main__ as plan
+from capcur_jax.plan import estimate, topologies
 from capcur_jax.plan import programs as plan_programs
-from capcur_jax.plan import topologies
 
 QUICK = (
     "--config.packing.buckets=((32,),(48,))",
@@ -152,12 +152,12 @@ def program(size: int, **values):
 def test_what_fits_with_what_lies_there_and_the_headroom():
     needed = 2 * 4 * 128**2  # argument and result
     room = CHIP.memory_bytes * 0.75
-    assumed = plan.Assumptions(headroom=0.25)
+    assumed = estimate.Assumptions(headroom=0.25)
 
     def fits(resident):
-        return plan.measure(program(128, resident=int(resident)), 1, CHIP, assumed)["fits"]
+        return estimate.measure(program(128, resident=int(resident)), 1, CHIP, assumed)["fits"]
 
-    measured = plan.measure(program(128), 1, CHIP, assumed)
+    measured = estimate.measure(program(128), 1, CHIP, assumed)
     assert measured["peak_bytes"] >= needed and measured["flops"] == 2 * 128**3
     assert fits(room - measured["peak_bytes"])
     assert not fits(room - measured["peak_bytes"] + 1)
@@ -171,7 +171,7 @@ def test_an_out_of_memory_error_of_the_compiler_is_a_verdict():
     traced = SimpleNamespace(lower=Lowered, jaxpr=jax.make_jaxpr(lambda x: x)(1.0))
     what = program(8)
     what.trace = what.smallest = lambda: traced
-    measured = plan.measure(what, 1, CHIP, plan.Assumptions())
+    measured = estimate.measure(what, 1, CHIP, estimate.Assumptions())
     assert measured["fits"] is False and measured["out_of_memory"] == "Ran out of memory on HBM (12G of 8G)"
 
 
@@ -184,10 +184,10 @@ def test_an_out_of_memory_error_of_the_compiler_is_a_verdict():
 def test_the_estimate_is_what_takes_longest(measured, trips, reads, expected):
     known = {"flops": 1, "flops_smallest": 1, "arguments_bytes": 1, "outputs_bytes": 0, "sent_bytes": 0, **measured}
     what = SimpleNamespace(trips=trips, reads=reads)
-    assumed = plan.Assumptions(utilisation=0.5, bandwidth=0.8)
-    assert plan.seconds(known, what, 4, CHIP, assumed, smallest=False) == pytest.approx(expected)
+    assumed = estimate.Assumptions(utilisation=0.5, bandwidth=0.8)
+    assert estimate.seconds(known, what, 4, CHIP, assumed, smallest=False) == pytest.approx(expected)
     if reads:
-        assert plan.seconds(known, what, 4, CHIP, assumed, smallest=True) == pytest.approx(expected / 10)
+        assert estimate.seconds(known, what, 4, CHIP, assumed, smallest=True) == pytest.approx(expected / 10)
 
 
 @pytest.mark.parametrize("topology", ["cuda:h100:1x1x2", "tpu:v5p:2x2x1"])

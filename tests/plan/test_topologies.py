@@ -56,11 +56,11 @@ def test_missing_compilers_are_named(monkeypatch):
 
 def test_cpu_devices_are_as_many_as_asked_for():
     code = """if True:
-        from capcur_jax import aot
+        from capcur_jax.plan import topologies
         import jax
-        print(len(aot.devices("cpu:6")), len(jax.devices()))
+        print(len(topologies.devices("cpu:6")), len(jax.devices()))
         try:
-            aot.devices("cpu:7")
+            topologies.devices("cpu:7")
         except Exception as error:
             print(type(error).__name__, error)
     """
@@ -76,7 +76,12 @@ def test_cpu_devices_are_as_many_as_asked_for():
 def test_devices_that_are_not_there(name, count, kind):
     if topologies.missing(topologies.parse(name).platform):
         pytest.skip("its compiler is not installed")
-    code = "import sys; from capcur_jax import aot; d = aot.devices(sys.argv[1]); print(len(d), d[0].device_kind)"
+    code = """if True:
+        import sys
+        from capcur_jax.plan import topologies
+        found = topologies.devices(sys.argv[1])
+        print(len(found), found[0].device_kind)
+    """
     assert in_a_process_of_its_own(code, name).strip() == f"{count} {kind}"
 
 
@@ -87,9 +92,9 @@ def test_a_tpus_memory_is_what_its_compiler_says(chip):
         pytest.skip("its compiler is not installed")
     code = """if True:
         import sys
-        from capcur_jax import aot
+        from capcur_jax.plan import topologies
         import jax
-        sharding = jax.sharding.SingleDeviceSharding(aot.devices(sys.argv[1])[0])
+        sharding = jax.sharding.SingleDeviceSharding(topologies.devices(sys.argv[1])[0])
         array = jax.ShapeDtypeStruct((75, 2**20, 256), jax.numpy.float32, sharding=sharding)
         try:
             jax.jit(lambda x: 2 * x).lower(array).compile()

@@ -193,7 +193,7 @@ def test_quiet_shows_warnings_only():
 
 _LIVE_RUN = """
 import json, sys, time
-from capcur_jax.display import Display
+from capcur_jax.records.display import Display
 with Display() as display:
     display.whole_run(200)
     display.stage("perception", 100)

@@ -11,26 +11,26 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from capcur_jax.records import metrics
+from capcur_jax.records import jsonl, metrics
 
 
 def test_json_lines_round_trip_and_flush(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    writer = metrics.JsonLines(path)
+    writer = jsonl.JsonLines(path)
     writer.write({"step": np.int32(1), "loss": np.float32(0.5), "ok": np.bool_(True), "tags": ("a", None), "at": path})
     # Read before closing: a killed run keeps what it wrote.
-    assert metrics.read_jsonl(path) == [{"step": 1, "loss": 0.5, "ok": True, "tags": ["a", None], "at": str(path)}]
+    assert jsonl.read_jsonl(path) == [{"step": 1, "loss": 0.5, "ok": True, "tags": ["a", None], "at": str(path)}]
     writer.close()
-    with metrics.JsonLines(path) as writer:
+    with jsonl.JsonLines(path) as writer:
         writer.write({"step": 2})
-    assert [record["step"] for record in metrics.read_jsonl(path)] == [1, 2]
+    assert [record["step"] for record in jsonl.read_jsonl(path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
     "value", [math.nan, math.inf, -math.inf, np.float32("nan"), np.array(np.inf), ml_dtypes.bfloat16("nan")]
 )
 def test_non_finite_is_null_in_strict_json(tmp_path, value):
-    with metrics.JsonLines(tmp_path / "m.jsonl") as writer:
+    with jsonl.JsonLines(tmp_path / "m.jsonl") as writer:
         writer.write({"kl": value, "nested": [{"x": value}]})
 
     def refuse(constant):
@@ -42,14 +42,14 @@ def test_non_finite_is_null_in_strict_json(tmp_path, value):
 
 def test_scalars_of_numpy_and_jax():
     values = [np.float16(1.5), ml_dtypes.bfloat16(1.5), jnp.bfloat16(1.5), jnp.float32(1.5), np.array(1.5)]
-    assert metrics.to_jsonable(values) == [1.5] * 5
-    whole = metrics.to_jsonable([np.int64(3), jnp.int32(3), np.uint8(3)])
+    assert jsonl.to_jsonable(values) == [1.5] * 5
+    whole = jsonl.to_jsonable([np.int64(3), jnp.int32(3), np.uint8(3)])
     assert whole == [3, 3, 3] and all(type(value) is int for value in whole)
-    assert metrics.to_jsonable(jnp.array(True)) is True
+    assert jsonl.to_jsonable(jnp.array(True)) is True
 
 
 def test_what_is_no_record_is_an_error_that_names_the_key(tmp_path):
-    with metrics.JsonLines(tmp_path / "m.jsonl") as writer:
+    with jsonl.JsonLines(tmp_path / "m.jsonl") as writer:
         with pytest.raises(TypeError, match=r"record\.samples\[1\]\.image: bytes"):
             writer.write({"samples": [{}, {"image": b"\x89PNG"}]})
         with pytest.raises(TypeError, match=r"record\.reward: ndarray"):
@@ -61,9 +61,9 @@ def test_what_is_no_record_is_an_error_that_names_the_key(tmp_path):
 
 def test_base64_images_never_reach_the_file(tmp_path):
     uri = "data:image/png;base64," + "iVBORw0KGgo" * 20
-    with metrics.JsonLines(tmp_path / "r.jsonl") as writer:
+    with jsonl.JsonLines(tmp_path / "r.jsonl") as writer:
         writer.write({"images": [uri], "response": f"see {uri} there"})
-    record = metrics.read_jsonl(tmp_path / "r.jsonl")[0]
+    record = jsonl.read_jsonl(tmp_path / "r.jsonl")[0]
     assert record == {
         "images": ["data:image/png;base64,[omitted]"],
         "response": "see data:image/png;base64,[omitted] there",
@@ -72,26 +72,26 @@ def test_base64_images_never_reach_the_file(tmp_path):
 
 def test_odd_characters_stay_on_one_line(tmp_path):
     text = "a\u2028b\x85c\nd\x00\ud800<script>"
-    with metrics.JsonLines(tmp_path / "r.jsonl") as writer:
+    with jsonl.JsonLines(tmp_path / "r.jsonl") as writer:
         writer.write({"response": text})
     content = (tmp_path / "r.jsonl").read_text()
     assert len(content.splitlines()) == 1 and content.isascii()
-    assert metrics.read_jsonl(tmp_path / "r.jsonl") == [{"response": text}]
+    assert jsonl.read_jsonl(tmp_path / "r.jsonl") == [{"response": text}]
 
 
 def test_cut_last_line_is_left_out_and_mended(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')
-    assert metrics.read_jsonl(path) == [{"step": 1}]
-    with metrics.JsonLines(path) as writer:
+    assert jsonl.read_jsonl(path) == [{"step": 1}]
+    with jsonl.JsonLines(path) as writer:
         writer.write({"step": 2})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     path.write_text('{"step": 1}')  # whole, but without its line ending
-    with metrics.JsonLines(path) as writer:
+    with jsonl.JsonLines(path) as writer:
         writer.write({"step": 2})
-    assert metrics.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    assert jsonl.read_jsonl(path) == [{"step": 1}, {"step": 2}]
     path.write_text('{"long": "' + "x" * 200_000)
-    metrics.JsonLines(path).close()
+    jsonl.JsonLines(path).close()
     assert path.read_text() == ""
 
 
@@ -99,15 +99,15 @@ def test_broken_line_in_the_middle_names_file_and_line(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"m\.jsonl:3: not a record"):
-        metrics.read_jsonl(path)
+        jsonl.read_jsonl(path)
 
 
 def test_write_json_atomic(tmp_path):
     path = tmp_path / "new" / "summary.json"
-    metrics.write_json_atomic(path, {"accuracy": np.float32(0.5), "kl": math.nan})
+    jsonl.write_json_atomic(path, {"accuracy": np.float32(0.5), "kl": math.nan})
     assert json.loads(path.read_text()) == {"accuracy": 0.5, "kl": None}
     with pytest.raises(TypeError):
-        metrics.write_json_atomic(path, {"accuracy": object()})
+        jsonl.write_json_atomic(path, {"accuracy": object()})
     assert json.loads(path.read_text()) == {"accuracy": 0.5, "kl": None}, "a failed write keeps the old file"
     assert [entry.name for entry in path.parent.iterdir()] == ["summary.json"], "no temporary file is left"
 
@@ -173,7 +173,7 @@ def test_compilation_counter_counts_the_same_with_a_persistent_cache(tmp_path):
         "jax.config.update('jax_compilation_cache_dir', sys.argv[1])\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)\n"
-        "from capcur_jax import metrics\n"
+        "from capcur_jax.records import metrics\n"
         "counter = metrics.CompilationCounter()\n"
         "f = jax.jit(lambda x: x * 2 + 1)\n"
         "for n in (3, 3, 4): f(np.ones(n, np.float32))\n"

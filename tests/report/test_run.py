@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.ImageDraw
 import pytest
 
-from capcur_jax.records import metrics
+from capcur_jax.records import jsonl
 from capcur_jax.report import charts as charts_lib
 from capcur_jax.report import page
 from capcur_jax.report import run as report
@@ -132,7 +132,7 @@ def write_run(workdir, steps=300, seed=0):
             record |= {"accuracy": values[index], "format": 0.98, "response_length": 31.0 - index, "questions": 1000}
             writer.write({**record, "by_kind": kinds})
 
-    with metrics.JsonLines(workdir / "metrics.jsonl") as log, metrics.JsonLines(workdir / "rollouts.jsonl") as rollouts:
+    with jsonl.JsonLines(workdir / "metrics.jsonl") as log, jsonl.JsonLines(workdir / "rollouts.jsonl") as rollouts:
         evaluate(log, 0, 0)
         length = steps // len(STAGES)
         for index, stage in enumerate(STAGES):
@@ -157,10 +157,10 @@ def write_run(workdir, steps=300, seed=0):
         "checkpoint": str(workdir / "final"),
         "skipped": {"rows": 2, "images": 0},
     }
-    metrics.write_json_atomic(workdir / "summary.json", summary)
+    jsonl.write_json_atomic(workdir / "summary.json", summary)
     config = {"seed": 0, "stages": [{"name": name, "steps": length} for name in STAGES], "optimizer": {"rate": 1e-4}}
-    metrics.write_json_atomic(workdir / "config.json", config)
-    metrics.write_json_atomic(workdir / "versions.json", {"python": "3.11.7", "jax": "0.10.2", "commit": "0" * 40})
+    jsonl.write_json_atomic(workdir / "config.json", config)
+    jsonl.write_json_atomic(workdir / "versions.json", {"python": "3.11.7", "jax": "0.10.2", "commit": "0" * 40})
     return workdir
 
 
@@ -227,15 +227,15 @@ def test_hostile_text_does_nothing(tmp_path):
     workdir.mkdir()
     step = {**step_record(1, HOSTILE, 1, 0.5, random.Random(0)), "seconds": 1.0}
     evaluation = {"type": "evaluation", "step": 0, "after": HOSTILE, "capability": HOSTILE, "accuracy": 0.5}
-    with metrics.JsonLines(workdir / "metrics.jsonl") as log:
+    with jsonl.JsonLines(workdir / "metrics.jsonl") as log:
         log.write(step)
         log.write({**evaluation, "by_kind": {HOSTILE: 0.5}, "questions": 10})
     sample = {"response": HOSTILE, "reward": 1.0, "advantage": 1.0, "tokens": 3, "finish": HOSTILE}
     rollout = {"step": 1, "stage": HOSTILE, "id": HOSTILE, "problem": HOSTILE, "answer": HOSTILE}
-    with metrics.JsonLines(workdir / "rollouts.jsonl") as log:
+    with jsonl.JsonLines(workdir / "rollouts.jsonl") as log:
         log.write({**rollout, "images": [HOSTILE], "samples": [sample]})
     for name in ("config", "versions", "summary"):
-        metrics.write_json_atomic(workdir / f"{name}.json", {"status": HOSTILE, HOSTILE: [HOSTILE]})
+        jsonl.write_json_atomic(workdir / f"{name}.json", {"status": HOSTILE, HOSTILE: [HOSTILE]})
     source = report.write_report(workdir).read_text(encoding="utf-8")
     page = Page(source)
     assert_inert(page)
@@ -262,7 +262,7 @@ def test_run_that_only_began(tmp_path):
 
 def test_sft_only_and_one_step(tmp_path):
     record = {"type": "step", "step": 1, "stage": "sft", "objective": "sft", "loss": 2.5, "token_accuracy": 0.3}
-    with metrics.JsonLines(tmp_path / "metrics.jsonl") as log:
+    with jsonl.JsonLines(tmp_path / "metrics.jsonl") as log:
         log.write({**record, "grad_norm": 1.0, "seconds": 0.2})
     page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
     assert "SFT loss" in page.text and "SFT token accuracy" in page.text and "whole step" in page.text
@@ -271,7 +271,7 @@ def test_sft_only_and_one_step(tmp_path):
 
 def test_resumed_run_counts_a_repeated_step_once(tmp_path):
     rng = random.Random(0)
-    with metrics.JsonLines(tmp_path / "metrics.jsonl") as log:
+    with jsonl.JsonLines(tmp_path / "metrics.jsonl") as log:
         for step in (1, 2, 3, 2, 3, 4):
             log.write(step_record(step, "text", step, 0.5, rng))
     assert re.search(r"<b>4</b>steps", report.write_report(tmp_path).read_text(encoding="utf-8"))
@@ -285,7 +285,7 @@ def test_images_missing_broken_large_and_transparent(tmp_path):
     PIL.Image.new("LA", (40, 20)).save(tmp_path / "small.png")
     names = ("gone.png", "broken.png", "large.png", "small.png", "gone.png", "gone.png")
     (tmp_path / "metrics.jsonl").write_text("")
-    with metrics.JsonLines(tmp_path / "rollouts.jsonl") as log:
+    with jsonl.JsonLines(tmp_path / "rollouts.jsonl") as log:
         log.write({"step": 1, "stage": "s", "images": [tmp_path / name for name in names], "samples": []})
     path = report.write_report(tmp_path)
     page = Page(path.read_text(encoding="utf-8"))
@@ -353,6 +353,6 @@ def test_needs_no_jax(tmp_path):
         json.dumps(step_record(1, "text", 1, 0.5, random.Random(0))).replace("NaN", "0")
     )
     code = (
-        "import sys; from capcur_jax.evaluation.report import main; main(sys.argv[1:]); assert 'jax' not in sys.modules"
+        "import sys; from capcur_jax.report.__main__ import main; main(sys.argv[1:]); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from capcur_jax import presets
+from capcur_jax import checks, presets
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.learner.trainer import Trainer
 from capcur_jax.records import metrics
-from capcur_jax.rollout import choose
 from capcur_jax.rollout.collector import Drawer
 from capcur_jax.rollout.engine import Health, Sample, Span
 from capcur_jax.rollout.groups import Group, Rollout
@@ -246,7 +245,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
     config = presets.laptop()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-        choose.check(config)
+        checks._check_rollout(config)
 
 
 def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
@@ -255,6 +254,6 @@ def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
         for config in (split, turns):
             with config.unlocked():
                 config.rollout.sglang.python = "python"
-            choose.check(config)
+            checks._check_rollout(config)
         assert not set(split.mesh.gpus) & set(split.rollout.sglang.gpus) and len(split.mesh.gpus) == 4
         assert turns.mesh.gpus == () and turns.rollout.sglang.servers == 8 and turns.rollout.sglang.colocate

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
 from capcur_jax.rewards.reward import Score
+from capcur_jax.rollout.collector import collect
 from capcur_jax.rollout.engine import Sample
-from capcur_jax.rollout.groups import Example, Group, Rollout, collect
+from capcur_jax.rollout.groups import Group, Rollout
 
 G = 4
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.curation.contamination import compare, write_clean
-    from capcur_jax.data.problem import write_atomically
+    from capcur_jax.files import write_atomically
 
     read = (*arguments.train, *arguments.against)
     if arguments.remove:  # before the work, not after it

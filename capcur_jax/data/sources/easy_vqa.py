@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from capcur_jax.data.built import build_set
-from capcur_jax.data.problem import Problem, even_shares, stable_hash, write_atomically
+from capcur_jax.data.problem import Problem, even_shares, stable_hash
+from capcur_jax.files import write_atomically
 
 VERSION = "easy-vqa-2"  # raise it with every change of the rows
 KINDS = {"perception": ("shape", "color", "position", "size"), "visual": ("corners", "prices", "code")}

@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from capcur_jax.data import parquet
+from capcur_jax.data.answers import ANSWER_LENGTH, answer_type_of
 from capcur_jax.data.fields import BadRow, decoded, unpack_image
-from capcur_jax.data.problem import ANSWER_LENGTH, Drop, Problem, answer_type_of, short, stable_hash
+from capcur_jax.data.problem import Drop, Problem, short, stable_hash
 from capcur_jax.data.sources import json_stream, wording
 from capcur_jax.errors import InputError
 

@@ -11,8 +11,9 @@ import dataclasses
 import os
 from pathlib import Path
 
+from capcur_jax.data.answers import boxed_response
 from capcur_jax.data.built import build_set
-from capcur_jax.data.problem import Problem, boxed_response, even_shares, stable_hash
+from capcur_jax.data.problem import Problem, even_shares, stable_hash
 from capcur_jax.data.sources import easy_vqa, word_problems
 
 VERSION = f"tiny-base-5/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows

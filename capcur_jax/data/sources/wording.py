@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 
 from capcur_jax.data import answers
+from capcur_jax.data.answers import ANSWER_LENGTH, answer_type_of
 from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import ANSWER_LENGTH, IMAGE_MARK, answer_type_of, short
+from capcur_jax.data.problem import IMAGE_MARK, short
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_ANSWER = 60  # characters of a final answer that is taken from a solution: more is prose

@@ -16,9 +16,9 @@ from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models import huggingface
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.sglang import SGLangEngine
+from capcur_jax.rollout.sglang.engine import SGLangEngine
 from capcur_jax.rollout.sglang.settings import Settings
-distributed.initialize()
+cluster.initialize()
 source, workdir, addresses = sys.argv[2:]
 processor = Processor.from_directory(source)
 # What the owner is told counts: the other process has no address that answers.

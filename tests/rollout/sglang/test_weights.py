@@ -402,12 +402,12 @@ def test_the_host_holds_a_file_for_each_writer_and_one_more(make, model, monkeyp
 
 SHARDED = """
 from flax import nnx
-from capcur_jax import sharding
+from capcur_jax.devices import cluster, sharding
 from capcur_jax.models import huggingface
-from capcur_jax.rollout import manifest
-from capcur_jax.rollout.weights import WeightStore
+from capcur_jax.rollout.sglang import manifest
+from capcur_jax.rollout.sglang.weights import WeightStore
 from ml_collections import ConfigDict
-distributed.initialize()
+cluster.initialize()
 source, directory = sys.argv[2:]
 mesh = sharding.make_mesh(ConfigDict(dict(data=1, fsdp=-1, tensor=2)))
 place = lambda path, shape: sharding.of_parameter(mesh, path, shape)
