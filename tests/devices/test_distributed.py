@@ -37,7 +37,8 @@ def bare_environment(monkeypatch):
 @contextlib.contextmanager
 def processes(code: str, *environments: dict[str, str]):
     """One process an environment, running `code`, which has `i` and the module at hand; ended at the latest on exit."""
-    preamble = "import sys, jax, numpy as np\nfrom capcur_jax.devices import cluster, distributed\ni = int(sys.argv[1])\n"
+    preamble = "import sys, jax, numpy as np\nfrom capcur_jax.devices import cluster, distributed\n"
+    preamble += "i = int(sys.argv[1])\n"
     bare = {key: value for key, value in os.environ.items() if not key.startswith(CLUSTERS)}
     bare |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     started = [
