@@ -37,8 +37,8 @@ class CheckpointFailed(InputError):
 
 
 class Store:
-    """Numbered trees in `directory`, the last `keep` of them (None for all) and that of the highest metric. One method
-    runs at a time, and in all processes of the run.
+    """Numbered trees in `directory`: the last `keep` of them (None for all), and that of the highest metric, the
+    earliest of equals. One method runs at a time, and in all processes of the run.
 
     Args:
       directory: made if it does not exist; what killed processes left there is put in order.
@@ -61,10 +61,10 @@ class Store:
             active_processes=self._processes, barrier_sync_key_prefix=self._prefix
         )
         policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            best_fn=_metric,
+            best_fn=_rank,
             create=False,
             cleanup_tmp_directories=True,
             multiprocessing_options=sharing,
@@ -95,7 +95,7 @@ class Store:
 
     def best(self) -> tuple[int, float] | None:
         step = self._manager.best_step()
-        return None if step is None else (step, _metric(self._manager.metrics(step)))
+        return None if step is None else (step, self._manager.metrics(step)["metric"])
 
     def save(self, step: int, tree: Any, document: dict, metric: float | None = None) -> None:
         arrays = {name: _savable(leaf) for name, leaf in _named(tree).items()}
@@ -108,9 +108,8 @@ class Store:
             }
         )
         with self._explained():
-            self._manager.save(
-                step, args=items, metrics=None if metric is None else {"metric": float(metric)}, force=True
-            )
+            metrics = None if metric is None else {"metric": float(metric), "step": step}
+            self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Until what is being written is complete; raises what went wrong, once."""
@@ -143,6 +142,14 @@ class Store:
         items = ocp.args.Composite(**{_ARRAYS: ocp.args.PyTreeRestore(item=wanted, restore_args=arguments)})
         arrays = self._manager.restore(step, args=items)[_ARRAYS]
         return jax.tree.structure(abstract).unflatten([arrays[name] for name in wanted])
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """All of a step's arrays by dotted path, whatever tree they were saved from."""
+        shapes = {}
+        for name, kind in self.document(step)["arrays"].items():
+            dtype, _, shape = kind.removesuffix("]").partition("[")
+            shapes[name] = jax.ShapeDtypeStruct(tuple(int(size) for size in shape.split(",") if size), dtype)
+        return {name: np.asarray(array) for name, array in self.restore(step, shapes).items()}
 
     def set_aside(self, step: int) -> None:
         """Takes a step away under a name that `_put_back` knows, until another one of that number is complete."""
@@ -193,8 +200,9 @@ class Store:
             ) from error
 
 
-def _metric(metrics: dict) -> float:
-    return metrics["metric"]
+def _rank(metrics: dict) -> tuple[float, int]:
+    """The highest metric is the best, and the earlier step of equal ones."""
+    return metrics["metric"], -metrics["step"]
 
 
 def _reason(error: BaseException | None) -> str:

@@ -10,17 +10,40 @@ from typing import Any
 from capcur_jax.checkpoint_store import CheckpointFailed, Store, difference, plain
 from capcur_jax.errors import InputError
 
-__all__ = ["CheckpointFailed", "Checkpoints", "Position", "check_same_config", "truncate_records"]
+__all__ = ["CheckpointFailed", "Checkpoints", "Progress", "check_same_config", "truncate_records"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands: what of a checkpoint is not arrays."""
+class Progress:
+    """Where a run stands: what of a checkpoint is not arrays. train.py alone replaces a run's."""
 
     stage: int = 0  # number in config.order
     stage_step: int = 0  # steps of it that are done
-    batches: int = 0  # rollout batches of it that were drawn
+    batches: int = 0  # rollout batches of it that were consumed
     evaluated: bool = False  # the base was
+    step: int = 0  # steps of the whole run
+    version: int = 0  # of the weights: updates of the whole run
+    skipped: int = 0  # updates left out in the stages before; the state counts those of this one
+    best: float | None = None  # validation accuracy
+    seconds: float = 0.0  # that the run has taken when this was saved
+
+    @property
+    def number(self) -> int:
+        """Of its checkpoint: a stage's start has one of its own beside the end of the stage before."""
+        return self.step + self.stage
+
+    def begin_stage(self, number: int, skipped: int) -> Progress:
+        return dataclasses.replace(self, stage=number, stage_step=0, batches=0, evaluated=True, skipped=skipped)
+
+    def after_step(self, updates: int, batches: int) -> Progress:
+        """One step further, which made so many updates from so many rollout batches."""
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            stage_step=self.stage_step + 1,
+            version=self.version + updates,
+            batches=self.batches + batches,
+        )
 
 
 class Checkpoints:
@@ -50,8 +73,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False) -> None:
         """Writes a checkpoint in the background; returns when the arrays are copied, so they may be donated then.
 
-        A step that is there already is left alone if its position and metric are the same and replaced otherwise; the
-        old one stays until the new one is complete.
+        A step that is there already is left alone if its position is the same and no other metric is given, and
+        replaced otherwise; the old one stays until the new one is complete.
 
         Args:
           step: updates made so far; none may be there that is later.
@@ -76,12 +99,40 @@ class Checkpoints:
         document = {"position": position, "config": self._config, "metric": metric, "reference": self._reference}
         if last == step:
             stored = self._steps.document(step)
-            if all(stored[key] == plain(document)[key] for key in ("position", "metric", "reference")):
+            same = all(stored[key] == plain(document)[key] for key in ("position", "reference"))
+            if same and metric in (None, stored["metric"]):
                 return
             self._steps.set_aside(step)
         self._steps.save(step, state, document, metric)
         if wait:
             self._settle()
+
+    def save_run(
+        self, progress: Progress, state: Any, sizes: dict[str, int], *, metric: float | None = None, wait: bool = False
+    ) -> None:
+        """A checkpoint from which the run goes on; as `save`.
+
+        Args:
+          sizes: of its record files, in bytes.
+        """
+        position = {"progress": dataclasses.asdict(progress), "bytes": sizes}
+        self.save(progress.number, state, position, metric=metric, wait=wait)
+
+    def progress(self, step: int) -> tuple[Progress, dict[str, int]]:
+        """What `save_run` was given. Raises InputError for a checkpoint of another version of this program."""
+        stored = self.position(step)
+        try:
+            return Progress(**stored["progress"]), stored["bytes"]
+        except (KeyError, TypeError):
+            raise InputError(
+                f"{self.directory / str(step)} was written by another version of this program: go on with that "
+                f"version, or start anew with another --workdir."
+            ) from None
+
+    def holds(self, progress: Progress) -> bool:
+        """Whether the last complete checkpoint is of this very progress, at whatever second it was saved."""
+        last = self.latest()
+        return last is not None and dataclasses.replace(self.progress(last)[0], seconds=progress.seconds) == progress
 
     def latest(self) -> int | None:
         """The last step with a complete checkpoint."""
@@ -89,7 +140,7 @@ class Checkpoints:
         return self._steps.latest()
 
     def best(self) -> tuple[int, float] | None:
-        """The step with the highest metric, the later one of equals, and the metric."""
+        """The step with the highest metric, the earliest of equals, and the metric."""
         self._settle()
         return self._steps.best()
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from capcur_jax import policy
@@ -144,6 +145,16 @@ def _check_rollout(config: ConfigDict) -> None:
         raise InputError(
             "config.rollout.async_steps = 1 samples while the trainer works: with config.rollout.sglang.colocate the "
             "two take turns; choose one"
+        )
+
+
+def check_devices(config: ConfigDict) -> None:
+    """That JAX sees the GPUs that are the trainer's. Raises InputError."""
+    gpus = config.mesh.gpus
+    if gpus and jax.default_backend() == "gpu" and jax.local_device_count() != len(gpus):
+        raise InputError(
+            f"config.mesh.gpus = {tuple(gpus)}, but JAX has {jax.local_device_count()} of this host's GPUs: start "
+            "the run with capcur_jax.main, one process a host, or set CUDA_VISIBLE_DEVICES and leave the key empty"
         )
 
 

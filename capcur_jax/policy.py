@@ -1,12 +1,13 @@
-"""A config's model with all that asks it: processor, prompts, rollout engine. Training and measuring open the same."""
+"""What a config makes of a checkpoint: model, prompts, rollout engine. Training and measuring open the same."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,19 +25,28 @@ from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Engine
 
 
-class Opened(NamedTuple):
-    """What a checkpoint directory and a config make together."""
+class Policy(NamedTuple):
+    """What is asked of a model and how; the parameters are whoever trains it."""
 
-    source: Path
-    model: QwenVL
+    source: Path  # the checkpoint directory
     lora: LoRA | None
     processor: Processor
     builder: PromptBuilder
     buckets: Buckets
     images: ImageStore  # to be closed
 
+    def export(self, parameters: nnx.State, directory: Path, dtype: Any) -> Path:
+        """Writes parameters as a Hugging Face checkpoint; LoRA's factors are merged into the weights."""
+        huggingface.save(directory, parameters, self.processor.config, self.source, dtype, lora=self.lora)
+        return directory
 
-def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str], None]) -> Opened:
+    def warm_up_export(self, parameters: nnx.State, dtype: Any) -> None:
+        """Compiles what an export runs: small programs, where parameters lie on several devices."""
+        for _ in huggingface.published_tensors(parameters, self.processor.config, dtype, self.lora):
+            pass
+
+
+def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str], None]) -> tuple[QwenVL, Policy]:
     """Loads the checkpoint `source`; without config.checkpoint its weights are drawn. Raises InputError."""
     prompt, lora = config.prompt, config.model.lora
     kinds = {"remat": config.model.remat, "attention": config.model.attention, "mesh": mesh}
@@ -61,29 +71,29 @@ def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str
     buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
     store = ImageStore(config.data.workers, config.data.image_cache_mb)
     builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row, store)
-    return Opened(source, model, kinds["lora"], processor, builder, buckets, store)
+    return model, Policy(source, kinds["lora"], processor, builder, buckets, store)
 
 
-def open_engine(config: ConfigDict, opened: Opened, workdir: Path, mesh: Mesh) -> Engine:
+def open_engine(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
     """Starts the config's engine, with the model's parameters; `update_weights` must follow. Of several processes all
     call this together. Raises InputError."""
-    return ENGINES[config.rollout.engine](config, opened, workdir, mesh)
+    return ENGINES[config.rollout.engine](config, model, policy, workdir, mesh)
 
 
-def _local(config: ConfigDict, opened: Opened, workdir: Path, mesh: Mesh) -> Engine:
+def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
     from capcur_jax.rollout.local.engine import LocalEngine
 
     rollout = config.rollout
     kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": rollout.gathered}
-    return LocalEngine(opened.model, opened.processor, buckets=opened.buckets, mesh=mesh, **kinds)
+    return LocalEngine(model, policy.processor, buckets=policy.buckets, mesh=mesh, **kinds)
 
 
-def _sglang(config: ConfigDict, opened: Opened, workdir: Path, mesh: Mesh) -> Engine:
+def _sglang(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
     from capcur_jax.rollout.sglang.engine import SGLangEngine  # here: a run with the local engine needs no HTTP
     from capcur_jax.rollout.sglang.settings import Settings
 
     settings = Settings.from_config(config.rollout.sglang)
-    return SGLangEngine(opened.processor, opened.source, workdir, settings, lora=opened.lora, seed=config.seed)
+    return SGLangEngine(policy.processor, policy.source, workdir, settings, lora=policy.lora, seed=config.seed)
 
 
 ENGINES = {"local": _local, "sglang": _sglang}  # config.rollout.engine

@@ -13,37 +13,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from capcur_jax import results, schedule
-from capcur_jax.checkpointing import Position
 from capcur_jax.data import loader
 from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
-from capcur_jax.data.prompts import target_tokens
 from capcur_jax.devices import distributed
-from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
-from capcur_jax.learner import packing
-from capcur_jax.learner.minibatches import Packer, grpo_item, sft_item
-from capcur_jax.learner.trainer import Trainer, combined
+from capcur_jax.learner.minibatches import Item, Packer, grpo_item, needs_reference, sft_item
 from capcur_jax.models.batching import PromptSize
-from capcur_jax.models.inputs import BadInput
-from capcur_jax.records import metrics
 from capcur_jax.records.display import Display
+from capcur_jax.records.metrics import PhaseTimer
 from capcur_jax.records.profile import Profile
-from capcur_jax.rollout.collector import Drawer
+from capcur_jax.rollout.collector import Collector
 from capcur_jax.rollout.groups import Rollout
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
+
+Usable = tuple[list[list[Problem]], list[PromptSize]]  # what loader.usable found of a stage
 
 
 def train(
@@ -62,15 +57,18 @@ def train(
     display = Display(quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
     with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
-        run.stages = stages = [with_steps(run, stage) for stage in run.stages]
+        measured = {stage.name: usable(run, stage) for stage in stages if stage.epochs}
+        stages = [with_steps(stage, measured) for stage in stages]
         display.whole_run(sum(stage.steps for stage in stages))
-        results.plan(run)
-        at, late = run.position, Late(run)
+        facts = results.plan(run, stages)
+        if config.validation.every:  # whose best is exported between steps
+            run.warm_up_export()
+        at = run.progress
         try:
             if not at.evaluated:
                 results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):
-                train_stage(run, stage, number, tracer, late)
+                train_stage(run, stage, number, measured.pop(stage.name, None), tracer)
                 if config.export.each_stage and number + 1 < len(stages):
                     run.export(f"{number + 1}-{stage.name}")
                 results.evaluate(run, stage.name)
@@ -81,292 +79,211 @@ def train(
         except Exception:
             if distributed.process_count() == 1:  # an export needs all processes; the others end when this one does
                 try:
-                    results.finish(run, "failed")
+                    results.finish(run, "failed", facts)
                 except Exception as second:  # what went wrong first is what the user has to know
                     display.warn(f"what was learned since the last checkpoint could not be saved: {second}")
             raise
         finally:
             tracer.close()
-        summary = results.finish(run, status)
+        summary = results.finish(run, status, facts)
         distributed.barrier("end")  # a process that leaves earlier would take the others with it
         return summary
 
 
-def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late) -> None:
+def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tracer: Profile) -> None:
     """One stage: its own reference policy, its own optimizer state, its own order of data."""
-    config = run.config
-    run.display.stage(stage.name, stage.steps)
-    sets, sizes = run.measured.pop(stage.name, None) or usable(run, stage)
-    images = any(size.images for size in sizes)
-    packer = Packer(stage, config, run.buckets, run.processor, run.mesh, images)
-    run.begin_stage()
-    trainer = run.trainer(stage, number)
-    done = run.position.stage_step >= stage.steps  # stopped between the stage's last step and the next stage
-    if not done:
-        warm_up(run, stage, trainer, packer, sizes, images)
-    if run.turns:
-        run.hand_over(trainer)
-    if done:
-        run.position = Position(stage=number + 1, evaluated=True)
-        return
-    order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
-    maker = Maker(run, stage, order, packer.updates)
-    threads = max(2, config.data.workers)  # each waits for a worker
-    batches = loader.batches(maker, maker.local, start=run.position.batches, threads=threads)
-    rates = [
-        [stage.learning_rate_at(step * packer.updates + i, stage.steps * packer.updates) for i in range(packer.updates)]
-        for step in range(stage.steps)
-    ]
-    drawer = Drawer(run, batches, maker.local, images, packer.updates)
-    late.begin()
-    with drawer:
-        for step in range(run.position.stage_step, stage.steps):
-            try:
-                run.interruption.check(distributed.agree)
-            except Interrupted:
-                late.write()
-                run.save_and_wait(trainer)
-                raise
-            tracer.before(run.step + 1)
-            timer, rollout = metrics.PhaseTimer(), None
-            last = step + 1 == stage.steps
-            validated = bool(config.validation.every) and (step + 1) % config.validation.every == 0
-            if stage.objective == "grpo":
-                rollout = drawer.step(timer, run.capabilities(stage))
-                if not last:
-                    drawer.ahead(timer)
-                items = [
-                    grpo_item(g.example.prompt, g.samples, g.advantages, config.objective.mask_truncated)
-                    for g in rollout.groups
-                ]
-            else:
-                with timer("data"):
-                    items = [sft_item(example.prompt, example.target) for example in next(batches)]
-                run.consumed_batch()
-            late.write(timer)  # of the step before: the devices have done with it by now
+    config, trainer, recorder = run.config, run.trainer, run.recorder
+    with open_stage(run, stage, number, measured) as (packer, batches, collector):
+        recorder.begin_stage()
+        for step in range(run.progress.stage_step, stage.steps):
+            stop_if_asked(run)
+            tracer.before(run.progress.step + 1)
+            timer, last = PhaseTimer(), step + 1 == stage.steps
+            items, rollout = draw(run, stage, timer, batches, collector, last)
+            recorder.complete()  # the step before: the devices have done with it by now
             with timer("pack"):
                 minibatches = packer.minibatches(items)
-            started = time.perf_counter()
+            dispatched, rates = time.perf_counter(), learning_rates(stage, step, packer.updates)
             with timer("update"):
-                run.begin_update(trainer)
-                updates = trainer.step(minibatches, packer.old, rates[step])
+                run.turns.begin_update()
+                updates = trainer.step(minibatches, packer.old, rates)
                 if config.rollout.engine != "local":  # what follows reads the parameters: let this phase be its own
                     jax.block_until_ready(updates)
+            run.progress = run.progress.after_step(packer.updates, rollout.batches if rollout else 1)
             with timer("sync"):
-                phases = run.publish(trainer, packer.updates, stage.objective == "grpo" or last or validated)
-            run.step += 1
-            record = record_of(run, stage, step, minibatches, rollout, rates[step][-1])
-            record |= {f"seconds_sync_{phase}": seconds for phase, seconds in phases.items()}
-            late.put(record, updates, timer, started)
+                sampled_next = rollout is not None or last or due(config.validation.every, step)
+                sync = run.turns.hand_over(run.progress.version) if sampled_next else {}
+            record = results.step_record(run, stage, minibatches, rollout, rates[-1], sync)
+            recorder.put(record, updates, run.progress.skipped, timer, dispatched)
             if rollout and step % config.log.rollouts_every == 0:
                 for line in rollout.shown(config.log.rollout_prompts, run.workdir):
-                    run.rollouts.write({"step": run.step, "stage": stage.name, **line})
-            tracer.after(run.step)
-            run.position = dataclasses.replace(run.position, stage_step=step + 1)
-            metric = None
-            if validated:
-                late.write()
-                with late.extra("seconds_validation"):
-                    metric = results.validate(run, stage.name)
-            if metric is not None or (step + 1) % config.checkpointing.every == 0 or last:
-                late.write()
-                with late.extra("seconds_checkpoint"):
-                    run.save(trainer, metric)
-    late.write()
-    run.position = Position(stage=number + 1, evaluated=True)
+                    run.rollouts.write({"step": run.progress.step, "stage": stage.name, **line})
+            tracer.after(run.progress.step)
+            end_of_step(run, stage, step, last)
+    recorder.complete()
+
+
+class OpenStage(NamedTuple):
+    """What a stage's steps are made with."""
+
+    packer: Packer
+    batches: Iterator[list[Example]]
+    collector: Collector
+
+
+@contextlib.contextmanager
+def open_stage(run: Run, stage: Stage, number: int, measured: Usable | None) -> Iterator[OpenStage]:
+    """The stage's data, its state - a fresh one around the present parameters, or that of the last checkpoint - and its
+    compiled programs; the engine has the weights. Closes the collector."""
+    config, trainer = run.config, run.trainer
+    run.display.stage(stage.name, stage.steps)
+    sets, sizes = measured or usable(run, stage)
+    images = any(size.images for size in sizes)
+    packer = run.packer(stage, images)
+    run.turns.begin_stage()
+    learner, name = run.learner(stage), f"{number}-{stage.name}"
+    referred = stage.objective == "grpo" and needs_reference(config)
+    if run.restored is not None and number == run.progress.stage:
+        trainer.restore(learner, config, referred, run.checkpoints, name, run.restored)
+        if not run.turns.shared:  # else `hand_over` follows
+            run.turns.hand_over(run.progress.version)
+    else:
+        trainer.begin(learner, config, referred)
+        run.checkpoints.save_reference(name, trainer.stage_start(number))
+        run.progress = run.progress.begin_stage(number, run.recorder.skipped)
+        save(run, wait=True)
+    if run.progress.stage_step < stage.steps:  # else it was stopped between its last step and the next stage
+        warm_up(run, stage, packer, sizes, images)
+    if run.turns.shared:
+        run.turns.hand_over(run.progress.version)
+    order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
+    maker = loader.Maker(
+        order, run.policy.builder, target(run, stage), stage.prompts, packer.updates, f"stage {stage.name}"
+    )
+    threads = max(2, config.data.workers)  # each waits for a worker
+    batches = loader.batches(maker, maker.local, start=run.progress.batches, threads=threads)
+    with Collector(
+        run.engine,
+        run.sampling,
+        run.grading,
+        batches,
+        local=maker.local,
+        images=images,
+        updates=packer.updates,
+        capabilities=run.sets.capabilities(stage.data),
+        settings=config.rollout,
+        seed=config.seed,
+    ) as collector:
+        yield OpenStage(packer, batches, collector)
+
+
+def draw(
+    run: Run, stage: Stage, timer: PhaseTimer, batches: Iterator[list[Example]], collector: Collector, last: bool
+) -> tuple[list[Item], Rollout | None]:
+    """What the step learns from: sampled groups and their rollout, or targets to imitate."""
+    if stage.objective != "grpo":
+        with timer("data"):
+            return [sft_item(example.prompt, example.target) for example in next(batches)], None
+    step, masked = run.progress.step, run.config.objective.mask_truncated
+    rollout = collector.step(timer, step, run.progress.version)
+    if not last:
+        collector.ahead(timer, step + 1)
+    return [grpo_item(g.example.prompt, g.samples, g.advantages, masked) for g in rollout.groups], rollout
+
+
+def learning_rates(stage: Stage, step: int, updates: int) -> list[float]:
+    """Of each update of the stage's step number `step`."""
+    return [stage.learning_rate_at(step * updates + i, stage.steps * updates) for i in range(updates)]
+
+
+def due(every: int, step: int) -> bool:
+    return bool(every) and (step + 1) % every == 0
+
+
+def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> None:
+    """What is due between two steps: a validation, whose best is exported, and a checkpoint."""
+    metric = None
+    if due(run.config.validation.every, step):
+        run.recorder.complete()
+        with run.recorder.between("seconds_validation"):
+            metric = results.validate(run, stage.name)
+            if run.progress.best is None or metric > run.progress.best:
+                run.progress = dataclasses.replace(run.progress, best=metric)
+                run.export("best")
+    if metric is not None or due(run.config.checkpointing.every, step) or last:
+        run.recorder.complete()
+        with run.recorder.between("seconds_checkpoint"):
+            save(run, metric)
+
+
+def save(run: Run, metric: float | None = None, wait: bool = False) -> None:
+    """A checkpoint from which the run goes on here; written in the background."""
+    progress = dataclasses.replace(run.progress, seconds=run.seconds())
+    run.checkpoints.save_run(progress, run.trainer.state, run.record_sizes(), metric=metric, wait=wait)
+
+
+def stop_if_asked(run: Run) -> None:
+    """Raises Interrupted after a signal, with the state on the disk."""
+    try:
+        run.stop_if_asked()
+    except Interrupted:
+        run.recorder.complete()
+        if not run.checkpoints.holds(run.progress):
+            save(run, wait=True)
+        raise
 
 
 # ---------------------------------------------------------------------- data
 
 
-def target_of(run: Run, stage: Stage, problem: Problem):
-    """The tokens to imitate; None where nothing is imitated. Raises BadInput."""
-    if stage.objective != "sft":
-        return None
-    return target_tokens(run.processor, problem, run.config.rollout.max_new_tokens)
+def target(run: Run, stage: Stage) -> loader.Target:
+    if stage.objective == "grpo":
+        return loader.no_target
+    return loader.targets(run.policy.processor, run.config.rollout.max_new_tokens)
 
 
-def usable(run: Run, stage: Stage) -> tuple[list[list[Problem]], list[PromptSize]]:
-    """The problems of each of the stage's sets that its curriculum selects and that fit, and the sizes of all their
-    prompts; no pixel is decoded. What does not fit is counted."""
-    sets, sizes = [], []
-    for selected in run.selected(stage):
-        problems = []
-        for problem in selected:
-            try:
-                target_of(run, stage, problem)
-                sizes.append(run.builder.measure(problem))
-                problems.append(problem)
-            except BadInput as error:
-                run.builder.skip(problem, error)
-        sets.append(problems)
-    if not sizes:
-        raise InputError(f"stage {stage.name}: no problem can be used: {run.builder.reasons()}")
-    return sets, sizes
+def usable(run: Run, stage: Stage) -> Usable:
+    """The stage's problems that its curriculum selects and that fit; see loader.usable."""
+    selected = run.sets.selected(stage.data, stage.curriculum)
+    return loader.usable(selected, run.policy.builder, target(run, stage), f"stage {stage.name}")
 
 
-def with_steps(run: Run, stage: Stage) -> Stage:
+def with_steps(stage: Stage, measured: dict[str, Usable]) -> Stage:
     """The stage with what its epochs come to: prompts that do not fit are no part of an epoch."""
     if not stage.epochs:
         return stage
-    run.measured[stage.name] = usable(run, stage)  # every prompt was tokenised: once is enough
-    counts = [len(problems) for problems in run.measured[stage.name][0]]
+    counts = [len(problems) for problems in measured[stage.name][0]]
     steps = stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
     return dataclasses.replace(stage, steps=steps)
-
-
-class Maker:
-    """Example number i of this process, in the data threads: a function of the number alone, so that a run goes on from
-    a number, and any number of processes see the same problems in the same steps.
-
-    A problem whose image turns out to be broken is counted, and the one that comes a step later takes its place: in a
-    curriculum, one that is about as hard. Where a fixed order has the same one there, its neighbours do.
-    """
-
-    def __init__(self, run: Run, stage: Stage, order: Any, updates: int):
-        self._run, self._stage, self._order, self._updates = run, stage, order, updates
-        self._process, self._processes = jax.process_index(), jax.process_count()
-        self.local = stage.prompts // self._processes  # examples of a batch that are this process's
-        # Not the builder's: what another stage could not use has no say here, where a resumed run may begin.
-        self._unusable: set[Problem] = set()
-
-    def number(self, index: int) -> int:
-        """Where this process's example `index` stands in the order: of each update's prompts it has its share."""
-        batch, at = divmod(index, self.local)
-        share = self.local // self._updates
-        update, within = divmod(at, share)
-        return batch * self._stage.prompts + (update * self._processes + self._process) * share + within
-
-    def __call__(self, index: int) -> Example:
-        run, number = self._run, self.number(index)
-        for attempt in range(1000):
-            problem = self._order[number + attempt * self._stage.prompts + attempt // 2]
-            if problem in self._unusable:
-                continue
-            try:
-                return Example(problem, run.builder.build(problem), target_of(run, self._stage, problem))
-            except BadInput as error:
-                self._unusable.add(problem)
-                run.builder.skip(problem, error)
-        raise InputError(f"stage {self._stage.name}: no problem can be used: {run.builder.reasons()}")
 
 
 # ---------------------------------------------------------------------- warm-up
 
 
-def warm_up(
-    run: Run, stage: Stage, trainer: Trainer, packer: Packer, sizes: Sequence[PromptSize], images: bool
-) -> None:
+def warm_up(run: Run, stage: Stage, packer: Packer, sizes: Sequence[PromptSize], images: bool) -> None:
     """Compiles every program that the stage's batches can need, whichever prompts and responses meet in one."""
-    config, learner, state = run.config, trainer.learner, trainer.state
+    config, trainer, state = run.config, run.trainer, run.trainer.state
+    learner = trainer.learner
     passes = list(packer.blanks(sizes, passes=True)) if packer.scores else []
     gradients = list(packer.blanks(sizes, passes=False))
     policies = [state.trained] if packer.old else []
     if trainer.reference is not None:
-        policies.append(trainer.reference_on_devices())
+        policies.append(trainer.reference_home.work(trainer.reference))
     with run.display.progress(f"compiling ({stage.name})", len(gradients) + len(passes) + 1) as done:
         if stage.objective == "grpo":
             run.engine.warm_up(sizes, run.sampling, config.rollout.group, images)
-            run.warm_up_advantages(stage.prompts // jax.process_count())
-        results.warm_up_validation(run)
+            run.grading.warm_up(stage.prompts // jax.process_count(), config.rollout.group)
+        if config.validation.every:
+            run.heldout.warm_up()
         done()
         trainer.sums = learner.zeros(state.trained, trainer.frozen, gradients[0])
         for batch in passes:
             for policy in policies:
                 learner.score.compile(policy, trainer.frozen, batch)
-            run.interruption.check(distributed.agree)
+            run.stop_if_asked()
             done()
         for batch in gradients:
             learner.accumulate.compile(state.trained, trainer.frozen, trainer.sums, batch)
-            run.interruption.check(distributed.agree)
+            run.stop_if_asked()
             done()
-        learner.apply.compile(trainer.on_devices(state), trainer.sums, np.float32(0))
-
-
-# ---------------------------------------------------------------------- records
-
-
-def record_of(
-    run: Run, stage: Stage, step: int, minibatches: Sequence, rollout: Rollout | None, rate: float
-) -> dict[str, Any]:
-    """What is known of a step before its update is done."""
-    batches = [batch for mini in minibatches for batch in mini]
-    counts = distributed.exchange(packing.slots(batches)).sum(0)
-    return {
-        "type": "step",
-        "step": run.step,
-        "stage": stage.name,
-        "stage_step": step + 1,
-        "objective": stage.objective,
-        "learning_rate": rate,
-        **(rollout.metrics() | sampler_of(run) if rollout else {}),
-        **packing.shares(counts),
-        "tokens": int(counts[0]),
-        "micro_batches": len(batches),
-    }
-
-
-def sampler_of(run: Run) -> dict[str, float]:
-    """What the engine says of itself; its counters are of this process since its start."""
-    counted = {f"rollout_{name}": count for name, count in run.engine.counters().items()}
-    return {"weight_version": run.version, **counted}
-
-
-class Late:
-    """Completes and writes the record of a step when the next one has been drawn: nothing waits for the devices.
-
-    A thread notes when the update was done, so that the seconds of a phase are its own although the next step's host
-    work ran beside it.
-    """
-
-    def __init__(self, run: Run):
-        self._run, self._pending = run, None
-        self._extra: dict[str, float] = {}
-        self.begin()
-
-    def begin(self) -> None:
-        """A stage begins to step: what came before is no part of its first step."""
-        self._compiled, self._ended = self._run.counter.count, time.perf_counter()
-
-    def put(self, record: dict, results: list, timer: metrics.PhaseTimer, started: float) -> None:
-        self.write()
-        done: list[float] = []
-
-        def wait() -> None:
-            jax.block_until_ready(results)
-            done.append(time.perf_counter())
-
-        thread = threading.Thread(target=wait, daemon=True)
-        thread.start()
-        record["compilations"] = self._run.counter.count - self._compiled
-        self._compiled = self._run.counter.count
-        self._pending = record, results, timer, started, thread, done
-
-    @contextlib.contextmanager
-    def extra(self, name: str) -> Iterator[None]:
-        """Seconds of what comes between two steps, for the next record."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._extra[name] = self._extra.get(name, 0.0) + time.perf_counter() - start
-
-    def write(self, next_step: metrics.PhaseTimer | None = None) -> None:
-        """Writes what is pending; `next_step`: the phases of the step that has been drawn meanwhile."""
-        if self._pending is None:
-            return
-        (record, results, timer, started, thread, done), self._pending = self._pending, None
-        values = combined(jax.device_get(results))
-        thread.join()
-        timer.seconds["update"] = done[0] - started
-        total, self._ended = done[0] - self._ended, done[0]
-        if next_step and "rollout" in next_step.starts:  # it began with waiting for this update
-            next_step.seconds["rollout"] -= max(0.0, done[0] - next_step.starts["rollout"])
-        record |= values
-        record["skipped_updates"] = self._run.skipped_before + record["skipped_updates"]
-        record["seconds"] = total
-        record |= {f"seconds_{phase}": seconds for phase, seconds in timer.seconds.items()} | self._extra
-        record["tokens_per_second"] = record["trained_tokens"] / max(total - sum(self._extra.values()), 1e-9)
-        self._extra.clear()
-        record |= metrics.device_memory()
-        self._run.record(record)
+        learner.apply.compile(trainer.at_work(), trainer.sums, np.float32(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -25,7 +26,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from capcur_jax.checkpointing import CheckpointFailed, Checkpoints, check_same_config, truncate_records
+from capcur_jax.checkpointing import CheckpointFailed, Checkpoints, Progress, check_same_config, truncate_records
 from capcur_jax.errors import InputError
 from capcur_jax.records.metrics import CompilationCounter
 
@@ -128,12 +129,12 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
         for step, metric in enumerate(metrics):
             checkpoints.save(step, {"a": jnp.float32(step)}, {"step": step}, metric=metric)
-        assert checkpoints.best() == (3, 0.5)
-    assert listed(tmp_path) == ["3", "5", "6"]
+        assert checkpoints.best() == (1, 0.5)  # the earliest of equals, as the export of the best
+    assert listed(tmp_path) == ["1", "5", "6"]
     with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
-        assert (checkpoints.best(), checkpoints.latest()) == ((3, 0.5), 6)
+        assert (checkpoints.best(), checkpoints.latest()) == ((1, 0.5), 6)
         checkpoints.save(9, {"a": jnp.float32(9)}, {})
-    assert listed(tmp_path) == ["3", "9"]
+    assert listed(tmp_path) == ["1", "9"]
     with pytest.raises(InputError, match="keep"):
         Checkpoints(tmp_path, keep=0, config={})
 
@@ -145,6 +146,7 @@ def test_a_step_saved_anew(tmp_path):
         checkpoints.save(4, new, {"evaluated": False})  # the same step in the same run is the same state
         assert bits(checkpoints.restore(4, shapes(old))) == bits(old)
         checkpoints.save(4, new, {"evaluated": True}, metric=0.5)
+        checkpoints.save(4, old, {"evaluated": True})  # without a metric of its own: that of the validation stays
         assert checkpoints.best() == (4, 0.5) and checkpoints.position(4) == {"evaluated": True}
         assert bits(checkpoints.restore(4, shapes(old))) == bits(new)
         with pytest.raises(InputError, match="step 4, later than step 3"):
@@ -514,3 +516,25 @@ def test_a_full_disk_is_an_error_and_leaves_the_last(tmp_path):
 
 if __name__ == "__main__":
     globals()[f"run_{sys.argv[1]}"](*sys.argv[2:])
+
+
+def test_progress_comes_back_and_is_known_again(tmp_path):
+    progress = Progress(stage=1, stage_step=2, batches=3, evaluated=True, step=7, version=14, best=0.25, seconds=1.5)
+    assert progress.number == 8
+    state = {"a": jnp.ones(3)}
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        assert not checkpoints.holds(progress)
+        checkpoints.save_run(progress, state, {"metrics.jsonl": 10}, metric=0.25)
+        assert checkpoints.progress(8) == (progress, {"metrics.jsonl": 10}) and checkpoints.best() == (8, 0.25)
+        assert checkpoints.holds(dataclasses.replace(progress, seconds=9.0))
+        for change in ({"stage": 0, "step": 8}, {"stage_step": 3}, {"batches": 4}, {"version": 15}, {"best": None}):
+            assert not checkpoints.holds(dataclasses.replace(progress, **change)), change
+        checkpoints.save(9, state, {"position": {"stage": 1}})
+        with pytest.raises(InputError, match=r"9 was written by another version .*--workdir"):
+            checkpoints.progress(9)
+
+
+def test_a_step_and_a_stage_move_progress_on():
+    begun = Progress(stage=0, stage_step=4, batches=5, step=4, version=8, skipped=1, best=0.5).begin_stage(1, 3)
+    assert begun == Progress(stage=1, evaluated=True, step=4, version=8, skipped=3, best=0.5)
+    assert begun.after_step(2, 3) == dataclasses.replace(begun, stage_step=1, step=5, version=10, batches=3)

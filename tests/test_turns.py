@@ -38,8 +38,8 @@ def step_records(workdir):
 
 def open_with(engine):
     """What stands for `policy.open_engine`."""
-    return lambda config, opened, workdir, mesh: engine(
-        opened.model, opened.processor, slots=4, prefill=2, buckets=opened.buckets, mesh=mesh
+    return lambda config, model, opened, workdir, mesh: engine(
+        model, opened.processor, slots=4, prefill=2, buckets=opened.buckets, mesh=mesh
     )
 
 

@@ -1,12 +1,14 @@
-"""The problem sets of a config, and whole batches of examples prepared ahead (grain)."""
+"""The problem sets of a config: the user's own files, or sets built on first use."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.problem import SPLITS, Problem
 from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
@@ -60,3 +62,20 @@ class Sets:
             if drops:
                 self.skipped_rows[name, split] = [str(drop) for drop in drops]
         return self._read[name, split]
+
+    def pool(self, names: Sequence[str], split: str) -> list[Problem]:
+        """The problems of several sets, one after the other."""
+        return [problem for name in names for problem in self.problems(name, split)]
+
+    def selected(self, names: Sequence[str], curriculum: Curriculum) -> list[list[Problem]]:
+        """The training problems of each set that the curriculum leaves. Raises InputError."""
+        return [curriculum.select(self.problems(name, "train"), f"config.data.sets.{name}.train") for name in names]
+
+    def capabilities(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of the sets' training problems, in the same order in every process."""
+        return tuple(sorted({problem.capability for problem in self.pool(names, "train")}))
+
+    def build(self, names: Iterable[str], split: str) -> None:
+        """Has the sets built that are built on first use; a set without training problems has those of `split`."""
+        for name in sorted(names):
+            self.path(name, split if self.missing(name, "train") else "train")

@@ -1,65 +1,99 @@
-"""From graded groups to optimizer updates: mini-batches, micro-batches of declared shape, their passes."""
+"""A run's parameters and what moves them: a stage's state, where it lies, its passes and optimizer updates."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from capcur_jax.checkpointing import Checkpoints
 from capcur_jax.devices import sharding
-from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import Learner, Sums, TrainState, token_means
 from capcur_jax.learner.packing import UpdateBatch
-
-
-class Offload(NamedTuple):
-    """Keeps a tree of arrays in pinned host memory while nothing reads it."""
-
-    shardings: Any  # on the devices
-
-    def to_device(self, tree: Any) -> Any:
-        return jax.device_put(tree, self.shardings)
-
-    def to_host(self, tree: Any) -> Any:
-        return jax.device_put(tree, jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), self.shardings))
-
-    @classmethod
-    def of(cls, memory: str, tree: Any, key: str) -> Offload | None:
-        """None for memory = "device". Raises InputError."""
-        if memory not in ("device", "pinned_host"):
-            raise InputError(f"{key} = {memory!r}; choose one of device, pinned_host")
-        offloaded = memory == "pinned_host" and tree is not None
-        return cls(jax.tree.map(lambda leaf: leaf.sharding, tree)) if offloaded else None
+from capcur_jax.learner.residence import AT_HOME, Offload, Residence
+from capcur_jax.models.config import dtype_of
 
 
 @dataclasses.dataclass
 class Trainer:
-    """A stage's state, and the updates that move it."""
+    """The parameters of a run, and the updates that move them; before the first stage nothing else (`holding`)."""
 
-    learner: Learner
+    learner: Learner | None
     mesh: Mesh
     state: TrainState
     frozen: nnx.State
     sums: Sums | None = None  # zeros, made in the warm-up
     reference: nnx.State | None = None  # what is trained, as the stage found it; frozen parameters are the policy's own
-    offload: Offload | None = None  # of the optimizer state; None: it stays on the devices
-    offload_reference: Offload | None = None
+    optimizer_home: Residence = AT_HOME  # of the optimizer state
+    reference_home: Residence = AT_HOME
     _away: Offload | None = None  # how to get back what `leave` took from the devices
     _frozen: nnx.State | None = None  # on the host: it never changes, so it is taken there once
+
+    @classmethod
+    def holding(cls, parameters: nnx.State, mesh: Mesh) -> Trainer:
+        """Parameters that no stage trains yet."""
+        return cls(None, mesh, TrainState(parameters, None, None), nnx.State({}))
 
     def parameters(self) -> nnx.State:
         """All of them, as the engine reads and an export writes them."""
         return nnx.merge_state(self.state.trained, self.frozen)
 
+    # ------------------------------------------------------------------ a stage begins
+
+    def begin(self, learner: Learner, config: ConfigDict, referred: bool) -> None:
+        """A stage's fresh state: the present parameters and a new optimizer; `referred`: and a copy of what is trained
+        as its reference policy. Raises InputError for a memory that does not exist."""
+        trained, frozen = learner.split(sharding.on_devices(self._let_go()))
+        dtype = dtype_of(config.reference.dtype, "config.reference.dtype")
+        # Updates donate what they are given, so the stage's start is copied.
+        reference = learner.copy_as(trained, dtype) if referred else None
+        self._take(learner, learner.start(trained), frozen, reference, config)
+
+    def restore(
+        self, learner: Learner, config: ConfigDict, referred: bool, store: Checkpoints, name: str, number: int
+    ) -> None:
+        """The state of the stage `name` that checkpoint `number` holds, instead. Raises InputError."""
+        frozen = learner.split(self._let_go())[1]
+        shapes, reference = learner.abstract_state(), None
+        if referred:
+            dtype = dtype_of(config.reference.dtype, "config.reference.dtype")
+            reference = jax.tree.map(lambda leaf: sharding.shape_of(leaf, dtype), shapes.trained)
+        start = _start(jax.tree.map(sharding.shape_of, frozen), reference, jax.ShapeDtypeStruct((), np.int32))
+        start = store.restore_reference(name, start)
+        self._take(learner, store.restore(number, shapes), start["frozen"], start["reference"], config)
+
+    def stage_start(self, number: int) -> dict[str, Any]:
+        """What `restore` needs besides a checkpoint, to be stored once a stage: what no update changes."""
+        return _start(self.frozen, self.reference, np.int32(number))
+
+    def _let_go(self) -> nnx.State:
+        """The parameters, of which alone something is left: the next stage's state needs the room of this one's."""
+        parameters = self.parameters()
+        empty = Trainer.holding(parameters, self.mesh)
+        self.state, self.frozen, self.sums, self.reference = empty.state, empty.frozen, None, None
+        return parameters
+
+    def _take(self, learner: Learner, state: TrainState, frozen: Any, reference: Any, config: ConfigDict) -> None:
+        self.learner, self.state, self.frozen, self.reference = learner, state, frozen, reference
+        self.sums = self._away = self._frozen = None
+        self.optimizer_home = Residence(config.optimizer.memory, state.optimizer, "config.optimizer.memory")
+        self.reference_home = Residence(config.reference.memory, reference, "config.reference.memory")
+        self._rest()
+        self.reference = self.reference_home.rest(reference)
+
+    # ------------------------------------------------------------------ where it lies
+
     def leave(self) -> None:
         """Everything goes to pinned host memory: the devices are the rollout engine's for a while."""
         moved = self.state, self.sums, self.reference
-        self._away = Offload(jax.tree.map(lambda leaf: leaf.sharding, (moved, self.frozen)))
+        self._away = Offload.of((moved, self.frozen))
         (self.state, self.sums, self.reference), frozen = self._away.to_host((moved, self._frozen or self.frozen))
         self.frozen = self._frozen = self._frozen or frozen
 
@@ -75,18 +109,14 @@ class Trainer:
             (self.state, self.sums, self.reference), self.frozen = self._away.to_device(whole)
             self._away = None
 
-    def to_host(self) -> None:
-        """What is offloaded leaves the devices."""
-        if self.offload:
-            self.state = self.state._replace(optimizer=self.offload.to_host(self.state.optimizer))
-        if self.offload_reference:
-            self.reference = self.offload_reference.to_host(self.reference)
+    def at_work(self) -> TrainState:
+        """The state with all of it on the devices."""
+        return self.state._replace(optimizer=self.optimizer_home.work(self.state.optimizer))
 
-    def on_devices(self, state: TrainState) -> TrainState:
-        return state._replace(optimizer=self.offload.to_device(state.optimizer)) if self.offload else state
+    def _rest(self) -> None:
+        self.state = self.state._replace(optimizer=self.optimizer_home.rest(self.state.optimizer))
 
-    def reference_on_devices(self) -> nnx.State | None:
-        return self.offload_reference.to_device(self.reference) if self.offload_reference else self.reference
+    # ------------------------------------------------------------------ updates
 
     def step(
         self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool, rates: Sequence[float]
@@ -101,10 +131,8 @@ class Trainer:
             for batch in mini:
                 placed = _with(sharding.put(self.mesh, batch), next(scored, {}))
                 self.sums = self.learner.accumulate(self.state.trained, self.frozen, self.sums, placed)
-            state = self.on_devices(self.state)
-            self.state, self.sums, metrics = self.learner.apply(state, self.sums, np.float32(rate))
-            if self.offload:
-                self.state = self.state._replace(optimizer=self.offload.to_host(self.state.optimizer))
+            self.state, self.sums, metrics = self.learner.apply(self.at_work(), self.sums, np.float32(rate))
+            self._rest()
             results.append(metrics)
         return results
 
@@ -113,7 +141,7 @@ class Trainer:
         gradient: those of a whole step at once would take gigabytes."""
         policies: dict[str, nnx.State] = {}
         if self.reference is not None:
-            policies["reference_logprobs"] = self.reference_on_devices()
+            policies["reference_logprobs"] = self.reference_home.work(self.reference)
         if old:
             policies["old_logprobs"] = self.state.trained
         if not policies:
@@ -124,6 +152,32 @@ class Trainer:
                 placed = sharding.put(self.mesh, batch)
                 scores.append({f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()})
         return iter(scores)
+
+
+def _start(frozen: Any, reference: Any, number: Any) -> dict[str, Any]:
+    # The number is an array at least, where nothing is frozen and there is no reference.
+    return {"frozen": frozen, "reference": reference, "stage": number}
+
+
+def learners(
+    graph: nnx.GraphDef, parameters: nnx.State, config: ConfigDict, banned: tuple[int, ...], mesh: Mesh
+) -> Callable[[str, str], Learner]:
+    """The Learner of an objective and a pattern of frozen parameters: stages that share both share its programs."""
+
+    @functools.cache
+    def make(objective: str, freeze: str) -> Learner:
+        return Learner(
+            graph,
+            parameters,
+            objective=objective,
+            freeze=freeze,
+            config=config,
+            temperature=config.rollout.temperature,
+            banned=banned,
+            mesh=mesh,
+        )
+
+    return make
 
 
 def _with(batch: UpdateBatch, fields: dict[str, list[jax.Array]]) -> UpdateBatch:

@@ -84,6 +84,9 @@ class Nowhere:
     def write(self, record: Mapping[str, Any]) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 def _mend_tail(path: pathlib.Path) -> None:
     """Ends the file with a whole line: completes the last one, or drops it when it is no JSON."""

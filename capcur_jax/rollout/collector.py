@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 from capcur_jax.data.loader import Example
 from capcur_jax.devices import distributed
 from capcur_jax.errors import RolloutError
 from capcur_jax.records import metrics
-from capcur_jax.rollout.engine import Sample
+from capcur_jax.rollout.engine import Engine, Sample, Sampling
 from capcur_jax.rollout.groups import Group, Rollout
-from capcur_jax.run import Run
 
 
 class _Ahead(NamedTuple):
@@ -24,8 +25,17 @@ class _Ahead(NamedTuple):
     drawn: concurrent.futures.Future
 
 
-class Drawer:
-    """Draws a stage's rollouts. A context manager: what an error leaves on its way ends when the engine is closed.
+@dataclasses.dataclass
+class _Counts:
+    """What was done for a rollout, field by field as Rollout has it."""
+
+    batches: int = 0
+    renewed: int = 0
+    tokens_per_second: float = 0.0
+
+
+class Collector:
+    """Collects a stage's rollouts. A context manager: what an error leaves on its way ends when the engine is closed.
 
     A sample's staleness is the number of updates between the oldest weights that made a part of it and those that
     train on it: 0 where sampling and training take turns, at most `async_steps` rollout batches' updates else. Groups
@@ -36,76 +46,98 @@ class Drawer:
         local: groups of a step that are this process's.
         images: whether any prompt of the stage has one.
         updates: that a rollout batch is split into.
+        capabilities: of the stage's problems, in an order that all processes share.
+        settings: config.rollout.
+        seed: config.seed.
     """
 
-    def __init__(self, run: Run, batches: Iterator[list[Example]], local: int, images: bool, updates: int):
-        self._run, self._batches, self._local, self._images = run, batches, local, images
-        settings = run.config.rollout
-        self._group, self._allowed = settings.group, settings.async_steps * updates
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        grade: Callable[[Sequence[Example], Sequence[Sequence[Sample]]], list[Group]],
+        batches: Iterator[list[Example]],
+        *,
+        local: int,
+        images: bool,
+        updates: int,
+        capabilities: tuple[str, ...],
+        settings: ConfigDict,
+        seed: int,
+    ):
+        self._engine, self._sampling, self._grade, self._batches = engine, sampling, grade, batches
+        self._local, self._images, self._capabilities, self._seed = local, images, capabilities, seed
+        self._group, self._retries = settings.group, settings.dynamic_retries
+        self._allowed = settings.async_steps * updates
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "rollout") if settings.async_steps else None
         self._ahead: _Ahead | None = None
-        self._renewed, self._rate = 0, 0.0
 
-    def __enter__(self) -> Drawer:
+    def __enter__(self) -> Collector:
         return self
 
     def __exit__(self, *exception) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def step(self, timer: metrics.PhaseTimer, capabilities: tuple[str, ...]) -> Rollout:
-        """The rollout that the present step trains on."""
-        self._renewed = 0
-        retries = self._run.config.rollout.dynamic_retries
-        rollout = collect(lambda attempt: self._draw(timer, attempt), self._local, retries, capabilities)
-        facts = {"version": self._run.version, "renewed": self._renewed, "tokens_per_second": self._rate}
-        return dataclasses.replace(rollout, **facts)
+    def step(self, timer: metrics.PhaseTimer, step: int, version: int) -> Rollout:
+        """The rollout that trains weights `version` in the run's step number `step` (from 0)."""
+        counts = _Counts()
+        rollout = collect(
+            lambda attempt: self._draw(timer, step, version, attempt, counts),
+            self._local,
+            self._retries,
+            self._capabilities,
+        )
+        return dataclasses.replace(rollout, version=version, **dataclasses.asdict(counts))
 
-    def ahead(self, timer: metrics.PhaseTimer) -> None:
-        """Has the next step's batch sampled from now on, by the present weights, if that is asked for."""
+    def ahead(self, timer: metrics.PhaseTimer, step: int) -> None:
+        """Has the batch of step number `step` sampled from now on, by the present weights, if that is asked for."""
         if self._pool is not None:
             with timer("data"):
                 examples = next(self._batches)
-            work = self._pool.submit(self._generate, examples, self._run.rollout_seed(ahead=1))
-            self._ahead = _Ahead(examples, work)
+            self._ahead = _Ahead(examples, self._pool.submit(self._generate, examples, self._seed_of(step)))
 
-    def _draw(self, timer: metrics.PhaseTimer, attempt: int) -> list[Group]:
-        run, ahead, self._ahead = self._run, self._ahead, None
+    def _draw(self, timer: metrics.PhaseTimer, step: int, version: int, attempt: int, counts: _Counts) -> list[Group]:
+        ahead, self._ahead = self._ahead, None
         if ahead is None:
             with timer("data"):
                 examples = next(self._batches)
         else:
             examples = ahead.examples
         with timer("rollout"):  # of one that was drawn ahead: what the update did not hide
-            drawn = ahead.drawn.result() if ahead else self._generate(examples, run.rollout_seed(attempt))
-            self._rate = run.engine.health().tokens_per_second  # before another call begins
-            self._renew(examples, drawn, attempt)
-        run.consumed_batch()
+            drawn = ahead.drawn.result() if ahead else self._generate(examples, self._seed_of(step, attempt))
+            counts.tokens_per_second = self._engine.health().tokens_per_second  # before another call begins
+            counts.renewed += self._renew(examples, drawn, version, self._seed_of(step, attempt + 1000))
+        counts.batches += 1
         with timer("reward"):
-            return run.grade(examples, drawn)
+            return self._grade(examples, drawn)
+
+    def _seed_of(self, step: int, attempt: int = 0) -> int:
+        """One stream of samples for each step of each seed."""
+        return (self._seed * 1_000_003 + step * 104_729 + attempt * 15_485_863 + 1) % 2**32
 
     def _generate(self, examples: Sequence[Example], seed: int) -> list[list[Sample]]:
         prompts = [example.prompt for example in examples]
-        return self._run.engine.generate(prompts, self._run.sampling, self._group, seed, self._images)
+        return self._engine.generate(prompts, self._sampling, self._group, seed, self._images)
 
-    def _renew(self, examples: Sequence[Example], drawn: list[list[Sample]], attempt: int) -> None:
-        """Samples groups anew, in place, that are older than allowed. Raises RolloutError if they stay so."""
-        stale = self._stale(drawn)
+    def _renew(self, examples: Sequence[Example], drawn: list[list[Sample]], version: int, seed: int) -> int:
+        """Samples groups anew, in place, that are older than allowed; how many. Raises RolloutError if they stay so."""
+        stale = self._stale(drawn, version)
         if stale:
-            again = self._generate([examples[i] for i in stale], self._run.rollout_seed(attempt + 1000))
-            if still := self._stale(again):
-                version = min(sample.version for sample in again[still[0]])
+            again = self._generate([examples[i] for i in stale], seed)
+            if still := self._stale(again, version):
+                oldest = min(sample.version for sample in again[still[0]])
                 raise RolloutError(
-                    f"samples of weights of version {version}, sampled anew because of that, where the trainer is at "
-                    f"{self._run.version} and may be {self._allowed} ahead: a server doesn't take new weights"
+                    f"samples of weights of version {oldest}, sampled anew because of that, where the trainer is at "
+                    f"{version} and may be {self._allowed} ahead: a server doesn't take new weights"
                 )
             for i, group in zip(stale, again, strict=True):
                 drawn[i] = group
-        self._renewed += len(stale)
+        return len(stale)
 
-    def _stale(self, groups: Sequence[Sequence[Sample]]) -> list[int]:
+    def _stale(self, groups: Sequence[Sequence[Sample]], version: int) -> list[int]:
         """Which groups are older than allowed."""
-        oldest = self._run.version - self._allowed
+        oldest = version - self._allowed
         return [i for i, group in enumerate(groups) if min(sample.version for sample in group) < oldest]
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from capcur_jax.data.loader import Example
 from capcur_jax.devices import distributed
-from capcur_jax.rewards.reward import Score
+from capcur_jax.rewards.reward import Reward, Score
 from capcur_jax.rollout.engine import Sample
 
 _ENDS = ("reward_min", "advantage_min", "reward_max", "advantage_max", "staleness_max")
@@ -37,6 +38,39 @@ class Group(NamedTuple):
         return bool(self.rewards.max() == self.rewards.min())
 
 
+class Grading:
+    """Rewards and advantages of a rollout batch.
+
+    Args:
+        decode: a response's tokens as text.
+        advantages: of rewards [B, G], inside each group [B, G].
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        decode: Callable[[np.ndarray], str],
+        advantages: Callable[[np.ndarray], jax.Array],
+    ):
+        self._reward, self._decode, self._advantages = reward, decode, advantages
+
+    def __call__(self, examples: Sequence[Example], drawn: Sequence[Sequence[Sample]]) -> list[Group]:
+        """One group for each of B examples, from G samples each."""
+        G = len(drawn[0])
+        responses = [self._decode(sample.tokens) for samples in drawn for sample in samples]
+        scores = self._reward([example.problem for example in examples for _ in range(G)], responses)
+        rewards = np.array([score.reward for score in scores], np.float32).reshape(len(drawn), G)
+        advantages = np.asarray(self._advantages(rewards))
+        return [
+            Group(example, samples, responses[b * G : (b + 1) * G], scores[b * G : (b + 1) * G], advantages[b])
+            for b, (example, samples) in enumerate(zip(examples, drawn, strict=True))
+        ]
+
+    def warm_up(self, prompts: int, group: int) -> None:
+        """Compiles what so many prompts with so many responses need."""
+        self._advantages(np.zeros((prompts, group), np.float32))
+
+
 @dataclasses.dataclass
 class Rollout:
     """The groups that a step trains on (this process's), and what was drawn for them."""
@@ -45,6 +79,7 @@ class Rollout:
     drawn: int  # groups, those that were drawn again included
     dropped_equal: int  # of them left out because they had no advantage
     capabilities: tuple[str, ...] = ()  # of the stage, in an order that all processes share
+    batches: int = 0  # rollout batches that were consumed for it
     version: int = 0  # of the weights that train on them
     renewed: int = 0  # groups that were sampled again because they were too old
     tokens_per_second: float = 0.0  # of this process's last call of the sampler

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(str(error)) from None
     mesh = sharding.make_mesh(config.mesh)
     source = Path(config.checkpoint).expanduser()
-    opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))
+    model, opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))
     tally = Tally()
     rows = itertools.islice(read_rows(arguments.input), arguments.limit or None)
     found = list(tally.passed(difficulty.measurable(tally.kept(rows), opened.builder)))
@@ -98,11 +98,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with opened.images, Journal(journal_file(output), known) as journal:
         todo = [problem for problem in problems if difficulty.key(problem) not in journal.done]
         if todo:
-            engine = policy.open_engine(config, opened, output.parent, mesh)
+            engine = policy.open_engine(config, model, opened, output.parent, mesh)
             try:
                 from flax import nnx
 
-                engine.update_weights(nnx.split(opened.model)[1], 0)
+                engine.update_weights(nnx.split(model)[1], 0)
                 images = any(size.images for size in sizes)
                 engine.warm_up(sizes, sampling, arguments.samples, images)
                 with Progress("measuring", len(problems), len(problems) - len(todo)) as progress:

@@ -1,0 +1,33 @@
+"""Who has the devices: trainer and engine side by side, or in turns where they share them."""
+
+from __future__ import annotations
+
+from capcur_jax.learner.trainer import Trainer
+from capcur_jax.rollout.engine import Engine
+
+
+class Turns:
+    """Hands weights from the trainer to the engine and, where `shared`, the devices back and forth
+    (config.rollout.sglang.colocate)."""
+
+    def __init__(self, trainer: Trainer, engine: Engine, shared: bool):
+        self._trainer, self._engine, self.shared = trainer, engine, shared
+
+    def begin_stage(self) -> None:
+        """The devices are the trainer's while its state is made and its programs are compiled."""
+        if self.shared:
+            self._engine.release()
+
+    def begin_update(self) -> None:
+        """They are the trainer's again."""
+        if self.shared and self._trainer.away:
+            self._engine.release()
+            self._trainer.enter()
+
+    def hand_over(self, version: int) -> dict[str, float]:
+        """They are the engine's, with the present weights under this version; what is on them of the trainer goes to
+        the host. Seconds of the weights' way by phase."""
+        if self.shared:
+            self._trainer.leave()
+            self._engine.resume()
+        return self._engine.update_weights(self._trainer.parameters(), version)

@@ -1,0 +1,73 @@
+"""The best validation of a run: which step it is, that its checkpoint stays, that its export is of the same step."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from safetensors.numpy import load_file
+
+from capcur_jax import train as loop
+from capcur_jax.checkpoint_store import Store
+from capcur_jax.checkpointing import Checkpoints
+from capcur_jax.records.jsonl import read_jsonl
+from tests.test_main import small_config
+
+STEPS = 3
+NORM = "model.language_model.norm.weight"
+
+
+def equal_validations(problem, response) -> float:
+    """Every validation question is answered rightly; training questions are not, so that parameters move."""
+    return 1.0 if problem.capability == "perception" or len(response) % 2 else 0.0
+
+
+@pytest.fixture
+def config(checkpoint):
+    return small_config(
+        checkpoint,
+        ("text",),
+        **{
+            "stages.text.steps": STEPS, "validation.every": 1, "validation.questions": 2, "evaluation.questions": 2,
+            "evaluation.sets": ("perception",), "reward.function": "tests.test_best:equal_validations",
+            "export.dtype": "float32", "checkpointing.keep": 1,
+        },
+    )  # fmt: skip
+
+
+def best_and_last(workdir):
+    with Checkpoints(workdir / "state", keep=1, config={}) as checkpoints:
+        return checkpoints.best(), checkpoints.latest()
+
+
+def arrays(workdir, step) -> set[bytes]:
+    return {array.tobytes() for array in Store(workdir / "state", None, 60).arrays(step).values()}
+
+
+def test_of_equal_validations_the_first_is_the_best_in_the_store_and_in_the_export(config, tmp_path):
+    summary = loop.train(config, tmp_path, quiet=True)
+    records = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [record["accuracy"] for record in records if record["type"] == "validation"] == [1.0] * STEPS
+    assert summary["best_validation"] == 1.0 and best_and_last(tmp_path) == ((1, 1.0), STEPS)
+    for name, step, other in (("best", 1, STEPS), ("final", STEPS, 1)):
+        exported = load_file(tmp_path / "checkpoints" / name / "model.safetensors")[NORM].tobytes()
+        assert exported in arrays(tmp_path, step) and exported not in arrays(tmp_path, other)
+
+
+def test_a_stop_before_the_first_step_of_a_resumed_run_forgets_no_validation(config, tmp_path, monkeypatch):
+    real = loop.stop_if_asked
+
+    def stop(run):
+        """A signal that comes when one step is done, before the next one begins."""
+        if run.progress.step == 1:
+            run.interruption._remember(signal.SIGTERM, None)
+        real(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_if_asked", stop)
+        for _ in range(2):  # the second goes on from the checkpoint of the first, and stops at once
+            assert loop.train(config, tmp_path, quiet=True)["status"] == "interrupted"
+            assert best_and_last(tmp_path) == ((1, 1.0), 1)
+    summary = loop.train(config, tmp_path, quiet=True)
+    assert (summary["status"], summary["steps"], summary["best_validation"]) == ("finished", STEPS, 1.0)
+    assert best_and_last(tmp_path) == ((1, 1.0), STEPS)
