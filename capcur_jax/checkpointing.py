@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from capcur_jax.checkpoint_store import CheckpointFailed, Store, difference, plain
+from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
+from capcur_jax.records.jsonl import read_jsonl
 
 __all__ = ["CheckpointFailed", "Checkpoints", "Progress", "check_same_config", "truncate_records"]
+
+
+RECORDS = ("metrics.jsonl", "rollouts.jsonl")  # of a run that goes on: as long as its checkpoint says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +251,40 @@ def check_same_config(stored: dict, now: dict, may_change: tuple[str, ...]) -> N
             f"this run was started with another config (stored -> new):\n{changes}\n"
             f"Give it the config it was started with, or another --workdir."
         )
+
+
+def start_anew(workdir: Path, owner: bool) -> Progress:
+    """What a run left that was stopped before its first checkpoint is removed. All processes call it together.
+
+    Raises:
+      InputError: steps were recorded: their checkpoints were taken away.
+    """
+    records = workdir / "metrics.jsonl"
+    if records.exists() and any(record["type"] == "step" for record in read_jsonl(records)):
+        raise InputError(
+            f"{workdir} holds the records of a run but no checkpoint in {workdir / 'state'}: put them back, or give "
+            f"another --workdir"
+        )
+    if owner:
+        for name in RECORDS:
+            (workdir / name).unlink(missing_ok=True)
+    distributed.barrier("anew")
+    return Progress()
+
+
+def go_on(workdir: Path, owner: bool, checkpoints: Checkpoints, number: int) -> Progress:
+    """Where checkpoint `number` left the run: its records end there, too. All processes call it together."""
+    progress, sizes = checkpoints.progress(number)
+    if owner:
+        for name, size in sizes.items():
+            truncate_records(workdir / name, size)
+    distributed.barrier("records")
+    return progress
+
+
+def record_sizes(workdir: Path) -> dict[str, int]:
+    """Bytes of the record files now."""
+    return {name: (workdir / name).stat().st_size for name in RECORDS if (workdir / name).exists()}
 
 
 def truncate_records(path: Path, offset: int) -> None:

@@ -148,6 +148,14 @@ def _check_rollout(config: ConfigDict) -> None:
         )
 
 
+def check_curricula(stages: Sequence[Stage], sets: Sets) -> None:
+    """That each curriculum finds what it needs in the data, and epochs come to a step at least. Raises InputError."""
+    for stage in stages:
+        counts = [len(problems) for problems in sets.selected(stage.data, stage.curriculum)]
+        if stage.epochs:
+            stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
+
+
 def check_devices(config: ConfigDict) -> None:
     """That JAX sees the GPUs that are the trainer's. Raises InputError."""
     gpus = config.mesh.gpus

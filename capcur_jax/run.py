@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,9 +15,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from capcur_jax import policy
-from capcur_jax.checkpointing import Checkpoints, Progress, truncate_records
-from capcur_jax.checks import check, check_devices, check_same
-from capcur_jax.data.prompts import INSTRUCTION
+from capcur_jax.checkpointing import Checkpoints, go_on, start_anew
+from capcur_jax.checks import check, check_curricula, check_devices, check_same
+from capcur_jax.data.prompts import tokenizer_texts
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
@@ -33,15 +34,13 @@ from capcur_jax.models.config import dtype_of
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.records import metrics
 from capcur_jax.records.display import Display
-from capcur_jax.records.jsonl import JsonLines, Nowhere, read_jsonl
+from capcur_jax.records.jsonl import JsonLines, Nowhere
 from capcur_jax.records.sinks import Sinks
 from capcur_jax.records.steps import StepRecorder
 from capcur_jax.rewards.reward import make_reward
 from capcur_jax.rollout.engine import sampling_of
 from capcur_jax.rollout.groups import Grading
 from capcur_jax.schedule import Stage
-
-RECORDS = ("metrics.jsonl", "rollouts.jsonl")  # as long as a checkpoint says, when a run goes on from it
 
 
 class Run:
@@ -72,14 +71,18 @@ class Run:
             self._closing = self._closing.pop_all()
 
     def _open(self) -> None:
-        config, workdir = self.config, self.workdir
+        config, workdir, display = self.config, self.workdir, self.display
         self._open_data()
         check_devices(config)
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
         plain = check_same(workdir, config)
         self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
         self.restored = self.checkpoints.latest()
-        self.progress = self._go_on() if self.restored is not None else self._start_anew()
+        if self.restored is None:
+            self.progress = start_anew(workdir, self.owner)
+        else:
+            self.progress = go_on(workdir, self.owner, self.checkpoints, self.restored)
+            display.warn(f"{workdir}: going on after step {self.progress.step}")
         self._started -= self.progress.seconds
         model = self._open_model()
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
@@ -98,44 +101,16 @@ class Run:
             if self.owner == turn:
                 self.sets.build(names, config.evaluation.split)
             distributed.barrier(f"data-{turn}")
-        for stage in self.stages:
-            counts = [len(problems) for problems in self.sets.selected(stage.data, stage.curriculum)]
-            if stage.epochs:
-                stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
-
-    def _start_anew(self) -> Progress:
-        """What a run left that was stopped before its first checkpoint is removed.
-
-        Raises InputError where steps were recorded: their checkpoints were taken away.
-        """
-        records = self.workdir / "metrics.jsonl"
-        if records.exists() and any(record["type"] == "step" for record in read_jsonl(records)):
-            raise InputError(
-                f"{self.workdir} holds the records of a run but no checkpoint in {self.checkpoints.directory}: "
-                "put them back, or give another --workdir"
-            )
-        if self.owner:
-            for name in RECORDS:
-                (self.workdir / name).unlink(missing_ok=True)
-        distributed.barrier("anew")
-        return Progress()
-
-    def _go_on(self) -> Progress:
-        """Where the last checkpoint left the run: its records end there, too."""
-        progress, sizes = self.checkpoints.progress(self.restored)
-        if self.owner:
-            for name, size in sizes.items():
-                truncate_records(self.workdir / name, size)
-            self.display.warn(f"{self.workdir}: going on after step {progress.step}")
-        distributed.barrier("records")
-        return progress
+        check_curricula(self.stages, self.sets)
 
     def _open_model(self) -> QwenVL:
         config, source = self.config, Path(self.config.checkpoint).expanduser()
         if not config.checkpoint:
             source = self.workdir / "skeleton"
             if self.owner and not source.exists():
-                fresh.write_skeleton(source, self._texts(), config.create.to_dict())
+                # Of all of config.stages, whichever of them are run now: stages run one by one share a tokenizer.
+                pools = (self.sets.pool(stage.data, "train") for stage in config.stages.values())
+                fresh.write_skeleton(source, tokenizer_texts(itertools.chain(*pools)), config.create.to_dict())
             distributed.barrier("skeleton")
         model, self.policy = policy.open_model(config, source, self.mesh, self.display.warn)
         self._closing.enter_context(self.policy.images)
@@ -147,17 +122,6 @@ class Run:
             self.packer(stage, images=True)
             frozen_paths(parameters, self.freeze_of(stage))
         return model
-
-    def _texts(self) -> Iterator[str]:
-        """What a fresh model's tokenizer is trained on: the training questions, answers and the instruction.
-
-        Of all of config.stages, whichever of them are run now: stages run one by one share a tokenizer.
-        """
-        for stage in self.config.stages.values():
-            for problem in self.sets.pool(stage.data, "train"):
-                # As the prompt has it: roles, question, instruction. The tokenizer's own marks stay whole anyway.
-                yield f"user\n{problem.problem} {INSTRUCTION if problem.answer else ''}\nassistant\n"
-                yield problem.response or problem.answer
 
     def _open_reward(self) -> None:
         settings = self.config.objective
@@ -227,10 +191,6 @@ class Run:
     def seconds(self) -> float:
         """That the run has taken, those before it was stopped included."""
         return time.monotonic() - self._started
-
-    def record_sizes(self) -> dict[str, int]:
-        """Bytes of the record files now, in the process that writes them."""
-        return {name: (self.workdir / name).stat().st_size for name in RECORDS} if self.owner else {}
 
     def export(self, name: str) -> Path:
         """Writes the parameters as a Hugging Face checkpoint."""

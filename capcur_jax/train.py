@@ -23,6 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from capcur_jax import results, schedule
+from capcur_jax.checkpointing import record_sizes
 from capcur_jax.data import loader
 from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
@@ -219,7 +220,8 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> None:
 def save(run: Run, metric: float | None = None, wait: bool = False) -> None:
     """A checkpoint from which the run goes on here; written in the background."""
     progress = dataclasses.replace(run.progress, seconds=run.seconds())
-    run.checkpoints.save_run(progress, run.trainer.state, run.record_sizes(), metric=metric, wait=wait)
+    sizes = record_sizes(run.workdir)
+    run.checkpoints.save_run(progress, run.trainer.state, sizes, metric=metric, wait=wait)
 
 
 def stop_if_asked(run: Run) -> None:

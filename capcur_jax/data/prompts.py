@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -124,6 +124,16 @@ def target_tokens(processor: Processor, problem: Problem, limit: int) -> np.ndar
             f"the response has {len(tokens)} tokens, config.rollout.max_new_tokens = {limit}: raise it or drop the row"
         )
     return tokens
+
+
+def tokenizer_texts(problems: Iterable[Problem]) -> Iterator[str]:
+    """What a fresh model's tokenizer is trained on: questions with the instruction, and answers.
+
+    As the prompt has it: roles, question, instruction. The tokenizer's own marks stay whole anyway.
+    """
+    for problem in problems:
+        yield f"user\n{problem.problem} {INSTRUCTION if problem.answer else ''}\nassistant\n"
+        yield problem.response or problem.answer
 
 
 def explain_skipped(builder: PromptBuilder, shown: int = 3) -> list[str]:
