@@ -8,6 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TEST = [
+    "hypothesis>=6.170.17",
     "pytest>=9.2.0",
     "pytest-xdist>=3.8.0",
     "torch==2.13.0",
@@ -26,6 +27,7 @@ setup(
     package_data={"capcur_jax": ["assets/*/*"]},
     install_requires=[
         "absl-py>=2.5.1",
+        "cachetools>=8.0.2",
         "easy-vqa>=1.0",
         "flax>=0.12.8",
         "grain>=0.2.18",

@@ -1,17 +1,46 @@
-"""Files that are whole or not there: what is written beside its place and renamed over it."""
+"""Files that are whole or not there: what is written beside its place, and renamed over it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a temporary file beside `path` (made with its folders) and renames it over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
+def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
+    """Writes `content` so that a reader sees the old file or the new one, never half of it; see `replacing`."""
+    with replacing(path, sync=sync) as temporary:
         temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Gives a path beside `path` (made with its folders). The file that the block writes there is renamed over `path`.
+
+    Where the block raises, `path` stays as it was and nothing is left.
+
+    Args:
+      sync: whether the content is on the disk before the rename, so that a machine that fails later does not leave an
+        empty file. A flush costs milliseconds: many small files that are checked when they are read do without.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
+    )  # a rename across disks isn't atomic
+    try:
+        yield temporary
+        if sync:
+            sync_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, would survive a failure of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,10 +1,314 @@
-"""Limits of resources that worker processes set on themselves before they touch what is untrusted."""
+"""Worker processes that untrusted input may hang, bloat or crash: the pool that asks them, and the loop that answers.
+
+A program is started as `python -m MODULE MEMORY_MB TIMEOUT_S` and speaks JSON lines over its pipes:
+
+    worker: {"ready": true}                          or {"ready": false, "error": "..."} and the end
+    parent: any request
+    worker: any reply; {..., "bytes": 12} is followed by 12 bytes, {..., "last": true} by the worker's end
+
+The parent's clock kills a worker that takes too long. The limits that a worker sets on itself hold if the parent is
+gone. The address space is limited on Linux only: macOS does not support it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
+import queue
 import resource
+import select
+import subprocess
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 120.0  # on a machine that may be busy compiling
+CLOSE_TIMEOUT_S = 5.0  # for threads whose worker was killed to let go of it
+_LONGEST_LINE = 65536  # bytes; also what fits into an empty pipe
+_PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+# The workers get no more of the environment than Python needs: tokens and keys stay out of reach.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONHOME", "VIRTUAL_ENV")
+_SETTINGS = {
+    "PYTHONHASHSEED": "0",  # sympy's order of terms, and so what it manages to prove, follows it
+    "PYTHONUTF8": "1",  # names of files that are no text pass as they are
+    "OPENBLAS_NUM_THREADS": "1",  # others would take the address space
+}
+
+
+class Died(Exception):
+    """A worker ended before it had answered, or wrote what is no reply."""
+
+
+class TimedOut(Died):
+    """A worker's time was over."""
+
+
+# ---------------------------------------------------------------------- the parent's side
+
+
+class Worker:
+    """One worker process, used by one thread at a time.
+
+    Args:
+      module: the program, which calls `serve`.
+      memory_mb: its address space in MiB.
+      timeout_s: seconds for one request.
+
+    Raises:
+      OSError: no memory, no process left, ...
+    """
+
+    def __init__(self, module: str, memory_mb: int, timeout_s: float):
+        self._timeout_s = timeout_s
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        path = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
+        # A program of its own, not a fork (the trainer has JAX's threads), in a session of its own (Ctrl-C is for the
+        # trainer to handle).
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, str(memory_mb), str(timeout_s)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, start_new_session=True,
+            env=environment | _SETTINGS | {"PYTHONPATH": os.pathsep.join(path)},
+        )  # fmt: skip
+        self._buffer = b""
+        self._poll = select.poll()
+        self._poll.register(self.process.stdout, select.POLLIN)
+
+    def start(self) -> None:
+        """Waits until it listens. Raises Died with the last that it said."""
+        try:
+            reply = self._line(time.monotonic() + START_TIMEOUT_S)
+        except Died as error:
+            silent = f"no sign of life in {START_TIMEOUT_S:.0f} s" if isinstance(error, TimedOut) else str(error)
+            raise Died(self._last_words() or silent) from None
+        if not reply.get("ready"):
+            raise Died(reply.get("error", "no reason given"))
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray | None]:
+        """The reply and the bytes that came with it. Raises Died, TimedOut among them."""
+        deadline = time.monotonic() + self._timeout_s
+        with contextlib.suppress(BrokenPipeError):  # a dead worker shows when it is read
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        reply = self._line(deadline)
+        if "bytes" not in reply:
+            return reply, None
+        payload, first = bytearray(reply["bytes"]), len(self._buffer)
+        payload[:first] = self._buffer
+        self._buffer, rest = b"", memoryview(payload)[first:]
+        while rest:
+            self._wait(deadline)
+            count = os.readv(self.process.stdout.fileno(), [rest])
+            if not count:
+                raise Died(self._end())
+            rest = rest[count:]
+        return reply, payload
+
+    def _line(self, deadline: float) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            self._wait(deadline)
+            data = os.read(self.process.stdout.fileno(), _LONGEST_LINE)
+            if not data:
+                raise Died(self._end())
+            self._buffer += data
+            if len(self._buffer) > _LONGEST_LINE and b"\n" not in self._buffer:
+                raise Died("wrote what is no reply")
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            reply = None
+        if not isinstance(reply, dict):
+            raise Died("wrote what is no reply")
+        return reply
+
+    def _wait(self, deadline: float) -> None:
+        if not self._poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
+            raise TimedOut("took too long")
+
+    def _end(self) -> str:
+        try:
+            code = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its pipe"
+        return f"ended by signal {-code}" if code < 0 else f"exit status {code}"
+
+    def _last_words(self) -> str:
+        """The end of what the process wrote to stderr."""
+        self._errors.seek(0)
+        return self._errors.read()[-2000:].decode(errors="replace").strip()
+
+    def kill(self) -> None:
+        """Ends the process and waits for it."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self._errors):
+            stream.close()
+
+
+class _Slot:
+    """A place for a worker; empty until the first request comes, and after a death."""
+
+    def __init__(self):
+        self.worker: Worker | None = None
+
+    def empty(self) -> None:
+        worker, self.worker = self.worker, None
+        if worker:
+            worker.kill()
+
+
+class Pool:
+    """Workers for any number of threads, which wait for a free one; each is started when it is first needed.
+
+    Args:
+      count: processes.
+      module, memory_mb, timeout_s: of a worker.
+      name: of a worker, for messages ("the image worker").
+      remedy: what to do where a worker can't be started, for messages.
+      tries: workers that one request may cost.
+
+    `deaths` counts workers that ended, or were ended because their time was over, with a request in hand.
+    """
+
+    def __init__(
+        self, count: int, module: str, memory_mb: int, timeout_s: float, *, name: str, remedy: str, tries: int = 1
+    ):
+        self._program, self._name, self._remedy, self._tries = (module, memory_mb, timeout_s), name, remedy, tries
+        self._slots = [_Slot() for _ in range(count)]
+        self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        for slot in self._slots:
+            self._free.put(slot)
+        self._closed = False
+        self._owner = os.getpid()
+        self._counting = threading.Lock()
+        self.deaths = 0
+
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray | None]:
+        """The reply to a request, and the bytes that came with it.
+
+        Raises:
+          Died: every worker that was tried; says how the last one ended. TimedOut where its time was over.
+          RuntimeError: workers can't be started, or the pool is closed.
+        """
+        slot = self._free.get()
+        try:
+            for left in reversed(range(self._tries)):
+                self._fill(slot)
+                try:
+                    reply, payload = slot.worker.ask(request)
+                except Died:
+                    slot.empty()
+                    self._check_open()
+                    with self._counting:
+                        self.deaths += 1
+                    if not left:
+                        raise
+                else:
+                    if reply.get("last"):
+                        slot.empty()
+                    return reply, payload
+            raise AssertionError
+        except BaseException:  # an interrupt too: a reply left in a pipe must not answer the next request
+            slot.empty()
+            raise
+        finally:
+            self._free.put(slot)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self._name}s were closed")
+
+    def _fill(self, slot: _Slot) -> None:
+        """Sees to it that the slot has a worker that listens."""
+        self._check_open()
+        if slot.worker and not slot.worker.alive:  # died at rest: no request's fault
+            slot.empty()
+        if not slot.worker:
+            try:
+                slot.worker = Worker(*self._program)
+                slot.worker.start()
+            except (OSError, Died) as error:
+                self._check_open()
+                command = f"{sys.executable} -m {self._program[0]}"
+                raise RuntimeError(f"{self._name} ({command}) can't start: {error}. {self._remedy}") from None
+            self._check_open()  # a pool that was closed meanwhile may have missed this worker
+
+    def processes(self) -> list[int]:
+        """Process ids of the workers that there are."""
+        return [slot.worker.process.pid for slot in self._slots if slot.worker]
+
+    def close(self) -> None:
+        """Ends the workers, unless this is a fork of the process that owns them. Who waits gets RuntimeError."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        for slot in self._slots:  # a thread that reads from one wakes up and empties the slot itself
+            worker = slot.worker
+            if worker:
+                worker.process.kill()
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            for _ in self._slots:
+                taken.append(self._free.get(timeout=CLOSE_TIMEOUT_S))
+        for slot in taken:
+            slot.empty()
+            self._free.put(slot)
+
+
+# ---------------------------------------------------------------------- the worker's side
+
+
+def serve(
+    answer: Callable[[dict[str, Any]], tuple[dict[str, Any], bytes | None]],
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
+    """Answers requests until the parent closes the pipe: all that a worker program does.
+
+    Args:
+      answer: gives the reply to a request, and the bytes that go with it or None. What it raises ends the process.
+      prepare: imports and warms up what is slow, under the limits of memory. What it raises is told to the parent.
+    """
+    memory_mb, timeout_s = int(sys.argv[1]), float(sys.argv[2])
+    # Replies leave by a copy of stdout: what a library prints to the real one must not look like a reply.
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+
+    def reply(message: dict[str, Any], payload: bytes | None = None) -> None:
+        size = {} if payload is None else {"bytes": len(payload)}
+        replies.write(json.dumps(message | size).encode() + b"\n")
+        rest = memoryview(payload or b"")
+        while rest:
+            rest = rest[replies.write(rest) :]
+
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            limit(resource.RLIMIT_CORE, 0)
+            if sys.platform != "darwin":
+                limit(resource.RLIMIT_AS, memory_mb * 2**20)
+            prepare()
+            limit(resource.RLIMIT_FSIZE, 0)
+        except Exception as error:  # whatever it is, the parent reports it with the remedy
+            reply({"ready": False, "error": f"{type(error).__name__}: {error}"})
+            sys.exit(1)
+        os.dup2(devnull, 2)
+        reply({"ready": True})
+        for line in sys.stdin.buffer:
+            roll_cpu_limit(timeout_s)
+            message, payload = answer(json.loads(line))
+            reply(message, payload)
+            if message.get("last"):
+                break
 
 
 def limit(kind: int, value: int) -> None:

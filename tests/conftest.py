@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
+from pathlib import Path
 
 # Before torch loads its OpenMP: idle threads that spin take the cores from JAX.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -12,12 +14,18 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import configuration, settings
 from PIL import Image
 
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import fresh, huggingface
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import QwenVL
+
+# The same examples in every run, none kept; what Hypothesis knows of our constants lies outside the tree.
+settings.register_profile("capcur_jax", derandomize=True, deadline=None, max_examples=100, database=None)
+settings.load_profile("capcur_jax")
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"capcur_jax-hypothesis-{os.getuid()}")
 
 TEXTS = [
     "What shape is in the image?",

@@ -38,7 +38,7 @@ def unpack_image(data: bytes, folder: str | os.PathLike) -> str:
     path = Path(folder) / f"{hashlib.sha256(data).hexdigest()[:40]}{suffix}"
     try:
         if not (path.is_file() and path.stat().st_size == len(data)):
-            write_atomically(path, data)
+            write_atomically(path, data, sync=False)  # one that was cut short is written again
     except OSError as error:
         raise InputError(
             f"{path.parent}: images can't be unpacked there ({error.strerror}); make it writable, or for a data "

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
+import functools
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 
+import cachetools
 import numpy as np
 from PIL import Image
 
 from capcur_jax.data import image_files
-from capcur_jax.data.image_files import FIX, MAX_PIXELS, Unreadable
-from capcur_jax.data.image_pool import Died, Pool
+from capcur_jax.data.image_files import MAX_PIXELS, Unreadable
+from capcur_jax.data.image_pool import ImagePool
 from capcur_jax.models.inputs import BadImage
 
 BICUBIC = int(Image.Resampling.BICUBIC)
@@ -23,39 +25,34 @@ SIZES_KEPT = 100_000  # headers remembered
 
 def load_image(path: str) -> Image.Image:
     """An RGB image, decoded whole in this thread, upright. Raises BadImage."""
-    try:
+    with _named(path):
         return image_files.load(path)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Unreadable becomes BadImage, which says of what file."""
+    try:
+        yield
     except Unreadable as error:
         raise BadImage(f"{path}: {error}") from None
 
 
-class _Recent:
-    """The values used last, as many as a budget holds. For any threads."""
+def _identity(path: str, *how: Hashable) -> tuple[Hashable, ...]:
+    """What tells this content of the file, read in this way, from another. Raises Unreadable."""
+    return path, *image_files.version(path), *how
 
-    def __init__(self, budget: int):
-        self._budget, self._lock = budget, threading.Lock()
-        self._kept: collections.OrderedDict[Hashable, tuple[object, int]] = collections.OrderedDict()
-        self.held = self.hits = self.misses = 0
 
-    def get(self, key: Hashable):
-        with self._lock:
-            if key not in self._kept:
-                self.misses += 1
-                return None
-            self.hits += 1
-            self._kept.move_to_end(key)
-            return self._kept[key][0]
+def _remembered(read: Callable, budget: int, cost: Callable = lambda value: 1):
+    """`read(path, ...)`, which keeps the values used last as long as their costs are within the budget. For threads."""
+    cache = cachetools.LRUCache(budget, getsizeof=cost)
+    return cachetools.cached(cache, key=_identity, lock=threading.Lock(), info=True)(read)
 
-    def put(self, key: Hashable, value, cost: int) -> None:
-        with self._lock:
-            if key in self._kept:  # two threads wanted it at once
-                self.held -= self._kept.pop(key)[1]
-            if cost > self._budget:
-                return
-            self._kept[key] = value, cost
-            self.held += cost
-            while self.held > self._budget:
-                self.held -= self._kept.popitem(last=False)[1][1]
+
+def _pixels(source, max_pixels: int, path: str, size: tuple[int, int], resample: int) -> np.ndarray:
+    found = np.frombuffer(source.resized(path, *size, resample, max_pixels), np.uint8).reshape(*size, 3)
+    found.flags.writeable = False
+    return found
 
 
 class ImageStore:
@@ -81,11 +78,14 @@ class ImageStore:
         timeout_s: float = TIMEOUT_S,
         memory_mb: int = MEMORY_MB,
     ):
-        self._max_pixels, self._timeout_s = max_pixels, timeout_s
-        self._sizes, self._pixels = _Recent(SIZES_KEPT), _Recent(cache_mb * 2**20)
-        self._pool = Pool(workers, max_pixels, timeout_s, memory_mb) if workers else None
+        self._pool = ImagePool(workers, memory_mb, timeout_s) if workers else None
         if self._pool:
             weakref.finalize(self, self._pool.close)  # also runs at exit
+        source = self._pool or image_files
+        # Not methods: a cycle would keep the workers of a store that nobody holds.
+        self._size = _remembered(functools.partial(source.size, max_pixels=max_pixels), SIZES_KEPT)
+        pixels = functools.partial(_pixels, source, max_pixels)
+        self._load = _remembered(pixels, cache_mb * 2**20, cost=lambda found: found.nbytes)
 
     def __enter__(self) -> ImageStore:
         return self
@@ -100,12 +100,8 @@ class ImageStore:
 
     def size(self, path: str) -> tuple[int, int]:
         """(height, width) of the upright image by its header. Raises BadImage: "path: what; remedy"."""
-        key = self._identify(path)
-        found = self._sizes.get(key)
-        if found is None:
-            found = self._ask(path, image_files.size, {})
-            self._sizes.put(key, found, 1)
-        return found
+        with _named(path):
+            return self._size(path)
 
     def load(self, path: str, size: tuple[int, int], resample: int = BICUBIC) -> np.ndarray:
         """The upright RGB image, resized as Pillow does; read-only.
@@ -120,43 +116,11 @@ class ImageStore:
           BadImage: "path: what; remedy".
           RuntimeError: workers can't be started, or the store is closed.
         """
-        key = *self._identify(path), size, resample
-        found = self._pixels.get(key)
-        if found is None:
-            pixels = self._ask(path, image_files.resized, {"size": size, "resample": int(resample)})
-            found = np.frombuffer(pixels, np.uint8).reshape(*size, 3)
-            found.flags.writeable = False
-            self._pixels.put(key, found, found.nbytes)
-        return found
+        with _named(path):
+            return self._load(path, size, int(resample))
 
     def counters(self) -> dict[str, int]:
         """Totals since the start: images found in the cache and not, its bytes now, workers that died of an image."""
-        return {
-            "hits": self._pixels.hits,
-            "misses": self._pixels.misses,
-            "bytes": self._pixels.held,
-            "deaths": self._pool.deaths if self._pool else 0,
-        }
-
-    def _identify(self, path: str) -> tuple:
-        """What tells this content of the file from another. Raises BadImage."""
-        try:
-            return path, *image_files.version(path)
-        except Unreadable as error:
-            raise BadImage(f"{path}: {error}") from None
-
-    def _ask(self, path: str, here, request: dict):
-        """The pixels' bytes, or the (height, width) where `request` names no size: from `here`, a function of
-        image_files, or a worker."""
-        try:
-            if not self._pool:
-                resizing = (*request["size"], request["resample"]) if request else ()
-                return here(path, *resizing, max_pixels=self._max_pixels)
-            reply, pixels = self._pool.ask({"path": path, **request})
-        except Unreadable as error:
-            raise BadImage(f"{path}: {error}") from None
-        except Died as error:
-            raise BadImage(f"{path}: it ended the process that decoded it ({error}); {FIX}") from None
-        if "error" in reply:
-            raise BadImage(f"{path}: {reply['error']}")
-        return tuple(reply["size"]) if pixels is None else pixels
+        images = self._load.cache_info()
+        deaths = self._pool.deaths if self._pool else 0
+        return {"hits": images.hits, "misses": images.misses, "bytes": images.currsize, "deaths": deaths}

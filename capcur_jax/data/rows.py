@@ -19,6 +19,7 @@ from capcur_jax.data import parquet
 from capcur_jax.data.fields import KEYS, BadRow, RowReader, decoded
 from capcur_jax.data.problem import Drop, Problem, short
 from capcur_jax.errors import InputError
+from capcur_jax.files import replacing
 
 FORMATS = (".jsonl", ".parquet")
 _BATCH = 64  # rows of a Parquet file that are held at a time; each may bring its images
@@ -144,15 +145,9 @@ def write_rows(path: str | os.PathLike, problems: Iterable[Problem]) -> int:
     path = Path(path)
     if path.suffix not in FORMATS:
         raise InputError(f"{path}: the name must end in {' or '.join(FORMATS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     write = _write_parquet if path.suffix == ".parquet" else _write_lines
-    try:
-        count = write(temporary, _unique(path, problems), os.path.abspath(path.parent))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+    with replacing(path) as temporary:
+        return write(temporary, _unique(path, problems), os.path.abspath(path.parent))
 
 
 def _unique(path: Path, problems: Iterable[Problem]) -> Iterator[Problem]:

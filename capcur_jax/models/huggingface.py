@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from capcur_jax.devices.sharding import on_devices
+from capcur_jax.files import sync_to_disk
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models import names as names_lib
@@ -333,20 +334,12 @@ def save(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / WEIGHTS[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for written in (*partial.iterdir(), partial):
-        _sync(written)  # a machine that fails after the renames must not leave empty files in their place
+        sync_to_disk(written)  # a machine that fails after the renames must not leave empty files in their place
     # The old directory is set aside, not deleted first: a stop in the middle must not cost both.
     if directory.exists():
         os.replace(directory, directory.with_name(f".{directory.name}.old-{os.getpid()}"))
     os.replace(partial, directory)
     _clean(directory, "old")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _with_dtype(published: dict[str, Any], dtype: str) -> dict[str, Any]:

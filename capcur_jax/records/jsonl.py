@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Self
 
+from capcur_jax.files import write_atomically
+
 # An image as a data URI: never useful in a log, and a few of them make the log unreadable and huge.
 _DATA_URI = re.compile(r"(data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,)[A-Za-z0-9+/=_-]{64,}")
 
@@ -137,15 +139,4 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
     """Writes `obj` as indented strict JSON; a reader sees the old file or the new one, never half of it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = to_json(obj, indent=2) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename across disks isn't atomic
-    try:
-        with open(temporary, "w", encoding="ascii") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(pathlib.Path(path), (to_json(obj, indent=2) + "\n").encode("ascii"))

@@ -1,21 +1,19 @@
 """Compare a predicted answer with the gold one by math-verify, in a process that its parent may kill at any time.
 
-Started by `grade.Grader` as `python -m capcur_jax.rewards.worker MEMORY_MB TIMEOUT_S`. It speaks JSON lines:
+The program behind `grade.Grader`. Its requests and replies, one of `workers.serve`'s lines each:
 
-    worker: {"ready": true}                                  or {"ready": false, "error": "..."} and the end
-    parent: {"id": 7, "gold": "\\frac{1}{2}", "predicted": "0.5"}
-    worker: {"id": 7, "equal": true, "last": false}          (last: it has grown too large, and ends)
+    parent: {"gold": "\\frac{1}{2}", "predicted": "0.5"}
+    worker: {"equal": true, "last": false}          (last: it has grown too large, and ends)
 
 sympy can hang, and fill the memory, on a few characters of a model's output (`9^{9^{9^9}}`), inside C code that no
-signal handler interrupts. So math-verify's own time-outs are off, the parent's clock kills, and the limits set here
-hold if the parent is gone. The address space is limited on Linux only: macOS does not support it.
+signal handler interrupts. So math-verify's own time-outs are off: the parent's clock kills.
 """
 
-import json
 import logging
 import os
 import resource
 import sys
+from typing import Any
 
 from capcur_jax import workers
 
@@ -75,51 +73,23 @@ def _peak_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
 
-def _prepare(memory_mb: int) -> None:
-    """Sets the limits, imports the slow libraries once, and closes what is left open to them."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "darwin":
-        workers.limit(resource.RLIMIT_AS, memory_mb * 2**20)
+def _prepare() -> None:
+    """Imports the slow libraries once, and closes what is left open to them."""
     math_equal("1", "x=1")  # imports and warms up, so that the first request's time is its own
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True
-    workers.limit(resource.RLIMIT_FSIZE, 0)
     sys.addaudithook(_forbid)
 
 
-def main() -> None:
-    """Serves requests until the parent closes the pipe."""
-    memory_mb, timeout_s = int(sys.argv[1]), float(sys.argv[2])
-    # Replies leave by a copy of stdout: what a library prints to the real one must not look like a reply.
-    replies = os.dup(1)
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)
-
-    def reply(message: dict) -> None:
-        os.write(replies, json.dumps(message).encode() + b"\n")
-
+def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], None]:
     try:
-        _prepare(memory_mb)
-    except Exception as error:  # whatever it is, the parent reports it with the remedy
-        reply({"ready": False, "error": f"{type(error).__name__}: {error}"})
-        sys.exit(1)
-    os.dup2(devnull, 2)
-    reply({"ready": True})
-
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        workers.roll_cpu_limit(timeout_s)
-        try:
-            equal = math_equal(request["gold"], request["predicted"])
-        except MemoryError:
-            os._exit(3)  # a fresh process is the only clean state; the parent counts the failure
-        except Exception:  # sympy raises anything on odd input: not comparable is not equal
-            equal = False
-        last = _is_bloated(memory_mb)
-        reply({"id": request["id"], "equal": equal, "last": last})
-        if last:
-            break
+        equal = math_equal(request["gold"], request["predicted"])
+    except MemoryError:
+        os._exit(3)  # a fresh process is the only clean state; the parent counts the failure
+    except Exception:  # sympy raises anything on odd input: not comparable is not equal
+        equal = False
+    return {"equal": equal, "last": _is_bloated(memory_mb=int(sys.argv[1]))}, None
 
 
 if __name__ == "__main__":
-    main()
+    workers.serve(_answer, _prepare)

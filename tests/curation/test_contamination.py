@@ -2,10 +2,10 @@
 
 import io
 import json
-import random
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 from PIL import Image
 
 from capcur_jax.curation.contamination import compare
@@ -218,17 +218,18 @@ def test_one_spelling():
     assert spelling("!?") != spelling("...")
 
 
-def test_the_index_finds_exactly_what_comparing_all_pairs_finds():
-    draw = random.Random(0)
-    texts = [shingles([draw.choice("abcd") for _ in range(draw.randint(0, 14))], 2) for _ in range(150)]
-    index = TextIndex(texts[:90])
-    for text in texts:
-        for threshold in (0.3, 0.8, 1.0):
-            expected = {
-                n: jaccard(text, other) for n, other in enumerate(texts[:90]) if jaccard(text, other) >= threshold
-            }
-            places, scores = index.similar(text, threshold)
-            assert dict(zip(places.tolist(), scores.tolist(), strict=True)) == pytest.approx(expected)
-            assert list(scores) == sorted(scores, reverse=True)
-    assert len(TextIndex([]).similar(texts[0], 0.5)[0]) == 0
+WORDS = strategies.lists(strategies.sampled_from("abcd"), max_size=14)
+
+
+@given(strategies.lists(WORDS, max_size=40), WORDS, strategies.sampled_from([0.3, 0.5, 0.8, 1.0]))
+def test_the_index_finds_exactly_what_comparing_all_pairs_finds(texts, text, threshold):
+    texts, text = [shingles(words, 2) for words in texts], shingles(text, 2)
+    expected = [jaccard(text, other) for other in texts]
+    places, scores = TextIndex(texts).similar(text, threshold)
+    assert sorted(places.tolist()) == [n for n, score in enumerate(expected) if score >= threshold]
+    assert scores.tolist() == pytest.approx([expected[n] for n in places])
+    assert list(scores) == sorted(scores, reverse=True)
+
+
+def test_texts_without_words_share_nothing():
     assert jaccard(np.zeros(0, np.uint64), np.zeros(0, np.uint64)) == 0

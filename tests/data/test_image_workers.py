@@ -1,12 +1,9 @@
-"""The image workers: threads share them, they may die, and they end with what started them."""
+"""The image workers: what they read is what this process reads, and an image that they die of is a bad one."""
 
 import os
 import signal
 import stat
-import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,9 +11,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from capcur_jax import checks, presets, schedule
+from capcur_jax import checks, presets, schedule, workers
 from capcur_jax.checkpointing import check_same_config
-from capcur_jax.data import image_pool
 from capcur_jax.data.images import ImageStore
 from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
@@ -34,13 +30,6 @@ def paths(tmp_path_factory):
         found.append(str(folder / f"{number}.jpg"))
         random_image(20 + number, 30, seed=number).save(found[-1])
     return found
-
-
-def wait_for(condition, seconds=20.0):
-    limit = time.monotonic() + seconds
-    while not condition() and time.monotonic() < limit:
-        time.sleep(0.02)
-    return condition()
 
 
 def gone(pid):
@@ -68,16 +57,16 @@ def test_workers_import_neither_jax_nor_transformers_and_start_when_needed(paths
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_an_image_that_costs_two_workers_is_bad_and_the_others_go_on(monkeypatch, paths, way):
-    ask = image_pool._Worker.ask
+    ask = workers.Worker.ask
 
-    def struck(worker, request, timeout_s):
+    def struck(worker, request):
         if request["path"] in (paths[3], paths[7]) and (request["path"] == paths[3] or not struck.done):
             struck.done |= request["path"] == paths[7]
             os.kill(worker.process.pid, way)
-        return ask(worker, request, timeout_s)
+        return ask(worker, request)
 
     struck.done = False
-    monkeypatch.setattr(image_pool._Worker, "ask", struck)
+    monkeypatch.setattr(workers.Worker, "ask", struck)
     words = "ended by signal 9" if way == signal.SIGKILL else "took too long"
     with ImageStore(2, timeout_s=2.0) as store, ThreadPoolExecutor(3) as threads:
 
@@ -96,18 +85,6 @@ def test_an_image_that_costs_two_workers_is_bad_and_the_others_go_on(monkeypatch
     assert pids and all(map(gone, pids))
 
 
-def test_a_worker_that_died_at_rest_is_no_image_s_fault(paths):
-    with ImageStore(1) as store:
-        store.size(paths[0])
-        (pid,) = store._pool.processes()
-        os.kill(pid, signal.SIGKILL)
-        assert wait_for(
-            lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE if psutil.pid_exists(pid) else True
-        )
-        assert store.load(paths[0], SIZE).shape == (*SIZE, 3)
-        assert store.counters()["deaths"] == 0 and store._pool.processes() != [pid]
-
-
 def test_memory_is_limited_in_workers(paths, tmp_path):
     Image.new("RGB", (9000, 9000)).save(tmp_path / "a.png")
     with ImageStore(1, memory_mb=256) as store:
@@ -117,83 +94,21 @@ def test_memory_is_limited_in_workers(paths, tmp_path):
         assert store.counters()["deaths"] == 0
 
 
-def test_closing_ends_the_workers_and_who_is_waiting_hears_of_it(paths):
-    store, errors = ImageStore(2), []
+def test_a_closed_store_reads_no_more(paths):
+    with ImageStore(1) as store:
+        store.size(paths[0])
+        pids = store._pool.processes()
+    assert pids and all(map(gone, pids))
+    with pytest.raises(RuntimeError, match="the image workers were closed"):
+        store.size(paths[1])
 
-    def work():
-        try:
-            while True:
-                store.load(paths[0], (2000, 2000))
-        except RuntimeError as error:
-            errors.append(str(error))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    assert wait_for(lambda: len(store._pool.processes()) == 2 and store.counters()["misses"] > 8)
+def test_a_store_that_nobody_holds_leaves_no_worker(paths):
+    store = ImageStore(1, cache_mb=1)
+    store.load(paths[0], SIZE)
     pids = store._pool.processes()
-    store.close()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
-    assert errors == ["the image workers were closed"] * 4 and all(map(gone, pids))
-    with pytest.raises(RuntimeError, match="were closed"):
-        store.size(str(paths[1]))
-
-
-def test_a_worker_that_starts_while_the_store_closes_does_not_stay(monkeypatch, paths):
-    start, started, closed = image_pool._Worker.__init__, [], threading.Event()
-
-    def slow(worker, *limits):
-        started.append(True)
-        closed.wait(20)
-        start(worker, *limits)
-        started.append(worker.process.pid)
-
-    monkeypatch.setattr(image_pool._Worker, "__init__", slow)
-    store, errors = ImageStore(1), []
-
-    def work():
-        try:
-            store.load(paths[0], SIZE)
-        except RuntimeError as error:
-            errors.append(str(error))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert wait_for(lambda: started)
-    store.close()  # gives up waiting for the one that starts
-    closed.set()
-    thread.join(30)
-    assert errors == ["the image workers were closed"] and gone(started[1]) and not store._pool.processes()
-
-
-PARENT = """
-import os, signal, sys, time
-from capcur_jax.data.images import ImageStore
-store = ImageStore(2)
-store.size(sys.argv[1])
-try:
-    print(*store._pool.processes(), flush=True)
-    time.sleep(60)
-except KeyboardInterrupt:
-    print(store.load(sys.argv[1], (4, 6)).shape, flush=True)
-"""
-
-
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl-c"])
-def test_workers_end_with_their_parent_and_not_with_ctrl_c(paths, way):
-    command = [sys.executable, "-c", PARENT, paths[0]]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as parent:
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert pids and not any(map(gone, pids))
-        os.killpg(parent.pid, way)
-        output, errors = parent.communicate(timeout=60)
-    if way == signal.SIGINT:  # as a terminal sends it, to the whole group
-        assert (output, errors, parent.returncode) == ("(4, 6, 3)\n", "", 0)
-    assert wait_for(lambda: all(map(gone, pids)))
+    del store
+    assert pids and all(map(gone, pids))
 
 
 def test_a_worker_that_can_t_start_is_no_image_s_fault(monkeypatch, paths, tmp_path):

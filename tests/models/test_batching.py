@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
@@ -45,18 +46,19 @@ def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
         assign_rows([65], 64)
 
 
-def test_rows_hold_what_they_can_and_no_two_images_share_a_slot():
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        sizes = (4 * random.integers(1, 65, random.integers(1, 60))).tolist()
-        taken = np.zeros((len(sizes), 256), int)
-        for (row, at), size in zip(assign_rows(sizes, 256), sizes, strict=True):
-            taken[row, at : at + size] += 1
-            assert at % 4 == 0 and at + size <= 256
-        assert taken.max() == 1 and taken.sum() == sum(sizes)
-        rows = np.flatnonzero(taken.any(1))
-        assert rows.tolist() == list(range(len(rows)))
-        assert len(rows) < 1.25 * sum(sizes) / 256 + 2
+@given(strategies.lists(strategies.integers(1, 64).map(lambda features: 4 * features), max_size=60))
+def test_rows_hold_what_they_can_and_no_two_images_share_a_slot(sizes):
+    taken = np.zeros((len(sizes), 256), int)
+    places = assign_rows(sizes, 256)
+    for (row, at), size in zip(places, sizes, strict=True):
+        taken[row, at : at + size] += 1
+        assert at % 4 == 0 and at + size <= 256
+    filled = taken.sum(1)
+    assert taken.max(initial=0) <= 1 and filled.sum() == sum(sizes)
+    # A row is begun for an image that no row before it has room for.
+    begins = [(row, size) for (row, at), size in zip(places, sizes, strict=True) if at == 0]
+    assert all(filled[:row].min(initial=256) + size > 256 for row, size in begins)
+    assert sorted(row for row, _ in begins) == list(range(np.count_nonzero(filled)))
 
 
 def test_the_shape_of_a_batch():

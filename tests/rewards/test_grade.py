@@ -1,12 +1,14 @@
 """Equality of answers, and that nothing a model writes hangs or harms the grader."""
 
-import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from capcur_jax.rewards import grade
@@ -110,7 +112,7 @@ def test_code_is_not_run(grader, tmp_path):
 
 def test_worker_refuses_programs_and_writing(tmp_path):
     code = (
-        "import os, sys; from capcur_jax.rewards import worker; worker._prepare(512)\n"
+        "import os, sys; from capcur_jax.rewards import worker; worker._prepare()\n"
         "for act in (lambda: os.system('true'), lambda: open(sys.argv[1], 'w'), lambda: os.fork()):\n"
         "    try: act()\n"
         "    except PermissionError: continue\n"
@@ -149,49 +151,30 @@ def test_easy_pairs_cost_little(grader):
     assert min(seconds) < 0.005
 
 
-def test_workers_start_late_have_a_session_of_their_own_and_end():
+def test_workers_start_late_and_end():
     with grade.Grader(workers=2) as grader:
         grader.grade([("5", "5"), ("left", "felt")])
-        assert not grader._workers
+        assert not grader._pool.processes()
         grader.grade([("1+x", "x+1")])
-        (worker,) = grader._workers
-        assert os.getsid(worker.process.pid) == worker.process.pid
-    assert worker.process.returncode is not None
-    grader.close()
+        (pid,) = grader._pool.processes()
+        grader.close()
+        assert not psutil.pid_exists(pid)
+        assert grader.grade([("1+x", "x+1")]) == [True]  # by another
+        (pid,) = grader._pool.processes()
+    assert not psutil.pid_exists(pid)
 
 
-def test_worker_lost_at_rest_is_replaced():
-    with grade.Grader(workers=1) as grader:
-        grader.grade([("1+x", "x+1")])
-        grader._workers[0].process.kill()
-        grader._workers[0].process.wait()
-        assert grader.grade([("2+x", "x+2")]) == [True]
-        assert grader.failures == 0
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads process states from /proc")
-def test_orphan_ends_by_its_cpu_limit():
-    code = (
-        "import os, threading, time; from capcur_jax.rewards.grade import Grader\n"
-        "grader = Grader(workers=1, timeout_s=1.0); grader.grade([('1+x', 'x+1')])\n"
-        "pid = grader._workers[0].process.pid\n"
-        f"threading.Thread(target=grader.grade, args=([('{TOWER}', 'x+1')],)).start(); time.sleep(0.2)\n"
-        "print(pid, flush=True); os.kill(os.getpid(), 9)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(grade.__file__).parents[2])}
-    pid = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE).stdout.decode().strip()
-    assert pid
-    end = time.monotonic() + 20
-    while _is_running(pid):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        return (Path("/proc") / pid / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def test_an_interrupt_ends_the_workers_and_no_reply_is_left_for_the_next_call():
+    with grade.Grader(workers=2, timeout_s=60.0) as grader:
+        grader.grade([("1+x", "x+1"), ("2+x", "x+2")])
+        pids = grader._pool.processes()
+        timer = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            grader.grade([(TOWER + "x", "x+1"), (TOWER + "y", "x+1"), ("1+x", "x+1")])
+        assert pids and not any(map(psutil.pid_exists, pids)) and not grader._pool.processes()
+        assert grader.grade([("x", "x+1"), ("1+x", "x+1")]) == [False, True]
+        assert grader.timeouts == grader.failures == 0
 
 
 def test_what_a_library_prints_is_no_reply(monkeypatch, tmp_path):
@@ -219,16 +202,6 @@ def test_start_failure_names_the_remedy(monkeypatch, tmp_path):
 def test_settings_out_of_range(setting):
     with pytest.raises(ValueError, match=f"config.reward.{next(iter(setting))}"):
         grade.Grader(**setting)
-
-
-def test_worker_gets_no_secrets(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    environments = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: environments.append(k["env"]) or popen(*a, **k))
-    worker = grade._Worker(1.0, 512)
-    worker.kill()
-    assert "secret" not in json.dumps(environments)
 
 
 def test_a_large_trainer_does_not_make_its_workers_look_bloated():

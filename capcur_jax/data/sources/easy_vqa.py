@@ -123,7 +123,7 @@ def copy_images(directory: str | os.PathLike, folders: Iterable[str]) -> None:
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(target)} if target.is_dir() else {}
         for entry in sorted(os.scandir(package_data() / folder / "images"), key=lambda entry: entry.name):
             if entry.name.endswith(".png") and sizes.get(entry.name) != entry.stat().st_size:
-                write_atomically(target / entry.name, Path(entry.path).read_bytes())
+                write_atomically(target / entry.name, Path(entry.path).read_bytes(), sync=False)
 
 
 def questions(
