@@ -19,6 +19,7 @@ from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation import heldout
 from capcur_jax.evaluation.blind import blind_accuracy
+from capcur_jax.learner import objectives
 from capcur_jax.models import huggingface
 from capcur_jax.models.config import dtype_of
 from capcur_jax.models.inputs import BadInput
@@ -73,7 +74,7 @@ def plan(run: Run) -> None:
 
 
 def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
-    group = f" x {run.config.rollout.group}" if stage.objective == "grpo" else ""
+    group = f" x {run.config.rollout.group}" if objectives.OBJECTIVES[stage.objective].sampled else ""
     return {
         "stage": stage.name,
         "data": " + ".join(stage.data) + stage.curriculum.described(),
@@ -196,7 +197,7 @@ def finish(run: Run, status: str) -> dict[str, Any]:
         for values in accuracy.values():
             values.pop("final")
     last = run.evaluations[-len(run.config.evaluation.sets) :] if status == "finished" else []
-    rollout_steps = [step for step in run._steps if step["objective"] == "grpo"]
+    rollout_steps = [step for step in run._steps if objectives.OBJECTIVES[step["objective"]].sampled]
     skipped = {
         "rows": sum(map(len, run.sets.skipped_rows.values())),
         "images": run.builder.counts["images"],

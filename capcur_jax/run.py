@@ -27,8 +27,8 @@ from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
+from capcur_jax.learner.layout import Layout, needs_reference
 from capcur_jax.learner.learner import Learner, frozen_paths
-from capcur_jax.learner.minibatches import Packer, needs_reference
 from capcur_jax.learner.trainer import Offload, Trainer
 from capcur_jax.models import fresh, huggingface
 from capcur_jax.models import lora as lora_lib
@@ -100,7 +100,7 @@ class Run:
         self.exports_compiled = False
         opened = self._open_model()
         for stage in self.stages:  # what does not fit together is said before anything is computed
-            Packer(stage, config, self.buckets, self.processor, self.mesh, images=True)
+            Layout.of(stage, config, self.buckets, self.processor, self.mesh, images=True)
             frozen_paths(self.parameters, self.freeze_of(stage))
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
         self.sampling = sampling_of(config, "rollout")
@@ -290,7 +290,7 @@ class Run:
         trained, frozen = learner.split(self.parameters)
         name = f"{number}-{stage.name}"
         resumed = self.checkpoint is not None and self.position.stage == number
-        wanted = stage.objective == "grpo" and needs_reference(config)
+        wanted = objectives.of_stage(stage).sampled and needs_reference(config)
         dtype = dtype_of(config.reference.dtype, "config.reference.dtype")
         if resumed:
             shapes = learner.abstract_state()

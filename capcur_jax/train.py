@@ -32,8 +32,9 @@ from capcur_jax.data.prompts import target_tokens
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
-from capcur_jax.learner import packing
-from capcur_jax.learner.minibatches import Packer, grpo_item, sft_item
+from capcur_jax.learner import objectives, packing
+from capcur_jax.learner.layout import Layout
+from capcur_jax.learner.minibatches import minibatches, sampled_item, target_item
 from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadInput
@@ -98,26 +99,26 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
     run.display.stage(stage.name, stage.steps)
     sets, sizes = run.measured.pop(stage.name, None) or usable(run, stage)
     images = any(size.images for size in sizes)
-    packer = Packer(stage, config, run.buckets, run.processor, run.mesh, images)
+    layout = Layout.of(stage, config, run.buckets, run.processor, run.mesh, images)
     run.begin_stage()
     trainer = run.trainer(stage, number)
     done = run.position.stage_step >= stage.steps  # stopped between the stage's last step and the next stage
     if not done:
-        warm_up(run, stage, trainer, packer, sizes, images)
+        warm_up(run, stage, trainer, layout, sizes, images)
     if run.turns:
         run.hand_over(trainer)
     if done:
         run.position = Position(stage=number + 1, evaluated=True)
         return
     order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
-    maker = Maker(run, stage, order, packer.updates)
+    maker = Maker(run, stage, order, layout.updates)
     threads = max(2, config.data.workers)  # each waits for a worker
     batches = loader.batches(maker, maker.local, start=run.position.batches, threads=threads)
     rates = [
-        [stage.learning_rate_at(step * packer.updates + i, stage.steps * packer.updates) for i in range(packer.updates)]
+        [stage.learning_rate_at(step * layout.updates + i, stage.steps * layout.updates) for i in range(layout.updates)]
         for step in range(stage.steps)
     ]
-    drawer = Drawer(run, batches, maker.local, images, packer.updates)
+    drawer = Drawer(run, batches, maker.local, images, layout.updates)
     late.begin()
     with drawer:
         for step in range(run.position.stage_step, stage.steps):
@@ -131,31 +132,33 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
             timer, rollout = metrics.PhaseTimer(), None
             last = step + 1 == stage.steps
             validated = bool(config.validation.every) and (step + 1) % config.validation.every == 0
-            if stage.objective == "grpo":
+            if objectives.OBJECTIVES[stage.objective].sampled:
                 rollout = drawer.step(timer, run.capabilities(stage))
                 if not last:
                     drawer.ahead(timer)
                 items = [
-                    grpo_item(g.example.prompt, g.samples, g.advantages, config.objective.mask_truncated)
+                    sampled_item(g.example.prompt, g.samples, g.advantages, config.objective.mask_truncated)
                     for g in rollout.groups
                 ]
             else:
                 with timer("data"):
-                    items = [sft_item(example.prompt, example.target) for example in next(batches)]
+                    items = [target_item(example.prompt, example.target) for example in next(batches)]
                 run.consumed_batch()
             late.write(timer)  # of the step before: the devices have done with it by now
             with timer("pack"):
-                minibatches = packer.minibatches(items)
+                batched = minibatches(items, layout, config)
             started = time.perf_counter()
             with timer("update"):
                 run.begin_update(trainer)
-                updates = trainer.step(minibatches, packer.old, rates[step])
+                updates = trainer.step(batched, layout.old, rates[step])
                 if config.rollout.engine != "local":  # what follows reads the parameters: let this phase be its own
                     jax.block_until_ready(updates)
             with timer("sync"):
-                phases = run.publish(trainer, packer.updates, stage.objective == "grpo" or last or validated)
+                phases = run.publish(
+                    trainer, layout.updates, objectives.OBJECTIVES[stage.objective].sampled or last or validated
+                )
             run.step += 1
-            record = record_of(run, stage, step, minibatches, rollout, rates[step][-1])
+            record = record_of(run, stage, step, batched, rollout, rates[step][-1])
             record |= {f"seconds_sync_{phase}": seconds for phase, seconds in phases.items()}
             late.put(record, updates, timer, started)
             if rollout and step % config.log.rollouts_every == 0:
@@ -181,7 +184,7 @@ def train_stage(run: Run, stage: Stage, number: int, tracer: Profile, late: Late
 
 def target_of(run: Run, stage: Stage, problem: Problem):
     """The tokens to imitate; None where nothing is imitated. Raises BadInput."""
-    if stage.objective != "sft":
+    if objectives.OBJECTIVES[stage.objective].sampled:
         return None
     return target_tokens(run.processor, problem, run.config.rollout.max_new_tokens)
 
@@ -255,17 +258,17 @@ class Maker:
 
 
 def warm_up(
-    run: Run, stage: Stage, trainer: Trainer, packer: Packer, sizes: Sequence[PromptSize], images: bool
+    run: Run, stage: Stage, trainer: Trainer, layout: Layout, sizes: Sequence[PromptSize], images: bool
 ) -> None:
     """Compiles every program that the stage's batches can need, whichever prompts and responses meet in one."""
     config, learner, state = run.config, trainer.learner, trainer.state
-    passes = list(packer.blanks(sizes, passes=True)) if packer.scores else []
-    gradients = list(packer.blanks(sizes, passes=False))
-    policies = [state.trained] if packer.old else []
+    passes = list(layout.blanks(sizes, passes=True)) if layout.scores else []
+    gradients = list(layout.blanks(sizes, passes=False))
+    policies = [state.trained] if layout.old else []
     if trainer.reference is not None:
         policies.append(trainer.reference_on_devices())
     with run.display.progress(f"compiling ({stage.name})", len(gradients) + len(passes) + 1) as done:
-        if stage.objective == "grpo":
+        if objectives.OBJECTIVES[stage.objective].sampled:
             run.engine.warm_up(sizes, run.sampling, config.rollout.group, images)
             run.warm_up_advantages(stage.prompts // jax.process_count())
         results.warm_up_validation(run)

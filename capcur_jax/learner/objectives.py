@@ -1,6 +1,6 @@
-"""Advantages, per-token losses and the weights that add them up: pure functions of arrays, no model in sight.
+"""The objectives in one table, and what they are made of: advantages, per-token losses, the weights that add them up.
 
-Axes: B prompts, G responses a prompt, R rows (responses), T response tokens.
+Pure functions of arrays, no model in sight. A new objective is its loss here and its line in OBJECTIVES. Axes: axes.py.
 
 The loss of a global mini-batch is sum_r weight_r x sum_t loss_rt, with `row_weights` from the host and the inner sum by
 `masked_sum`. It therefore adds up over micro-batches, processes and devices, however the rows are split.
@@ -8,14 +8,18 @@ The loss of a global mini-batch is sum_r weight_r x sum_t loss_rt, with `row_wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from capcur_jax.errors import InputError
+from capcur_jax.learner.packing import Slab
+from capcur_jax.models.logprobs import TokenLogprobs
+from capcur_jax.schedule import Stage
 
 # The release clamps both: a log-ratio that has run away must not overflow the loss.
 LOG_RATIO_CLAMP = 20.0
@@ -218,3 +222,92 @@ def _clamp(log_ratio: jax.Array) -> jax.Array:
 def _choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{what} {value!r} doesn't exist; choose one of {', '.join(choices)} in config.objective")
+
+
+# ---------------------------------------------------------------------- the table
+
+Losses = tuple[jax.Array, dict[str, jax.Array]]
+
+
+def grpo_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
+    """The clipped policy loss with the group's advantages, the KL to the reference and the entropy bonus."""
+
+    # Padding is cut out before the losses, not only after: a banned pad token has log-prob -inf, and 0 x NaN of its
+    # ratio would be the gradient of everything.
+    def seen(logprobs):
+        return jnp.where(mask_RxT, logprobs, 0.0)
+
+    logprobs, sampler = seen(new.logprobs), seen(slab.sampler_logprobs)
+    old = jax.lax.stop_gradient(logprobs) if slab.old_logprobs is None else seen(slab.old_logprobs)
+    terms = policy_terms(
+        logprobs,
+        old,
+        slab.advantages,
+        mask_RxT,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        clip_dual=settings.clip_dual,
+        level=settings.ratio,
+    )
+    correction = importance_weights(
+        old,
+        sampler,
+        mask_RxT,
+        mode=settings.sampler_correction,
+        cap=settings.sampler_cap,
+        level=settings.sampler_level,
+    )
+    loss = terms.loss * correction
+    difference = jnp.abs(old - sampler)
+    values = {
+        "entropy": new.entropy,
+        "clip_fraction": terms.clipped_low | terms.clipped_high | terms.clipped_dual,
+        "clip_fraction_low": terms.clipped_low,
+        "clip_fraction_high": terms.clipped_high,
+        "clip_fraction_dual": terms.clipped_dual,
+        "logprob_difference_mean": difference,
+        "logprob_difference_max": difference,
+    }
+    if settings.sampler_correction != "none":
+        values["sampler_weight"] = correction
+    if slab.reference_logprobs is not None:
+        reference = seen(slab.reference_logprobs)
+        values["kl"] = divergence(settings.kl_estimator, logprobs, reference, old, mask_RxT)
+        loss = loss + settings.kl_coefficient * values["kl"]
+    if settings.entropy_coefficient:
+        loss = loss - settings.entropy_coefficient * new.entropy
+    return loss, {**values, "policy_loss": terms.loss}
+
+
+def sft_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
+    """The negative log-prob of the target's tokens."""
+    return -new.logprobs, {"token_accuracy": new.greedy, "entropy": new.entropy}
+
+
+class Objective(NamedTuple):
+    """A way to learn from responses.
+
+    loss: (slab, the log-probs of its tokens under the trained policy, mask [R, T], config.objective) -> per-token loss
+        [R, T] and, for the metrics, per-token values [R, T] by name. Outside the mask neither counts. The records have
+        a value's mean over the tokens, or its maximum where the name ends with _max.
+    sampled: True where the rows are the policy's own samples, with rewards and advantages; False where they are targets
+        to imitate.
+    """
+
+    loss: Callable[[Slab, TokenLogprobs, jax.Array, ConfigDict], Losses]
+    sampled: bool
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "grpo": Objective(grpo_loss, sampled=True),
+    "sft": Objective(sft_loss, sampled=False),
+}
+
+
+def of_stage(stage: Stage) -> Objective:
+    """The stage's objective. Raises InputError where the table has none of that name."""
+    if stage.objective not in OBJECTIVES:
+        raise InputError(
+            f"config.stages.{stage.name}.objective = {stage.objective!r}; choose one of {', '.join(OBJECTIVES)}"
+        )
+    return OBJECTIVES[stage.objective]

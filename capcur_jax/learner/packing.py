@@ -23,7 +23,7 @@ from capcur_jax.models.qwen_vl import PromptBatch
 @dataclasses.dataclass(frozen=True)
 class Slab:
     """R response rows of one length; row r answers prompt r // (R / B). Arrays that an objective does not use are None
-    (sft has neither advantages nor the sampler's log-probs)."""
+    (targets have neither advantages nor the sampler's log-probs)."""
 
     tokens: Any  # [R, T] int32, padded on the right
     lengths: Any  # [R] int32
@@ -101,7 +101,7 @@ def pack_rows(rows: Sequence[np.ndarray], length: int, fill: float | int, dtype:
 
 
 def pack(
-    groups: Sequence[Sequence[Row]], counts: Sequence[int], lengths: Sequence[int], pad: int, grpo: bool = True
+    groups: Sequence[Sequence[Row]], counts: Sequence[int], lengths: Sequence[int], pad: int, sampled: bool = True
 ) -> tuple[Slab, ...]:
     """Responses of B prompts, group after group -> slabs of the given lengths (see `smallest_lengths`)."""
     slabs, start = [], 0
@@ -109,7 +109,7 @@ def pack(
         chosen = [group[r] for group in groups for r in in_ranks(group)[start : start + count]]
         start += count
         extra = {}
-        if grpo:
+        if sampled:
             extra["advantages"] = np.array([row.advantage for row in chosen], np.float32)
             extra["sampler_logprobs"] = pack_rows([row.logprobs for row in chosen], length, 0.0, np.float32)
         slabs.append(
@@ -124,7 +124,13 @@ def pack(
 
 
 def blank(
-    rows: int, counts: Sequence[int], lengths: Sequence[int], *, grpo: bool, old: bool = False, reference: bool = False
+    rows: int,
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    sampled: bool,
+    old: bool = False,
+    reference: bool = False,
 ) -> tuple[Slab, ...]:
     """Slabs of that shape with nothing in them: what a warm-up compiles for. `rows`: prompts."""
     slabs = []
@@ -136,8 +142,8 @@ def blank(
                 tokens=np.zeros((R, length), np.int32),
                 lengths=np.ones(R, np.int32),
                 weights=zeros[:, 0],
-                advantages=zeros[:, 0] if grpo else None,
-                sampler_logprobs=zeros if grpo else None,
+                advantages=zeros[:, 0] if sampled else None,
+                sampler_logprobs=zeros if sampled else None,
                 old_logprobs=zeros if old else None,
                 reference_logprobs=zeros if reference else None,
             )

@@ -77,8 +77,8 @@ def attend(
     k_RxSxKxH: jax.Array,
     v_RxSxKxH: jax.Array,
     layout: Layout,
+    mesh: Mesh,
     implementation: str = "auto",
-    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Softmax attention [R, T, N, H] of the queries over the keys that the layout lets them see.
 

@@ -38,6 +38,8 @@ class PromptBatch:
 
 
 class QwenVL(nnx.Module):
+    """The model; its parameters lie on `mesh` as sharding.RULES say (None: on one device)."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -51,8 +53,8 @@ class QwenVL(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.mesh = config, mesh
-        towers = dict(remat=remat, attention=attention, mesh=mesh, rngs=rngs, **kinds)
+        self.config, self.mesh = config, mesh or sharding.single()
+        towers = dict(remat=remat, attention=attention, mesh=self.mesh, rngs=rngs, **kinds)
         self.visual = VisionTower(config.vision, **towers)
         self.text = Decoder(config.text, lora=lora, **towers)
         if not config.tied:

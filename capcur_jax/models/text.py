@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         param_dtype,
         remat: str,
         attention: str,
-        mesh: Mesh | None,
+        mesh: Mesh,
         rngs: nnx.Rngs,
         lora: LoRA | None = None,
     ):
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         return sharding.lookup(self.mesh, self.embed.embedding[...], tokens_RxT).astype(self.dtype)
 
     def _attend(self, q, k, v, layout) -> jax.Array:
-        return attend(q, k, v, layout, self.attention, self.mesh)
+        return attend(q, k, v, layout, self.mesh, self.attention)
 
     def prefill(
         self, h_BxTxD: jax.Array, angles: jax.Array, deep: jax.Array | None, visual_index_BxT: jax.Array | None

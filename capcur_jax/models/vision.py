@@ -99,7 +99,7 @@ class Merger(nnx.Module):
 
 class VisionTower(nnx.Module):
     def __init__(
-        self, config: VisionConfig, dtype, param_dtype, remat: str, attention: str, mesh: Mesh | None, rngs: nnx.Rngs
+        self, config: VisionConfig, dtype, param_dtype, remat: str, attention: str, mesh: Mesh, rngs: nnx.Rngs
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.remat, self.attention, self.mesh, self.dtype = config, remat, attention, mesh, dtype

@@ -42,7 +42,7 @@ def test_each_problem_comes_once_and_in_the_same_update_whatever_the_processes(m
     assert {maker.local for maker in made} == {PROMPTS // processes}
     numbers = np.array([[maker.number(i) for i in range(BATCHES * maker.local)] for maker in made])
     assert sorted(numbers.ravel().tolist()) == list(range(BATCHES * PROMPTS))
-    # A process's batch is cut into its updates in order (updates.Packer), and so is that of a single process.
+    # A process's batch is cut into its updates in order (minibatches.minibatches), and so is that of a single process.
     cut = numbers.reshape(processes, BATCHES, updates, -1)
     alone = np.arange(BATCHES * PROMPTS).reshape(BATCHES, updates, -1)
     for batch in range(BATCHES):

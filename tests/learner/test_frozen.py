@@ -142,7 +142,7 @@ def test_a_program_compiles_once_for_a_shape(learner, parts, batch):
                 sums = learner.accumulate(state.trained, rest, sums, micro)
             state, sums, _ = learner.apply(state, sums, np.float32(rate))
         assert counter.count == 0
-        other = UpdateBatch(batch.prompts, blank(2, (G,), (2 * T,), grpo=True))
+        other = UpdateBatch(batch.prompts, blank(2, (G,), (2 * T,), sampled=True))
         for _ in range(2):
             learner.score.compile(state.trained, rest, other)
         assert counter.count == 1

@@ -323,6 +323,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from safetensors.numpy import load_file
+from capcur_jax.devices import sharding
 from capcur_jax.models import huggingface
 from capcur_jax.models.lora import LoRA
 
@@ -330,7 +331,7 @@ source, out = map(Path, sys.argv[1:])
 settings = LoRA(rank=4, alpha=8.0)
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("first", "last"))
 
-def sharding(path, shape):
+def place(mesh, path, shape):
     axes = [None] * len(shape)
     for side, axis in ((-2, "first"), (-1, "last")):
         if len(shape) > 1 and shape[side] % mesh.shape[axis] == 0:
@@ -338,17 +339,19 @@ def sharding(path, shape):
     return NamedSharding(mesh, P(*axes))
 
 saved = []
-for place in (None, sharding):
-    model = huggingface.load(source, lora=settings, seed=3, sharding=place)
+for on in (None, mesh):
+    if on:
+        sharding.of_parameter = place
+    model = huggingface.load(source, lora=settings, seed=3, mesh=on)
     graph, state = nnx.split(model)
     flat = list(nnx.to_flat_state(state))
     for number, (path, leaf) in enumerate(flat):
-        if place:
-            assert leaf[...].sharding == sharding(".".join(path), leaf.shape)
+        if on:
+            assert leaf[...].sharding == place(mesh, ".".join(path), leaf.shape)
         if path[-1] == "lora_b":
             new = jnp.asarray(np.random.default_rng(number).standard_normal(leaf.shape), jnp.float32)
             flat[number] = path, leaf.replace(jax.device_put(new, leaf[...].sharding))
-    name = out / ("sharded" if place else "whole")
+    name = out / ("sharded" if on else "whole")
     huggingface.save(name, nnx.from_flat_state(flat), model.config, source, dtype=np.float32, lora=settings)
     saved.append(load_file(name / "model.safetensors"))
 assert not all(np.array_equal(saved[0][k], v) for k, v in load_file(source / "model.safetensors").items())

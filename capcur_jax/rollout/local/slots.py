@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from capcur_jax.devices import sharding
@@ -39,7 +38,7 @@ class Slots(NamedTuple):
     clock: jax.Array  # [] steps made, the same for all rows
 
 
-def specs(slots: Slots | None = None) -> Slots:
+def specs() -> Slots:
     """How each field lies on a mesh."""
     cache = P(None, sharding.ROWS, None, "tensor")
     return Slots(KeysValues(cache, cache), *[P(sharding.ROWS)] * 8, P())
@@ -69,7 +68,6 @@ def admit(
     rows_Bxn: jax.Array,
     numbers_Bxn: jax.Array,
     banned: tuple[int, ...],
-    mesh: Mesh | None,
 ) -> Slots:
     """Computes B prompts once and starts n responses of each, in the slots `rows` (counted within a device row).
 
@@ -99,7 +97,7 @@ def admit(
         )
 
     by_rows, cache = P(sharding.ROWS), specs().cache
-    placed = sharding.local(mesh, place, (specs(), cache, *[by_rows] * 5), specs())
+    placed = sharding.local(model.mesh, place, (specs(), cache, *[by_rows] * 5), specs())
     return placed(slots, prompt, logits_BxV, batch.lengths, batch.next_position, rows_Bxn, numbers_Bxn)
 
 
