@@ -228,14 +228,14 @@ def local(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Call
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def lookup(mesh: Mesh, embedding_VxD: jax.Array, tokens_RxT: jax.Array) -> jax.Array:
-    """Rows of the embedding [R, T, D].
+def lookup(mesh: Mesh, embedding_VxD: jax.Array, tokens_AxT: jax.Array) -> jax.Array:
+    """Rows of the embedding [A, T, D].
 
     Left to itself XLA gathers the table. Here the tokens travel instead: each device looks up its own columns of its
     own part of the vocabulary for all rows of its fsdp group, and an all-to-all gives every row back whole.
     """
     if mesh.size == 1:
-        return embedding_VxD[tokens_RxT]
+        return embedding_VxD[tokens_AxT]
     spec = spec_of(mesh, "text.embed.embedding", embedding_VxD.shape)
     vocabulary, width = spec
 
@@ -251,7 +251,7 @@ def lookup(mesh: Mesh, embedding_VxD: jax.Array, tokens_RxT: jax.Array) -> jax.A
             found = table[tokens]
         return jax.lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True) if width else found
 
-    return local(mesh, part, (spec, P(ROWS)), P(ROWS))(embedding_VxD, tokens_RxT)
+    return local(mesh, part, (spec, P(ROWS)), P(ROWS))(embedding_VxD, tokens_AxT)
 
 
 def take(mesh: Mesh, features_FxD: jax.Array, index: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ The loss of a global mini-batch is sum_r weight_r x sum_t loss_rt, with `row_wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from capcur_jax.axes import Array, Bool, Float, Int, checked
 from capcur_jax.errors import InputError
 from capcur_jax.learner.packing import Slab
 from capcur_jax.models.logprobs import TokenLogprobs
@@ -41,7 +42,10 @@ class PolicyTerms(NamedTuple):
     ratio: jax.Array
 
 
-def group_advantages(rewards_BxG: jax.Array, epsilon: float = 1e-6, normalise: bool = True) -> jax.Array:
+@checked
+def group_advantages(
+    rewards_BxG: Float[Array, "B G"], epsilon: float = 1e-6, normalise: bool = True
+) -> Float[Array, "B G"]:
     """(r - mean) / (std + epsilon) inside each group, with the sample std (n - 1); [B, G].
 
     `normalise=False` is r - mean (Dr.GRPO, arXiv:2503.20783: the std weighs easy and hard prompts up). Either way a
@@ -57,11 +61,12 @@ def group_advantages(rewards_BxG: jax.Array, epsilon: float = 1e-6, normalise: b
     return jnp.where(equal, 0.0, advantages)
 
 
+@checked
 def policy_terms(
-    logprobs_RxT: jax.Array,
-    old_logprobs_RxT: jax.Array,
-    advantages_R: jax.Array,
-    mask_RxT: jax.Array,
+    logprobs_RxT: Float[Array, "R T"],
+    old_logprobs_RxT: Float[Array, "R T"],
+    advantages_R: Float[Array, " R"],
+    mask_RxT: Bool[Array, "R T"],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.3,
@@ -92,13 +97,14 @@ def policy_terms(
     return PolicyTerms(jnp.where(mask_RxT, -advantage * used, 0.0), low, high, dual, ratio)
 
 
+@checked
 def divergence(
     estimator: str,
-    logprobs_RxT: jax.Array,
-    reference_logprobs_RxT: jax.Array | None,
-    old_logprobs_RxT: jax.Array | None = None,
-    mask_RxT: jax.Array | None = None,
-) -> jax.Array:
+    logprobs_RxT: Float[Array, "R T"],
+    reference_logprobs_RxT: Float[Array, "R T"] | None,
+    old_logprobs_RxT: Float[Array, "R T"] | None = None,
+    mask_RxT: Bool[Array, "R T"] | None = None,
+) -> Float[Array, "R T"]:
     """Estimate of KL(policy || reference), per sampled token; [R, T], 0 outside the mask.
 
     With d = log policy - log reference (http://joschu.net/blog/kl-approx.html), and the samples held fixed as a
@@ -132,15 +138,16 @@ def divergence(
     return jnp.exp(_clamp(_log_ratio(logprobs_RxT, jax.lax.stop_gradient(old_logprobs_RxT), mask_RxT))) * k3
 
 
+@checked
 def importance_weights(
-    old_logprobs_RxT: jax.Array,
-    sampler_logprobs_RxT: jax.Array,
-    mask_RxT: jax.Array,
+    old_logprobs_RxT: Float[Array, "R T"],
+    sampler_logprobs_RxT: Float[Array, "R T"],
+    mask_RxT: Bool[Array, "R T"],
     *,
     mode: str,
     cap: float,
     level: str = "token",
-) -> jax.Array:
+) -> Float[Array, "R T"]:
     """What a token's policy loss is multiplied by because the sampler isn't quite the trainer's old policy; [R, T].
 
     With w = old / sampler: "truncate" is min(w, cap) (TIS, https://fengyao.notion.site/off-policy-rl; TRL's
@@ -168,15 +175,16 @@ def importance_weights(
     return jax.lax.stop_gradient(jnp.where(mask_RxT, weights, 1.0))
 
 
+@checked
 def row_weights(
-    lengths_R: Sequence[int] | np.ndarray,
-    counted_R: Sequence[bool] | np.ndarray,
+    lengths_R: Int[np.ndarray, " R"],
+    counted_R: Bool[np.ndarray, " R"],
     aggregation: str,
     *,
     total_tokens: int,
     total_rows: int,
     constant_length: int,
-) -> np.ndarray:
+) -> Float[np.ndarray, " R"]:
     """What a row's summed token losses are multiplied by in the global mini-batch's loss; [R] float32, on the host.
 
     - "token": 1 / total_tokens, the paper's (DAPO; TRL "dapo", verl "token-mean").
@@ -188,7 +196,7 @@ def row_weights(
     counted rows of the whole global mini-batch, in any other process too (TRL #6369). Raises InputError.
     """
     _choice("aggregation", aggregation, AGGREGATIONS)
-    lengths, rows = np.asarray(lengths_R, np.float64), max(total_rows, 1)
+    lengths, rows = lengths_R.astype(np.float64), max(total_rows, 1)
     if aggregation == "token":
         weights = np.full(lengths.shape, 1.0 / max(total_tokens, 1))
     elif aggregation == "sequence":
@@ -197,15 +205,17 @@ def row_weights(
         raise InputError(f"the constant of aggregation 'constant' is {constant_length} tokens; set at least 1")
     else:
         weights = np.full(lengths.shape, 1.0 / (constant_length * rows))
-    return np.where(np.asarray(counted_R, bool), weights, 0.0).astype(np.float32)
+    return np.where(counted_R, weights, 0.0).astype(np.float32)
 
 
-def masked_sum(values_RxT: jax.Array, mask_RxT: jax.Array) -> jax.Array:
+@checked
+def masked_sum(values_RxT: Float[Array, "R T"], mask_RxT: Bool[Array, "R T"]) -> Float[Array, " R"]:
     """Sum over the tokens of each row's mask; [R]. What is masked out never counts, not even NaN, nor gets gradient."""
     return jnp.where(mask_RxT, values_RxT, 0.0).sum(axis=1)
 
 
-def response_mask(lengths_R: jax.Array, length: int) -> jax.Array:
+@checked
+def response_mask(lengths_R: Int[Array, " R"], length: int) -> Bool[Array, "R T"]:
     """[R, T], True at response tokens. From the returned lengths, never from `!= pad` (the pad token may end a row)."""
     return jnp.arange(length)[None] < lengths_R[:, None]
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from capcur_jax.axes import Float, Int, checked
 from capcur_jax.errors import InputError
 from capcur_jax.models.qwen_vl import PromptBatch
 
@@ -32,6 +33,21 @@ class Slab:
     sampler_logprobs: Any = None  # [R, T] float32
     old_logprobs: Any = None  # [R, T]; None: one update per rollout batch, the policy's own with stopped gradient
     reference_logprobs: Any = None  # [R, T]; None: no KL term
+
+    @classmethod
+    @checked
+    def of(
+        cls,
+        tokens: Int[np.ndarray, "R T"],
+        lengths: Int[np.ndarray, " R"],
+        weights: Float[np.ndarray, " R"],
+        advantages: Float[np.ndarray, " R"] | None = None,
+        sampler_logprobs: Float[np.ndarray, "R T"] | None = None,
+        old_logprobs: Float[np.ndarray, "R T"] | None = None,
+        reference_logprobs: Float[np.ndarray, "R T"] | None = None,
+    ) -> Slab:
+        """Of arrays on the host, as every slab starts (JAX makes others of it, with anything in the fields)."""
+        return cls(tokens, lengths, weights, advantages, sampler_logprobs, old_logprobs, reference_logprobs)
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +129,7 @@ def pack(
             extra["advantages"] = np.array([row.advantage for row in chosen], np.float32)
             extra["sampler_logprobs"] = pack_rows([row.logprobs for row in chosen], length, 0.0, np.float32)
         slabs.append(
-            Slab(
+            Slab.of(
                 tokens=pack_rows([row.tokens for row in chosen], length, pad, np.int32),
                 lengths=np.array([len(row.tokens) for row in chosen], np.int32),
                 weights=np.array([row.weight for row in chosen], np.float32),
@@ -138,7 +154,7 @@ def blank(
         R = rows * count
         zeros = np.zeros((R, length), np.float32)
         slabs.append(
-            Slab(
+            Slab.of(
                 tokens=np.zeros((R, length), np.int32),
                 lengths=np.ones(R, np.int32),
                 weights=zeros[:, 0],

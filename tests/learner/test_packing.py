@@ -138,7 +138,10 @@ def processor(checkpoint):
 
 @pytest.mark.parametrize(("old", "reference"), [(False, False), (True, True), (False, True)])
 def test_a_blank_has_the_shape_of_what_is_packed(old, reference):
-    packed, blanks = pack(GROUPS, (2, 1), (3, 5), 0), blank(2, (2, 1), (3, 5), sampled=True, old=old, reference=reference)
+    packed, blanks = (
+        pack(GROUPS, (2, 1), (3, 5), 0),
+        blank(2, (2, 1), (3, 5), sampled=True, old=old, reference=reference),
+    )
     for a, b in zip(packed, blanks, strict=True):
         for field in dataclasses.fields(a):
             mine, theirs = getattr(a, field.name), getattr(b, field.name)

@@ -219,7 +219,7 @@ def test_gradients_of_the_factors_follow_from_pytorch_s_of_the_merged_weights(
 
 
 def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
-    """Prefill, extend and decode with factors that are not 0, against one causal pass over prompt and response."""
+    """The learner's pass and decoding with factors that are not 0, against one causal pass over prompt and response."""
     graph, state = nnx.split(scene.adapted)
     tokens = np.random.default_rng(3).integers(10, 300, (2, 5)).astype(np.int32)
     rows = []
@@ -237,16 +237,17 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
     model_of = lambda p: nnx.merge(graph, p)  # noqa: E731
     full = np.asarray(quick_jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
     _, prompt = quick_jit(lambda p: model_of(p).prefill(scene.batch))(state)
-    extended = np.asarray(
-        quick_jit(lambda p: model_of(p).logits(model_of(p).extend(tokens, scene.batch, prompt)))(state)
+    predicting = np.asarray(
+        quick_jit(lambda p: model_of(p).logits(model_of(p).predicting([tokens], scene.batch)[0]))(state)
     )
     step = quick_jit(lambda p, *given: model_of(p).decode(*given))
     cache = scene.adapted.empty_cache(2, prompt.keys.shape[2] + 5)
     around = cache, prompt, tokens, scene.batch.lengths, scene.batch.next_position
     decoded = scene.adapted.logits(decode_steps(functools.partial(step, state), *around))
-    np.testing.assert_allclose(decoded, extended, atol=1e-5)
+    np.testing.assert_allclose(decoded[:, :-1], predicting[:, 1:], atol=1e-5)
     for row, length in enumerate(scene.batch.lengths):
-        np.testing.assert_allclose(extended[row], full[row, length : length + 5], atol=1e-5)
+        np.testing.assert_allclose(predicting[row], full[row, length - 1 : length + 4], atol=1e-5)
+        np.testing.assert_allclose(decoded[row], full[row, length : length + 5], atol=1e-5)
 
 
 # --- out and back -----------------------------------------------------------------------------------------------------
