@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from capcur_jax import schedule
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
-from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner, Sums
 from capcur_jax.learner.packing import UpdateBatch
@@ -119,7 +118,6 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
         if stage.epochs:
             where = f"config.stages.{stage.name}"
             raise InputError(f"{where}.epochs: a plan has no data to count; give {where}.steps, and epochs=0")
-        objectives.of_stage(stage)
         key = stage.objective, stage.freeze, stage.name in without_images, stage.prompts
         groups.setdefault(key, []).append(stage)
     result = []
@@ -132,13 +130,13 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
 def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, images: bool) -> Variant:
     stage = stages[0]
     buckets = Buckets(config.prompt.token_buckets, config.prompt.patch_row, config.prompt.patch_rows)
+    layout = Layout.of(stage, config, buckets, processor, mesh, images)
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
     learner = Learner(
         graph, parameters, objective=stage.objective, config=config,
         freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    layout = Layout.of(stage, config, buckets, processor, mesh, images)
     large, small = (_sizes(config, largest, images) for largest in (True, False))
     scored, scored_small = (_extreme(layout.blanks(s, passes=True), k) for s, k in ((large, max), (small, min)))
     batch, batch_small = (_extreme(layout.blanks(s, passes=False), k) for s, k in ((large, max), (small, min)))

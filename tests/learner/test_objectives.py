@@ -1,5 +1,6 @@
 """Advantages, losses and weights against numbers worked out by hand, plain float64 loops and torch's autograd."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -474,9 +475,8 @@ def test_masked_sum_leaves_masked_values_out(value):
     np.testing.assert_array_equal(objectives.masked_sum(values, mask), [4.0, 0.0])
     gradient = jax.grad(lambda x: objectives.masked_sum(x, mask).sum())(values)
     np.testing.assert_array_equal(gradient, [[1, 1, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(
-        objectives.masked_sum(jnp.float32(values > 2), mask), [1.0, 0.0]
-    )  # counts of a condition
+    counts = jnp.float32(values > 2)  # of a condition
+    np.testing.assert_array_equal(objectives.masked_sum(counts, mask), [1.0, 0.0])
 
 
 def test_the_mask_comes_from_lengths():

@@ -39,7 +39,7 @@ def in_group(kernel):
 
 def in_images(kernel):
     theirs = functools.partial(reference, layout=Segments(IDS))
-    return functools.partial(kernel, ids_RxP=IDS, interpret=True), theirs, heads(2, ODD, kv=4)
+    return functools.partial(kernel, ids_JxP=IDS, interpret=True), theirs, heads(2, ODD, kv=4)
 
 
 def alone(kernel):
