@@ -8,6 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TEST = [
+    "beartype>=0.23.1",
     "hypothesis>=6.170.17",
     "pytest>=9.2.0",
     "pytest-xdist>=3.8.0",
@@ -33,6 +34,7 @@ setup(
         "grain>=0.2.18",
         "httpx2>=2.16.2",
         "jax>=0.10.2",
+        "jaxtyping>=0.3.11",
         "jinja2>=3.1.6",
         "math-verify[antlr4_13_2]>=0.9.0",
         "matplotlib>=3.11.2",

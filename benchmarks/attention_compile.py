@@ -62,6 +62,7 @@ def measure(target: str) -> None:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from capcur_jax.devices import sharding
     from capcur_jax.models.attention import attend
 
     def compiled(shapes, layout, split, implementation, backward):
@@ -75,7 +76,7 @@ def measure(target: str) -> None:
         ]
 
         def function(q, k, v, *rest):
-            return attend(q, k, v, layout(*rest), implementation)
+            return attend(q, k, v, layout(*rest), sharding.single(), implementation)
 
         if split:
             function = jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)

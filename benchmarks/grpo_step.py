@@ -39,7 +39,7 @@ from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, save_weights, settin
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import objectives, packing
-from capcur_jax.learner.minibatches import grpo_item
+from capcur_jax.learner.minibatches import minibatches, sampled_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Processor
@@ -128,7 +128,7 @@ def serve(path: str) -> None:
     builder = PromptBuilder(processor, config.prompt.instruction, config.prompt.max_tokens, config.prompt.patch_row)
     prompts = [builder.build(Problem(*problem)) for problem in record["problems"]]
     reference = nnx.state(huggingface.load(record["reference"])) if record["beta"] else None
-    packer, trainer = open_stage(config, model, processor, [PromptSize.of(p) for p in prompts], reference)
+    layout, trainer = open_stage(config, model, processor, [PromptSize.of(p) for p in prompts], reference)
     del model, reference
     print(json.dumps({"loaded": resident("VmRSS")}), flush=True)
     tokens = [np.array(ids, np.int32) for ids in record["completions"]]
@@ -136,19 +136,19 @@ def serve(path: str) -> None:
     rewards = np.array(record["rewards"], np.float32).reshape(PROMPTS, GROUP)
     advantages = np.asarray(objectives.group_advantages(rewards, config.objective.advantage_epsilon))
     items = [
-        grpo_item(prompt, samples[i * GROUP : (i + 1) * GROUP], advantages[i], config.objective.mask_truncated)
+        sampled_item(prompt, samples[i * GROUP : (i + 1) * GROUP], advantages[i], config.objective.mask_truncated)
         for i, prompt in enumerate(prompts)
     ]
     for _ in sys.stdin:
         for _ in range(_STEPS.value):
             started = time.perf_counter()
-            minibatches = packer.minibatches(items)
-            rates = [record["learning_rate"]] * packer.updates
-            results = jax.device_get(trainer.step(minibatches, packer.old, rates))
+            batched = minibatches(items, layout, config)
+            rates = [record["learning_rate"]] * layout.updates
+            results = jax.device_get(trainer.step(batched, layout.old, rates))
             done = {"seconds": time.perf_counter() - started}
             done["losses"], done["norms"] = ([float(r[name]) for r in results] for name in ("loss", "grad_norm"))
             print(json.dumps(done), flush=True)
-        counts = packing.slots([batch for mini in minibatches for batch in mini])
+        counts = packing.slots([batch for mini in batched for batch in mini])
         print(json.dumps({"peak": resident("VmHWM"), **packing.shares(counts)}), flush=True)
 
 

@@ -27,7 +27,7 @@ from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, settings, write_chec
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import objectives
-from capcur_jax.learner.minibatches import grpo_item
+from capcur_jax.learner.minibatches import minibatches, sampled_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
@@ -47,8 +47,8 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
     processor.end_tokens = (-1,)  # no response may end early
     builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
     buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
-    packer, trainer = open_stage(config, model, processor, [builder.measure(problem) for problem in problems])
-    engine = LocalEngine(model, processor, slots=PROMPTS * GROUP, buckets=buckets, mesh=trainer.mesh)
+    layout, trainer = open_stage(config, model, processor, [builder.measure(problem) for problem in problems])
+    engine = LocalEngine(model, processor, slots=PROMPTS * GROUP, buckets=buckets)
     advantages = jax.jit(functools.partial(objectives.group_advantages, epsilon=objective.advantage_epsilon))
     random, seconds = np.random.default_rng(0), []
     for step in range(steps):
@@ -59,8 +59,8 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
         sampled = time.perf_counter()
         rewards = random.random((PROMPTS, GROUP), np.float32)
         graded = zip(prompts, groups, np.asarray(advantages(rewards)), strict=True)
-        items = [grpo_item(*group, objective.mask_truncated) for group in graded]
-        jax.device_get(trainer.step(packer.minibatches(items), packer.old, [1e-6]))
+        items = [sampled_item(*group, objective.mask_truncated) for group in graded]
+        jax.device_get(trainer.step(minibatches(items, layout, config), layout.old, [1e-6]))
         engine.update_weights(trainer.parameters(), step)
         done = time.perf_counter()
         seconds.append({"step": done - started, "rollout": sampled - started, "update": done - sampled})

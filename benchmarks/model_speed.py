@@ -117,7 +117,7 @@ def ours(directory: Path, processor: Processor, prompts: list[Prompt]) -> tuple[
         model: QwenVL = nnx.merge(graph, parameters)
         logprobs = jax.nn.log_softmax(model.logits(model.prefill(batch)[0])[:, :-1])
         chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
-        mask = batch.mask[:, 1:]
+        mask = (jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None])[:, 1:]
         return -jnp.where(mask, chosen, 0).sum() / mask.sum()
 
     forward, both = jax.jit(loss), jax.jit(jax.value_and_grad(loss))

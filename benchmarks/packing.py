@@ -6,7 +6,7 @@
 RUN is a run recorded with --config.log.rollouts_every=1 --config.log.rollout_prompts=16: its rollout batches, whole.
 Without it prompts are like MathVision's, drawn with seed 0: an image of about 1,000 tokens (log-normal, sigma
 --image_sigma), 60 to 150 of text, and responses of about 400 tokens (log-normal, sigma 0.35 between groups and 0.35
-within a group, at most config.rollout.max_new_tokens). Micro-batches are split by the trainer's own Packer under the
+within a group, at most config.rollout.max_new_tokens). Micro-batches are split by the trainer's own layout under the
 config, any key of which can be given (--config.packing.slabs="(3, 2)"); --rows is how many device rows share one.
 
 "Packing" is the number of real tokens (a prompt once, its responses) in that of the full sequences (its prompt before
@@ -31,7 +31,8 @@ from capcur_jax import schedule
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import packing
-from capcur_jax.learner.minibatches import Item, Packer
+from capcur_jax.learner.layout import Layout
+from capcur_jax.learner.minibatches import Item, agreed, grouped
 from capcur_jax.learner.packing import Row, UpdateBatch
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
@@ -47,33 +48,27 @@ _JSON = flags.DEFINE_string("json", "", "Where the results go as JSON, too.")
 Group = tuple[PromptSize, list[int]]  # a prompt's size and its responses' lengths
 
 
-class Lengths(Packer):
-    """The run's packer on stand-ins that have lengths but no content."""
+def items_of(groups: Sequence[Group]) -> list[Item]:
+    """Stand-ins that have lengths but no content."""
+    return [Item(_prompt(size), [Row(np.zeros(n, np.int32), 1.0) for n in lengths]) for size, lengths in groups]
 
-    def items(self, groups: Sequence[Group]) -> list[Item]:
-        return [Item(_prompt(size), [Row(np.zeros(n, np.int32), 1.0) for n in lengths]) for size, lengths in groups]
 
-    def _batch(self, part: Sequence[Item], shape: BatchShape, lengths: tuple[int, ...]) -> UpdateBatch:
-        def slots(*shape):  # of any size, without memory
-            return np.broadcast_to(np.int32(0), shape)
+def batch_of(part: Sequence[Item], layout: Layout, shape: BatchShape, lengths: tuple[int, ...]) -> UpdateBatch:
+    """The micro-batch, with arrays of which only the size counts."""
 
-        vision = None
-        if shape.patch_rows:
-            segments = np.zeros(shape.patch_rows * self._buckets.patch_row, np.int8)
-            segments[: sum(sum(PromptSize.of(item.prompt).images) for item in part)] = 1
-            vision = types.SimpleNamespace(segments=segments)
-        prompts = types.SimpleNamespace(
-            lengths=np.array([len(item.prompt) for item in part]), tokens=slots(shape.prompts, shape.tokens),
-            vision=vision,
-        )  # fmt: skip
-        self.used[shape, lengths] += 1
-        return UpdateBatch(prompts, packing.pack([item.rows for item in part], self._counts, lengths, 0, grpo=False))
+    def slots(*shape):  # of any size, without memory
+        return np.broadcast_to(np.int32(0), shape)
 
-    used: collections.Counter  # micro-batches of each shape
-
-    def programs(self, sizes: Sequence[PromptSize]) -> int:
-        """Shapes that a warm-up compiles for, as in Packer.blanks."""
-        return len(self._buckets.shapes(sizes, self._images, self._micro, self._shards)) * len(self._lengths)
+    vision = None
+    if shape.patch_rows:
+        segments = np.zeros(shape.patch_rows * layout.buckets.patch_row, np.int8)
+        segments[: sum(sum(PromptSize.of(item.prompt).images) for item in part)] = 1
+        vision = types.SimpleNamespace(segments=segments)
+    prompts = types.SimpleNamespace(
+        lengths=np.array([len(item.prompt) for item in part]), tokens=slots(shape.prompts, shape.tokens),
+        vision=vision,
+    )  # fmt: skip
+    return UpdateBatch(prompts, packing.pack([item.rows for item in part], layout.counts, lengths, 0, sampled=False))
 
 
 def _prompt(size: PromptSize) -> Prompt:
@@ -128,19 +123,23 @@ def count(stage: Stage, config: ConfigDict, steps: Sequence[Sequence[Group]]) ->
     """Of all rollout batches of a stage."""
     prompt = config.prompt
     sizes = [size for groups in steps for size, _ in groups]
-    packer = Lengths(
+    layout = Layout.of(
         stage, config, Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows)),
         processor=None, mesh=AbstractMesh((1, _ROWS.value, 1), ("data", "fsdp", "tensor")),
         images=any(size.images for size in sizes),
     )  # fmt: skip
-    packer.used = collections.Counter()
-    counts = np.zeros(len(packing.SLOTS), np.int64)
+    used, counts = collections.Counter(), np.zeros(len(packing.SLOTS), np.int64)
     for groups in steps:
-        counts += packing.slots([batch for mini in packer.minibatches(packer.items(groups)) for batch in mini])
+        items = items_of(groups)
+        for at in range(0, len(items), len(items) // layout.updates):
+            parts = grouped(items[at : at + len(items) // layout.updates], layout)
+            shapes = agreed(parts, layout)
+            used.update(shapes)
+            counts += packing.slots([batch_of(part, layout, *shape) for part, shape in zip(parts, shapes, strict=True)])
     lengths = np.array([n for groups in steps for _, responses in groups for n in responses])
     prompts = np.array([size.tokens for size in sizes])
     return {
-        "counts": counts, "programs": packer.programs(sizes), "used": packer.used,
+        "counts": counts, "programs": len(layout.shapes(sizes)) * len(layout.lengths), "used": used,
         "prompt": (prompts.mean(), prompts.max()), "response": (lengths.mean(), lengths.max()),
     }  # fmt: skip
 

@@ -15,9 +15,8 @@ from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import INSTRUCTION
 from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa
-from capcur_jax.devices import sharding
+from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner
-from capcur_jax.learner.minibatches import Packer, needs_reference
 from capcur_jax.learner.trainer import Trainer
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
@@ -74,12 +73,12 @@ def save_weights(directory: Path, skeleton: Path, seed: int, noise: float = 0.0)
 
 def open_stage(
     config: ConfigDict, model: QwenVL, processor: Processor, sizes: list[PromptSize], reference: nnx.State | None = None
-) -> tuple[Packer, Trainer]:
-    """Packer and trainer of the config's first stage as a run has them, programs not yet compiled.
+) -> tuple[Layout, Trainer]:
+    """Layout and trainer of the config's first stage as a run has them, programs not yet compiled.
 
     `reference`: the parameters that the KL is to; None: the model's own.
     """
-    stage, mesh = schedule.stages(config)[0], sharding.make_mesh(config.mesh)
+    stage, mesh = schedule.stages(config)[0], model.mesh
     prompt = config.prompt
     buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
     graph, parameters = nnx.split(model)
@@ -87,11 +86,11 @@ def open_stage(
         graph, parameters, objective=stage.objective, freeze=stage.freeze, config=config,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    packer = Packer(stage, config, buckets, processor, mesh, images=any(size.images for size in sizes))
+    layout = Layout.of(stage, config, buckets, processor, mesh, images=any(size.images for size in sizes))
     trained, frozen = learner.split(parameters)
     start = learner.split(parameters if reference is None else reference)[0]
-    copied = learner.copy_as(start, jnp.float32) if needs_reference(config) else None
+    copied = learner.copy_as(start, jnp.float32) if layout.reference else None
     trainer = Trainer(learner, mesh, learner.start(trained), frozen, reference=copied)
-    blank = next(packer.blanks(sizes, passes=False))
+    blank = next(layout.blanks(sizes, passes=False))
     trainer.sums = learner.zeros(trainer.state.trained, trainer.frozen, blank)
-    return packer, trainer
+    return layout, trainer

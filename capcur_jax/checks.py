@@ -51,6 +51,8 @@ CHOICES = {
 
 def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     """Everything the run needs from outside, missing things named all at once. Raises InputError."""
+    for stage in stages:
+        objectives.of_stage(stage)
     missing = []
     if not config.checkpoint and not config.create:
         missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
@@ -89,7 +91,7 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
         "packing.micro_prompts": 0, "checkpointing.every": 1, "checkpointing.keep": 1, "validation.every": 0,
         "validation.questions": 0, "data.workers": 0, "data.image_cache_mb": 0,
     }  # fmt: skip
-    if any(stage.objective == "grpo" for stage in stages):
+    if any(objectives.of_stage(stage).sampled for stage in stages):
         least["rollout.group"] = 2  # an advantage is a comparison inside the group
     for key, value in least.items():
         section, _, name = key.rpartition(".")
@@ -109,7 +111,7 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
     for stage in stages:
         if stage.prompts < 1:
             raise InputError(f"config.stages.{stage.name}.prompts must be at least 1")
-        if stage.objective != "grpo":
+        if not objectives.of_stage(stage).sampled:
             continue
         if stage.prompts % config.objective.updates_per_batch:
             raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from ml_collections import ConfigDict
 
 from capcur_jax.data.images import ImageStore
 from capcur_jax.data.prompts import PromptBuilder
-from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as model_config
 from capcur_jax.models import huggingface, published
@@ -53,13 +51,12 @@ def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str
     kinds["dtype"] = dtype_of(config.model.dtype, "config.model.dtype")
     kinds["param_dtype"] = dtype_of(config.optimizer.parameters, "config.optimizer.parameters")
     kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
-    place = functools.partial(sharding.of_parameter, mesh)
     known = model_config.from_directory(source)
     _check_mesh(known, mesh)
     if config.checkpoint:
-        model = huggingface.load(source, seed=config.seed, sharding=place, **kinds)
+        model = huggingface.load(source, seed=config.seed, **kinds)
     else:
-        model = huggingface.create(known, config.seed, sharding=place, **kinds)
+        model = huggingface.create(known, config.seed, **kinds)
     processor = Processor.from_directory(source, prompt.min_pixels, prompt.max_pixels)
     if config.architecture:
         expected = model_config.from_dict(published.config(config.architecture))
@@ -85,7 +82,7 @@ def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mes
 
     rollout = config.rollout
     kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": rollout.gathered}
-    return LocalEngine(model, policy.processor, buckets=policy.buckets, mesh=mesh, **kinds)
+    return LocalEngine(model, policy.processor, buckets=policy.buckets, **kinds)
 
 
 def _sglang(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:

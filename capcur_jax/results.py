@@ -14,7 +14,7 @@ from flax import nnx
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.evaluation.blind import blind_accuracy
-from capcur_jax.learner import packing
+from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
 from capcur_jax.report import run as report
 from capcur_jax.rollout.groups import Rollout
@@ -67,7 +67,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
 
 
 def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
-    group = f" x {run.config.rollout.group}" if stage.objective == "grpo" else ""
+    group = f" x {run.config.rollout.group}" if objectives.of_stage(stage).sampled else ""
     return {
         "stage": stage.name,
         "data": " + ".join(stage.data) + stage.curriculum.described(),
@@ -161,7 +161,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         for values in accuracy.values():
             values.pop("final")
     last = evaluations[-len(run.config.evaluation.sets) :] if status == "finished" else []
-    rollout_steps = [step for step in steps if "logprob_difference_mean" in step]
+    rollout_steps = [step for step in steps if objectives.OBJECTIVES[step["objective"]].sampled]
     builder = run.policy.builder
     skipped = {
         "rows": sum(map(len, run.sets.skipped_rows.values())),

@@ -24,8 +24,8 @@ from capcur_jax.errors import InputError
 from capcur_jax.evaluation.heldout import Heldout
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
+from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import frozen_paths
-from capcur_jax.learner.minibatches import Packer
 from capcur_jax.learner.trainer import Trainer, combined, learners
 from capcur_jax.learner.turns import Turns
 from capcur_jax.models import fresh
@@ -119,7 +119,7 @@ class Run:
         banned = self.policy.processor.banned_tokens
         self._learners = learners(graph, jax.tree.map(sharding.shape_of, parameters), config, banned, self.mesh)
         for stage in self.stages:  # what does not fit together is said before anything is computed
-            self.packer(stage, images=True)
+            self.layout(stage, images=True)
             frozen_paths(parameters, self.freeze_of(stage))
         return model
 
@@ -173,8 +173,9 @@ class Run:
 
     # ------------------------------------------------------------------ what a stage asks for
 
-    def packer(self, stage: Stage, images: bool) -> Packer:
-        return Packer(stage, self.config, self.policy.buckets, self.policy.processor, self.mesh, images)
+    def layout(self, stage: Stage, images: bool) -> Layout:
+        """The declared shapes of its batches; `images`: whether any of its prompts has one. Raises InputError."""
+        return Layout.of(stage, self.config, self.policy.buckets, self.policy.processor, self.mesh, images)
 
     def learner(self, stage: Stage):
         """Stages with the same objective and the same frozen parameters share their compiled programs."""

@@ -29,7 +29,9 @@ from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
 from capcur_jax.devices import distributed
 from capcur_jax.interruption import Interrupted, Interruption
-from capcur_jax.learner.minibatches import Item, Packer, grpo_item, needs_reference, sft_item
+from capcur_jax.learner import objectives
+from capcur_jax.learner.layout import Layout
+from capcur_jax.learner.minibatches import Item, minibatches
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.records.display import Display
 from capcur_jax.records.metrics import PhaseTimer
@@ -94,27 +96,27 @@ def train(
 def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tracer: Profile) -> None:
     """One stage: its own reference policy, its own optimizer state, its own order of data."""
     config, trainer, recorder = run.config, run.trainer, run.recorder
-    with open_stage(run, stage, number, measured) as (packer, batches, collector):
+    with open_stage(run, stage, number, measured) as (layout, examples, collector):
         recorder.begin_stage()
         for step in range(run.progress.stage_step, stage.steps):
             stop_if_asked(run)
             tracer.before(run.progress.step + 1)
             timer, last = PhaseTimer(), step + 1 == stage.steps
-            items, rollout = draw(run, stage, timer, batches, collector, last)
+            items, rollout = draw(run, stage, timer, examples, collector, last)
             recorder.complete()  # the step before: the devices have done with it by now
             with timer("pack"):
-                minibatches = packer.minibatches(items)
-            dispatched, rates = time.perf_counter(), learning_rates(stage, step, packer.updates)
+                minis = minibatches(items, layout, config)
+            dispatched, rates = time.perf_counter(), learning_rates(stage, step, layout.updates)
             with timer("update"):
                 run.turns.begin_update()
-                updates = trainer.step(minibatches, packer.old, rates)
+                updates = trainer.step(minis, layout.old, rates)
                 if config.rollout.engine != "local":  # what follows reads the parameters: let this phase be its own
                     jax.block_until_ready(updates)
-            run.progress = run.progress.after_step(packer.updates, rollout.batches if rollout else 1)
+            run.progress = run.progress.after_step(layout.updates, rollout.batches if rollout else 1)
             with timer("sync"):
                 sampled_next = rollout is not None or last or due(config.validation.every, step)
                 sync = run.turns.hand_over(run.progress.version) if sampled_next else {}
-            record = results.step_record(run, stage, minibatches, rollout, rates[-1], sync)
+            record = results.step_record(run, stage, minis, rollout, rates[-1], sync)
             recorder.put(record, updates, run.progress.skipped, timer, dispatched)
             if rollout and step % config.log.rollouts_every == 0:
                 for line in rollout.shown(config.log.rollout_prompts, run.workdir):
@@ -127,8 +129,8 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
 class OpenStage(NamedTuple):
     """What a stage's steps are made with."""
 
-    packer: Packer
-    batches: Iterator[list[Example]]
+    layout: Layout
+    examples: Iterator[list[Example]]  # those of each step, of this process
     collector: Collector
 
 
@@ -140,56 +142,55 @@ def open_stage(run: Run, stage: Stage, number: int, measured: Usable | None) -> 
     run.display.stage(stage.name, stage.steps)
     sets, sizes = measured or usable(run, stage)
     images = any(size.images for size in sizes)
-    packer = run.packer(stage, images)
+    layout = run.layout(stage, images)
     run.turns.begin_stage()
     learner, name = run.learner(stage), f"{number}-{stage.name}"
-    referred = stage.objective == "grpo" and needs_reference(config)
     if run.restored is not None and number == run.progress.stage:
-        trainer.restore(learner, config, referred, run.checkpoints, name, run.restored)
+        trainer.restore(learner, config, layout.reference, run.checkpoints, name, run.restored)
         if not run.turns.shared:  # else `hand_over` follows
             run.turns.hand_over(run.progress.version)
     else:
-        trainer.begin(learner, config, referred)
+        trainer.begin(learner, config, layout.reference)
         run.checkpoints.save_reference(name, trainer.stage_start(number))
         run.progress = run.progress.begin_stage(number, run.recorder.skipped)
         save(run, wait=True)
     if run.progress.stage_step < stage.steps:  # else it was stopped between its last step and the next stage
-        warm_up(run, stage, packer, sizes, images)
+        warm_up(run, stage, layout, sizes, images)
     if run.turns.shared:
         run.turns.hand_over(run.progress.version)
     order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
     maker = loader.Maker(
-        order, run.policy.builder, target(run, stage), stage.prompts, packer.updates, f"stage {stage.name}"
+        order, run.policy.builder, target(run, stage), stage.prompts, layout.updates, f"stage {stage.name}"
     )
     threads = max(2, config.data.workers)  # each waits for a worker
-    batches = loader.batches(maker, maker.local, start=run.progress.batches, threads=threads)
+    examples = loader.batches(maker, maker.local, start=run.progress.batches, threads=threads)
     with Collector(
         run.engine,
         run.sampling,
         run.grading,
-        batches,
+        examples,
         local=maker.local,
         images=images,
-        updates=packer.updates,
+        updates=layout.updates,
         capabilities=run.sets.capabilities(stage.data),
         settings=config.rollout,
         seed=config.seed,
     ) as collector:
-        yield OpenStage(packer, batches, collector)
+        yield OpenStage(layout, examples, collector)
 
 
 def draw(
-    run: Run, stage: Stage, timer: PhaseTimer, batches: Iterator[list[Example]], collector: Collector, last: bool
+    run: Run, stage: Stage, timer: PhaseTimer, examples: Iterator[list[Example]], collector: Collector, last: bool
 ) -> tuple[list[Item], Rollout | None]:
     """What the step learns from: sampled groups and their rollout, or targets to imitate."""
-    if stage.objective != "grpo":
+    if not objectives.of_stage(stage).sampled:
         with timer("data"):
-            return [sft_item(example.prompt, example.target) for example in next(batches)], None
+            return [target_item(example.prompt, example.target) for example in next(examples)], None
     step, masked = run.progress.step, run.config.objective.mask_truncated
     rollout = collector.step(timer, step, run.progress.version)
     if not last:
         collector.ahead(timer, step + 1)
-    return [grpo_item(g.example.prompt, g.samples, g.advantages, masked) for g in rollout.groups], rollout
+    return [sampled_item(g.example.prompt, g.samples, g.advantages, masked) for g in rollout.groups], rollout
 
 
 def learning_rates(stage: Stage, step: int, updates: int) -> list[float]:
@@ -239,7 +240,7 @@ def stop_if_asked(run: Run) -> None:
 
 
 def target(run: Run, stage: Stage) -> loader.Target:
-    if stage.objective == "grpo":
+    if objectives.of_stage(stage).sampled:
         return loader.no_target
     return loader.targets(run.policy.processor, run.config.rollout.max_new_tokens)
 
@@ -262,17 +263,17 @@ def with_steps(stage: Stage, measured: dict[str, Usable]) -> Stage:
 # ---------------------------------------------------------------------- warm-up
 
 
-def warm_up(run: Run, stage: Stage, packer: Packer, sizes: Sequence[PromptSize], images: bool) -> None:
+def warm_up(run: Run, stage: Stage, layout: Layout, sizes: Sequence[PromptSize], images: bool) -> None:
     """Compiles every program that the stage's batches can need, whichever prompts and responses meet in one."""
     config, trainer, state = run.config, run.trainer, run.trainer.state
     learner = trainer.learner
-    passes = list(packer.blanks(sizes, passes=True)) if packer.scores else []
-    gradients = list(packer.blanks(sizes, passes=False))
-    policies = [state.trained] if packer.old else []
+    passes = list(layout.blanks(sizes, passes=True)) if layout.scores else []
+    gradients = list(layout.blanks(sizes, passes=False))
+    policies = [state.trained] if layout.old else []
     if trainer.reference is not None:
         policies.append(trainer.reference_home.work(trainer.reference))
     with run.display.progress(f"compiling ({stage.name})", len(gradients) + len(passes) + 1) as done:
-        if stage.objective == "grpo":
+        if objectives.of_stage(stage).sampled:
             run.engine.warm_up(sizes, run.sampling, config.rollout.group, images)
             run.grading.warm_up(stage.prompts // jax.process_count(), config.rollout.group)
         if config.validation.every:

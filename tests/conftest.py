@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Before torch loads its OpenMP: idle threads that spin take the cores from JAX.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before capcur_jax is imported: public functions check the shapes that they declare (axes.py).
+os.environ.setdefault("CAPCUR_CHECK_SHAPES", "1")
 
 import jax
 import numpy as np

@@ -64,7 +64,6 @@ MISTAKES = {
     "unknown stage": ("order", ("text", "vision"), r"config\.order names 'vision'.*perception, text, visual"),
     "stage twice": ("order", ("text", "visual", "text"), r"config\.order = .* a stage may come once"),
     "stage called base": ("order", ("base",), r"config\.order = .* called base or final"),
-    "objective": ("stages.text.objective", "ppo", r"config\.stages\.text\.objective = 'ppo'.*grpo, sft"),
     "schedule": ("stages.text.learning_rate_schedule", "linear", r"stages\.text\.learning_rate_schedule.*constant"),
     "no steps": ("stages.text.steps", 0, r"config\.stages\.text\.steps = 0.*at least 1"),
     "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = 150 and epochs = 2"),

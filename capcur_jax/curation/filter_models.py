@@ -194,7 +194,7 @@ class LocalModel:
             )
         self.name, self._directory, self._how = directory.resolve().name, directory, how
         self.settings = {"model": self.name, "weights": fingerprint(directory)}
-        self._model = self._processor = self._mesh = None
+        self._model = self._processor = None
 
     def __enter__(self) -> LocalModel:
         import jax
@@ -206,15 +206,12 @@ class LocalModel:
 
         dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         self._processor = Processor.from_directory(self._directory)
-        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
-        if jax.device_count() > 1:
-            self._mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
-            kinds |= {"mesh": self._mesh, "sharding": functools.partial(sharding.of_parameter, self._mesh)}
-        self._model = huggingface.load(self._directory, **kinds)
+        mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+        self._model = huggingface.load(self._directory, mesh=mesh, dtype=dtype, param_dtype=dtype)
         return self
 
     def __exit__(self, *_) -> None:
-        self._model = self._processor = self._mesh = None
+        self._model = self._processor = None
         gc.collect()  # the next model needs the memory
 
     def answer(self, questions: Sequence[Asked], done: Done) -> None:
@@ -259,11 +256,9 @@ class LocalModel:
         largest = max((patches for size in sizes for patches in size.images), default=0)
         row = _rounded_up(max(1, largest), math.lcm(_ROUND, self._processor.config.vision.merge_size**2))
         buckets = Buckets(tuple(sorted(tokens)), row, (most / 2, float(most)) if most else ())
-        rows = sharding.row_shards(self._mesh)
+        rows = sharding.row_shards(self._model.mesh)
         slots = _rounded_up(min(self._how.batch, len(sizes)), rows)
-        engine = LocalEngine(
-            self._model, self._processor, slots=slots, buckets=buckets, prefill=slots // rows, mesh=self._mesh
-        )
+        engine = LocalEngine(self._model, self._processor, slots=slots, buckets=buckets, prefill=slots // rows)
         return engine, Sampling(self._how.max_new_tokens, temperature=0.0)
 
     def _prepared(self, questions: Sequence[Asked]) -> Iterator[list[tuple[Asked, Any]]]:

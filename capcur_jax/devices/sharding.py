@@ -12,7 +12,7 @@ sample's own features, the embedding's lookup), which runs inside shard_map (`lo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from capcur_jax.errors import InputError
 
@@ -55,7 +54,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 # ---------------------------------------------------------------------- meshes
 
 
-def make_mesh(settings: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(settings: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh`: sizes of data, fsdp and tensor, one of which may be -1 (all devices that are left).
 
     Over several hosts or TPU slices `data` spans them as far as it can and the other axes stay inside (fast links).
@@ -76,6 +75,11 @@ def make_mesh(settings: ConfigDict, devices: Sequence[jax.Device] | None = None)
     return Mesh(_arranged(devices, sizes), AXES)
 
 
+def single() -> Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+
+
 def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
     """The devices in the mesh's shape, neighbours on fast links."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -92,18 +96,18 @@ def _arranged(devices: list[jax.Device], sizes: list[int]) -> np.ndarray:
     return np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(sizes)
 
 
-def row_shards(mesh: Mesh | None) -> int:
+def row_shards(mesh: Mesh) -> int:
     """Parts into which prompts are split: each device row (all its `tensor` devices together) has one."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def local_row_shards(mesh: Mesh | None) -> int:
+def local_row_shards(mesh: Mesh) -> int:
     """Those of them that this process feeds.
 
     Raises:
         InputError: the processes' shares differ, or a device row spans two of them.
     """
-    if mesh is None or jax.process_count() == 1:
+    if jax.process_count() == 1:
         return row_shards(mesh)
     rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
     owners = [{device.process_index for device in row} for row in rows]
@@ -119,12 +123,10 @@ def local_row_shards(mesh: Mesh | None) -> int:
 # ---------------------------------------------------------------------- parameters and batches
 
 
-def spec_of(mesh: Mesh | None, path: str, shape: Sequence[int]) -> P:
+def spec_of(mesh: Mesh, path: str, shape: Sequence[int]) -> P:
     """The partition of a parameter by its dotted path."""
     axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), ())
     entries: list[str | None] = [None] * (len(shape) - len(axes)) + list(axes)
-    if mesh is None:
-        return P(*entries)
     return P(
         *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(entries, shape, strict=True))
     )
@@ -161,20 +163,16 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-def put(mesh: Mesh | None, batch: Any) -> Any:
+def put(mesh: Mesh, batch: Any) -> Any:
     """This process's rows of a batch (numpy) -> global arrays split over device rows."""
-    if mesh is None:
-        return jax.device_put(batch)
     sharding = by_rows(mesh)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
-def abstract(mesh: Mesh | None, batch: Any) -> Any:
+def abstract(mesh: Mesh, batch: Any) -> Any:
     """What `put` would make of the batch, by shape alone: for compiling."""
-    if mesh is None:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
     sharding, share = by_rows(mesh), row_shards(mesh) // local_row_shards(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * share, *leaf.shape[1:]), leaf.dtype, sharding=sharding),
@@ -215,29 +213,29 @@ def described(mesh: Mesh, parameters: nnx.State) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------- inside a model
 
 
-def constrain(mesh: Mesh | None, x: jax.Array, *axes: Any, leading: int = 0) -> jax.Array:
+def constrain(mesh: Mesh, x: jax.Array, *axes: Any, leading: int = 0) -> jax.Array:
     """`x` split by rows on its first axis, after `leading` whole ones, and by `axes` on the next ones."""
-    if mesh is None or mesh.size == 1:
+    if mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*[None] * leading, ROWS, *axes)))
 
 
-def local(mesh: Mesh | None, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def local(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """The function on each device's own part of its arguments."""
-    if mesh is None or mesh.size == 1:
+    if mesh.size == 1:
         return function
     # Unchecked: Pallas kernels and custom derivatives do not say over which axes their results vary.
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def lookup(mesh: Mesh | None, embedding_VxD: jax.Array, tokens_RxT: jax.Array) -> jax.Array:
-    """Rows of the embedding [R, T, D].
+def lookup(mesh: Mesh, embedding_VxD: jax.Array, tokens_AxT: jax.Array) -> jax.Array:
+    """Rows of the embedding [A, T, D].
 
     Left to itself XLA gathers the table. Here the tokens travel instead: each device looks up its own columns of its
     own part of the vocabulary for all rows of its fsdp group, and an all-to-all gives every row back whole.
     """
-    if mesh is None or mesh.size == 1:
-        return embedding_VxD[tokens_RxT]
+    if mesh.size == 1:
+        return embedding_VxD[tokens_AxT]
     spec = spec_of(mesh, "text.embed.embedding", embedding_VxD.shape)
     vocabulary, width = spec
 
@@ -253,9 +251,9 @@ def lookup(mesh: Mesh | None, embedding_VxD: jax.Array, tokens_RxT: jax.Array) -
             found = table[tokens]
         return jax.lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True) if width else found
 
-    return local(mesh, part, (spec, P(ROWS)), P(ROWS))(embedding_VxD, tokens_RxT)
+    return local(mesh, part, (spec, P(ROWS)), P(ROWS))(embedding_VxD, tokens_AxT)
 
 
-def take(mesh: Mesh | None, features_FxD: jax.Array, index: jax.Array) -> jax.Array:
+def take(mesh: Mesh, features_FxD: jax.Array, index: jax.Array) -> jax.Array:
     """Features by an index that counts among those of its own device row."""
     return local(mesh, lambda features, index: features[index], (P(ROWS), P(ROWS)), P(ROWS))(features_FxD, index)

@@ -23,7 +23,7 @@ from capcur_jax.devices import sharding
 from capcur_jax.devices.programs import Programs
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives, optimizer
-from capcur_jax.learner.packing import Slab, UpdateBatch
+from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.models.logprobs import Shards, TokenLogprobs, token_logprobs
 from capcur_jax.models.qwen_vl import QwenVL
 
@@ -67,12 +67,12 @@ class Learner:
     Args:
         graph: the model without its parameters.
         parameters: an example of them (shapes, dtypes and shardings alone are used).
-        objective: "grpo" or "sft".
+        objective: a name in `objectives.OBJECTIVES`.
         freeze: regular expression of parameter paths that are not trained, "" for none.
         config: the run's config (`objective`, `optimizer`).
-        temperature: the sampler's; every pass divides the logits by it.
+        temperature: the sampler's; every pass divides the logits by it, unless nothing is sampled.
         banned: tokens with log-prob -inf in every pass.
-        mesh: where everything lies; None: on the default device.
+        mesh: where everything lies.
     """
 
     def __init__(
@@ -85,32 +85,25 @@ class Learner:
         config: ConfigDict,
         temperature: float,
         banned: tuple[int, ...],
-        mesh: Mesh | None = None,
+        mesh: Mesh,
     ):
-        self._graph, self._config, self._mesh = graph, config, mesh
-        self._temperature = temperature if objective == "grpo" else 1.0
-        self._banned = banned
+        self._graph, self._mesh, self._banned = graph, mesh, banned
+        self._objective, self._settings = objectives.OBJECTIVES[objective], config.objective
+        self._temperature = temperature if self._objective.sampled else 1.0
         self._frozen = frozen_paths(parameters, freeze)
         self._optimizer = optimizer.make_optimizer(config.optimizer)
-        self._losses = {"grpo": self._grpo_losses, "sft": self._sft_losses}[objective]
         trained, _ = self.split(parameters)
-        abstract = jax.tree.map(self._abstract, trained)
+        abstract = jax.tree.map(sharding.shape_of, trained)
         shapes = jax.eval_shape(self._optimizer.init, abstract)
-        state = self._shardings(shapes, abstract)
-        one = None if mesh is None else sharding.replicated(mesh)
-        self._abstract_state = abstract, shapes, state, one
-        of_trained = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        sums = Sums(of_trained, one)
-        rows = None if mesh is None else sharding.by_rows(mesh)
-
-        def program(function, out, **kinds):
-            return Programs(function, **kinds, **({} if mesh is None else {"out_shardings": out}))
-
-        self.score = program(self._score, rows)
-        self.accumulate = program(self._accumulate, sums, donate_argnums=2)
-        self.apply = program(self._apply, (TrainState(of_trained, state, one), sums, one), donate_argnums=(0, 1))
-        self.start_optimizer = program(self._optimizer.init, state)
-        self.zeros = program(self._zeros, sums)
+        one, of_trained = sharding.replicated(mesh), jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        moments = optimizer.state_sharding(shapes, of_trained, one)  # each with its parameter
+        self._abstract_state = abstract, shapes, moments, one
+        state, sums = TrainState(of_trained, moments, one), Sums(of_trained, one)
+        self.score = Programs(self._score, out_shardings=sharding.by_rows(mesh))
+        self.accumulate = Programs(self._accumulate, out_shardings=sums, donate_argnums=2)
+        self.apply = Programs(self._apply, out_shardings=(state, sums, one), donate_argnums=(0, 1))
+        self.start_optimizer = Programs(self._optimizer.init, out_shardings=moments)
+        self.zeros = Programs(self._zeros, out_shardings=sums)
 
     def split(self, parameters: nnx.State) -> tuple[nnx.State, nnx.State]:
         """(trained, frozen) parts of the parameters; `nnx.merge_state` puts them together again."""
@@ -121,13 +114,11 @@ class Learner:
 
     def start(self, trained: nnx.State) -> TrainState:
         """A fresh optimizer around the parameters, which now belong to the state (an update donates them)."""
-        skipped = jnp.zeros((), jnp.int32)
-        if self._mesh is not None:
-            skipped = jax.device_put(skipped, sharding.replicated(self._mesh))
+        skipped = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(self._mesh))
         return TrainState(trained, self.start_optimizer(trained), skipped)
 
     def abstract_state(self) -> TrainState:
-        """What `start` gives, by shape and place alone: for restoring into. Needs a mesh."""
+        """What `start` gives, by shape and place alone: for restoring into."""
         trained, shapes, places, one = self._abstract_state
         placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
         return TrainState(trained, placed, jax.ShapeDtypeStruct((), jnp.int32, sharding=one))
@@ -135,16 +126,6 @@ class Learner:
     def copy_as(self, trained: nnx.State, dtype: Any) -> nnx.State:
         """A copy that updates do not touch, in that dtype."""
         return jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), trained)
-
-    def _abstract(self, leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=None if self._mesh is None else leaf.sharding)
-
-    def _shardings(self, state: Any, trained: nnx.State) -> Any:
-        """Where the optimizer state lies: each moment with its parameter."""
-        if self._mesh is None:
-            return None
-        of_trained = jax.tree.map(lambda leaf: leaf.sharding, trained)
-        return optimizer.state_sharding(state, of_trained, sharding.replicated(self._mesh))
 
     # ------------------------------------------------------------------ passes
 
@@ -157,7 +138,7 @@ class Learner:
         tokens = jnp.concatenate([slab.tokens.reshape(B, -1) for slab in batch.slabs], axis=1)
         kernel, axis = model.unembedding()
         shards = None
-        if self._mesh is not None and self._mesh.size > 1:
+        if self._mesh.size > 1:
             path = "head.kernel" if axis else "text.embed.embedding"
             shards = Shards(self._mesh, P(sharding.ROWS), sharding.spec_of(self._mesh, path, kernel.shape))
         scored = token_logprobs(
@@ -175,66 +156,13 @@ class Learner:
         """Log-probs [R, T] of each slab's response tokens."""
         return [part.logprobs for part in self._predict(nnx.merge(self._graph, trained, frozen), batch)]
 
-    def _grpo_losses(self, slab: Slab, new: TokenLogprobs, mask: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Per-token loss [R, T] and, for the metrics, per-token values [R, T] by name."""
-        settings = self._config.objective
-
-        # Padding is cut out before the losses, not only after: a banned pad token has log-prob -inf, and 0 x NaN of its
-        # ratio would be the gradient of everything.
-        def seen(logprobs):
-            return jnp.where(mask, logprobs, 0.0)
-
-        logprobs, sampler = seen(new.logprobs), seen(slab.sampler_logprobs)
-        old = jax.lax.stop_gradient(logprobs) if slab.old_logprobs is None else seen(slab.old_logprobs)
-        terms = objectives.policy_terms(
-            logprobs,
-            old,
-            slab.advantages,
-            mask,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            clip_dual=settings.clip_dual,
-            level=settings.ratio,
-        )
-        correction = objectives.importance_weights(
-            old,
-            sampler,
-            mask,
-            mode=settings.sampler_correction,
-            cap=settings.sampler_cap,
-            level=settings.sampler_level,
-        )
-        loss = terms.loss * correction
-        difference = jnp.abs(old - sampler)
-        values = {
-            "entropy": new.entropy,
-            "clip_fraction": terms.clipped_low | terms.clipped_high | terms.clipped_dual,
-            "clip_fraction_low": terms.clipped_low,
-            "clip_fraction_high": terms.clipped_high,
-            "clip_fraction_dual": terms.clipped_dual,
-            "logprob_difference_mean": difference,
-            "logprob_difference_max": difference,
-        }
-        if settings.sampler_correction != "none":
-            values["sampler_weight"] = correction
-        if slab.reference_logprobs is not None:
-            reference = seen(slab.reference_logprobs)
-            values["kl"] = objectives.divergence(settings.kl_estimator, logprobs, reference, old, mask)
-            loss = loss + settings.kl_coefficient * values["kl"]
-        if settings.entropy_coefficient:
-            loss = loss - settings.entropy_coefficient * new.entropy
-        return loss, {**values, "policy_loss": terms.loss}
-
-    def _sft_losses(self, slab: Slab, new: TokenLogprobs, mask: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return -new.logprobs, {"token_accuracy": new.greedy, "entropy": new.entropy}
-
     def _loss(self, trained, frozen, batch: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """This micro-batch's share of the loss, and its sums."""
         total, sums = jnp.zeros(()), None
         predicted = self._predict(nnx.merge(self._graph, trained, frozen), batch)
         for slab, new in zip(batch.slabs, predicted, strict=True):
             mask = objectives.response_mask(slab.lengths, slab.tokens.shape[1])
-            loss, values = self._losses(slab, new, mask)
+            loss, values = self._objective.loss(slab, new, mask, self._settings)
             total += (slab.weights * objectives.masked_sum(loss, mask)).sum()
             of_slab = {
                 name: jnp.where(mask, value, 0.0).max()

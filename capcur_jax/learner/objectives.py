@@ -1,6 +1,6 @@
-"""Advantages, per-token losses and the weights that add them up: pure functions of arrays, no model in sight.
+"""The objectives in one table, and what they are made of: advantages, per-token losses, the weights that add them up.
 
-Axes: B prompts, G responses a prompt, R rows (responses), T response tokens.
+Pure functions of arrays, no model in sight. A new objective is its loss here and its line in OBJECTIVES. Axes: axes.py.
 
 The loss of a global mini-batch is sum_r weight_r x sum_t loss_rt, with `row_weights` from the host and the inner sum by
 `masked_sum`. It therefore adds up over micro-batches, processes and devices, however the rows are split.
@@ -8,14 +8,19 @@ The loss of a global mini-batch is sum_r weight_r x sum_t loss_rt, with `row_wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from capcur_jax.axes import Array, Bool, Float, Int, checked
 from capcur_jax.errors import InputError
+from capcur_jax.learner.packing import Slab
+from capcur_jax.models.logprobs import TokenLogprobs
+from capcur_jax.schedule import Stage
 
 # The release clamps both: a log-ratio that has run away must not overflow the loss.
 LOG_RATIO_CLAMP = 20.0
@@ -37,7 +42,10 @@ class PolicyTerms(NamedTuple):
     ratio: jax.Array
 
 
-def group_advantages(rewards_BxG: jax.Array, epsilon: float = 1e-6, normalise: bool = True) -> jax.Array:
+@checked
+def group_advantages(
+    rewards_BxG: Float[Array, "B G"], epsilon: float = 1e-6, normalise: bool = True
+) -> Float[Array, "B G"]:
     """(r - mean) / (std + epsilon) inside each group, with the sample std (n - 1); [B, G].
 
     `normalise=False` is r - mean (Dr.GRPO, arXiv:2503.20783: the std weighs easy and hard prompts up). Either way a
@@ -53,11 +61,12 @@ def group_advantages(rewards_BxG: jax.Array, epsilon: float = 1e-6, normalise: b
     return jnp.where(equal, 0.0, advantages)
 
 
+@checked
 def policy_terms(
-    logprobs_RxT: jax.Array,
-    old_logprobs_RxT: jax.Array,
-    advantages_R: jax.Array,
-    mask_RxT: jax.Array,
+    logprobs_RxT: Float[Array, "R T"],
+    old_logprobs_RxT: Float[Array, "R T"],
+    advantages_R: Float[Array, " R"],
+    mask_RxT: Bool[Array, "R T"],
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.3,
@@ -88,13 +97,14 @@ def policy_terms(
     return PolicyTerms(jnp.where(mask_RxT, -advantage * used, 0.0), low, high, dual, ratio)
 
 
+@checked
 def divergence(
     estimator: str,
-    logprobs_RxT: jax.Array,
-    reference_logprobs_RxT: jax.Array | None,
-    old_logprobs_RxT: jax.Array | None = None,
-    mask_RxT: jax.Array | None = None,
-) -> jax.Array:
+    logprobs_RxT: Float[Array, "R T"],
+    reference_logprobs_RxT: Float[Array, "R T"] | None,
+    old_logprobs_RxT: Float[Array, "R T"] | None = None,
+    mask_RxT: Bool[Array, "R T"] | None = None,
+) -> Float[Array, "R T"]:
     """Estimate of KL(policy || reference), per sampled token; [R, T], 0 outside the mask.
 
     With d = log policy - log reference (http://joschu.net/blog/kl-approx.html), and the samples held fixed as a
@@ -128,15 +138,16 @@ def divergence(
     return jnp.exp(_clamp(_log_ratio(logprobs_RxT, jax.lax.stop_gradient(old_logprobs_RxT), mask_RxT))) * k3
 
 
+@checked
 def importance_weights(
-    old_logprobs_RxT: jax.Array,
-    sampler_logprobs_RxT: jax.Array,
-    mask_RxT: jax.Array,
+    old_logprobs_RxT: Float[Array, "R T"],
+    sampler_logprobs_RxT: Float[Array, "R T"],
+    mask_RxT: Bool[Array, "R T"],
     *,
     mode: str,
     cap: float,
     level: str = "token",
-) -> jax.Array:
+) -> Float[Array, "R T"]:
     """What a token's policy loss is multiplied by because the sampler isn't quite the trainer's old policy; [R, T].
 
     With w = old / sampler: "truncate" is min(w, cap) (TIS, https://fengyao.notion.site/off-policy-rl; TRL's
@@ -164,15 +175,16 @@ def importance_weights(
     return jax.lax.stop_gradient(jnp.where(mask_RxT, weights, 1.0))
 
 
+@checked
 def row_weights(
-    lengths_R: Sequence[int] | np.ndarray,
-    counted_R: Sequence[bool] | np.ndarray,
+    lengths_R: Int[np.ndarray, " R"],
+    counted_R: Bool[np.ndarray, " R"],
     aggregation: str,
     *,
     total_tokens: int,
     total_rows: int,
     constant_length: int,
-) -> np.ndarray:
+) -> Float[np.ndarray, " R"]:
     """What a row's summed token losses are multiplied by in the global mini-batch's loss; [R] float32, on the host.
 
     - "token": 1 / total_tokens, the paper's (DAPO; TRL "dapo", verl "token-mean").
@@ -184,7 +196,7 @@ def row_weights(
     counted rows of the whole global mini-batch, in any other process too (TRL #6369). Raises InputError.
     """
     _choice("aggregation", aggregation, AGGREGATIONS)
-    lengths, rows = np.asarray(lengths_R, np.float64), max(total_rows, 1)
+    lengths, rows = lengths_R.astype(np.float64), max(total_rows, 1)
     if aggregation == "token":
         weights = np.full(lengths.shape, 1.0 / max(total_tokens, 1))
     elif aggregation == "sequence":
@@ -193,15 +205,17 @@ def row_weights(
         raise InputError(f"the constant of aggregation 'constant' is {constant_length} tokens; set at least 1")
     else:
         weights = np.full(lengths.shape, 1.0 / (constant_length * rows))
-    return np.where(np.asarray(counted_R, bool), weights, 0.0).astype(np.float32)
+    return np.where(counted_R, weights, 0.0).astype(np.float32)
 
 
-def masked_sum(values_RxT: jax.Array, mask_RxT: jax.Array) -> jax.Array:
+@checked
+def masked_sum(values_RxT: Float[Array, "R T"], mask_RxT: Bool[Array, "R T"]) -> Float[Array, " R"]:
     """Sum over the tokens of each row's mask; [R]. What is masked out never counts, not even NaN, nor gets gradient."""
     return jnp.where(mask_RxT, values_RxT, 0.0).sum(axis=1)
 
 
-def response_mask(lengths_R: jax.Array, length: int) -> jax.Array:
+@checked
+def response_mask(lengths_R: Int[Array, " R"], length: int) -> Bool[Array, "R T"]:
     """[R, T], True at response tokens. From the returned lengths, never from `!= pad` (the pad token may end a row)."""
     return jnp.arange(length)[None] < lengths_R[:, None]
 
@@ -218,3 +232,92 @@ def _clamp(log_ratio: jax.Array) -> jax.Array:
 def _choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{what} {value!r} doesn't exist; choose one of {', '.join(choices)} in config.objective")
+
+
+# ---------------------------------------------------------------------- the table
+
+Losses = tuple[jax.Array, dict[str, jax.Array]]
+
+
+def grpo_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
+    """The clipped policy loss with the group's advantages, the KL to the reference and the entropy bonus."""
+
+    # Padding is cut out before the losses, not only after: a banned pad token has log-prob -inf, and 0 x NaN of its
+    # ratio would be the gradient of everything.
+    def seen(logprobs):
+        return jnp.where(mask_RxT, logprobs, 0.0)
+
+    logprobs, sampler = seen(new.logprobs), seen(slab.sampler_logprobs)
+    old = jax.lax.stop_gradient(logprobs) if slab.old_logprobs is None else seen(slab.old_logprobs)
+    terms = policy_terms(
+        logprobs,
+        old,
+        slab.advantages,
+        mask_RxT,
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        clip_dual=settings.clip_dual,
+        level=settings.ratio,
+    )
+    correction = importance_weights(
+        old,
+        sampler,
+        mask_RxT,
+        mode=settings.sampler_correction,
+        cap=settings.sampler_cap,
+        level=settings.sampler_level,
+    )
+    loss = terms.loss * correction
+    difference = jnp.abs(old - sampler)
+    values = {
+        "entropy": new.entropy,
+        "clip_fraction": terms.clipped_low | terms.clipped_high | terms.clipped_dual,
+        "clip_fraction_low": terms.clipped_low,
+        "clip_fraction_high": terms.clipped_high,
+        "clip_fraction_dual": terms.clipped_dual,
+        "logprob_difference_mean": difference,
+        "logprob_difference_max": difference,
+    }
+    if settings.sampler_correction != "none":
+        values["sampler_weight"] = correction
+    if slab.reference_logprobs is not None:
+        reference = seen(slab.reference_logprobs)
+        values["kl"] = divergence(settings.kl_estimator, logprobs, reference, old, mask_RxT)
+        loss = loss + settings.kl_coefficient * values["kl"]
+    if settings.entropy_coefficient:
+        loss = loss - settings.entropy_coefficient * new.entropy
+    return loss, {**values, "policy_loss": terms.loss}
+
+
+def sft_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
+    """The negative log-prob of the target's tokens."""
+    return -new.logprobs, {"token_accuracy": new.greedy, "entropy": new.entropy}
+
+
+class Objective(NamedTuple):
+    """A way to learn from responses.
+
+    loss: (slab, the log-probs of its tokens under the trained policy, mask [R, T], config.objective) -> per-token loss
+        [R, T] and, for the metrics, per-token values [R, T] by name. Outside the mask neither counts. The records have
+        a value's mean over the tokens, or its maximum where the name ends with _max.
+    sampled: True where the rows are the policy's own samples, with rewards and advantages; False where they are targets
+        to imitate.
+    """
+
+    loss: Callable[[Slab, TokenLogprobs, jax.Array, ConfigDict], Losses]
+    sampled: bool
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "grpo": Objective(grpo_loss, sampled=True),
+    "sft": Objective(sft_loss, sampled=False),
+}
+
+
+def of_stage(stage: Stage) -> Objective:
+    """The stage's objective. Raises InputError where the table has none of that name."""
+    if stage.objective not in OBJECTIVES:
+        raise InputError(
+            f"config.stages.{stage.name}.objective = {stage.objective!r}; choose one of {', '.join(OBJECTIVES)}"
+        )
+    return OBJECTIVES[stage.objective]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from capcur_jax.axes import Float, Int, checked
 from capcur_jax.errors import InputError
 from capcur_jax.models.qwen_vl import PromptBatch
 
@@ -23,7 +24,7 @@ from capcur_jax.models.qwen_vl import PromptBatch
 @dataclasses.dataclass(frozen=True)
 class Slab:
     """R response rows of one length; row r answers prompt r // (R / B). Arrays that an objective does not use are None
-    (sft has neither advantages nor the sampler's log-probs)."""
+    (targets have neither advantages nor the sampler's log-probs)."""
 
     tokens: Any  # [R, T] int32, padded on the right
     lengths: Any  # [R] int32
@@ -32,6 +33,21 @@ class Slab:
     sampler_logprobs: Any = None  # [R, T] float32
     old_logprobs: Any = None  # [R, T]; None: one update per rollout batch, the policy's own with stopped gradient
     reference_logprobs: Any = None  # [R, T]; None: no KL term
+
+    @classmethod
+    @checked
+    def of(
+        cls,
+        tokens: Int[np.ndarray, "R T"],
+        lengths: Int[np.ndarray, " R"],
+        weights: Float[np.ndarray, " R"],
+        advantages: Float[np.ndarray, " R"] | None = None,
+        sampler_logprobs: Float[np.ndarray, "R T"] | None = None,
+        old_logprobs: Float[np.ndarray, "R T"] | None = None,
+        reference_logprobs: Float[np.ndarray, "R T"] | None = None,
+    ) -> Slab:
+        """Of arrays on the host, as every slab starts (JAX makes others of it, with anything in the fields)."""
+        return cls(tokens, lengths, weights, advantages, sampler_logprobs, old_logprobs, reference_logprobs)
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +117,7 @@ def pack_rows(rows: Sequence[np.ndarray], length: int, fill: float | int, dtype:
 
 
 def pack(
-    groups: Sequence[Sequence[Row]], counts: Sequence[int], lengths: Sequence[int], pad: int, grpo: bool = True
+    groups: Sequence[Sequence[Row]], counts: Sequence[int], lengths: Sequence[int], pad: int, sampled: bool = True
 ) -> tuple[Slab, ...]:
     """Responses of B prompts, group after group -> slabs of the given lengths (see `smallest_lengths`)."""
     slabs, start = [], 0
@@ -109,11 +125,11 @@ def pack(
         chosen = [group[r] for group in groups for r in in_ranks(group)[start : start + count]]
         start += count
         extra = {}
-        if grpo:
+        if sampled:
             extra["advantages"] = np.array([row.advantage for row in chosen], np.float32)
             extra["sampler_logprobs"] = pack_rows([row.logprobs for row in chosen], length, 0.0, np.float32)
         slabs.append(
-            Slab(
+            Slab.of(
                 tokens=pack_rows([row.tokens for row in chosen], length, pad, np.int32),
                 lengths=np.array([len(row.tokens) for row in chosen], np.int32),
                 weights=np.array([row.weight for row in chosen], np.float32),
@@ -124,7 +140,13 @@ def pack(
 
 
 def blank(
-    rows: int, counts: Sequence[int], lengths: Sequence[int], *, grpo: bool, old: bool = False, reference: bool = False
+    rows: int,
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    sampled: bool,
+    old: bool = False,
+    reference: bool = False,
 ) -> tuple[Slab, ...]:
     """Slabs of that shape with nothing in them: what a warm-up compiles for. `rows`: prompts."""
     slabs = []
@@ -132,12 +154,12 @@ def blank(
         R = rows * count
         zeros = np.zeros((R, length), np.float32)
         slabs.append(
-            Slab(
+            Slab.of(
                 tokens=np.zeros((R, length), np.int32),
                 lengths=np.ones(R, np.int32),
                 weights=zeros[:, 0],
-                advantages=zeros[:, 0] if grpo else None,
-                sampler_logprobs=zeros if grpo else None,
+                advantages=zeros[:, 0] if sampled else None,
+                sampler_logprobs=zeros if sampled else None,
                 old_logprobs=zeros if old else None,
                 reference_logprobs=zeros if reference else None,
             )

@@ -1,8 +1,7 @@
 """Attention as the layouts of this project need it, behind one function: `attend(q, k, v, layout)`.
 
-Legend (everywhere in models/): B prompts, G responses a prompt, R rows (B x G or B), T query tokens, S key tokens,
-P patches, N heads, K kv heads, M = N / K query heads a kv head, H head dim, D width, L layers, V vocabulary.
-Scores and softmax are float32; grouped heads are never repeated in memory.
+Axes: axes.py. The rows A of queries are prompts, responses, slots or rows of patches, as the layout says; of patches
+T = S = P. Scores and softmax are float32; grouped heads are never repeated in memory.
 
 What computes it, decided here alone: `reference`, plain XLA, is what everything else is checked against, and serves
 float32, CPUs, short rows, windows and decoding everywhere. 16-bit floats on an accelerator take the kernel of the
@@ -22,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from capcur_jax.axes import Array, Float, checked
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import attention_gpu, attention_tpu
@@ -55,7 +55,7 @@ class Extend(NamedTuple):
 class Cached(NamedTuple):
     """Decoding: one query a row, over the slots of its cache that hold something of its own."""
 
-    seen_RxS: jax.Array  # bool
+    seen_CxS: jax.Array  # bool
 
 
 class Segments(NamedTuple):
@@ -65,22 +65,23 @@ class Segments(NamedTuple):
     P x reach, not P x P.
     """
 
-    ids_RxP: jax.Array
+    ids_JxP: jax.Array
     reach: int = 0
 
 
 Layout = Causal | Extend | Cached | Segments
 
 
+@checked
 def attend(
-    q_RxTxNxH: jax.Array,
-    k_RxSxKxH: jax.Array,
-    v_RxSxKxH: jax.Array,
+    q_AxTxNxH: Float[Array, "A T N H"],
+    k_AxSxKxH: Float[Array, "A S K H"],
+    v_AxSxKxH: Float[Array, "A S K H"],
     layout: Layout,
+    mesh: Mesh,
     implementation: str = "auto",
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    """Softmax attention [R, T, N, H] of the queries over the keys that the layout lets them see.
+) -> Float[Array, "A T N H"]:
+    """Softmax attention [A, T, N, H] of the queries over the keys that the layout lets them see.
 
     A query with nothing to look at (padding) gets finite values that nobody reads. `implementation`: "auto", or "xla"
     for the reference everywhere. On a mesh each device attends for its own rows and kv heads (the compiler could not
@@ -95,101 +96,101 @@ def attend(
         of_device = Segments(*arrays, reach) if isinstance(layout, Segments) else type(layout)(*arrays)
         return _attend_here(q, k, v, of_device, implementation)
 
-    arrays = (layout.ids_RxP,) if isinstance(layout, Segments) else tuple(layout)
+    arrays = (layout.ids_JxP,) if isinstance(layout, Segments) else tuple(layout)
     specs = (rows_heads, rows_heads, rows) if isinstance(layout, Extend) else (rows,) * len(arrays)
     attended = sharding.local(mesh, own, (rows_heads,) * 3 + specs, rows_heads)
-    return attended(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, *arrays)
+    return attended(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, *arrays)
 
 
-def _attend_here(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout: Layout, implementation: str) -> jax.Array:
-    if implementation == "xla" or not _has_kernel(q_RxTxNxH, layout):
-        return reference(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout)
+def _attend_here(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Layout, implementation: str) -> jax.Array:
+    if implementation == "xla" or not _has_kernel(q_AxTxNxH, layout):
+        return reference(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout)
     return jax.lax.platform_dependent(
-        q_RxTxNxH,
-        k_RxSxKxH,
-        v_RxSxKxH,
+        q_AxTxNxH,
+        k_AxSxKxH,
+        v_AxSxKxH,
         default=functools.partial(reference, layout=layout),
         **{platform: functools.partial(_fused, module, layout) for platform, module in _KERNELS.items()},
     )
 
 
-def _has_kernel(q_RxTxNxH: jax.Array, layout: Layout) -> bool:
+def _has_kernel(q_AxTxNxH: jax.Array, layout: Layout) -> bool:
     """Whether a kernel serves this layout better than XLA does.
 
     Not so: float32 (the reference, and cuDNN has none); decoding, whose one query a row has no scores worth saving;
     windows, for which XLA computes 3 x reach keys a query and kernels, whose blocks hold several windows, many more.
     """
-    P = q_RxTxNxH.shape[1]
+    P = q_AxTxNxH.shape[1]
     if isinstance(layout, Segments) and 0 < 3 * layout.reach < P:
         return False
-    return q_RxTxNxH.dtype.itemsize == 2 and P >= _BLOCK and not isinstance(layout, Cached)
+    return q_AxTxNxH.dtype.itemsize == 2 and P >= _BLOCK and not isinstance(layout, Cached)
 
 
-def _fused(kernels, layout: Layout, q_RxTxNxH, k_RxSxKxH, v_RxSxKxH) -> jax.Array:
+def _fused(kernels, layout: Layout, q_AxTxNxH, k_AxSxKxH, v_AxSxKxH) -> jax.Array:
     if isinstance(layout, Causal):
-        return kernels.causal(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH)
+        return kernels.causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
     if isinstance(layout, Extend):
-        return kernels.extend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, *layout)
-    return kernels.segments(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout.ids_RxP)
+        return kernels.extend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, *layout)
+    return kernels.segments(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.ids_JxP)
 
 
-def reference(q_RxTxNxH: jax.Array, k_RxSxKxH: jax.Array, v_RxSxKxH: jax.Array, layout: Layout) -> jax.Array:
+def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, layout: Layout) -> jax.Array:
     """`attend` in plain XLA, for any layout, type and platform; it holds the scores of all heads in memory."""
-    if isinstance(layout, Segments) and 0 < 3 * layout.reach < q_RxTxNxH.shape[1]:
-        return _banded(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout)
-    T, S = q_RxTxNxH.shape[1], k_RxSxKxH.shape[1]
+    if isinstance(layout, Segments) and 0 < 3 * layout.reach < q_AxTxNxH.shape[1]:
+        return _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout)
+    T, S = q_AxTxNxH.shape[1], k_AxSxKxH.shape[1]
     if isinstance(layout, Segments):
-        return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout.ids_RxP[:, :, None] == layout.ids_RxP[:, None, :])
+        return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.ids_JxP[:, :, None] == layout.ids_JxP[:, None, :])
     if isinstance(layout, Causal):
-        return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, np.tril(np.ones((1, T, S), bool)))
+        return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, np.tril(np.ones((1, T, S), bool)))
     if isinstance(layout, Cached):
-        return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout.seen_RxS[:, None])
+        return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.seen_CxS[:, None])
     own = np.tril(np.ones((T, S), bool))
     seen = jnp.arange(layout.keys_BxSxKxH.shape[1]) < layout.lengths_B[:, None]
     prompt = (layout.keys_BxSxKxH, layout.values_BxSxKxH, seen)
-    return _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, jnp.broadcast_to(own, (1, T, S)), prompt)
+    return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, jnp.broadcast_to(own, (1, T, S)), prompt)
 
 
-def _attend(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, mask, prompt=None) -> jax.Array:
-    """`mask` broadcasts to [R, T, S] and speaks of the own keys; `prompt` is (keys, values, mask [B, S])."""
-    R, T, N, H = q_RxTxNxH.shape
-    K = k_RxSxKxH.shape[2]
-    q = (q_RxTxNxH * np.asarray(H**-0.5, q_RxTxNxH.dtype)).reshape(R, T, K, N // K, H)
-    scores = jnp.einsum("rtkmh,rskh->rkmts", q, k_RxSxKxH, preferred_element_type=jnp.float32)
+def _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, mask, prompt=None) -> jax.Array:
+    """`mask` broadcasts to [A, T, S] and speaks of the own keys; `prompt` is (keys, values, mask [B, S])."""
+    A, T, N, H = q_AxTxNxH.shape
+    K = k_AxSxKxH.shape[2]
+    q = (q_AxTxNxH * np.asarray(H**-0.5, q_AxTxNxH.dtype)).reshape(A, T, K, N // K, H)
+    scores = jnp.einsum("atkmh,askh->akmts", q, k_AxSxKxH, preferred_element_type=jnp.float32)
     scores = jnp.where(jnp.asarray(mask)[:, None, None], scores, _MASKED)
     if prompt is None:
-        weights = jax.nn.softmax(scores, axis=-1).astype(v_RxSxKxH.dtype)
-        return jnp.einsum("rkmts,rskh->rtkmh", weights, v_RxSxKxH).reshape(R, T, N, H)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v_AxSxKxH.dtype)
+        return jnp.einsum("akmts,askh->atkmh", weights, v_AxSxKxH).reshape(A, T, N, H)
 
     keys_BxSxKxH, values_BxSxKxH, mask_BxS = prompt
     B, S0 = mask_BxS.shape
-    grouped = q.reshape(B, R // B, T, K, N // K, H)
+    grouped = q.reshape(B, A // B, T, K, N // K, H)
     shared = jnp.einsum("bgtkmh,bskh->bgkmts", grouped, keys_BxSxKxH, preferred_element_type=jnp.float32)
     shared = jnp.where(mask_BxS[:, None, None, None, None], shared, _MASKED)
-    scores = jnp.concatenate([shared.reshape(R, K, N // K, T, S0), scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_RxSxKxH.dtype)
-    of_prompt = weights[..., :S0].reshape(B, R // B, K, N // K, T, S0)
-    out = jnp.einsum("rkmts,rskh->rtkmh", weights[..., S0:], v_RxSxKxH)
+    scores = jnp.concatenate([shared.reshape(A, K, N // K, T, S0), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_AxSxKxH.dtype)
+    of_prompt = weights[..., :S0].reshape(B, A // B, K, N // K, T, S0)
+    out = jnp.einsum("akmts,askh->atkmh", weights[..., S0:], v_AxSxKxH)
     out += jnp.einsum("bgkmts,bskh->bgtkmh", of_prompt, values_BxSxKxH).reshape(out.shape)
-    return out.reshape(R, T, N, H)
+    return out.reshape(A, T, N, H)
 
 
-def _banded(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, layout: Segments) -> jax.Array:
+def _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Segments) -> jax.Array:
     """Segments of at most `reach` neighbours: blocks of `reach` queries against their own block and its neighbours."""
-    R, P, N, H = q_RxTxNxH.shape
+    J, P, N, H = q_AxTxNxH.shape
     W = layout.reach
     blocks = -(-P // W)
 
     def cut(x, around):
-        """[R x blocks, W (x 3), ...]: each block, with the ones before and after it if `around`."""
+        """[J x blocks, W (x 3), ...]: each block, with the ones before and after it if `around`."""
         x = jnp.pad(x, ((0, 0), (W * around, blocks * W - P + W * around)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(R, -1, W, *x.shape[2:])
+        x = x.reshape(J, -1, W, *x.shape[2:])
         if around:
             x = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
-        return x.reshape(R * blocks, *x.shape[2:])
+        return x.reshape(J * blocks, *x.shape[2:])
 
     # Raised by one: what is padded on has segment 0, which no patch has.
-    ids = layout.ids_RxP + 1
+    ids = layout.ids_JxP + 1
     mask = cut(ids, 0)[:, :, None] == cut(ids, 1)[:, None, :]
-    out = _attend(cut(q_RxTxNxH, 0), cut(k_RxSxKxH, 1), cut(v_RxSxKxH, 1), mask)
-    return out.reshape(R, blocks * W, N, H)[:, :P]
+    out = _attend(cut(q_AxTxNxH, 0), cut(k_AxSxKxH, 1), cut(v_AxSxKxH, 1), mask)
+    return out.reshape(J, blocks * W, N, H)[:, :P]

@@ -1,6 +1,6 @@
 """Attention on TPUs: jax's splash kernel, which holds no scores in memory and skips blocks that a static mask empties.
 
-Legend: models/attention.py. Grouped heads and sequences of any length; a kernel is called a row (vmap), so under a mesh
+Axes: axes.py. Grouped heads and sequences of any length; a kernel is called a row (vmap), so under a mesh
 these functions belong inside shard_map, with rows and kv heads split as they like.
 """
 
@@ -18,11 +18,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 _LANES = 128  # a block's length is a multiple of it
 
 
-def causal(q_RxTxNxH: jax.Array, k_RxTxKxH: jax.Array, v_RxTxKxH: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """Each query sees the keys up to itself: [R, T, N, H]."""
-    T = q_RxTxNxH.shape[1]
+def causal(q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Each query sees the keys up to itself: [A, T, N, H]."""
+    T = q_AxTxNxH.shape[1]
     block = _block(T)
-    q, k, v = (_pad(x, block) for x in (q_RxTxNxH, k_RxTxKxH, v_RxTxKxH))
+    q, k, v = (_pad(x, block) for x in (q_AxTxNxH, k_AxTxKxH, v_AxTxKxH))
     return _splash(q, k, v, masks.CausalMask((q.shape[1], q.shape[1])), None, block, interpret)[:, :T]
 
 
@@ -60,13 +60,13 @@ def extend(
 
 
 def segments(
-    q_RxPxNxH: jax.Array, k_RxPxKxH: jax.Array, v_RxPxKxH: jax.Array, ids_RxP: jax.Array, *, interpret: bool = False
+    q_JxPxNxH: jax.Array, k_JxPxKxH: jax.Array, v_JxPxKxH: jax.Array, ids_JxP: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Each query sees the keys whose id (>= 0) is its own: [R, P, N, H]."""
-    P = q_RxPxNxH.shape[1]
+    """Each query sees the keys whose id (>= 0) is its own: [J, P, N, H]."""
+    P = q_JxPxNxH.shape[1]
     block = _block(P)
-    q, k, v = (_pad(x, block) for x in (q_RxPxNxH, k_RxPxKxH, v_RxPxKxH))
-    ids = _pad(ids_RxP.astype(jnp.int32), block, -1)
+    q, k, v = (_pad(x, block) for x in (q_JxPxNxH, k_JxPxKxH, v_JxPxKxH))
+    ids = _pad(ids_JxP.astype(jnp.int32), block, -1)
     mask = masks.FullMask((q.shape[1], q.shape[1]))
     return _splash(q, k, v, mask, splash.SegmentIds(q=ids, kv=ids), block, interpret)[:, :P]
 
@@ -94,16 +94,16 @@ def _block(length: int) -> int:
     return next((b for b in (512, 384, 256) if -length % b <= length // 8), _LANES)
 
 
-def _pad(x_RxTx: jax.Array, block: int, value: int = 0) -> jax.Array:
-    padding = [(0, 0)] * x_RxTx.ndim
-    padding[1] = (0, -x_RxTx.shape[1] % block)
-    return jnp.pad(x_RxTx, padding, constant_values=value)
+def _pad(x_AxTx: jax.Array, block: int, value: int = 0) -> jax.Array:
+    padding = [(0, 0)] * x_AxTx.ndim
+    padding[1] = (0, -x_AxTx.shape[1] % block)
+    return jnp.pad(x_AxTx, padding, constant_values=value)
 
 
-def _splash(q_RxTxNxH, k_RxSxKxH, v_RxSxKxH, mask, ids, block: int, interpret: bool) -> jax.Array:
-    N, H = q_RxTxNxH.shape[2:]
-    q = q_RxTxNxH * np.asarray(H**-0.5, q_RxTxNxH.dtype)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k_RxSxKxH, v_RxSxKxH))
+def _splash(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, mask, ids, block: int, interpret: bool) -> jax.Array:
+    N, H = q_AxTxNxH.shape[2:]
+    q = q_AxTxNxH * np.asarray(H**-0.5, q_AxTxNxH.dtype)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k_AxSxKxH, v_AxSxKxH))
     return jnp.swapaxes(jax.vmap(_kernel(mask, N, block, interpret))(q, k, v, ids), 1, 2)
 
 

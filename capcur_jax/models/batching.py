@@ -31,7 +31,7 @@ class PromptSize(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """B prompts of T tokens; R rows of patches, 0: no vision arrays."""
+    """B prompts of T tokens; J rows of patches, 0: no vision arrays."""
 
     prompts: int
     tokens: int
@@ -131,15 +131,15 @@ class Buckets:
 
     def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
-        (B, T, R), P, vision = shape, self.patch_row, None
-        if R:
+        (B, T, J), P, vision = shape, self.patch_row, None
+        if J:
             vision = VisionBatch(
-                patches=np.zeros((R, P, config.vision.patch_values), np.float32),
-                table_index=np.zeros((R, P, 4), np.int32) if config.vision.table_size else None,
-                table_weight=np.zeros((R, P, 4), np.float32) if config.vision.table_size else None,
-                coordinates=np.zeros((R, P, 2), np.int32),
-                segments=np.zeros((R, P), np.int32),
-                windows=np.zeros((R, P), np.int32) if config.vision.window else None,
+                patches=np.zeros((J, P, config.vision.patch_values), np.float32),
+                table_index=np.zeros((J, P, 4), np.int32) if config.vision.table_size else None,
+                table_weight=np.zeros((J, P, 4), np.float32) if config.vision.table_size else None,
+                coordinates=np.zeros((J, P, 2), np.int32),
+                segments=np.zeros((J, P), np.int32),
+                windows=np.zeros((J, P), np.int32) if config.vision.window else None,
             )
         return PromptBatch(
             tokens=np.full((B, T), pad, np.int32),

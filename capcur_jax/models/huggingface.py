@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from capcur_jax.devices.sharding import on_devices
+from capcur_jax.devices import sharding
 from capcur_jax.files import sync_to_disk
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
@@ -44,29 +45,30 @@ UNQUANTIZED = (
 def create(
     config: ModelConfig,
     seed: int,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    *,
+    mesh: Mesh | None = None,
     **kinds: Any,
 ) -> QwenVL:
-    """A model with random weights, the same on any mesh; `sharding` as in `load`."""
-    graph, parameters = nnx.split(nnx.jit(lambda: QwenVL(config, rngs=nnx.Rngs(seed), **kinds))())
-    if sharding is not None:
-        flat = nnx.to_flat_state(parameters)
-        placed = [(path, jax.device_put(leaf, sharding(".".join(path), leaf.shape))) for path, leaf in flat]
-        parameters = nnx.from_flat_state(placed)
-    return nnx.merge(graph, parameters)
+    """A model with random weights, the same on any mesh; `mesh` and `kinds` as in `load`."""
+    mesh = mesh or sharding.single()
+    graph, parameters = nnx.split(nnx.jit(lambda: QwenVL(config, mesh=mesh, rngs=nnx.Rngs(seed), **kinds))())
+    placed = [
+        (path, jax.device_put(leaf, sharding.of_parameter(mesh, ".".join(path), leaf.shape)))
+        for path, leaf in nnx.to_flat_state(parameters)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(placed))
 
 
 def load(
     directory: str | Path,
     *,
+    mesh: Mesh | None = None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     remat: str = "none",
     attention: str = "auto",
-    mesh: jax.sharding.Mesh | None = None,
     lora: LoRA | None = None,
     seed: int = 0,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> QwenVL:
     """Reads a checkpoint directory into a model; parameters in `param_dtype`, computation in `dtype`.
 
@@ -74,10 +76,10 @@ def load(
     there are at most two parameters at a time (where the devices are the host, the parameters and nothing else).
 
     Args:
-        remat, attention, mesh: see `layers.REMAT`, `attention.attend` and sharding.py.
+        mesh: what the parameters lie on, as sharding.RULES say; None: one device.
+        remat, attention: see `layers.REMAT` and `attention.attend`.
         lora: the low-rank factors that the model gets beside what the files hold.
         seed: of these.
-        sharding: our dotted path and shape of a parameter -> where it lives. None: the default device.
 
     Raises:
         CheckpointError, UnsupportedCheckpoint: naming the file, the tensor and the remedy, before anything is read.
@@ -86,6 +88,7 @@ def load(
     config = config_lib.from_directory(directory)
     if "quantization_config" in config.published:
         raise CheckpointError(f"{directory / 'config.json'} has a quantization_config: {UNQUANTIZED}")
+    mesh = mesh or sharding.single()
     kinds = dict(dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention, lora=lora, mesh=mesh)
     model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), **kinds))
     graph, abstract = nnx.split(model)
@@ -101,7 +104,7 @@ def load(
     with weight_files.Reader() as reader:
         _check_rest(stored, sources, config, reader)
         for ours, path, leaf in leaves:
-            place = sharding(ours, leaf.shape) if sharding else None
+            place = sharding.of_parameter(mesh, ours, leaf.shape)
             if ours in sources:
                 value = _read(reader, sources[ours], ours, leaf, _stacked(names_lib.table(config)[ours]), place)
             else:
@@ -154,11 +157,11 @@ def _check_rest(stored: dict[str, Tensor], taken: dict[str, list[Tensor]], confi
             )
 
 
-def _read(reader: Reader, tensors: list[Tensor], path: str, leaf: nnx.Variable, stacked: bool, sharding) -> jax.Array:
+def _read(reader: Reader, tensors: list[Tensor], path: str, leaf: nnx.Variable, stacked: bool, place) -> jax.Array:
     """A parameter on its devices. A shard that several devices hold is read once."""
     shape = leaf.shape
-    places = sharding.addressable_devices_indices_map(shape).values() if sharding else [(slice(None),) * len(shape)]
-    shards = {bounds: _empty([b - a for a, b in bounds], leaf.dtype) for bounds in (_bounds(i, shape) for i in places)}
+    indices = place.addressable_devices_indices_map(shape).values()
+    shards = {bounds: _empty([b - a for a, b in bounds], leaf.dtype) for bounds in (_bounds(i, shape) for i in indices)}
     transposed = path.endswith(".kernel")
     wanted: list[tuple[Tensor, list[Part]]] = [(tensor, []) for tensor in tensors]
     for bounds, shard in shards.items():
@@ -170,9 +173,7 @@ def _read(reader: Reader, tensors: list[Tensor], path: str, leaf: nnx.Variable, 
                 sides, target = ((0, 1), *sides), target[None]
             wanted[layer][1].append(Part(*(sides[::-1] if transposed else sides), target))
     reader.copy([(tensor, parts) for tensor, parts in wanted if parts], transposed)
-    if sharding is None:
-        return jax.device_put(*shards.values())
-    return jax.make_array_from_callback(shape, sharding, lambda index: shards[_bounds(index, shape)])
+    return jax.make_array_from_callback(shape, place, lambda index: shards[_bounds(index, shape)])
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -210,7 +211,7 @@ def published_tensors(
     for ours, (value, *factors) in sources(parameters, lora).items():
         if only is not None and ours not in only:
             continue
-        value, *factors = on_devices((value, *factors))
+        value, *factors = sharding.on_devices((value, *factors))
         change = (*factors, lora.scale) if factors else None
         for layer, name in _names(table[ours], value.shape):
             host = _fetch(value, layer, ours.endswith(".kernel"), dtype, change, mine is None or mine(name))
@@ -272,7 +273,7 @@ def _fetch(
         return weight_files.transposed(host, dtype).T if transposed else host.astype(dtype, copy=False)
     whole = value.sharding if isinstance(value, jax.Array) and not value.is_fully_addressable else None
     if whole is not None:  # of several processes: every one of them gets all of the layer
-        whole = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec())
+        whole = sharding.replicated(whole.mesh)
     one = _one_layer(value, layer, change, transposed, dtype, whole)
     if not mine:
         jax.block_until_ready(one)  # it must be gone before the next one takes its memory

@@ -107,7 +107,7 @@ def coordinates(grid: tuple[int, int, int], config: VisionConfig) -> np.ndarray:
 
 
 def window_order(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """For one image's merged features [M]: the order that puts windows one after the other, and each one's window.
+    """For one image's merged features [F]: the order that puts windows one after the other, and each one's window.
 
     Windows are squares of `config.window` merged features, cut off at the image's right and lower edges; frames keep
     theirs apart. Without windows the order is the image's own and the windows are its frames.

@@ -3,7 +3,7 @@
 The vocabulary is walked in blocks: an online softmax forwards, each block's logits once more backwards. Blocks of
 tokens would not do: they add up the kernel's gradient in float32, 2.3 GiB for 151,936 x 4,096.
 
-Letters: T tokens (all leading axes as one), D width, V the vocabulary or a block of it.
+Axes: axes.py. A are all tokens, whatever their leading axes; V is the vocabulary or a block of it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+
+from capcur_jax.axes import Array, Float, Int, checked
 
 BLOCK = 4096
 _LANES = 128  # of a TPU's registers: slices at multiples of them need no shifting
@@ -71,10 +73,11 @@ def ban(logits: jax.Array, banned: Sequence[int]) -> jax.Array:
     return jnp.where(allowed, logits, -jnp.inf)
 
 
+@checked
 def token_logprobs(
-    h: jax.Array,
-    kernel: jax.Array,
-    tokens: jax.Array,
+    h: Float[Array, "*A D"],
+    kernel: Float[Array, "D V"] | Float[Array, "V D"],
+    tokens: Int[Array, "*A"],
     *,
     vocabulary_axis: int = 1,
     temperature: float = 1.0,
@@ -125,34 +128,34 @@ def _walk(plan: _Plan, kernel: jax.Array, body: Callable[[Any, Any], Any], carry
 class _Block(NamedTuple):
     start: jax.Array  # where it lies in this device's vocabulary
     kernel: jax.Array  # [D, V] or [V, D], all of D, in h's dtype
-    scaled_TxV: jax.Array  # logits / temperature
+    scaled_AxV: jax.Array  # logits / temperature
     allowed_V: jax.Array  # False at banned tokens and at those that the block before has
-    given_TxV: jax.Array  # True at the given tokens, if they are allowed
+    given_AxV: jax.Array  # True at the given tokens, if they are allowed
 
 
-def _block(plan: _Plan, h_TxD: jax.Array, kernel: jax.Array, tokens_T: jax.Array, number: Any) -> _Block:
+def _block(plan: _Plan, h_AxD: jax.Array, kernel: jax.Array, tokens_A: jax.Array, number: Any) -> _Block:
     axis, vocabulary = plan.vocabulary_axis, kernel.shape[plan.vocabulary_axis]
     size = _block_size(vocabulary, plan.block)
     # The last block is moved back until it fits. What it then has in common with the one before belongs to that one.
     start = jnp.minimum(number * size, vocabulary - size)
-    part = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis).astype(h_TxD.dtype)
+    part = jax.lax.dynamic_slice_in_dim(kernel, start, size, axis).astype(h_AxD.dtype)
     if plan.split("d"):
         part = jax.lax.all_gather(part, plan.split("d"), axis=1 - axis, tiled=True)
-    logits = jnp.einsum(f"td,{plan.kernel}->tv", h_TxD, part, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"td,{plan.kernel}->tv", h_AxD, part, preferred_element_type=jnp.float32)
     ids = start + jnp.arange(size)
     allowed = ids >= number * size
     if plan.split("v"):
         ids += jax.lax.axis_index(plan.split("v")) * vocabulary
     if plan.banned:
         allowed &= (ids[:, None] != jnp.array(plan.banned)).all(1)
-    return _Block(start, part, logits / plan.temperature, allowed, (tokens_T[:, None] == ids) & allowed)
+    return _Block(start, part, logits / plan.temperature, allowed, (tokens_A[:, None] == ids) & allowed)
 
 
 # ---------------------------------------------------------------------- forwards
 
 
 class _Sums(NamedTuple):
-    """Of the tokens seen so far, [T]; z = logits / temperature."""
+    """Of the tokens seen so far, [A]; z = logits / temperature."""
 
     top: jax.Array  # max z
     mass: jax.Array  # sum exp(z - top)
@@ -167,11 +170,11 @@ class _Sums(NamedTuple):
 
 def _sums(plan: _Plan, h: jax.Array, kernel: jax.Array, tokens: jax.Array) -> _Sums:
     """Over the whole vocabulary, in the tokens' shape."""
-    h_TxD, tokens_T = h.reshape(-1, h.shape[-1]), tokens.reshape(-1)
+    h_AxD, tokens_A = h.reshape(-1, h.shape[-1]), tokens.reshape(-1)
 
     def body(number, sums: _Sums) -> _Sums:
-        block = _block(plan, h_TxD, kernel, tokens_T, number)
-        scaled = jnp.where(block.allowed_V, block.scaled_TxV, -jnp.inf)
+        block = _block(plan, h_AxD, kernel, tokens_A, number)
+        scaled = jnp.where(block.allowed_V, block.scaled_AxV, -jnp.inf)
         sums = sums.moved(jnp.maximum(sums.top, scaled.max(-1)))
         away = scaled - sums.top[:, None]
         weight = jnp.exp(away)
@@ -179,10 +182,10 @@ def _sums(plan: _Plan, h: jax.Array, kernel: jax.Array, tokens: jax.Array) -> _S
             sums.top,
             sums.mass + weight.sum(-1),
             sums.moment + (weight * jnp.where(block.allowed_V, away, 0.0)).sum(-1),  # 0 x -inf is NaN
-            jnp.maximum(sums.given, jnp.where(block.given_TxV, scaled, -jnp.inf).max(-1)),
+            jnp.maximum(sums.given, jnp.where(block.given_AxV, scaled, -jnp.inf).max(-1)),
         )
 
-    zero = jnp.zeros(tokens_T.shape, jnp.float32)
+    zero = jnp.zeros(tokens_A.shape, jnp.float32)
     sums = _walk(plan, kernel, body, _Sums(zero + _LOWEST, zero, zero, zero - jnp.inf))
     if split := plan.split("v"):
         sums = sums.moved(jax.lax.pmax(sums.top, split))
@@ -232,20 +235,20 @@ def _gradients(
     d_entropy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Of h and kernel: d logp_t / d z_v = [v = t] - p_v and d entropy / d z_v = -p_v (log p_v + entropy)."""
-    h_TxD, tokens_T = h.reshape(-1, h.shape[-1]), tokens.reshape(-1)
+    h_AxD, tokens_A = h.reshape(-1, h.shape[-1]), tokens.reshape(-1)
     columns = (x.reshape(-1, 1) for x in (top, log_mass, entropy, d_logprobs, d_entropy))
     top, log_mass, entropy, d_logprobs, d_entropy = columns
 
     def body(number, gradients):
         d_h, d_kernel = gradients
-        block = _block(plan, h_TxD, kernel, tokens_T, number)
-        logprobs = block.scaled_TxV - top - log_mass
+        block = _block(plan, h_AxD, kernel, tokens_A, number)
+        logprobs = block.scaled_AxV - top - log_mass
         p = jnp.where(block.allowed_V, jnp.exp(logprobs), 0.0)
-        d_scaled = d_logprobs * (block.given_TxV - p) - d_entropy * p * (logprobs + entropy)
+        d_scaled = d_logprobs * (block.given_AxV - p) - d_entropy * p * (logprobs + entropy)
         d_logits = (d_scaled / plan.temperature).astype(h.dtype)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         d_h += product(f"tv,{plan.kernel}->td", d_logits, block.kernel)
-        piece = product(f"td,tv->{plan.kernel}", h_TxD, d_logits)
+        piece = product(f"td,tv->{plan.kernel}", h_AxD, d_logits)
         if width := plan.split("d"):
             piece = jax.lax.psum_scatter(piece, width, scatter_dimension=1 - plan.vocabulary_axis, tiled=True)
         if others := tuple(name for name in plan.split("t") if name not in width):
@@ -254,7 +257,7 @@ def _gradients(
         piece = piece.astype(kernel.dtype)
         return d_h, jax.lax.dynamic_update_slice_in_dim(d_kernel, piece, block.start, plan.vocabulary_axis)
 
-    d_h, d_kernel = _walk(plan, kernel, body, (jnp.zeros(h_TxD.shape, jnp.float32), jnp.zeros_like(kernel)))
+    d_h, d_kernel = _walk(plan, kernel, body, (jnp.zeros(h_AxD.shape, jnp.float32), jnp.zeros_like(kernel)))
     if plan.split("v"):
         d_h = jax.lax.psum(d_h, plan.split("v"))
     return d_h.astype(h.dtype).reshape(h.shape), d_kernel

@@ -80,7 +80,7 @@ def pattern() -> str:
     return r"^(?!.*\.lora_[ab]$)"
 
 
-def start(path: str, shape: tuple[int, ...], dtype, seed: int, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def start(path: str, shape: tuple[int, ...], dtype, seed: int, sharding: jax.sharding.Sharding) -> jax.Array:
     """The stacked A [L, D_in, rank] or B [L, rank, D_out] that training starts from, on its devices.
 
     It depends on seed, path and shape alone, not on the sharding.
@@ -92,7 +92,7 @@ def start(path: str, shape: tuple[int, ...], dtype, seed: int, sharding: jax.sha
 
 
 @functools.cache
-def _start_a(sharding: jax.sharding.Sharding | None) -> Callable[..., jax.Array]:
+def _start_a(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
     """START_A, which makes each device's shard there; compiled once for each shape."""
     return jax.jit(START_A_STACKED, static_argnums=(1, 2), out_shardings=sharding)
 

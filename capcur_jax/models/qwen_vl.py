@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from capcur_jax.axes import Array, Bool, Float, Int, checked
 from capcur_jax.devices import sharding
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.lora import LoRA
@@ -31,13 +32,10 @@ class PromptBatch:
     visual_index: Any  # [B, T] int32 into the flat merged features (of the prompt's device row), -1 at text tokens
     vision: VisionBatch | None  # None: no image in this batch
 
-    @property
-    def mask(self):
-        """[B, T], True at prompt tokens."""
-        return jnp.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
-
 
 class QwenVL(nnx.Module):
+    """The model; its parameters lie on `mesh` as sharding.RULES say (None: on one device)."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -51,8 +49,8 @@ class QwenVL(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
-        self.config, self.mesh = config, mesh
-        towers = dict(remat=remat, attention=attention, mesh=mesh, rngs=rngs, **kinds)
+        self.config, self.mesh = config, mesh or sharding.single()
+        towers = dict(remat=remat, attention=attention, mesh=self.mesh, rngs=rngs, **kinds)
         self.visual = VisionTower(config.vision, **towers)
         self.text = Decoder(config.text, lora=lora, **towers)
         if not config.tied:
@@ -78,26 +76,31 @@ class QwenVL(nnx.Module):
         positions = start_R[:, None] + offsets_T[None]
         return text_angles(jnp.broadcast_to(positions, (3, *positions.shape)), self.config.text)
 
-    def extend(self, tokens_RxT: jax.Array, batch: PromptBatch, prompt: KeysValues) -> jax.Array:
-        """Final hidden states [R, T, D] of response rows (row r answers prompt r // G)."""
-        return self.text.extend(*self._response(tokens_RxT, batch), prompt, batch.lengths)
-
-    def _response(self, tokens_RxT: jax.Array, batch: PromptBatch) -> tuple[jax.Array, jax.Array]:
+    @checked
+    def _response(
+        self, tokens_RxT: Int[Array, "R T"], batch: PromptBatch
+    ) -> tuple[Float[Array, "R T D"], Float[Array, "R T _"]]:
         """What the decoder gets of response rows: embeddings and angles."""
         rows, length = tokens_RxT.shape
         return self.text.embedded(tokens_RxT), self._response_angles(batch, jnp.arange(length), rows)
 
+    @checked
     def decode(
-        self, tokens_R: jax.Array, positions_R: jax.Array, slot: jax.Array, seen_RxS: jax.Array, cache: KeysValues
-    ) -> tuple[jax.Array, KeysValues]:
-        """Hidden states [R, D] of a response token of every row at its position, and the cache with it in `slot`."""
-        angles = text_angles(jnp.broadcast_to(positions_R[:, None], (3, len(positions_R), 1)), self.config.text)
-        h, cache = self.text.decode(self.text.embedded(tokens_R[:, None]), angles, slot, seen_RxS, cache)
+        self,
+        tokens_C: Int[Array, " C"],
+        positions_C: Int[Array, " C"],
+        slot: Int[Array, ""],
+        seen_CxS: Bool[Array, "C S"],
+        cache: KeysValues,
+    ) -> tuple[Float[Array, "C D"], KeysValues]:
+        """Hidden states [C, D] of a response token of every slot at its position, and the cache with it in `slot`."""
+        angles = text_angles(jnp.broadcast_to(positions_C[:, None], (3, len(positions_C), 1)), self.config.text)
+        h, cache = self.text.decode(self.text.embedded(tokens_C[:, None]), angles, slot, seen_CxS, cache)
         return h[:, 0], cache
 
     def predicting(self, responses: Sequence[jax.Array], batch: PromptBatch) -> list[jax.Array]:
-        """For each set of response rows [R, T] (row r answers prompt r // G, G its own for each set): the hidden states
-        [R, T, D] that predict its tokens, the prompt's last one, then the row's own.
+        """For each slab of responses [R, T], which has a G of its own: the hidden states [R, T, D] that predict its
+        tokens, the prompt's last one, then the row's own.
 
         A group's prompt, image included, is computed once and equals full sequences in value and gradient.
         """
@@ -111,9 +114,10 @@ class QwenVL(nnx.Module):
         return predicting
 
     @staticmethod
-    def last(h_BxSxD: jax.Array, batch: PromptBatch) -> jax.Array:
+    @checked
+    def last(h_BxTxD: Float[Array, "B T D"], batch: PromptBatch) -> Float[Array, "B D"]:
         """The hidden state [B, D] of each prompt's last token."""
-        return jnp.take_along_axis(h_BxSxD, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.take_along_axis(h_BxTxD, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def empty_cache(self, rows: int, length: int) -> KeysValues:
         """An empty cache for `rows` rows of up to `length` tokens."""

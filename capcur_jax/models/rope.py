@@ -23,13 +23,13 @@ def mrope_axes(sections: tuple[int, int, int], interleaved: bool) -> np.ndarray:
     return axes
 
 
-def text_angles(positions_3xRxT: jax.Array, config: TextConfig) -> jax.Array:
-    """Angles [R, T, H/2], float32, of the decoder's MRoPE."""
+def text_angles(positions_3xAxT: jax.Array, config: TextConfig) -> jax.Array:
+    """Angles [A, T, H/2], float32, of the decoder's MRoPE."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = 1.0 / np.float32(config.rope_theta) ** exponents
     axes = mrope_axes(config.mrope_sections, config.mrope_interleaved)
-    chosen_RxTxF = jnp.moveaxis(positions_3xRxT[axes], 0, -1)
-    return chosen_RxTxF.astype(jnp.float32) * frequencies
+    chosen = jnp.moveaxis(positions_3xAxT[axes], 0, -1)
+    return chosen.astype(jnp.float32) * frequencies
 
 
 def vision_angles(coordinates: jax.Array, config: VisionConfig) -> jax.Array:

@@ -23,7 +23,7 @@ from capcur_jax.models.rope import rotate
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of every layer: [L, rows, tokens, K, H] each."""
+    """Keys and values of every layer: [L, A, S, K, H] each."""
 
     keys: jax.Array
     values: jax.Array
@@ -53,17 +53,17 @@ class DecoderLayer(nnx.Module):
         self.up = linear("up", config.width, config.mlp_width, **plain)
         self.down = linear("down", config.mlp_width, config.width, **plain)
 
-    def qkv(self, h_RxTxD: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries [R, T, N, H], rotated keys and values [R, T, K, H]."""
-        x = self.input_norm(h_RxTxD)
+    def qkv(self, h_AxTxD: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [A, T, N, H], rotated keys and values [A, T, K, H]."""
+        x = self.input_norm(h_AxTxD)
         shape = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q(x).reshape(shape)), angles)
         k = rotate(self.k_norm(self.k(x).reshape(shape)), angles)
         return q, k, self.v(x).reshape(shape)
 
-    def finish(self, h_RxTxD: jax.Array, attended_RxTxNxH: jax.Array) -> jax.Array:
+    def finish(self, h_AxTxD: jax.Array, attended_AxTxNxH: jax.Array) -> jax.Array:
         """The residual stream after attention and MLP."""
-        h = h_RxTxD + self.o(attended_RxTxNxH.reshape(*h_RxTxD.shape[:2], -1))
+        h = h_AxTxD + self.o(attended_AxTxNxH.reshape(*h_AxTxD.shape[:2], -1))
         x = self.mlp_norm(h)
         return h + self.down(layers_lib.ACTIVATION[self.activation](self.gate(x)) * self.up(x))
 
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         param_dtype,
         remat: str,
         attention: str,
-        mesh: Mesh | None,
+        mesh: Mesh,
         rngs: nnx.Rngs,
         lora: LoRA | None = None,
     ):
@@ -88,17 +88,17 @@ class Decoder(nnx.Module):
         self.layers = layers_lib.stack(lambda r: DecoderLayer(config, rngs=r, lora=lora, **kinds), config.depth, rngs)
         self.norm = nnx.RMSNorm(config.width, epsilon=config.rms_epsilon, rngs=rngs, **kinds)
 
-    def embedded(self, tokens_RxT: jax.Array) -> jax.Array:
-        """The tokens' embeddings [R, T, D]."""
-        return sharding.lookup(self.mesh, self.embed.embedding[...], tokens_RxT).astype(self.dtype)
+    def embedded(self, tokens_AxT: jax.Array) -> jax.Array:
+        """The tokens' embeddings [A, T, D]."""
+        return sharding.lookup(self.mesh, self.embed.embedding[...], tokens_AxT).astype(self.dtype)
 
     def _attend(self, q, k, v, layout) -> jax.Array:
-        return attend(q, k, v, layout, self.attention, self.mesh)
+        return attend(q, k, v, layout, self.mesh, self.attention)
 
     def prefill(
         self, h_BxTxD: jax.Array, angles: jax.Array, deep: jax.Array | None, visual_index_BxT: jax.Array | None
     ) -> tuple[jax.Array, KeysValues]:
-        """Causal pass over prompt rows. `deep` [n, features, D] is added at image tokens after the first n layers."""
+        """Causal pass over prompt rows. `deep` [n, F, D] is added at image tokens after the first n layers."""
 
         def body(layer, h, index):
             q, k, v = layer.qkv(h, angles)
@@ -110,16 +110,6 @@ class Decoder(nnx.Module):
         h, cache = layers_lib.scan(self.layers, body, h_BxTxD, jnp.arange(self.config.depth), remat=self.remat)
         return self.norm(h), cache
 
-    def extend(self, h_RxTxD: jax.Array, angles: jax.Array, prompt: KeysValues, lengths_B: jax.Array) -> jax.Array:
-        """Response rows: each token sees its group's prompt and the row's own earlier tokens."""
-
-        def body(layer, h, prompt):
-            q, k, v = layer.qkv(h, angles)
-            h = layer.finish(h, self._attend(q, k, v, Extend(*prompt, lengths_B)))
-            return sharding.constrain(self.mesh, h), None
-
-        return self.norm(layers_lib.scan(self.layers, body, h_RxTxD, prompt, remat=self.remat)[0])
-
     def together(
         self,
         h_BxTxD: jax.Array,
@@ -129,7 +119,7 @@ class Decoder(nnx.Module):
         rows: Sequence[tuple[jax.Array, jax.Array]],
         lengths_B: jax.Array,
     ) -> list[jax.Array]:
-        """`prefill` and an `extend` for each (h, angles) of `rows`: the results of all of them, prompts first.
+        """`prefill`, and response rows that see their prompts, (h, angles) of each slab: all results, prompts first.
 
         All tokens of a prompt and its responses go through a layer as one row, and part for its attention alone: its
         parameters are gathered once, their gradient is scattered once, and no keys and values outlive the layer.
@@ -139,8 +129,8 @@ class Decoder(nnx.Module):
         ends = np.cumsum([x.shape[0] * x.shape[1] // B for x, _ in parts])
         joined = [jnp.concatenate([x.reshape(B, -1, x.shape[-1]) for x in xs], 1) for xs in zip(*parts, strict=True)]
 
-        def split(x_BxMx):
-            pieces = jnp.split(x_BxMx, ends[:-1], axis=1)
+        def split(x):
+            pieces = jnp.split(x, ends[:-1], axis=1)
             return [x.reshape(*h.shape[:2], *x.shape[2:]) for x, (h, _) in zip(pieces, parts, strict=True)]
 
         def body(layer, h, index):
@@ -165,9 +155,9 @@ class Decoder(nnx.Module):
         return h_BxTxD + jnp.where(shown[..., None], here, 0).astype(h_BxTxD.dtype)
 
     def decode(
-        self, h_Rx1xD: jax.Array, angles: jax.Array, slot: jax.Array, seen_RxS: jax.Array, cache: KeysValues
+        self, h_Cx1xD: jax.Array, angles: jax.Array, slot: jax.Array, seen_CxS: jax.Array, cache: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
-        """One token a row, written to slot `slot` of the rows' cache [L, R, S, K, H]; it sees the slots `seen`."""
+        """One token a row, written to slot `slot` of the rows' cache [L, C, S, K, H]; it sees the slots `seen`."""
 
         def body(layer, carry, index):
             h, cache = carry
@@ -178,8 +168,8 @@ class Decoder(nnx.Module):
                 jax.lax.dynamic_update_slice(cache.keys, k[None], start),
                 jax.lax.dynamic_update_slice(cache.values, v[None], start),
             )
-            own = self._attend(q, cache.keys[index], cache.values[index], Cached(seen_RxS))
+            own = self._attend(q, cache.keys[index], cache.values[index], Cached(seen_CxS))
             return (sharding.constrain(self.mesh, layer.finish(h, own)), cache), None
 
-        (h, cache), _ = layers_lib.scan(self.layers, body, (h_Rx1xD, cache), jnp.arange(self.config.depth))
+        (h, cache), _ = layers_lib.scan(self.layers, body, (h_Cx1xD, cache), jnp.arange(self.config.depth))
         return self.norm(h), cache

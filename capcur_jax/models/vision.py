@@ -26,18 +26,18 @@ from capcur_jax.models.rope import rotate, vision_angles
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VisionBatch:
-    """The images of a batch, packed into R rows of P patches (see inputs.py, which makes every index on the host).
+    """The images of a batch, packed into J rows of P patches (see inputs.py, which makes every index on the host).
 
     Patches come in merge-block order: four neighbours that merge into one feature follow one another. Where the tower
     has windows, the blocks of a window follow one another too, so that nothing is permuted on the device.
     """
 
-    patches: Any  # [R, P, channels x temporal x pixels] float32, normalised
-    table_index: Any  # [R, P, 4] int32 into the learned positions; None where the tower has none
-    table_weight: Any  # [R, P, 4] float32, bilinear; None likewise
-    coordinates: Any  # [R, P, 2] int32 (row, column) of the patch in its image
-    segments: Any  # [R, P] int32: 0 padding, otherwise the number of the image frame in its row
-    windows: Any  # [R, P] int32: likewise for the windows of all its images; None where the tower has none
+    patches: Any  # [J, P, channels x temporal x pixels] float32, normalised
+    table_index: Any  # [J, P, 4] int32 into the learned positions; None where the tower has none
+    table_weight: Any  # [J, P, 4] float32, bilinear; None likewise
+    coordinates: Any  # [J, P, 2] int32 (row, column) of the patch in its image
+    segments: Any  # [J, P] int32: 0 padding, otherwise the number of the image frame in its row
+    windows: Any  # [J, P] int32: likewise for the windows of all its images; None where the tower has none
 
 
 class VisionAttention(nnx.Module):
@@ -46,10 +46,10 @@ class VisionAttention(nnx.Module):
         self.qkv = nnx.Linear(config.width, 3 * config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.out = nnx.Linear(config.width, config.width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x_RxPxD, angles, attend: Callable):
-        R, P, D = x_RxPxD.shape
-        q, k, v = jnp.moveaxis(self.qkv(x_RxPxD).reshape(R, P, 3, self.heads, D // self.heads), 2, 0)
-        return self.out(attend(rotate(q, angles), rotate(k, angles), v).reshape(R, P, D))
+    def __call__(self, x_JxPxD, angles, attend: Callable):
+        J, P, D = x_JxPxD.shape
+        q, k, v = jnp.moveaxis(self.qkv(x_JxPxD).reshape(J, P, 3, self.heads, D // self.heads), 2, 0)
+        return self.out(attend(rotate(q, angles), rotate(k, angles), v).reshape(J, P, D))
 
 
 def _norm(width: int, rms: bool, **kinds) -> nnx.Module:
@@ -88,18 +88,18 @@ class Merger(nnx.Module):
         self.up = nnx.Linear(self.wide, self.wide, **kinds)
         self.down = nnx.Linear(self.wide, config.out_width, **kinds)
 
-    def __call__(self, x_RxPxD):
-        R = x_RxPxD.shape[0]
+    def __call__(self, x_JxPxD):
+        J = x_JxPxD.shape[0]
         if self.after_shuffle:
-            x = self.norm(x_RxPxD.reshape(R, -1, self.wide))
+            x = self.norm(x_JxPxD.reshape(J, -1, self.wide))
         else:
-            x = self.norm(x_RxPxD).reshape(R, -1, self.wide)
+            x = self.norm(x_JxPxD).reshape(J, -1, self.wide)
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
 class VisionTower(nnx.Module):
     def __init__(
-        self, config: VisionConfig, dtype, param_dtype, remat: str, attention: str, mesh: Mesh | None, rngs: nnx.Rngs
+        self, config: VisionConfig, dtype, param_dtype, remat: str, attention: str, mesh: Mesh, rngs: nnx.Rngs
     ):
         kinds = dict(dtype=dtype, param_dtype=param_dtype)
         self.config, self.remat, self.attention, self.mesh, self.dtype = config, remat, attention, mesh, dtype
@@ -131,7 +131,7 @@ class VisionTower(nnx.Module):
         return attention
 
     def __call__(self, batch: VisionBatch) -> tuple[jax.Array, jax.Array | None]:
-        """Features [R x P/4, D] and DeepStack features [n, R x P/4, D] (None where the model has none)."""
+        """Features [F, D] and DeepStack features [n, F, D] (None where the model has none)."""
         taken = jnp.array(self.config.deepstack, jnp.int32)
         x = self.patch(batch.patches)
         if self.config.table_size:

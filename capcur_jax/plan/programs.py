@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from capcur_jax import schedule
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
+from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner, Sums
-from capcur_jax.learner.minibatches import Packer, needs_reference
 from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
@@ -128,31 +128,31 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
 
 
 def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, images: bool) -> Variant:
-    stage, grpo = stages[0], stages[0].objective == "grpo"
+    stage = stages[0]
     buckets = Buckets(config.prompt.token_buckets, config.prompt.patch_row, config.prompt.patch_rows)
+    layout = Layout.of(stage, config, buckets, processor, mesh, images)
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
     learner = Learner(
         graph, parameters, objective=stage.objective, config=config,
         freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    packer = Packer(stage, config, buckets, processor, mesh, images)
     large, small = (_sizes(config, largest, images) for largest in (True, False))
-    scored, scored_small = (_extreme(packer.blanks(s, passes=True), k) for s, k in ((large, max), (small, min)))
-    batch, batch_small = (_extreme(packer.blanks(s, passes=False), k) for s, k in ((large, max), (small, min)))
+    scored, scored_small = (_extreme(layout.blanks(s, passes=True), k) for s, k in ((large, max), (small, min)))
+    batch, batch_small = (_extreme(layout.blanks(s, passes=False), k) for s, k in ((large, max), (small, min)))
 
     trained, frozen = learner.split(parameters)
     state, sums = learner.abstract_state(), _sums(learner, trained, frozen, batch, mesh)
     rate = jax.ShapeDtypeStruct((), np.float32)
     reference = None
-    if grpo and needs_reference(config):
+    if layout.reference:
         reference = _as(trained, jnp.dtype(config.reference.dtype))
 
     moments = 0 if config.optimizer.memory != "device" else on_device(state.optimizer)
     kept = 0 if reference is None or config.reference.memory != "device" else on_device(reference)
     ahead = on_device(batch)  # the next one is on its way while a batch is being worked on
     engine = None
-    if grpo and config.rollout.engine == "local":
+    if layout.sampled and config.rollout.engine == "local":
         engine = _engine(config, processor, buckets, mesh)
         if config.rollout.gathered:  # the sampler's copy stays
             kept, ahead = kept + on_device(engine.parameters), ahead + on_device(engine.parameters)
@@ -161,7 +161,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
     if reference is not None:
         beside = on_device(trained) + moments + on_device(sums) + ahead
         programs.append(_score("reference log-probs", learner, reference, frozen, scored, scored_small, micro, beside))
-    if packer.old:
+    if layout.old:
         beside = moments + on_device(sums) + ahead
         beside += on_device(reference) if reference is not None else 0  # fetched for the pass if it lies on the host
         programs.append(_score("old log-probs", learner, trained, frozen, scored, scored_small, micro, beside))
@@ -176,20 +176,20 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         )
     )
     apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
-    programs.append(Program("update", packer.updates, apply, apply, on_device((state, sums)), on_device(frozen) + kept))
+    programs.append(Program("update", layout.updates, apply, apply, on_device((state, sums)), on_device(frozen) + kept))
     if engine is not None:
         beside = moments + on_device(sums) + kept
         programs += _sampling(engine, config, stage, large, small, images, beside)
     shapes = {
         "prompts of a step": stage.prompts,
-        "updates of a step": packer.updates,
+        "updates of a step": layout.updates,
         "prompts of a gradient": batch.prompts.tokens.shape[0],
         "of them on a device row": batch.prompts.tokens.shape[0] // sharding.row_shards(mesh),
-        "responses of a prompt": config.rollout.group if grpo else 1,
+        "responses of a prompt": config.rollout.group if layout.sampled else 1,
         "tokens of a prompt": batch.prompts.tokens.shape[1],
         "patches of a prompt": 0 if batch.prompts.vision is None else _patches(batch),
         "tokens of a response": [slab.tokens.shape[1] for slab in batch.slabs],
-        "tokens to sample": config.rollout.max_new_tokens if grpo else 0,
+        "tokens to sample": config.rollout.max_new_tokens if layout.sampled else 0,
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     return Variant(stages, images, mesh, tuple(programs), shapes, count)
@@ -219,7 +219,7 @@ def _engine(config: ConfigDict, processor: Processor, buckets: Buckets, mesh: Me
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
     return LocalEngine(
         nnx.merge(graph, parameters), processor, slots=config.rollout.slots, prefill=config.rollout.prefill,
-        gathered=config.rollout.gathered, buckets=buckets, mesh=mesh,
+        gathered=config.rollout.gathered, buckets=buckets,
     )  # fmt: skip
 
 

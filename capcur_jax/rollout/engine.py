@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
+from capcur_jax.axes import Float, Int, checked
 from capcur_jax.errors import InputError
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Prompt
@@ -57,7 +58,10 @@ class Sample:
         return min(span.version for span in self.spans)
 
     @classmethod
-    def whole(cls, tokens: np.ndarray, logprobs: np.ndarray, finish: str, version: int) -> Sample:
+    @checked
+    def whole(
+        cls, tokens: Int[np.ndarray, " T"], logprobs: Float[np.ndarray, " T"], finish: str, version: int
+    ) -> Sample:
         """One that a single version made."""
         return cls(tokens, logprobs, finish, (Span(version, 0, len(tokens)),))
 

@@ -20,8 +20,9 @@ from flax import nnx
 
 from capcur_jax import presets, schedule
 from capcur_jax.devices import cluster, sharding
+from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner
-from capcur_jax.learner.minibatches import Packer, grpo_item
+from capcur_jax.learner.minibatches import minibatches, sampled_item
 from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
@@ -72,15 +73,15 @@ def main(arguments: list[str]) -> None:
     config.objective.update({"updates_per_batch": updates, "kl_coefficient": 0.3})
     config.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (a.split("=") for a in arguments[6:])})
     mesh = sharding.make_mesh(config.mesh)
-    model = huggingface.load(checkpoint, mesh=mesh, sharding=lambda *a: sharding.of_parameter(mesh, *a), remat="full")
+    model = huggingface.load(checkpoint, mesh=mesh, remat="full")
     processor = Processor.from_directory(checkpoint)
     buckets = Buckets((64, 160), 64 * 4, (1.0, 2.0))
     graph, parameters = nnx.split(model)
     prompts, groups = recorded(processor)
-    engine = LocalEngine(model, processor, slots=PROMPTS, buckets=buckets, mesh=mesh)
+    engine = LocalEngine(model, processor, slots=PROMPTS, buckets=buckets)
     stage = schedule.stages(config)[0]
     stage = schedule.Stage(**{**stage.__dict__, "prompts": PROMPTS})
-    packer = Packer(stage, config, buckets, processor, mesh, images=True)
+    layout = Layout.of(stage, config, buckets, processor, mesh, images=True)
     learner = Learner(
         graph, parameters, objective="grpo", freeze="", config=config, temperature=1.0,
         banned=processor.banned_tokens, mesh=mesh,
@@ -93,13 +94,12 @@ def main(arguments: list[str]) -> None:
         if (n * updates // PROMPTS, n // share % jax.process_count()) == (update, jax.process_index())
     ]
     drawn = engine.generate([prompts[n] for n in mine], Sampling(8, temperature=0.0), 2, seed=3)
-    items = [grpo_item(prompts[n], *groups[n], config.objective.mask_truncated) for n in mine]
+    items = [sampled_item(prompts[n], *groups[n], config.objective.mask_truncated) for n in mine]
     trained, frozen = learner.split(parameters)
     trainer = Trainer(learner, mesh, learner.start(trained), frozen, reference=learner.copy_as(trained, np.float32))
-    minibatches = packer.minibatches(items)
     sizes = [PromptSize.of(prompt) for prompt in prompts]
-    trainer.sums = learner.zeros(trained, frozen, next(packer.blanks(sizes, passes=False)))
-    results = trainer.step(minibatches, packer.old, [1e-3] * updates)
+    trainer.sums = learner.zeros(trained, frozen, next(layout.blanks(sizes, passes=False)))
+    results = trainer.step(minibatches(items, layout, config), layout.old, [1e-3] * updates)
     report = {
         "updates": [{k: float(v) for k, v in jax.device_get(r).items()} for r in results],
         "combined": combined(jax.device_get(results)),

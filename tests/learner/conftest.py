@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from capcur_jax import presets
+from capcur_jax.devices import sharding
 from capcur_jax.learner.learner import Learner, TrainState, token_means
 from capcur_jax.learner.packing import Row, Slab, UpdateBatch, pack
 from capcur_jax.models import huggingface
@@ -70,7 +71,7 @@ def tokens(processor):
     return rows
 
 
-def make_learner(config, parts, processor, objective="grpo", freeze="", **kinds) -> Learner:
+def make_learner(config, parts, processor, objective="grpo", freeze="") -> Learner:
     return Learner(
         *parts,
         objective=objective,
@@ -78,7 +79,7 @@ def make_learner(config, parts, processor, objective="grpo", freeze="", **kinds)
         config=config,
         temperature=TEMPERATURE,
         banned=processor.banned_tokens,
-        **kinds,
+        mesh=sharding.single(),
     )
 
 

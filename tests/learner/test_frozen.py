@@ -1,13 +1,21 @@
 """Frozen parameters, first updates, SFT: what has a gradient, what moves, what is kept of it."""
 
+import copy
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from capcur_jax import schedule
+from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
+from capcur_jax.learner import objectives
+from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import frozen_paths
 from capcur_jax.learner.packing import UpdateBatch, blank
+from capcur_jax.models.batching import Buckets
 from capcur_jax.records import metrics
 from tests.learner.conftest import (  # fmt: skip
     ADVANTAGES,
@@ -106,6 +114,28 @@ def test_sft_is_the_mean_negative_log_prob_and_leaves_the_frozen(imitator, parts
     assert result.metrics["loss"] < 0.5 * loss and result.metrics["token_accuracy"] > 0.5
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_new_objective_is_a_line_in_the_table(monkeypatch, config, parts, processor, plain, full_sequences, sampled):
+    """Reward-weighted imitation, registered there and nowhere else: checks take it, and it has a gradient."""
+
+    def loss(slab, new, mask, settings):
+        return -jnp.exp(slab.advantages)[:, None] * new.logprobs, {"entropy": new.entropy}
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "weighted", objectives.Objective(loss, sampled))
+    config = copy.deepcopy(config)
+    config.stages.perception.objective, config.order = "weighted", ("perception",)
+    (stage,) = schedule.stages(config)
+    layout = Layout.of(stage, config, Buckets((48,), 96, (1.0,)), processor, sharding.single(), images=True)
+    assert layout.sampled == sampled and sum(layout.counts) == (config.rollout.group if sampled else 1)
+    learner = make_learner(config, parts, processor, objective="weighted")
+    _, result = update(learner, parts, fresh_state(learner, parts), plain)
+    weights = np.where(MASK, -np.exp(ADVANTAGES)[:, None], 0) * EVENLY[:, None]
+    logprobs, entropy, gradient = full_sequences(parts[1], TEMPERATURE if sampled else 1.0, weights)
+    assert result.metrics["loss"] == pytest.approx(float((np.asarray(logprobs) * weights)[MASK].sum()), rel=1e-5)
+    assert result.metrics["entropy"] == pytest.approx(float(np.asarray(entropy)[MASK].mean()), rel=1e-5)
+    assert max(relative_differences(result.gradients, gradient).values()) < 1e-3
+
+
 # ---------------------------------------------------------------------- patterns
 
 
@@ -142,7 +172,7 @@ def test_a_program_compiles_once_for_a_shape(learner, parts, batch):
                 sums = learner.accumulate(state.trained, rest, sums, micro)
             state, sums, _ = learner.apply(state, sums, np.float32(rate))
         assert counter.count == 0
-        other = UpdateBatch(batch.prompts, blank(2, (G,), (2 * T,), grpo=True))
+        other = UpdateBatch(batch.prompts, blank(2, (G,), (2 * T,), sampled=True))
         for _ in range(2):
             learner.score.compile(state.trained, rest, other)
         assert counter.count == 1

@@ -1,5 +1,6 @@
 """Advantages, losses and weights against numbers worked out by hand, plain float64 loops and torch's autograd."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ import torch
 
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives
+from capcur_jax.schedule import Stage
 
 advantages = jax.jit(objectives.group_advantages, static_argnames="normalise")
 
@@ -125,7 +127,7 @@ def test_an_unknown_option_is_an_error_that_lists_the_others(name):
     with pytest.raises(InputError, match="k1, k2, k3, k3_unbiased, none"):
         objectives.divergence(name, x, x, x)
     with pytest.raises(InputError, match="token, sequence, constant"):
-        objectives.row_weights([1], [True], name, **totals)
+        objectives.row_weights(np.array([1]), np.array([True]), name, **totals)
 
 
 def _batch(seed, rows=6, length=7, spread=0.4):
@@ -473,7 +475,8 @@ def test_masked_sum_leaves_masked_values_out(value):
     np.testing.assert_array_equal(objectives.masked_sum(values, mask), [4.0, 0.0])
     gradient = jax.grad(lambda x: objectives.masked_sum(x, mask).sum())(values)
     np.testing.assert_array_equal(gradient, [[1, 1, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(objectives.masked_sum(values > 2, mask), [1.0, 0.0])  # counts of a condition
+    counts = jnp.float32(values > 2)  # of a condition
+    np.testing.assert_array_equal(objectives.masked_sum(counts, mask), [1.0, 0.0])
 
 
 def test_the_mask_comes_from_lengths():
@@ -536,7 +539,7 @@ def test_parts_of_a_mini_batch_add_up_to_the_textbook_s_loss(aggregation, masked
 
 def test_row_weights_by_hand():
     # Two rows counted, of 2 and 6 tokens; the third is truncated and left out, the fourth is padding.
-    lengths, counted = [2, 6, 10, 0], [True, True, False, False]
+    lengths, counted = np.array([2, 6, 10, 0]), np.array([True, True, False, False])
     totals = {"total_tokens": 8, "total_rows": 2, "constant_length": 10}
     weights = {name: objectives.row_weights(lengths, counted, name, **totals) for name in objectives.AGGREGATIONS}
     np.testing.assert_allclose(weights["token"], [1 / 8, 1 / 8, 0, 0], rtol=1e-6)
@@ -548,11 +551,22 @@ def test_row_weights_by_hand():
 def test_lengths_and_totals_of_zero_divide_nothing(aggregation):
     totals = {"total_tokens": 0, "total_rows": 0, "constant_length": 4}
     with np.errstate(all="raise"):
-        none = objectives.row_weights([0, 5], [False, False], aggregation, **totals)
-        empty = objectives.row_weights([0], [True], aggregation, **totals)
+        none = objectives.row_weights(np.array([0, 5]), np.zeros(2, bool), aggregation, **totals)
+        empty = objectives.row_weights(np.array([0]), np.ones(1, bool), aggregation, **totals)
     assert (none == 0).all() and np.isfinite(empty).all()
 
 
 def test_a_constant_length_below_one_is_an_error():
     with pytest.raises(InputError, match="constant"):
-        objectives.row_weights([1], [True], "constant", total_tokens=1, total_rows=1, constant_length=0)
+        one = {"total_tokens": 1, "total_rows": 1, "constant_length": 0}
+        objectives.row_weights(np.array([1]), np.array([True]), "constant", **one)
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def test_the_stage_s_objective_is_in_the_table_or_an_error_names_the_key():
+    stage = Stage("text", ("text",), "grpo", 1, 1, 0.1, "constant", 0, "")
+    assert objectives.of_stage(stage) is objectives.OBJECTIVES["grpo"]
+    with pytest.raises(InputError, match=r"config\.stages\.text\.objective = 'ppo'; choose one of grpo, sft"):
+        objectives.of_stage(dataclasses.replace(stage, objective="ppo"))

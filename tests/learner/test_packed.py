@@ -12,8 +12,9 @@ from flax import nnx
 from capcur_jax import schedule
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
+from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner, token_means
-from capcur_jax.learner.minibatches import Packer, grpo_item, sft_item
+from capcur_jax.learner.minibatches import minibatches, sampled_item, target_item
 from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
@@ -40,15 +41,22 @@ class Scene(NamedTuple):
     groups: list[tuple[Prompt, list[Sample], np.ndarray]]
     processor: object
 
-    def packer(self, packing="one micro-batch", updates=1, buckets=BUCKETS, **objective) -> Packer:
+    def layout(self, packing="one micro-batch", updates=1, buckets=BUCKETS) -> Layout:
         config = copy.deepcopy(self.config)
         config.packing.update(PACKINGS[packing] if isinstance(packing, str) else packing)
-        config.objective.update({"updates_per_batch": updates, **objective})
+        config.objective.updates_per_batch = updates
         (stage,) = schedule.stages(config)
-        return Packer(stage, config, buckets, self.processor, self.mesh, images=True)
+        return Layout.of(stage, config, buckets, self.processor, self.mesh, images=True)
+
+    def batches(self, items, packing="one micro-batch", aggregation="token"):
+        """The micro-batches of one update."""
+        config = copy.deepcopy(self.config)
+        config.objective.aggregation = aggregation
+        (minibatch,) = minibatches(items, self.layout(packing), config)
+        return minibatch
 
     def items(self, mask_truncated=False, order=None):
-        return [grpo_item(*self.groups[n], mask_truncated) for n in order or range(len(self.groups))]
+        return [sampled_item(*self.groups[n], mask_truncated) for n in order or range(len(self.groups))]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,7 @@ def scene(config, checkpoint, processor):
     config.order = ("perception",)
     config.stages.perception.prompts = 4
     mesh = sharding.make_mesh(config.mesh)
-    model = huggingface.load(checkpoint, mesh=mesh, sharding=lambda *a: sharding.of_parameter(mesh, *a))
+    model = huggingface.load(checkpoint, mesh=mesh)
     graph, parameters = nnx.split(model)
     learner = Learner(
         graph, parameters, objective="grpo", freeze="", config=config, temperature=1.0, banned=processor.banned_tokens,
@@ -101,8 +109,7 @@ def whole(scene):
     """The results of the plainest packing, by aggregation and mask_truncated."""
     found = {}
     for aggregation, masked in WEIGHTINGS:
-        packer = scene.packer(aggregation=aggregation)
-        ((batch,),) = packer.minibatches(scene.items(masked))
+        (batch,) = scene.batches(scene.items(masked), aggregation=aggregation)
         assert [slab.tokens.shape for slab in batch.slabs] == [(4 * G, 8)]
         found[aggregation, masked] = summed(scene, [batch])
     return found
@@ -118,7 +125,7 @@ def check(got, want):
 @pytest.mark.parametrize("packing", [name for name in PACKINGS if name != "one micro-batch"])
 def test_a_packing_changes_neither_loss_nor_metrics_nor_gradient(scene, whole, packing):
     for aggregation, masked in WEIGHTINGS:
-        (minibatch,) = scene.packer(packing, aggregation=aggregation).minibatches(scene.items(masked))
+        minibatch = scene.batches(scene.items(masked), packing, aggregation)
         micro = PACKINGS[packing]["micro_prompts"]
         assert len(minibatch) == 4 // micro and all(len(batch.prompts.tokens) == micro for batch in minibatch)
         assert all(len(batch.slabs) == max(len(PACKINGS[packing]["slabs"]), 1) for batch in minibatch)
@@ -127,9 +134,9 @@ def test_a_packing_changes_neither_loss_nor_metrics_nor_gradient(scene, whole, p
 
 def test_buckets_are_used_where_they_help(scene):
     """What the packings above compare is not all of one shape."""
-    (several,) = scene.packer("several").minibatches(scene.items())
+    several = scene.batches(scene.items(), "several")
     assert {slab.tokens.shape[1] for batch in several for slab in batch.slabs} == {5, 8}
-    (slabs,) = scene.packer("slabs of several").minibatches(scene.items())
+    slabs = scene.batches(scene.items(), "slabs of several")
     assert {tuple(slab.tokens.shape for slab in batch.slabs) for batch in slabs} == {
         ((4, 4), (2, 6)), ((4, 8), (2, 8)),
     }  # fmt: skip
@@ -137,7 +144,7 @@ def test_buckets_are_used_where_they_help(scene):
 
 def test_the_order_of_groups_changes_nothing(scene, whole):
     for order in ([2, 0, 3, 1], [3, 2, 1, 0]):
-        (minibatch,) = scene.packer("several", aggregation="sequence").minibatches(scene.items(True, order))
+        minibatch = scene.batches(scene.items(True, order), "several", "sequence")
         check(summed(scene, minibatch), whole["sequence", True])
 
 
@@ -147,7 +154,7 @@ def test_weightings_differ_and_are_the_formulas(scene, whole):
     assert np.abs(np.subtract.outer(losses, losses) + np.eye(6)).min() > 1e-3
     lengths = np.array([len(sample.tokens) for _, samples, _ in scene.groups for sample in samples])
     for aggregation, masked in WEIGHTINGS:
-        (minibatch,) = scene.packer("several", aggregation=aggregation).minibatches(scene.items(masked))
+        minibatch = scene.batches(scene.items(masked), "several", aggregation)
         counted = lengths < LIMIT if masked else lengths > 0
         sizes = {"token": lengths * counted, "sequence": counted, "constant": LIMIT * counted}[aggregation]
         per_token = lengths if aggregation == "sequence" else np.ones_like(lengths)
@@ -164,7 +171,7 @@ def test_weightings_differ_and_are_the_formulas(scene, whole):
 
 
 def test_every_response_is_packed_once_with_what_is_its_own(scene):
-    (minibatch,) = scene.packer("slabs of several").minibatches(scene.items())
+    minibatch = scene.batches(scene.items(), "slabs of several")
     found = {}
     for batch in minibatch:
         for slab in batch.slabs:
@@ -186,20 +193,20 @@ def test_every_response_is_packed_once_with_what_is_its_own(scene):
 
 def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
     """Trainer.step against its parts: both passes come before any update, each micro-batch gets its own."""
-    packer = scene.packer({**PACKINGS["several"], "buckets": ((LIMIT,),)}, updates=2)
-    minibatches = packer.minibatches(scene.items())
-    assert [len(mini) for mini in minibatches] == [1, 1] and packer.old and packer.reference and packer.scores
+    layout = scene.layout({**PACKINGS["several"], "buckets": ((LIMIT,),)}, updates=2)
+    batched = minibatches(scene.items(), layout, scene.config)
+    assert [len(mini) for mini in batched] == [1, 1] and layout.old and layout.reference and layout.scores
     learner, mesh = scene.learner, scene.mesh
     trained, frozen = learner.split(jax.tree.map(lambda x: x + 0, scene.parameters))
     reference = jax.tree.map(lambda x: 0.9 * x, trained)
     trainer = Trainer(learner, mesh, learner.start(trained), frozen, reference=reference)
     sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
-    trainer.sums = learner.zeros(trained, frozen, next(packer.blanks(sizes, passes=False)))
-    results = trainer.step(minibatches, packer.old, [RATE, 2 * RATE])
+    trainer.sums = learner.zeros(trained, frozen, next(layout.blanks(sizes, passes=False)))
+    results = trainer.step(batched, layout.old, [RATE, 2 * RATE])
 
     start, _ = learner.split(jax.tree.map(lambda x: x + 0, scene.parameters))
     fields = []
-    for (batch,) in minibatches:
+    for (batch,) in batched:
         placed = sharding.put(mesh, batch)
         old, given = learner.score(start, frozen, placed), learner.score(reference, frozen, placed)
         (slab,) = placed.slabs
@@ -233,14 +240,14 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
     sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
     random, buckets = np.random.default_rng(0), Buckets((48, 64, 96), 64, (0.5, 1.0, 1.5, 2.0))
     for packing in (*PACKINGS.values(), {"micro_prompts": 1, "slabs": (1, 1, 1), "buckets": ((4, 6, 8), (8, 8, 8))}):
-        packer, seen = scene.packer(packing, buckets=buckets), []
-        known = [signature(batch) for batch in packer.blanks(sizes, passes=True)]
+        layout, seen = scene.layout(packing, buckets=buckets), []
+        known = [signature(batch) for batch in layout.blanks(sizes, passes=True)]
         for _ in range(8):
             order = random.integers(0, 4, 4).tolist()
-            for mini in packer.minibatches(scene.items(order=order)):
+            for mini in minibatches(scene.items(order=order), layout, scene.config):
                 seen += [signature(batch) for batch in mini]
         assert all(one in known for one in seen) and any(one != seen[0] for one in seen)
-        later = list(packer.blanks(sizes, passes=False))
+        later = list(layout.blanks(sizes, passes=False))
         assert len(later) == len(known) and all(s.reference_logprobs is not None for b in later for s in b.slabs)
         assert all(s.old_logprobs is None for b in later for s in b.slabs)
 
@@ -250,14 +257,14 @@ def test_sft_items_take_one_slab_of_the_longest_lengths(scene):
     config.packing.update({"slabs": (2, 1), "buckets": ((4, 6), (8, 8)), "micro_prompts": 2})
     config.stages.perception.objective = "sft"
     (stage,) = schedule.stages(config)
-    packer = Packer(stage, config, BUCKETS, scene.processor, scene.mesh, images=True)
-    items = [sft_item(prompt, samples[0].tokens) for prompt, samples, _ in scene.groups]
-    (minibatch,) = packer.minibatches(items)
+    layout = Layout.of(stage, config, BUCKETS, scene.processor, scene.mesh, images=True)
+    items = [target_item(prompt, samples[0].tokens) for prompt, samples, _ in scene.groups]
+    (minibatch,) = minibatches(items, layout, config)
     assert [[slab.tokens.shape for slab in batch.slabs] for batch in minibatch] == [[(2, 6)], [(2, 8)]]
     assert all(slab.advantages is None and slab.sampler_logprobs is None for b in minibatch for slab in b.slabs)
     tokens = sum(len(row.tokens) for item in items for row in item.rows)
     assert all((slab.weights == np.float32(1 / tokens)).all() for b in minibatch for slab in b.slabs)
-    assert not packer.scores
+    assert not layout.scores
 
 
 @pytest.mark.parametrize(
@@ -272,4 +279,4 @@ def test_sft_items_take_one_slab_of_the_longest_lengths(scene):
 )
 def test_what_can_t_be_packed_names_its_key(scene, packing, updates, message):
     with pytest.raises(InputError, match=message):
-        scene.packer({**PACKINGS["one micro-batch"], **packing}, updates=updates)
+        scene.layout({**PACKINGS["one micro-batch"], **packing}, updates=updates)

@@ -59,13 +59,13 @@ def test_slabs_may_differ_in_length():
 
 
 def test_what_an_objective_does_not_use_is_none():
-    (slab,) = pack([[Row(np.arange(3), 0.5)]], (1,), (8,), 0, grpo=False)
+    (slab,) = pack([[Row(np.arange(3), 0.5)]], (1,), (8,), 0, sampled=False)
     unused = (slab.advantages, slab.sampler_logprobs, slab.old_logprobs, slab.reference_logprobs)
     assert unused == (None,) * 4 and slab.weights == np.float32(0.5)
 
 
 def test_a_last_token_that_is_the_pad_token_counts():
-    (slab,) = pack([[Row(np.array([5, 6, 0]), 1.0)], [Row(np.array([0]), 1.0)]], (1,), (4,), 0, grpo=False)
+    (slab,) = pack([[Row(np.array([5, 6, 0]), 1.0)], [Row(np.array([0]), 1.0)]], (1,), (4,), 0, sampled=False)
     np.testing.assert_array_equal(slab.lengths, [3, 1])
 
 
@@ -138,7 +138,10 @@ def processor(checkpoint):
 
 @pytest.mark.parametrize(("old", "reference"), [(False, False), (True, True), (False, True)])
 def test_a_blank_has_the_shape_of_what_is_packed(old, reference):
-    packed, blanks = pack(GROUPS, (2, 1), (3, 5), 0), blank(2, (2, 1), (3, 5), grpo=True, old=old, reference=reference)
+    packed, blanks = (
+        pack(GROUPS, (2, 1), (3, 5), 0),
+        blank(2, (2, 1), (3, 5), sampled=True, old=old, reference=reference),
+    )
     for a, b in zip(packed, blanks, strict=True):
         for field in dataclasses.fields(a):
             mine, theirs = getattr(a, field.name), getattr(b, field.name)
@@ -148,7 +151,7 @@ def test_a_blank_has_the_shape_of_what_is_packed(old, reference):
                 assert theirs is None or (theirs.shape, theirs.dtype) == (b.tokens.shape, np.float32)
             else:
                 assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), field.name
-    (sft,) = blank(2, (1,), (4,), grpo=False)
+    (sft,) = blank(2, (1,), (4,), sampled=False)
     assert sft.advantages is sft.sampler_logprobs is None
 
 

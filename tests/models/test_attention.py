@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import attention_gpu, attention_tpu
 from capcur_jax.models.attention import Cached, Causal, Extend, Segments, attend, reference
@@ -38,7 +39,7 @@ def in_group(kernel):
 
 def in_images(kernel):
     theirs = functools.partial(reference, layout=Segments(IDS))
-    return functools.partial(kernel, ids_RxP=IDS, interpret=True), theirs, heads(2, ODD, kv=4)
+    return functools.partial(kernel, ids_JxP=IDS, interpret=True), theirs, heads(2, ODD, kv=4)
 
 
 def alone(kernel):
@@ -70,7 +71,9 @@ def test_kernels_equal_the_reference_in_values_and_gradients(case, quick_jit):
 
 def lowered(platform, layout, *, tokens=128, dtype=jnp.bfloat16, implementation="auto"):
     arrays = heads(2, tokens, kv=4, dtype=dtype)
-    program = jax.jit(functools.partial(attend, layout=layout, implementation=implementation)).trace(*arrays)
+    program = jax.jit(
+        functools.partial(attend, layout=layout, mesh=sharding.single(), implementation=implementation)
+    ).trace(*arrays)
     return program.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -117,10 +120,11 @@ def test_choosing_by_platform_is_the_reference_itself_on_a_cpu(quick_jit):
         body = jax.checkpoint(lambda q, _: (function(q, k, v, Causal()), None))
         return jax.lax.scan(body, q, length=2)[0].astype(jnp.float32).var()
 
-    ours, theirs = (quick_jit(jax.grad(functools.partial(loss, function=f)))(*arrays) for f in (attend, reference))
+    ours = functools.partial(attend, mesh=sharding.single())
+    ours, theirs = (quick_jit(jax.grad(functools.partial(loss, function=f)))(*arrays) for f in (ours, reference))
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_an_unknown_implementation_names_the_key():
     with pytest.raises(InputError, match=r"config\.model\.attention = 'flash'; choose one of auto, xla"):
-        attend(*heads(1, 8), Causal(), "flash")
+        attend(*heads(1, 8), Causal(), sharding.single(), "flash")

@@ -201,6 +201,7 @@ import jax, numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from safetensors.numpy import load_file
+from capcur_jax.devices import sharding
 from capcur_jax.models import huggingface
 
 source, out = map(Path, sys.argv[1:])
@@ -211,7 +212,7 @@ for number, sizes in enumerate(((2, 4), (3, 2))):
     devices = np.array(jax.devices()[: sizes[0] * sizes[1]]).reshape(sizes)
     mesh = jax.sharding.Mesh(devices, ("first", "last"))
 
-    def sharding(path, shape):
+    def place(mesh, path, shape):
         axes = [None] * len(shape)
         for side, axis in ((0, "first"), (-1, "last")):
             if len(shape) > 1 and shape[side] % mesh.shape[axis] == 0:
@@ -219,12 +220,13 @@ for number, sizes in enumerate(((2, 4), (3, 2))):
         return NamedSharding(mesh, P(*axes))
 
     read.clear()
-    model = huggingface.load(source, sharding=sharding)
+    sharding.of_parameter = place
+    model = huggingface.load(source, mesh=mesh)
     assert sum(read) == sum(tensor.nbytes for tensor in published.values())
     split = 0
     for (path, ours), (_, theirs) in zip(nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(plain))):
         ours, theirs = ours[...], np.asarray(theirs[...])
-        assert ours.sharding == sharding(path, ours.shape) and len(ours.addressable_shards) == devices.size
+        assert ours.sharding == place(mesh, path, ours.shape) and len(ours.addressable_shards) == devices.size
         for shard in ours.addressable_shards:
             assert shard.data.shape == ours.sharding.shard_shape(ours.shape)
             np.testing.assert_array_equal(np.asarray(shard.data), theirs[shard.index], err_msg=str(path))

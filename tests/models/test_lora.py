@@ -219,7 +219,7 @@ def test_gradients_of_the_factors_follow_from_pytorch_s_of_the_merged_weights(
 
 
 def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
-    """Prefill, extend and decode with factors that are not 0, against one causal pass over prompt and response."""
+    """The learner's pass and decoding with factors that are not 0, against one causal pass over prompt and response."""
     graph, state = nnx.split(scene.adapted)
     tokens = np.random.default_rng(3).integers(10, 300, (2, 5)).astype(np.int32)
     rows = []
@@ -237,16 +237,17 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
     model_of = lambda p: nnx.merge(graph, p)  # noqa: E731
     full = np.asarray(quick_jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
     _, prompt = quick_jit(lambda p: model_of(p).prefill(scene.batch))(state)
-    extended = np.asarray(
-        quick_jit(lambda p: model_of(p).logits(model_of(p).extend(tokens, scene.batch, prompt)))(state)
+    predicting = np.asarray(
+        quick_jit(lambda p: model_of(p).logits(model_of(p).predicting([tokens], scene.batch)[0]))(state)
     )
     step = quick_jit(lambda p, *given: model_of(p).decode(*given))
     cache = scene.adapted.empty_cache(2, prompt.keys.shape[2] + 5)
     around = cache, prompt, tokens, scene.batch.lengths, scene.batch.next_position
     decoded = scene.adapted.logits(decode_steps(functools.partial(step, state), *around))
-    np.testing.assert_allclose(decoded, extended, atol=1e-5)
+    np.testing.assert_allclose(decoded[:, :-1], predicting[:, 1:], atol=1e-5)
     for row, length in enumerate(scene.batch.lengths):
-        np.testing.assert_allclose(extended[row], full[row, length : length + 5], atol=1e-5)
+        np.testing.assert_allclose(predicting[row], full[row, length - 1 : length + 4], atol=1e-5)
+        np.testing.assert_allclose(decoded[row], full[row, length : length + 5], atol=1e-5)
 
 
 # --- out and back -----------------------------------------------------------------------------------------------------
@@ -323,6 +324,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from safetensors.numpy import load_file
+from capcur_jax.devices import sharding
 from capcur_jax.models import huggingface
 from capcur_jax.models.lora import LoRA
 
@@ -330,7 +332,7 @@ source, out = map(Path, sys.argv[1:])
 settings = LoRA(rank=4, alpha=8.0)
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("first", "last"))
 
-def sharding(path, shape):
+def place(mesh, path, shape):
     axes = [None] * len(shape)
     for side, axis in ((-2, "first"), (-1, "last")):
         if len(shape) > 1 and shape[side] % mesh.shape[axis] == 0:
@@ -338,17 +340,19 @@ def sharding(path, shape):
     return NamedSharding(mesh, P(*axes))
 
 saved = []
-for place in (None, sharding):
-    model = huggingface.load(source, lora=settings, seed=3, sharding=place)
+for on in (None, mesh):
+    if on:
+        sharding.of_parameter = place
+    model = huggingface.load(source, lora=settings, seed=3, mesh=on)
     graph, state = nnx.split(model)
     flat = list(nnx.to_flat_state(state))
     for number, (path, leaf) in enumerate(flat):
-        if place:
-            assert leaf[...].sharding == sharding(".".join(path), leaf.shape)
+        if on:
+            assert leaf[...].sharding == place(mesh, ".".join(path), leaf.shape)
         if path[-1] == "lora_b":
             new = jnp.asarray(np.random.default_rng(number).standard_normal(leaf.shape), jnp.float32)
             flat[number] = path, leaf.replace(jax.device_put(new, leaf[...].sharding))
-    name = out / ("sharded" if place else "whole")
+    name = out / ("sharded" if on else "whole")
     huggingface.save(name, nnx.from_flat_state(flat), model.config, source, dtype=np.float32, lora=settings)
     saved.append(load_file(name / "model.safetensors"))
 assert not all(np.array_equal(saved[0][k], v) for k, v in load_file(source / "model.safetensors").items())

@@ -35,7 +35,7 @@ def next_token_loss(logits, batch):
     """Mean cross-entropy over all next tokens of the prompts."""
     logprobs = jax.nn.log_softmax(logits[:, :-1])
     chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
-    mask = batch.mask[:, 1:]
+    mask = (jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None])[:, 1:]
     return -jnp.where(mask, chosen, 0).sum() / mask.sum()
 
 

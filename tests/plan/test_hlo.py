@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from capcur_jax.devices import sharding
 from capcur_jax.models.attention import Causal, attend
 from capcur_jax.plan import topologies
 from capcur_jax.plan.hlo import Collective, collectives, jaxpr_flops
@@ -234,7 +235,7 @@ def test_attention_counts_every_product_whatever_kernel_computes_it():
     q, k = (jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K))
 
     def loss(q, k, v):
-        return attend(q, k, v, Causal()).astype(jnp.float32).sum()
+        return attend(q, k, v, Causal(), sharding.single()).astype(jnp.float32).sum()
 
     assert flops(loss, q, k, k) == 2 * 2 * B * N * T * T * H
     assert flops(jax.grad(loss, argnums=(0, 1, 2)), q, k, k) == 3 * 2 * 2 * B * N * T * T * H

@@ -216,6 +216,10 @@ def test_a_tiny_run_on_accelerators(topology):
         "config.mesh.gpus = (0, 1, 2): the topology has 2 devices",
     ),
     (("--config=configs/staged.py", "--topology=cpu:3"), "can't be split into"),
+    (
+        ("--config=configs/staged.py", "--topology=cpu:1", "--config.stages.text.objective=ppo"),
+        "config.stages.text.objective = 'ppo'; choose one of grpo, sft",
+    ),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_exit_code_2(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(topologies, "devices", lambda name: jax.devices()[:1] * topologies.parse(name).layout[-1])

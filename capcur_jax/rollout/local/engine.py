@@ -47,14 +47,13 @@ class LocalEngine:
     before the next one.
 
     Args:
-        model: gives the architecture and the first parameters.
+        model: gives the architecture, the mesh and the first parameters. Of several processes each gives its own
+            prompts and gets their samples; all of them call `generate` together.
         processor: gives end, banned and pad tokens.
         slots: responses decoded together, split over the mesh's device rows; with the longest declared prompt and
             `Sampling.max_new_tokens` they make the cache's size.
         buckets: the declared shapes of a batch of prompts.
         prefill: prompts of a device row whose keys and values are computed at once; their responses start together.
-        mesh: the trainer's, on which the parameters lie; None: the default device. Of several processes each gives its
-            own prompts and gets their samples; all of them call `generate` together.
         gathered: sample from a copy of the weights in the computation's type that device rows do not split. It costs
             its size on every device and spares gathering them anew for every token.
     """
@@ -67,11 +66,11 @@ class LocalEngine:
         slots: int,
         buckets: Buckets,
         prefill: int = 1,
-        mesh: Mesh | None = None,
         gathered: bool = False,
     ):
         self._graph, parameters = nnx.split(model)
-        self.mesh, self.shards, self._all = mesh, sharding.local_row_shards(mesh), sharding.row_shards(mesh)
+        self.mesh = mesh = model.mesh
+        self.shards, self._all = sharding.local_row_shards(mesh), sharding.row_shards(mesh)
         self.processor, self.buckets, self._slots, self._prefill = processor, buckets, slots, prefill
         self._work: dict[tuple[int, Sampling], Work] = {}
         self._decode: dict[tuple[Sampling, int], tuple[Programs, Programs, dict]] = {}
@@ -156,13 +155,13 @@ class LocalEngine:
     def work(self, n: int, sampling: Sampling) -> Work:
         """The programs of calls with `n` responses a prompt, compiled when they are first used."""
         if (n, sampling) not in self._work:
-            known, mesh = self.processor, self.mesh
+            known = self.processor
             rows = max(self._slots // self._all, n)
             empty, decode, placed = self._decoding(sampling, rows)
 
             def admit(parameters, slots, batch, places, numbers):
                 model = nnx.merge(self._graph, parameters)
-                return slots_lib.admit(model, slots, batch, places, numbers, known.banned_tokens, mesh)
+                return slots_lib.admit(model, slots, batch, places, numbers, known.banned_tokens)
 
             prompts = max(1, min(self._prefill, rows // n))
             self._work[n, sampling] = Work(empty, Programs(admit, donate_argnums=1, **placed), decode, rows, prompts)
@@ -171,10 +170,8 @@ class LocalEngine:
     def _decoding(self, sampling: Sampling, rows: int) -> tuple[Programs, Programs, dict]:
         """What does not depend on the number of responses a prompt, and where the slots lie."""
         if (sampling, rows) not in self._decode:
-            known, prompt, placed = self.processor, max(self.buckets.tokens), {}
-            if self.mesh is not None:
-                place = functools.partial(NamedSharding, self.mesh)
-                placed = {"out_shardings": jax.tree.map(place, slots_lib.specs())}
+            known, prompt = self.processor, max(self.buckets.tokens)
+            placed = {"out_shardings": jax.tree.map(functools.partial(NamedSharding, self.mesh), slots_lib.specs())}
 
             def empty(parameters):
                 return slots_lib.empty(nnx.merge(self._graph, parameters), rows * self._all, prompt, sampling)
@@ -191,8 +188,6 @@ class LocalEngine:
     def slots_shape(self, work: Work) -> Slots:
         """The slots of a call, by shape."""
         slots = work.empty.trace(self.parameters).out_info
-        if self.mesh is None:
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), slots)
         place = functools.partial(NamedSharding, self.mesh)
         at = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(spec))  # noqa: E731
         return jax.tree.map(at, slots, slots_lib.specs())
@@ -209,14 +204,12 @@ class LocalEngine:
 class _Gatherer:
     """Matrices in `dtype`, split over `tensor` alone; the rest keeps its type: it is small, and used in it."""
 
-    def __init__(self, mesh: Mesh | None, parameters: nnx.State, dtype: Any):
+    def __init__(self, mesh: Mesh, parameters: nnx.State, dtype: Any):
         flat = nnx.to_flat_state(parameters)
         self._dtypes = {path: dtype if path[-1] in ("kernel", "embedding") else leaf.dtype for path, leaf in flat}
-        self._places = None
-        if mesh is not None:
-            places = [(path, leaf.replace(sharding.unsplit(mesh, ".".join(path), leaf.shape))) for path, leaf in flat]
-            self._places = nnx.from_flat_state(places)
-        self._jitted = jax.jit(self._cast, **({} if mesh is None else {"out_shardings": self._places}))
+        places = [(path, leaf.replace(sharding.unsplit(mesh, ".".join(path), leaf.shape))) for path, leaf in flat]
+        self._places = nnx.from_flat_state(places)
+        self._jitted = jax.jit(self._cast, out_shardings=self._places)
 
     def _cast(self, parameters: nnx.State) -> nnx.State:
         flat = nnx.to_flat_state(parameters)
@@ -228,8 +221,6 @@ class _Gatherer:
     def shape(self, parameters: nnx.State) -> nnx.State:
         """The same by shape alone, for a plan."""
         shapes = jax.eval_shape(self._cast, parameters)
-        if self._places is None:
-            return shapes
         at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
         return jax.tree.map(at, shapes, self._places)
 

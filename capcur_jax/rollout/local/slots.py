@@ -1,4 +1,4 @@
-"""Continuous batching on the devices: R slots decode together, each at its own place in its own response.
+"""Continuous batching on the devices: C slots decode together, each at its own place in its own response.
 
 A slot's cache is its prompt's keys and values, then a ring of as many tokens as a response may have. All slots write to
 the same place of their rings at the same time (one clock for all): a step writes one slice, and what a slot sees of its
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from capcur_jax.axes import Array, Float, Int, Key, checked
 from capcur_jax.devices import sharding
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
@@ -25,21 +25,21 @@ _BLOCK = 64  # of the vocabulary, see `draw`
 
 
 class Slots(NamedTuple):
-    """R rows, split over the mesh's device rows; S places of prompt and T of response in each row's cache."""
+    """C rows, split over the mesh's device rows. A row's S places are those of the longest prompt, then T."""
 
-    cache: KeysValues  # [L, R, S + T, K, H]
-    logits: jax.Array  # [R, V] for the next token
-    tokens: jax.Array  # [R, T]
-    logprobs: jax.Array  # [R, T]
-    lengths: jax.Array  # [R] of the responses so far
-    done: jax.Array  # [R] nothing runs here
-    numbers: jax.Array  # [R] uint32: of the response, seeds its tokens
-    prompts: jax.Array  # [R] tokens of the prompt
-    positions: jax.Array  # [R] of the first response token
+    cache: KeysValues  # [L, C, S, K, H]
+    logits: jax.Array  # [C, V] for the next token
+    tokens: jax.Array  # [C, T]
+    logprobs: jax.Array  # [C, T]
+    lengths: jax.Array  # [C] of the responses so far
+    done: jax.Array  # [C] nothing runs here
+    numbers: jax.Array  # [C] uint32: of the response, seeds its tokens
+    prompts: jax.Array  # [C] tokens of the prompt
+    positions: jax.Array  # [C] of the first response token
     clock: jax.Array  # [] steps made, the same for all rows
 
 
-def specs(slots: Slots | None = None) -> Slots:
+def specs() -> Slots:
     """How each field lies on a mesh."""
     cache = P(None, sharding.ROWS, None, "tensor")
     return Slots(KeysValues(cache, cache), *[P(sharding.ROWS)] * 8, P())
@@ -69,7 +69,6 @@ def admit(
     rows_Bxn: jax.Array,
     numbers_Bxn: jax.Array,
     banned: tuple[int, ...],
-    mesh: Mesh | None,
 ) -> Slots:
     """Computes B prompts once and starts n responses of each, in the slots `rows` (counted within a device row).
 
@@ -99,7 +98,7 @@ def admit(
         )
 
     by_rows, cache = P(sharding.ROWS), specs().cache
-    placed = sharding.local(mesh, place, (specs(), cache, *[by_rows] * 5), specs())
+    placed = sharding.local(model.mesh, place, (specs(), cache, *[by_rows] * 5), specs())
     return placed(slots, prompt, logits_BxV, batch.lengths, batch.next_position, rows_Bxn, numbers_Bxn)
 
 
@@ -115,7 +114,7 @@ def decode(
 ) -> Slots:
     """Steps until all slots are free, a device row has `wanted` ([device rows]) free ones, or the clock is `until`."""
     ends, T = jnp.array(end_tokens, jnp.int32), sampling.max_new_tokens
-    S = slots.cache.keys.shape[2] - T
+    ring = slots.cache.keys.shape[2] - T  # where it begins
 
     def running(slots: Slots) -> jax.Array:
         free = slots.done.reshape(len(wanted), -1).sum(1)
@@ -126,8 +125,8 @@ def decode(
         tokens, logprobs = sample_tokens(slots.logits, keys(slots.numbers, slots.lengths), sampling)
         here = (jnp.arange(T) == slots.lengths[:, None]) & ~slots.done[:, None]
         age_T = (slots.clock - jnp.arange(T)) % T
-        seen = [jnp.arange(S) < slots.prompts[:, None], age_T <= slots.lengths[:, None]]
-        place, positions = S + slots.clock % T, slots.positions + slots.lengths
+        seen = [jnp.arange(ring) < slots.prompts[:, None], age_T <= slots.lengths[:, None]]
+        place, positions = ring + slots.clock % T, slots.positions + slots.lengths
         h, cache = model.decode(tokens, positions, place, jnp.concatenate(seen, axis=1), slots.cache)
         lengths = slots.lengths + ~slots.done
         return slots._replace(
@@ -146,31 +145,31 @@ def decode(
 # ---------------------------------------------------------------------- sampling
 
 
-def allowed(logits_RxV: jax.Array, sampling: Sampling) -> jax.Array:
+def allowed(logits_CxV: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits with everything outside the `top_k` likeliest, then outside the smallest set of mass `top_p` of these, at
     -inf. The likeliest token always stays, and so do ties with the last one that does."""
-    if sampling.top_p == 1 and not 0 < sampling.top_k < logits_RxV.shape[-1]:
-        return logits_RxV
-    order = jnp.sort(logits_RxV, axis=-1, descending=True)
+    if sampling.top_p == 1 and not 0 < sampling.top_k < logits_CxV.shape[-1]:
+        return logits_CxV
+    order = jnp.sort(logits_CxV, axis=-1, descending=True)
     if sampling.top_k:
         order = jnp.where(jnp.arange(order.shape[-1]) < sampling.top_k, order, -jnp.inf)
     shares = jax.nn.softmax(order, axis=-1)
     kept = jnp.sum((jnp.cumsum(shares, axis=-1) - shares < sampling.top_p) & (shares > 0), axis=-1, keepdims=True)
     threshold = jnp.take_along_axis(order, kept - 1, axis=-1)
-    return jnp.where(logits_RxV >= threshold, logits_RxV, -jnp.inf)
+    return jnp.where(logits_CxV >= threshold, logits_CxV, -jnp.inf)
 
 
-def draw(logits_RxV: jax.Array, uniform_R: jax.Array) -> jax.Array:
-    """Tokens [R] with the probabilities of the logits: where the cumulated mass passes `uniform` in [0, 1) of it.
+def draw(logits_CxV: jax.Array, uniform_C: jax.Array) -> jax.Array:
+    """Tokens [C] with the probabilities of the logits: where the cumulated mass passes `uniform` in [0, 1) of it.
 
     One number for a row where Gumbel's way takes one for each logit, in two steps (a block of the vocabulary, then a
     token of it) because a long prefix sum is slow. A token of probability 0 is never drawn.
     """
-    R, V = logits_RxV.shape
-    mass = jnp.exp(logits_RxV - logits_RxV.max(-1, keepdims=True))
-    mass = jnp.pad(mass, ((0, 0), (0, -V % _BLOCK))).reshape(R, -1, _BLOCK)
+    C, V = logits_CxV.shape
+    mass = jnp.exp(logits_CxV - logits_CxV.max(-1, keepdims=True))
+    mass = jnp.pad(mass, ((0, 0), (0, -V % _BLOCK))).reshape(C, -1, _BLOCK)
     until = jnp.cumsum(mass.sum(-1), axis=-1)
-    target = uniform_R[:, None] * until[:, -1:]
+    target = uniform_C[:, None] * until[:, -1:]
     block = jnp.sum(until <= target, axis=-1, keepdims=True)
     before = jnp.where(block > 0, jnp.take_along_axis(until, jnp.maximum(block - 1, 0), axis=-1), 0.0)
     inside = jnp.take_along_axis(mass, block[:, :, None], axis=1)[:, 0]
@@ -180,13 +179,16 @@ def draw(logits_RxV: jax.Array, uniform_R: jax.Array) -> jax.Array:
     return block[:, 0] * _BLOCK + jnp.minimum(at, last)
 
 
-def sample_tokens(logits_RxV: jax.Array, keys_R: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Tokens [R] and their log-probs [R] over the full softmax (not renormalised for top-p and top-k, as servers report
+@checked
+def sample_tokens(
+    logits_CxV: Float[Array, "C V"], keys_C: Key[Array, " C"], sampling: Sampling
+) -> tuple[Int[Array, " C"], Float[Array, " C"]]:
+    """Tokens [C] and their log-probs [C] over the full softmax (not renormalised for top-p and top-k, as servers report
     it); each row draws with its own key."""
-    scaled = logits_RxV / sampling.temperature if sampling.temperature else logits_RxV
+    scaled = logits_CxV / sampling.temperature if sampling.temperature else logits_CxV
     if sampling.temperature == 0:
         tokens = jnp.argmax(scaled, axis=-1)
     else:
-        tokens = draw(allowed(scaled, sampling), jax.vmap(jax.random.uniform)(keys_R))
+        tokens = draw(allowed(scaled, sampling), jax.vmap(jax.random.uniform)(keys_C))
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)

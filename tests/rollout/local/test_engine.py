@@ -191,11 +191,12 @@ def test_log_probs_equal_the_trainer_s(engine, sampling, prompts, parameters, gr
         config=presets.laptop(),
         temperature=sampling.temperature,
         banned=processor.banned_tokens,
+        mesh=engine.mesh,
     )
     groups = engine.generate(prompts[:4], sampling, G, seed=3)
     rows = [[Row(sample.tokens, 1.0) for sample in group] for group in groups]
     collated = BUCKETS.collate(prompts[:4], processor.config, processor.pad_token)
-    batch = UpdateBatch(collated, pack(rows, (G,), (T,), processor.pad_token, grpo=False))
+    batch = UpdateBatch(collated, pack(rows, (G,), (T,), processor.pad_token, sampled=False))
     (scored,) = learner.score(*learner.split(parameters), batch)
     samples = [group[r] for group, ranked in zip(groups, rows, strict=True) for r in in_ranks(ranked)]
     for sample, row in zip(samples, np.asarray(scored), strict=True):

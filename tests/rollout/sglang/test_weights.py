@@ -410,8 +410,7 @@ from ml_collections import ConfigDict
 cluster.initialize()
 source, directory = sys.argv[2:]
 mesh = sharding.make_mesh(ConfigDict(dict(data=1, fsdp=-1, tensor=2)))
-place = lambda path, shape: sharding.of_parameter(mesh, path, shape)
-model = huggingface.load(source, mesh=mesh, sharding=place)
+model = huggingface.load(source, mesh=mesh)
 parameters = nnx.state(model)
 assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(parameters))
 import capcur_jax.models.weight_files as files
