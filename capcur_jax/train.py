@@ -31,7 +31,7 @@ from capcur_jax.devices import distributed
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
-from capcur_jax.learner.minibatches import Item, minibatches
+from capcur_jax.learner.minibatches import Item, minibatches, sampled_item, target_item
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.records.display import Display
 from capcur_jax.records.metrics import PhaseTimer
