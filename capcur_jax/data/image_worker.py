@@ -7,7 +7,7 @@ leave by stdout, a JSON line each; pixels follow their line as they are:
     parent: {"path": "a.jpg"}                                            its size when upright
     worker: {"size": [480, 640]}
     parent: {"path": "a.jpg", "size": [448, 640], "resample": 3}         its pixels at that size
-    worker: {"bytes": 860160}, then so many bytes: [448, 640, 3] uint8
+    worker: {"bytes": 860160}, then that many bytes: [448, 640, 3] uint8
     worker: {"error": "not a file; give the image itself or take the row out"}     to either
 
 Decoders are C code that a crafted file may crash, fill the memory with, or keep busy: here that ends this process

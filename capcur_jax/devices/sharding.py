@@ -172,7 +172,7 @@ def put(mesh: Mesh | None, batch: Any) -> Any:
 
 
 def abstract(mesh: Mesh | None, batch: Any) -> Any:
-    """What `put` would make of the batch, by shape alone: for compiling."""
+    """The batch as `put` would place it, by shape alone; for compiling."""
     if mesh is None:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
     sharding, share = by_rows(mesh), row_shards(mesh) // local_row_shards(mesh)

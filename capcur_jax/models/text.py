@@ -131,8 +131,8 @@ class Decoder(nnx.Module):
     ) -> list[jax.Array]:
         """`prefill` and an `extend` for each (h, angles) of `rows`: the results of all of them, prompts first.
 
-        All tokens of a prompt and its responses go through a layer as one row, and part for its attention alone: its
-        parameters are gathered once, their gradient is scattered once, and no keys and values outlive the layer.
+        All tokens of a prompt and its responses go through a layer as one row, parted only for its attention. So a
+        layer's parameters are gathered once, their gradient is scattered once, and no keys and values outlive it.
         """
         B, T = h_BxTxD.shape[:2]
         parts = [(h_BxTxD, angles), *rows]
