@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_cost.py [--steps=60] [--rounds=3]
 
-Each turn is a process of its own, from the same seed: the same rollouts and updates. Printed is the wall time between
+Each turn is a process of its own, from the same seed: the same rollouts and updates. It prints the wall time between
 the first step's end and the last one's, checkpoints included.
 """
 

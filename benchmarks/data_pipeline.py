@@ -1,4 +1,4 @@
-"""What preparing prompts with images costs beside transformers' own processor, and that its memory stays flat.
+"""The cost of preparing prompts with images against transformers' own processor, and whether memory stays flat.
 
     python benchmarks/data_pipeline.py [--parts=speed,memory] [--rounds=3 --samples=20000]
 
@@ -8,7 +8,7 @@ chat template; the others are `PromptBuilder` over an `ImageStore` with 0, 1 and
 The sides take turns; medians. CPU seconds are those of this process and its workers, so that images/s per core can be
 compared on a machine that does something else as well.
 
-memory: samples in training's order through `pipeline.batches`, with a cache that holds less than half of the images.
+memory: samples in training's order through `loader.batches`, with a cache that holds less than half of the images.
 Resident memory of this process and its workers, at most 5 % above what it was after a tenth of the samples.
 
 The last line is JSON.

@@ -7,11 +7,11 @@ responses to each of 12 to 48 random tokens that end with the end token, and the
 process with two threads, in float32; they take turns, a round of --steps steps each, and the first round is left out.
 
 A step is what follows grading: reference pass, old log-probs where there are several updates, loss, gradient, clip,
-AdamW. TRL's time leaves out its tokenising, image processing, rewards and collating, ours counts packing. What both
-could choose is the same: plain k3 KL to a reference that is other weights than the policy, clip 0.2 / 0.3 without a
-dual one, mean over all tokens of an update, advantages by the group's standard deviation + 1e-4, no banned tokens, no
-weight decay. The objectives then coincide: loss and gradient norm of the first updates are compared.
-TRL's micro-batches are as they were fastest on two cores (--trl_rows), its activations recomputed as is its default.
+AdamW. TRL's time leaves out its tokenising, image processing, rewards and collating, ours counts packing. Choices
+that both sides have are the same: plain k3 KL to a reference with other weights than the policy's, clip 0.2 / 0.3
+without a dual one, mean over all tokens of an update, advantages by the group's standard deviation + 1e-4, no banned
+tokens, no weight decay. The objectives then coincide: loss and gradient norm of the first updates are compared.
+TRL has the micro-batches that were fastest on two cores (--trl_rows) and recomputes activations, its default.
 
 The environment of --trl_python needs trl==1.16.0, torch, torchvision, accelerate, datasets and pillow.
 """
@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from comparison import faster
 from flax import nnx
 from ml_collections import ConfigDict
 from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, save_weights, settings, write_checkpoint
@@ -52,7 +53,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 4, "Rounds that count, after one that w
 _ROWS = flags.DEFINE_integer("trl_rows", 20, "Sequences in TRL's micro-batches.")
 _CHECKPOINTING = flags.DEFINE_bool("trl_checkpointing", True, "TRL computes activations again backwards, its default.")
 _MICRO = flags.DEFINE_integer("micro_prompts", 0, "Ours: config.packing.micro_prompts; TRL's 20 sequences are 4.")
-_JSON = flags.DEFINE_string("json", "", "Where the results go as JSON, too.")
+_JSON = flags.DEFINE_string("json", "", "A file for the results as JSON.")
 _SERVE = flags.DEFINE_string("serve", "", "Our side of one case, for the process that compares.")
 CASES = {  # of each: the KL's coefficient, updates on one set of responses
     "policy": {"beta": 0.0, "updates": 1},
@@ -189,7 +190,7 @@ class Side:
 
 
 def compare(name: str, record: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """All rounds of one case, and what came of them."""
+    """All rounds of one case, and their results."""
     record, path = record | CASES[name], directory / f"{name}.json"
     path.write_text(json.dumps(record), encoding="utf-8")
     steps = f"--steps={_STEPS.value}"
@@ -259,7 +260,12 @@ def show(result: dict[str, Any]) -> None:
     result["speedup"] = peer["seconds"]["median"] / ours["seconds"]["median"]
     result["peak_ratio"] = ours["mib"]["peak"] / peer["mib"]["peak"]
     result["difference"] = {k: [*map(apart, ours[k], peer[k])] for k in ("losses", "norms")}
-    print(f"  {result['speedup']:.2f} x TRL's tokens/s at {result['peak_ratio']:.2f} of its peak memory")
+    seconds, peaks = (
+        [side["seconds"]["median"] for side in (ours, peer)],
+        [side["mib"]["peak"] for side in (ours, peer)],
+    )
+    print(f"  {faster(*seconds)} than TRL: {seconds[0]:.2f} s against {seconds[1]:.2f} s")
+    print(f"  peak memory {peaks[0]:.0f} MiB against {peaks[1]:.0f} MiB")
     for what, key in (("loss", "losses"), ("gradient norm", "norms")):
         for number, (a, b) in enumerate(zip(ours[key], peer[key], strict=True), 1):
             print(f"  update {number}: {what} {a:.7g} against {b:.7g}, relative difference {apart(a, b):.1e}")

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from absl import app, flags
+from comparison import faster
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where the checkpoint is made (default: the system's temporary folder).")
 _GIGABYTES = flags.DEFINE_float("gigabytes", 2.0, "Size of the checkpoint.")
@@ -140,8 +141,9 @@ def main(_) -> None:
     for name in ("raw", "load"):
         wall = f"{median[name]:.2f} | {min(seconds[name]):.2f} | {total / median[name]:.2f}"
         print(f"| {name} | {wall} | {median[f'{name}, processor']:.2f} |")
-    ratios = [raw / ours for raw, ours in zip(seconds["raw"], seconds["load"], strict=True)]
-    print(f"\nspeed of loading / raw: {statistics.median(ratios):.2f} (turns: {', '.join(f'{r:.2f}' for r in ratios)})")
+    turns = sorted(zip(seconds["load"], seconds["raw"], strict=True), key=lambda turn: turn[1] / turn[0])
+    said = [faster(*turn) for turn in turns]
+    print(f"\nloading is {said[len(said) // 2]} than raw reading in the median turn (turns: {', '.join(said)})")
     allowed = memory["parameters"] + max(sizes)
     print(f"peak memory: {memory['peak'] / 1e9:.3f} GB; parameters {memory['parameters'] / 1e9:.3f} GB, ", end="")
     print(f"with the largest file {allowed / 1e9:.3f} GB")

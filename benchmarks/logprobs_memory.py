@@ -6,8 +6,7 @@ Nothing runs: both are compiled for devices that aren't there (capcur_jax/plan/t
 needs installed), and the compiler says how much temporary memory a device needs besides arguments and results. Both
 compute log-probs [T] and the gradients of their weighted sum to h [T, D] and to the kernel [D, V]; the blockwise side
 computes the entropy and differentiates through it as well. Factors are bfloat16, logits and log-probs float32. Seconds
-a program for a GPU, minutes for a TPU. Temporary memory with jax 0.10.2: H100 0.319 GiB of 9.273 (1/29), TPU v5p 0.255
-of 9.274 (1/36); with --tensor=2, 8 x H100 0.160 of 1.739.
+a program for a GPU, minutes for a TPU. docs/figures.md has the figures.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _WIDTH = flags.DEFINE_integer("width", 4096, "D")
 _VOCABULARY = flags.DEFINE_integer("vocabulary", 151_936, "V")
 _BLOCK = flags.DEFINE_integer("block", BLOCK, "Tokens of the vocabulary in a block.")
 _TENSOR = flags.DEFINE_integer(
-    "tensor", 0, "Split the vocabulary over so many devices, tokens and width over the others; 0: all on one device."
+    "tensor", 0, "Devices that split the vocabulary; the others split tokens and width. 0: all on one device."
 )
 
 
@@ -85,7 +84,7 @@ def measure(target: str) -> None:
     ):
         start = time.perf_counter()
         sizes[name] = compiled(loss, mesh, tokens, kernel).memory_analysis().temp_size_in_bytes
-        ratio = f"1/{sizes[name] / sizes['blockwise']:.1f}" if name != "blockwise" else ""
+        ratio = f"{sizes[name] / sizes['blockwise']:.1f}x" if name != "blockwise" else ""
         seconds = time.perf_counter() - start
         print(f"{target:16} {count:7} {name:12} {sizes[name] / 2**30:9.3f} {ratio:>9} {seconds:8.0f}", flush=True)
 

@@ -9,8 +9,9 @@ Without it prompts are like MathVision's, drawn with seed 0: an image of about 1
 within a group, at most config.rollout.max_new_tokens). Micro-batches are split by the trainer's own layout under the
 config, any key of which can be given (--config.packing.slabs="(3, 2)"); --rows is how many device rows share one.
 
-"Packing" is the number of real tokens (a prompt once, its responses) in that of the full sequences (its prompt before
-every response); "padding" is the share of empty slots in what is computed. Programs are compiled for every shape.
+"Packing" is the number of real tokens (a prompt once, its responses) divided by that of the full sequences (its prompt
+before every response). "Padding" is the share of empty slots in what is computed. A program is compiled
+for every shape.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "A recorded run; empty: lengths ar
 _ROWS = flags.DEFINE_integer("rows", 1, "Device rows of the mesh (data x fsdp).")
 _STEPS = flags.DEFINE_integer("steps", 4, "Rollout batches to draw.")
 _IMAGE_SIGMA = flags.DEFINE_float("image_sigma", 0.1, "Spread of image sizes that are drawn.")
-_JSON = flags.DEFINE_string("json", "", "Where the results go as JSON, too.")
+_JSON = flags.DEFINE_string("json", "", "A file for the results as JSON.")
 Group = tuple[PromptSize, list[int]]  # a prompt's size and its responses' lengths
 
 

@@ -4,8 +4,8 @@
 
 Two servers on this machine with the shipped checkpoint in float32, given weights that differ from it (version 1). Every
 --every seconds the servers take turns at being killed (-9, the whole group of processes) with requests under way. A
-server has answered something since its start before it is killed again: where it takes longer to come back than it is
-left alone, nobody could ever answer. All responses have --tokens tokens. Every response's log-probs are then compared
+server is killed again only after it has answered something since its start: else one that takes longer than --every to
+come back could never answer. All responses have --tokens tokens. Every response's log-probs are then compared
 with those that the trainer's model gives to its tokens after its prompt.
 
 Exits with 1 unless every group arrived with all its responses, none of them twice, all of the current version, with
@@ -138,7 +138,7 @@ def extended(prompt: Prompt, tokens: np.ndarray) -> Prompt:
 
 
 def settings() -> Settings:
-    """Servers that may take minutes to come back, and prompts that may be tried as often as that takes."""
+    """Servers that may take minutes to come back, and enough retries of a prompt for that."""
     room = str(2 * _CONCURRENCY.value * _RESPONSES.value * (_TOKENS.value + 128))
     running = str(_CONCURRENCY.value * _RESPONSES.value)
     return Settings(

@@ -50,7 +50,7 @@ def settings() -> ConfigDict:
 
 def write_checkpoint(directory: Path, problems: int) -> tuple[Path, list[Problem]]:
     """The checkpoint that both sides load (images are taken at their own size), and questions about real images;
-    rows.jsonl has them with the instruction for who can't read problems."""
+    rows.jsonl has them with the instruction, for the side that can't read problems."""
     found, _ = read_problems(easy_vqa.build(directory / "data", "perception")["train"])
     texts = [f"{p.problem} {INSTRUCTION} <think>The shape is a {p.answer}.</think> \\boxed{{}}" for p in found[:256]]
     skeleton = fresh.write_skeleton(directory / "skeleton", texts, ARCHITECTURE)

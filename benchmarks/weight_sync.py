@@ -82,7 +82,7 @@ def architecture(layers: int) -> dict:
 
 
 def stepped(parameters: nnx.State, freeze_vision: bool) -> nnx.State:
-    """As after an optimizer step: new arrays, but for what is frozen."""
+    """Parameters as after an optimizer step: new arrays, except the frozen ones."""
     flat = nnx.to_flat_state(parameters)
     moved = [(p, x if freeze_vision and p[0] == "visual" else x.replace(x[...] + 1e-3)) for p, x in flat]
     return jax.block_until_ready(nnx.from_flat_state(moved))
@@ -103,7 +103,7 @@ def in_threads(run: Callable, items: list) -> None:
 
 
 def raw(directory: Path, sizes: list[int], block: np.ndarray, sync: bool) -> float:
-    """Plain writes of so many bytes to so many files."""
+    """Plain writes of as many bytes to as many files."""
 
     def write(item: tuple[int, int]) -> None:
         number, size = item

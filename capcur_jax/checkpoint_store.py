@@ -1,6 +1,6 @@
 """Numbered pytrees of arrays, each with a JSON document, in a directory: Orbax's manager and what it lacks.
 
-They are written beside the training, are complete or not there at all, and are restored on any mesh.
+They are written while the training goes on. A tree is complete or not there at all, and can be restored on any mesh.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes wrong because of what the run was given."""
+"""Errors that the user can mend, and those of rollout servers."""
 
 
 class InputError(Exception):

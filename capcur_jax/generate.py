@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options. Exits with a usage line where they can't be read."""
     parser = argparse.ArgumentParser(
         prog="python -m capcur_jax.generate",
-        description="Asks a checkpoint one question and prints its answer as it comes; all else goes to stderr.",
+        description="Asks a checkpoint one question and prints its answer as it comes; everything else goes to stderr.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -43,12 +43,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, metavar="T",
         help="0 (default) always takes the likeliest token, 1 samples as training does")  # fmt: skip
     add("--top_p", type=float, default=1.0, metavar="P",
-        help="sample from the likeliest tokens of this mass alone (default: %(default)s, from all)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
-    add("--min_pixels", type=int, default=0, metavar="N", help="enlarge smaller images (default: as the checkpoint)")
-    add("--max_pixels", type=int, default=0, metavar="N", help="shrink larger images (default: as the checkpoint)")
+        help="sample only from the likeliest tokens of this probability (default: %(default)s, all)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: %(default)s)")
+    add("--min_pixels", type=int, default=0, metavar="N", help="enlarge smaller images (0: the checkpoint's bound)")
+    add("--max_pixels", type=int, default=0, metavar="N", help="shrink larger images (0: the checkpoint's bound)")
     add("--dtype", choices=("float32", "bfloat16"),
-        help="of parameters and computation (default: float32 on a CPU, else bfloat16)")  # fmt: skip
+        help="type of parameters and computation (default: float32 on a CPU, else bfloat16)")  # fmt: skip
     add("--json", action="store_true",
         help="print one JSON line instead: prompt_ids (image tokens expanded), ids (with the end token where it came), "
         "logprobs (at the sampling temperature; at 1 where that is 0), text")  # fmt: skip

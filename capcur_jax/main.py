@@ -25,7 +25,7 @@ _STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A config file, e.g. configs/staged.py or configs/staged.py:qwen3_vl_8b.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where all that the run writes goes; default: a dated folder in runs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all files of the run; default: a dated folder in runs/.")
 _PROFILE = flags.DEFINE_string("profile", "", "Steps to trace, such as 10-12; Perfetto reads WORKDIR/profile.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, in a run of several processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
@@ -59,13 +59,13 @@ def finished(workdir: Path, config: ConfigDict) -> dict | None:
 
 
 def _take_gpus(config: ConfigDict) -> None:
-    """What JAX is to know of this host's GPUs before it looks at them."""
+    """Tells JAX which of this host's GPUs the trainer takes, before JAX looks for devices."""
     import jax
 
     if config.mesh.gpus:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.mesh.gpus)))
     if config.rollout.engine == "sglang" and config.rollout.sglang.colocate:
-        # What the trainer lets go of has to go back to the driver, for the servers.
+        # Memory that the trainer frees must go back to the driver, for the servers.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
 

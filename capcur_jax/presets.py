@@ -76,7 +76,7 @@ def laptop() -> ConfigDict:
             "model": {
                 "dtype": "float32",  # of computation
                 # none | dots | full: what is computed again backwards instead of kept. On a CPU that is faster, too:
-                # keeping costs copies of all that every layer keeps.
+                # keeping costs copies of what every layer keeps.
                 "remat": "full",
                 "attention": "auto",  # the platform's kernel where there is one; "xla": never
                 # Low-rank factors beside the decoder's layers; they alone are trained then; exports have them merged.
@@ -114,7 +114,7 @@ def laptop() -> ConfigDict:
                 # 1 (sglang): the next batch is sampled while the trainer works on this one; needs a sampler_correction.
                 "async_steps": 0,
                 "sglang": dataclasses.asdict(Settings()),
-                # 0: train on what comes. Else groups without an advantage are drawn again, so often at most.
+                # How often, at most, groups without an advantage are drawn again; 0: train on all groups.
                 "dynamic_retries": 0,
             },
             "packing": {
@@ -145,7 +145,7 @@ def laptop() -> ConfigDict:
                 "sampler_level": "token",  # | sequence
                 "mask_truncated": False,  # True: responses cut off at max_new_tokens count for nothing
                 "entropy_coefficient": 0.0,  # of a bonus
-                "updates_per_batch": 1,  # a rollout batch is split into so many updates
+                "updates_per_batch": 1,  # that a rollout batch is split into
             },
             "reference": {
                 "dtype": "float32",  # of what is kept of it
@@ -163,7 +163,7 @@ def laptop() -> ConfigDict:
             },
             "checkpointing": {
                 "every": 50,  # steps; a stage's start and end are saved, too
-                "keep": 2,  # the last so many, and the best of those that were validated
+                "keep": 2,  # of the last checkpoints; the best of those that were validated is kept, too
             },
             "validation": {
                 "every": 0,  # steps of a stage; 0: none. The best checkpoint is exported as checkpoints/best

@@ -6,7 +6,8 @@ for answers; textual and visual reasoning follow as in the paper's method.
         --config.data.sets.captions.train=captions/train.jsonl ...
 
 The captions are rows whose `response` is the caption (python -m capcur_jax.data build docci); the laptop's are of the
-same images as its questions. As many steps as the perception stage that they replace, at its learning rate.
+same images as its questions. The stage has the steps and the learning rate of the perception
+stage that it replaces.
 """
 
 from capcur_jax import presets

@@ -4,7 +4,7 @@ python -m capcur_jax.main --config=configs/staged.py                 # laptop, t
 python -m capcur_jax.main --config=configs/staged.py:qwen3_vl_8b     # the paper's run
 
 About 8 minutes on two CPU cores; greedy accuracy on 1,000 test questions: perception 57 -> 88 %, text 54 -> 95 %,
-visual 48 -> 88 % (README, Figures).
+visual 48 -> 88 % (docs/figures.md).
 """
 
 from capcur_jax import presets

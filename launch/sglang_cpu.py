@@ -113,7 +113,7 @@ def pins() -> tuple[list[str], list[str]]:
 
 
 def fingerprint() -> str:
-    """Of all that decides what is installed: the pins, the stand-ins and Python's version."""
+    """A digest of what decides the installation: the pins, the stand-ins and Python's version."""
     return hashlib.sha256("".join([PINS.read_text(), KERNELS, STATE_SPACE_KERNELS, sys.version]).encode()).hexdigest()
 
 

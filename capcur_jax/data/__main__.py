@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from capcur_jax.curation.terminal import files_explained
 from capcur_jax.errors import InputError
 
-# Each is a module of capcur_jax.data.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
+# Each is a module of capcur_jax.curation.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
 COMMANDS = {
     "build": "a problem file from a public data set's own files",
     "check": "what a problem file holds: counts, duplicates, broken images, overlong prompts, histograms",
     "split": "train, validation and test by the hash of the images",
     "synthesize": "perception questions from captions, written by a language model",
-    "filter": "keeps the questions that filter models answer from the caption and not from the image",
+    "filter": "keeps the questions that filter models answer right from the caption and wrong from the image",
     "difficulty": "pass rates of a model on each problem",
     "contamination": "what a training set shares with evaluation sets",
     "card": "a page about a problem set: counts and examples with their pictures",
 }
-GOING_ON = ("synthesize", "filter", "difficulty")  # where they were stopped; the others write at their end alone
+GOING_ON = ("synthesize", "filter", "difficulty")  # where they were stopped; the others write only at the end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

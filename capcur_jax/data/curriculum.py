@@ -86,7 +86,7 @@ class Curriculum:
         return kept
 
     def steps(self, counts: Sequence[int], prompts: int, epochs: int, where: str) -> int:
-        """Steps of `epochs` over sets of so many selected problems. Raises InputError where there is none."""
+        """Steps of `epochs` over sets with these counts of selected problems. Raises InputError where there is none."""
         if self.weights:
             raise InputError(f"{where}: sets that are mixed by weights have no epochs; give steps")
         batches = sum(counts) // prompts * epochs if self.drop_last else sum(counts) * epochs // prompts

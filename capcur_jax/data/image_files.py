@@ -3,14 +3,14 @@
 What comes out, for whatever was in the file:
 
 - the first frame of an animation, the first page of a document;
-- upright, as EXIF or XMP say that it was held; unreadable EXIF says nothing and costs nothing else;
+- upright, as EXIF or XMP say that it was held; unreadable EXIF is ignored;
 - transparency (alpha, a palette's, a colour's) composited on white, as transformers' processor does it;
 - palettes, CMYK, YCbCr and LAB by Pillow's own conversion; colour profiles are not applied, as nowhere in training;
 - 16-bit and float grayscale brought to 8 bits by the narrowest usual range that holds its values (`_eight_bits`),
   where Pillow alone would clip everything above 255 to white.
 
 Files are untrusted. Only the formats below are opened (Pillow's others include one that starts Ghostscript), only
-regular files, and nothing is decoded that its header says is larger than a limit.
+regular files, and no image is decoded whose header says that it is larger than a limit.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
     0 is black, and white is the end of the narrowest range that holds all values: 1 (floats alone), 255, 65535 (16-bit
     formats always: dark ones stay dark). Where none does, black and white are the least and the greatest value. What is
-    no number is as black as the least.
+    no number becomes as black as the least value.
     """
     import numpy as np  # here: it would be most of a worker's start
 

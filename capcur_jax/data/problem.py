@@ -1,4 +1,4 @@
-"""The record of one problem, and what is told of a row that is none."""
+"""The record of one problem, and that of a row which can't be one."""
 
 from __future__ import annotations
 

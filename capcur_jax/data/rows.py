@@ -30,7 +30,7 @@ class Tally:
 
     def __init__(self, shown: int = 5):
         self.rows, self.dropped = 0, collections.Counter()
-        self.examples: list[Drop] = []  # the first so many
+        self.examples: list[Drop] = []  # the first ones
         self.firsts: dict[str, Drop] = {}  # by reason
         self.shown = shown
 
@@ -79,7 +79,7 @@ def read_rows(
         They are named by their content, so that reading again writes nothing.
 
     Raises:
-      InputError: the file is missing, is none, or is no Parquet file; images can't be unpacked.
+      InputError: the file is missing, is not a file, or is not a Parquet file; images can't be unpacked.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The problem sets of a config: the user's own files, or sets built on first use."""
+"""The problem sets of a config: the user's own files, or sets that are built on first use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOURCES = {"easy_vqa": easy_vqa.build, "word_problems": word_problems.build, "ti
 
 
 class Sets:
-    """The problem sets of a config by name and split: the user's own files, or sets built on first use."""
+    """The problem sets by name and split; each file is read once."""
 
     def __init__(self, config: ConfigDict, directory: Path):
         self._config, self._directory = config, directory

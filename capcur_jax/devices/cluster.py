@@ -112,7 +112,7 @@ def _number(value: int | None, flag: str, variable: str, environ: Mapping[str, s
 
 
 def detect(environ: Mapping[str, str]) -> str:
-    """Which cluster this process is one of several processes of: "Slurm", "TPU metadata", "Kubernetes", or ""."""
+    """The cluster that started this process as one of several: "Slurm", "TPU metadata", "Kubernetes", or ""."""
     if all(name in environ for name in _SLURM):  # the list of nodes is there in a task that srun started, only
         return "Slurm" if int(environ["SLURM_NTASKS"]) > 1 else ""
     # What JAX itself decides by; its own detection of the cluster depends on it. No public name says it.
@@ -135,7 +135,7 @@ def _need_kubernetes() -> None:
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """Devices of this task: [] is all that it sees, None leaves it to JAX, which gives each task one.
+    """Devices of this task: [] for every device that it sees; None lets JAX give each task one.
 
     With one task a host, JAX's rule would leave all but its first GPU idle; where Slurm has bound GPUs to tasks, a task
     sees its own only and numbers them from 0.

@@ -62,7 +62,7 @@ def describe() -> dict[str, str]:
 
 
 def exchange(values: Any) -> np.ndarray:
-    """Everybody's `values`, [processes, ...], bit for bit; a small array of numbers, as long in every process.
+    """Everybody's `values`, [processes, ...], bit for bit; a small array of numbers, of one shape in all processes.
 
     One process gets `values[None]`. Collective; nothing is compiled and no device waits.
 

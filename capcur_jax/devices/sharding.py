@@ -172,7 +172,7 @@ def put(mesh: Mesh, batch: Any) -> Any:
 
 
 def abstract(mesh: Mesh, batch: Any) -> Any:
-    """What `put` would make of the batch, by shape alone: for compiling."""
+    """The batch as `put` would place it, by shape alone; for compiling."""
     sharding, share = by_rows(mesh), row_shards(mesh) // local_row_shards(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0] * share, *leaf.shape[1:]), leaf.dtype, sharding=sharding),

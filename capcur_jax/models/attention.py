@@ -3,8 +3,8 @@
 Axes: axes.py. The rows A of queries are prompts, responses, slots or rows of patches, as the layout says; of patches
 T = S = P. Scores and softmax are float32; grouped heads are never repeated in memory.
 
-What computes it, decided here alone: `reference`, plain XLA, is what everything else is checked against, and serves
-float32, CPUs, short rows, windows and decoding everywhere. 16-bit floats on an accelerator take the kernel of the
+Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows, windows and
+decoding everywhere; everything else is checked against it. 16-bit floats on an accelerator take the kernel of the
 platform that the program is lowered for (attention_tpu.py, attention_gpu.py).
 """
 
@@ -117,8 +117,8 @@ def _attend_here(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Layout, implementation
 def _has_kernel(q_AxTxNxH: jax.Array, layout: Layout) -> bool:
     """Whether a kernel serves this layout better than XLA does.
 
-    Not so: float32 (the reference, and cuDNN has none); decoding, whose one query a row has no scores worth saving;
-    windows, for which XLA computes 3 x reach keys a query and kernels, whose blocks hold several windows, many more.
+    It does not for float32 (the reference, and cuDNN has none), nor for decoding (one query a row has no scores worth
+    saving), nor for windows: XLA computes 3 x reach keys a query, kernels many more, since their blocks hold several.
     """
     P = q_AxTxNxH.shape[1]
     if isinstance(layout, Segments) and 0 < 3 * layout.reach < P:

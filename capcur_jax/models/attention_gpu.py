@@ -1,8 +1,8 @@
 """Attention on NVIDIA GPUs: cuDNN by way of jax.nn, and jax's Pallas kernel for segments, which cuDNN lacks there.
 
-Axes: axes.py. 16-bit floats only (cuDNN's condition). Grouped heads, but for segments: vision towers
-alone use those and have none. Scores are never held in memory. jax splits cuDNN's calls over a mesh by itself; the
-Pallas kernel belongs inside shard_map.
+Axes: axes.py. 16-bit floats only (cuDNN's condition). Heads may be grouped, except for
+segments: only vision towers use those, and theirs are not grouped. Scores are never held in memory. jax splits cuDNN's
+calls over a mesh by itself; the Pallas kernel belongs inside shard_map.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention on TPUs: jax's splash kernel, which holds no scores in memory and skips blocks that a static mask empties.
 
-Axes: axes.py. Grouped heads and sequences of any length; a kernel is called a row (vmap), so under a mesh
-these functions belong inside shard_map, with rows and kv heads split as they like.
+Axes: axes.py. Grouped heads and sequences of any length; a kernel is called for each row (vmap). Under a
+mesh these functions belong inside shard_map, with rows and kv heads split in any way.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _splash(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, mask, ids, block: int, interpret: b
 
 @functools.lru_cache(maxsize=64)
 def _kernel(mask: masks.Mask, heads: int, block: int, interpret: bool) -> splash.SplashAttentionKernel:
-    """Looking through a long mask takes seconds: once a process. What it finds stays in numpy, free of any device."""
+    """Cached: reading a long mask takes seconds. The result stays in numpy, free of any device."""
     sizes = splash.BlockSizes(*[block] * 8)
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha_single_device(

@@ -20,7 +20,7 @@ from capcur_jax.models.vision import VisionBatch
 
 
 class PromptSize(NamedTuple):
-    """What of a prompt decides the shape of its batch."""
+    """The sizes of a prompt that decide the shape of its batch."""
 
     tokens: int
     images: tuple[int, ...] = ()  # patches of each
@@ -110,7 +110,7 @@ class Buckets:
         return BatchShape(B, T, shards * min(count for count in declared if count >= needed))
 
     def patch_row_counts(self, prompts: int) -> list[int]:
-        """The declared numbers of rows of patches for so many prompts, rising."""
+        """The declared numbers of rows of patches for a batch of prompts, rising."""
         return sorted({math.ceil(share * prompts) for share in self.patch_rows} or {0})
 
     def shapes(self, sizes: Sequence[PromptSize], images: bool, rows: int, shards: int = 1) -> list[BatchShape]:

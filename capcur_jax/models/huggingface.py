@@ -141,7 +141,7 @@ def _take(
 
 
 def _check_rest(stored: dict[str, Tensor], taken: dict[str, list[Tensor]], config: ModelConfig, reader: Reader) -> None:
-    """What the model has no use for must be known to be of no use: a head equal to the embeddings, rotary angles."""
+    """Tensors that the model does not use must be known to be so: a head equal to the embeddings, rotary angles."""
     for name, tensor in stored.items():
         if name == "lm_head.weight" and config.tied:
             (embed,) = taken["text.embed.embedding"]
@@ -219,7 +219,7 @@ def published_tensors(
 
 
 def sources(parameters: nnx.State, lora: LoRA | None = None) -> dict[str, tuple[jax.Array | np.ndarray, ...]]:
-    """Our path of all that is published -> the arrays that it is made of: itself, and the factors merged into it."""
+    """Path of each published parameter -> the arrays that it is made of: itself, and the factors merged into it."""
     values, factors = _by_path(parameters)
     if bool(factors) != bool(lora and lora.rank):
         raise ValueError(f"lora = {lora} is not what the parameters were made with ({len(factors)} LoRA factors)")
@@ -239,7 +239,7 @@ def published_shapes(path: str, shape: tuple[int, ...], config: ModelConfig) -> 
 
 
 def _by_path(parameters: nnx.State) -> tuple[dict[str, nnx.Variable], dict[str, nnx.Variable]]:
-    """What is published, and the low-rank factors, which are not: each by its dotted path."""
+    """The published parameters, and the low-rank factors, each by its dotted path."""
     every = {".".join(path): leaf for path, leaf in nnx.to_flat_state(parameters)}
     factors = {path: leaf for path, leaf in every.items() if lora_lib.is_factor(path)}
     return {path: leaf for path, leaf in every.items() if path not in factors}, factors

@@ -61,7 +61,7 @@ class QwenVL(nnx.Module):
         return self.text.prefill(*self._prompt(batch))
 
     def _prompt(self, batch: PromptBatch) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-        """What the decoder gets of prompts: embeddings with images in them, angles, DeepStack features, their index."""
+        """The decoder's inputs for prompts: embeddings with images in them, angles, DeepStack features, their index."""
         h, deep, index = self.text.embedded(batch.tokens), None, None
         if batch.vision is not None:
             features, deep = self.visual(batch.vision)
@@ -80,7 +80,7 @@ class QwenVL(nnx.Module):
     def _response(
         self, tokens_RxT: Int[Array, "R T"], batch: PromptBatch
     ) -> tuple[Float[Array, "R T D"], Float[Array, "R T _"]]:
-        """What the decoder gets of response rows: embeddings and angles."""
+        """The decoder's inputs for response rows: embeddings and angles."""
         rows, length = tokens_RxT.shape
         return self.text.embedded(tokens_RxT), self._response_angles(batch, jnp.arange(length), rows)
 
@@ -126,7 +126,7 @@ class QwenVL(nnx.Module):
         return KeysValues(empty, empty)
 
     def unembedding(self) -> tuple[jax.Array, int]:
-        """What turns hidden states into logits, as it lies, and which of its axes is the vocabulary: the embedding
+        """The matrix that turns hidden states into logits, and the number of its vocabulary axis: the embedding
         [V, D] and 0 where it is tied, else the head's kernel [D, V] and 1."""
         return (self.text.embed.embedding[...], 0) if self.config.tied else (self.head.kernel[...], 1)
 

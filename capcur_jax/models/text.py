@@ -121,8 +121,8 @@ class Decoder(nnx.Module):
     ) -> list[jax.Array]:
         """`prefill`, and response rows that see their prompts, (h, angles) of each slab: all results, prompts first.
 
-        All tokens of a prompt and its responses go through a layer as one row, and part for its attention alone: its
-        parameters are gathered once, their gradient is scattered once, and no keys and values outlive the layer.
+        All tokens of a prompt and its responses go through a layer as one row, parted only for its attention. So a
+        layer's parameters are gathered once, their gradient is scattered once, and no keys and values outlive it.
         """
         B, T = h_BxTxD.shape[:2]
         parts = [(h_BxTxD, angles), *rows]

@@ -1,9 +1,9 @@
 """The safetensors of a checkpoint directory: which tensor lies where, parts of it copied into place; and new files.
 
 The format (https://github.com/huggingface/safetensors#format) is 8 bytes, little-endian, with the length of the header;
-the header, JSON {name: {dtype, shape, data_offsets}}; the tensors' bytes. Tensors are read from there with pread, for
-safetensors' own reader holds Python's lock while it copies, and slices bfloat16 either out of a mapping of the file,
-whose pages count as the process's memory, or out of the whole tensor. They are written from where they lie, for
+the header, JSON {name: {dtype, shape, data_offsets}}; the tensors' bytes. Tensors are read from there with pread.
+safetensors' own reader holds Python's lock while it copies; it slices bfloat16 either out of a mapping of the file,
+whose pages count as the process's memory, or out of the whole tensor. Tensors are written from where they lie;
 safetensors' own writer copies them all first.
 """
 

@@ -1,4 +1,4 @@
-"""Compiles what a run would run, for devices that aren't there, and says whether it fits and what it would take.
+"""Compiles a run's programs for devices that aren't there, and says whether the run fits and what it takes.
 
 python -m capcur_jax.plan --config=configs/staged.py:qwen3_vl_8b --topology=cuda:h200:1x1x8 [--json]
 

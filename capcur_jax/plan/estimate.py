@@ -1,4 +1,4 @@
-"""What the compiler says of a run's programs, and what that comes to in seconds and device-hours."""
+"""A run's programs by the compiler's account, and an estimate of its seconds and device-hours."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from capcur_jax.plan import topologies
 
 
 class Assumptions(NamedTuple):
-    """What no compiler says."""
+    """Assumptions that no compiler can check."""
 
     headroom: float = 0.1
     utilisation: float = 0.35
@@ -18,7 +18,7 @@ class Assumptions(NamedTuple):
 
 
 def measure(program: Any, devices: int, chip: topologies.Chip | None, assumed: Assumptions) -> dict[str, Any]:
-    """What the compiler says of one program. Bytes are a device's; FLOPs all devices'."""
+    """One program by the compiler's account. Bytes are a device's; FLOPs all devices'."""
     from capcur_jax.plan import hlo
 
     started = time.perf_counter()
@@ -47,7 +47,7 @@ def measure(program: Any, devices: int, chip: topologies.Chip | None, assumed: A
     result |= {
         **sizes,
         "peak_bytes": peak,
-        # What the program does not use is dropped from its arguments, but lies there all the same.
+        # Unused parameters are dropped from the program's arguments, but lie on the device all the same.
         "needed_bytes": peak + program.resident + max(program.given - sizes["arguments_bytes"], 0),
         "collectives": [collective._asdict() for collective in traffic.collectives],
         "sent_bytes": traffic.sent,
@@ -153,7 +153,7 @@ def report(
 
 
 def _of_a_step(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The collectives of all programs, as often as they run."""
+    """The collectives of all programs in a step, times how often each program runs."""
     total: dict[tuple[str, int], list[int]] = {}
     for program in programs:
         for collective in program.get("collectives", ()):
@@ -164,7 +164,7 @@ def _of_a_step(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compiler_versions(platform: str) -> dict[str, str]:
-    """Of what compiled for the platform."""
+    """Versions of the packages that compiled for the platform."""
     from importlib.metadata import version
 
     names = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "nvidia-cudnn-cu12")}.get(platform, ())

@@ -104,7 +104,7 @@ def _of(mesh: Mesh, path: Sequence[Any], shape: Sequence[int]):
 def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: Sequence[str]) -> list[Variant]:
     """What the stages of `config.order` compile. Raises InputError.
 
-    Where config.mesh.gpus names some of a host's devices, these train; what servers sample with is no program of ours.
+    Where config.mesh.gpus names some of a host's devices, these train; the servers' programs are not part of the plan.
 
     Args:
         without_images: stages whose prompts have none.

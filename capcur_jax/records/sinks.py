@@ -224,7 +224,7 @@ class _WandB:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         group = next(iter(values)).partition("/")[0]
         if group in _OF_STEPS:
-            if step >= self._first:  # what it has it doesn't take again
+            if step >= self._first:  # W&B does not take again the steps that it has
                 self._run.log(dict(values), step=step)
             return
         # An axis of its own: an evaluation comes after its step went out, and may come again after a resume.

@@ -40,8 +40,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def math_equal(gold: str, predicted: str) -> bool:
     """Whether two bare LaTeX expressions (no dollars, no box) are equal for math-verify.
 
-    The whole of each must parse as LaTeX: math-verify's search for a number somewhere in a text is left off, with
-    which garbage that ends in the right number would count. Raises whatever sympy raises on odd input.
+    The whole of each must parse as LaTeX. math-verify's search for a number somewhere in a text is off: with it,
+    garbage that ends in the right number would count. Raises whatever sympy raises on odd input.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 

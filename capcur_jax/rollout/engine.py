@@ -22,7 +22,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # the likeliest so many; 0: all
+    top_k: int = 0  # likeliest tokens that may be sampled; 0: all
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -101,13 +101,13 @@ class Engine(Protocol):
         """Cheap; no server is asked."""
 
     def counters(self) -> dict[str, int]:
-        """What went wrong and was mended in this process since the start, such as retries and restarts of servers."""
+        """Counts of failures that were recovered from in this process since the start, such as retries and restarts."""
 
     def release(self) -> None:
         """Gives its device memory to the trainer until `resume`, where the two take turns on the same devices."""
 
     def resume(self) -> None:
-        """Takes it back; `update_weights` must follow before `generate`."""
+        """Takes its device memory back; `update_weights` must follow before `generate`."""
 
     def close(self) -> None:
         """Releases what the engine holds."""

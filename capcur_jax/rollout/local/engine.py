@@ -28,7 +28,7 @@ from capcur_jax.rollout.engine import Health, Sample, Sampling
 from capcur_jax.rollout.local import slots as slots_lib
 from capcur_jax.rollout.local.slots import Slots
 
-_LOOK = 256  # steps after which the host looks at the slots though none is needed: `health` lives by it
+_LOOK = 256  # steps after which the host looks at the slots even if none is needed, for `health`
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -137,14 +137,14 @@ class LocalEngine:
         return self._health
 
     def counters(self) -> dict[str, int]:
-        """Nothing: what goes wrong in this process ends the run."""
+        """None: a failure in this process ends the run."""
         return {}
 
     def release(self) -> None:
-        """Nothing: between calls the engine holds no memory but a gathered copy, which the trainer's plan counts."""
+        """Does nothing: between calls the engine holds at most a gathered copy, which the trainer's plan counts."""
 
     def resume(self) -> None:
-        """Nothing, as in `release`."""
+        """Does nothing, as `release`."""
 
     def close(self) -> None:
         """See engine.Engine."""
@@ -202,7 +202,7 @@ class LocalEngine:
 
 
 class _Gatherer:
-    """Matrices in `dtype`, split over `tensor` alone; the rest keeps its type: it is small, and used in it."""
+    """Copies matrices in `dtype`, split over `tensor` alone. The rest is small and keeps its type."""
 
     def __init__(self, mesh: Mesh, parameters: nnx.State, dtype: Any):
         flat = nnx.to_flat_state(parameters)
@@ -239,10 +239,10 @@ class _Call:
     ):
         self._engine, self._work, self._prompts, self._n = engine, engine.work(n, sampling), prompts, n
         self._images = any(prompt.grids for prompt in prompts) if images is None else images
-        # Prompts alike meet in a prefill, which is as long as its longest; an answer's order is not that of its start.
+        # Prompts of like length meet in a prefill, which is as long as its longest; answers come in the prompts' order.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].patches), len(prompts[i])), reverse=True)
         self._seed, self._waiting = np.uint32(seed % 2**32), deque(order)
-        # A response's number seeds it: the processes' prompts are numbered one after the other.
+        # A response's number seeds it. Numbers run through the prompts of process 0, then of process 1, and so on.
         counts = distributed.exchange(np.array([len(prompts)])).reshape(-1)
         self._first = n * int(counts[: jax.process_index()].sum())
         self.running = np.full((engine.shards, self._work.rows), -1)  # the response in each slot, of this process's
@@ -264,7 +264,7 @@ class _Call:
         return min(len(self._waiting), int(np.minimum(free, self._work.prompts).sum()))
 
     def worthwhile(self) -> bool:
-        """Whether a device row has room for as many prompts as a prefill takes, or for all that wait."""
+        """Whether a device row has room for as many prompts as a prefill takes, or for all waiting ones."""
         return bool(self._waiting) and int((self.running < 0).sum(1).max()) >= self._wanted()
 
     def _wanted(self) -> int:
@@ -327,7 +327,7 @@ class _Call:
 
 
 def _nobody(processor: Processor) -> Prompt:
-    """Fills a batch up."""
+    """An empty prompt, which fills a batch up."""
     one = np.full(1, processor.pad_token, np.int32)
     empty = np.zeros((0, processor.config.vision.patch_values), np.float32)
     return Prompt(one, np.zeros((3, 1), np.int32), 1, np.full(1, -1, np.int32), empty, ())

@@ -3,7 +3,7 @@
 A slot's cache is its prompt's keys and values, then a ring of as many tokens as a response may have. All slots write to
 the same place of their rings at the same time (one clock for all): a step writes one slice, and what a slot sees of its
 ring are the last `lengths` places. A slot whose response has ended is free, and is given another one while the others
-go on. What a response's tokens are depends on the seed and its own number alone, not on the slot or on the company.
+go on. A response's tokens depend on the seed and its own number alone, not on its slot or on the other responses.
 """
 
 from __future__ import annotations

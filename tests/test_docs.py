@@ -1,0 +1,71 @@
+"""The pages name what is there: links, files, modules and rooms; the README stays short."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_layers import LAYERS, PACKAGE
+
+ROOT = PACKAGE.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LATER = {"capcur_jax/evaluation/benchmarks/"}  # named before it is there
+PATTERNS = {"capcur_jax/data/sources/NAME.py"}
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def faults(page: Path, text: str) -> list[str]:
+    """Links, files and modules that the text names and that are not there."""
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists():
+                found.append(f"link {link}")
+            elif anchor and anchor not in anchors(target):
+                found.append(f"heading {link}")
+    for path in set(re.findall(r"(?<![\w./*-])((?:[\w.-]+/)*[\w-]+\.py)\b", text)) - PATTERNS:
+        if not ((ROOT / path).exists() or (ROOT / "tests" / path).exists() or list(PACKAGE.rglob(path))):
+            found.append(f"file {path}")
+    for path in re.findall(r"\b((?:capcur_jax|tests|benchmarks|configs|docs|launch)/[\w/]*/)(?![\w<{*.])", text):
+        if path not in LATER and not (ROOT / path).is_dir():
+            found.append(f"folder {path}")
+    for module in re.findall(r"python -m (capcur_jax[\w.]*\w)", text):
+        spec = importlib.util.find_spec(module)
+        if spec is None or (spec.submodule_search_locations and not importlib.util.find_spec(f"{module}.__main__")):
+            found.append(f"module {module}")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    assert not faults(page, page.read_text())
+
+
+@pytest.mark.parametrize("text", [
+    "[a](docs/nowhere.md)", "[a](docs/data.md#nowhere)", "`capcur_jax/drawing.py`", "`rollout/nowhere.py`",
+    "in `opening.py`", "capcur_jax/nowhere/", "python -m capcur_jax.evaluation.report RUN",
+])  # fmt: skip
+def test_what_is_not_there_is_found(text):
+    assert len(faults(ROOT / "README.md", text)) == 1
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_contributing_has_the_layers():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (block,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    told = [re.split(r"\s{2,}", line)[0].split() for line in block.splitlines()]
+    there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    assert told == [[room for room in line.split() if room in there] for line in LAYERS.strip().split("\n")]
