@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,15 @@ from capcur_jax.rollout.sglang.settings import Settings
 from tests.conftest import architecture, random_checkpoint, random_image, windowed_architecture
 
 ROOT = Path(__file__).parents[3]
-CACHE = Path("~/.cache/capcur_jax/sglang-cpu").expanduser()
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items):
+    """What needs the real server is marked so, and runs in one worker: two would each start servers."""
+    for item in items:
+        if "sglang_python" in getattr(item, "fixturenames", ()):
+            item.add_marker("sglang")
+            item.add_marker(pytest.mark.xdist_group("sglang"))
 
 
 def served_windowed() -> dict:
@@ -39,9 +46,14 @@ def served_windowed() -> dict:
 class Served:
     """A checkpoint, as the trainer has it and as the servers have it."""
 
+    source: Path
     processor: Processor
     model: QwenVL
     engine: SGLangEngine
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(server.client.address for server in self.engine._fleet.servers)
 
     @property
     def parameters(self) -> nnx.State:
@@ -99,9 +111,7 @@ def changed(parameters: nnx.State, scale: float = 0.02, only: str = "", seed: in
 @pytest.fixture(scope="session")
 def sglang_python():
     """The server environment's Python; installed when absent (some minutes, 2.6 GB)."""
-    directory = os.environ.get("CAPCUR_SGLANG_ENV", str(CACHE))
-    line = [sys.executable, str(ROOT / "launch" / "sglang_cpu.py"), "--directory", directory]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "launch" / "sglang_cpu.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()[-1]
 
@@ -132,8 +142,25 @@ def served(settings, tmp_path_factory):
                     threads.submit(SGLangEngine, processor, path, root / f"{name}-run", mine),
                 )
             for name, (processor, path, start) in starts.items():
-                found[name] = Served(processor, huggingface.load(path), start.result())
+                found[name] = Served(path, processor, huggingface.load(path), start.result())
                 found[name].engine.update_weights(found[name].parameters, 0)
             yield found
         finally:
             list(threads.map(lambda start: start[2].result().close(), starts.values()))
+
+
+@pytest.fixture
+def pair(served):
+    """The two servers of Qwen3-VL, with the checkpoint's weights."""
+    found = served["qwen3_vl"]
+    found.engine.update_weights(found.parameters, found.engine.health().version + 1)
+    return found
+
+
+@pytest.fixture
+def lent(pair):
+    """The same, for another engine to give them its weights."""
+    yield pair
+    for server in pair.engine._fleet.servers:
+        server.checksums = None
+    pair.engine._complete_next = True
