@@ -91,11 +91,11 @@ class SGLangEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
         try:
-            error = ""
+            servers, error = [], ""
             _check_hosts(settings)
             try:
-                servers = self._servers(source, directory, seed) if self._owner else []
                 if self._owner:
+                    servers = self._servers(source, directory, seed)
                     self._begin_fleet(processor, servers)
             except InputError as failure:
                 error = str(failure)

@@ -116,7 +116,7 @@ def own_servers(settings: Settings, source: str | Path, directory: Path, seed: i
     """
     model = write_served(directory / "model", source)
     found = []
-    for number, port in enumerate(free_ports(settings, settings.servers)):
+    for number, port in enumerate(free_ports(settings)):
         line = command(settings, model, number, port, seed)
         variables = environment(settings, number, os.environ)
         process = Process(f"server {number}", line, variables, directory / f"server-{number}.log")
@@ -124,11 +124,11 @@ def own_servers(settings: Settings, source: str | Path, directory: Path, seed: i
     return found
 
 
-def free_ports(settings: Settings, count: int) -> list[int]:
-    """Ports for `count` processes: settings.port and following, or free ones. Raises InputError for one in use."""
+def free_ports(settings: Settings) -> list[int]:
+    """A port for each server: settings.port and following, or free ones. Raises InputError for one in use."""
     with contextlib.ExitStack() as stack:
         ports = []
-        for number in range(count):
+        for number in range(settings.servers):
             wanted = settings.port and settings.port + number
             try:
                 held = stack.enter_context(socket.create_server((settings.host, wanted)))

@@ -1,8 +1,9 @@
-"""Real SGLang servers on this CPU, from tiny checkpoints of both families: started once, side by side."""
+"""Real SGLang servers on this CPU, from tiny checkpoints of both families, started once; and stand-ins that fail."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
@@ -19,9 +21,12 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
+from capcur_jax.rollout.sglang import checks, fleet
 from capcur_jax.rollout.sglang.engine import SGLangEngine
 from capcur_jax.rollout.sglang.settings import Settings
+from capcur_jax.rollout.sglang.weights import File, Update
 from tests.conftest import architecture, random_checkpoint, random_image, windowed_architecture
+from tests.rollout.sglang.scripted import Scripted, ScriptedEngine
 
 ROOT = Path(__file__).parents[3]
 
@@ -164,3 +169,58 @@ def lent(pair):
     for server in pair.engine._fleet.servers:
         server.checksums = None
     pair.engine._complete_next = True
+
+
+# ---------------------------------------------------------------------- stand-ins
+
+
+@pytest.fixture
+def servers():
+    """Two that fail on demand."""
+    made = [Scripted(40), Scripted(50)]
+    yield made
+    for one in made:
+        with contextlib.suppress(OSError):
+            one.stop()
+
+
+@pytest.fixture
+def engine(processor, servers, monkeypatch):
+    """Makes what asks them, or others; servers that are gone are looked for every 50 ms."""
+    monkeypatch.setattr(fleet, "PROBE_S", 0.05)
+    monkeypatch.setattr(fleet, "WATCH_S", 0.05)
+    for one in servers:
+        one.version = "0"
+        # The parameters of a server that has all of the table's names.
+        one.parameters = {checks.served_name(name): "0" for name in checks.declared(processor.config)}
+    made = []
+
+    def make(stand_ins=servers, **settings):
+        made.append(ScriptedEngine(processor, stand_ins, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def weights(processor, tmp_path):
+    """Complete files of the table's names and shapes: a version after the other, of the same values."""
+    shapes = checks.declared(processor.config)
+
+    def make(version: int, names=None, sums=None) -> Update:
+        directory, complete = tmp_path / f"{version}-update", tmp_path / f"{version}-complete"
+        for path, chosen in ((directory, shapes if names is None else names), (complete, shapes)):
+            path.mkdir()
+            if chosen:
+                save_file({name: np.zeros(shapes[name], np.float32) for name in chosen}, path / "a.safetensors")
+        sums = dict.fromkeys(shapes, 0) if sums is None else sums
+        return Update(version, directory, complete, (File("a.safetensors", 0, sums),), 0, {})
+
+    return make
+
+
+@pytest.fixture
+def prompt(processor):
+    return processor.prepare(processor.render(["What shape?"]))

@@ -1,124 +1,17 @@
 """What the SGLang engine does about servers and answers that fail: scripted, in milliseconds."""
 
-import asyncio
 import concurrent.futures
-import contextlib
-import dataclasses
 import threading
-import time
 import types
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.sglang import checks, fleet
 from capcur_jax.rollout.sglang import pool as pool_lib
-from capcur_jax.rollout.sglang.client import Client, Refused
 from capcur_jax.rollout.sglang.engine import SGLangEngine
-from capcur_jax.rollout.sglang.fleet import Fleet
-from capcur_jax.rollout.sglang.member import Server
-from capcur_jax.rollout.sglang.pool import Pool
 from capcur_jax.rollout.sglang.settings import Settings
-from capcur_jax.rollout.sglang.sync import WeightSync
-from capcur_jax.rollout.sglang.weights import File, Update
-from tests.rollout.sglang.scripted import Scripted
-
-TWO = Sampling(2)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(fleet, "PROBE_S", 0.05)
-    monkeypatch.setattr(fleet, "WATCH_S", 0.05)
-
-
-@pytest.fixture
-def servers():
-    made = [Scripted(40), Scripted(50)]
-    yield made
-    for one in made:
-        with contextlib.suppress(OSError):
-            one.stop()
-
-
-@pytest.fixture(scope="module")
-def prompt(processor):
-    return processor.prepare(processor.render(["What shape?"]))
-
-
-@pytest.fixture
-def weights(processor, tmp_path):
-    """Complete files of the table's names and shapes: a version after the other, of the same values."""
-    shapes = checks.declared(processor.config)
-
-    def make(version: int, names=None, sums=None) -> Update:
-        directory, complete = tmp_path / f"{version}-update", tmp_path / f"{version}-complete"
-        for path, chosen in ((directory, shapes if names is None else names), (complete, shapes)):
-            path.mkdir()
-            if chosen:
-                save_file({name: np.zeros(shapes[name], np.float32) for name in chosen}, path / "a.safetensors")
-        sums = dict.fromkeys(shapes, 0) if sums is None else sums
-        return Update(version, directory, complete, (File("a.safetensors", 0, sums),), 0, {})
-
-    return make
-
-
-class Engine:
-    """A pool in a loop of its own, as the engine has it, over stand-ins."""
-
-    def __init__(self, processor, stand_ins, manages=True, **settings):
-        settings = {"concurrency": 2, "request_timeout_s": 20.0, "start_timeout_s": 5.0, **settings}
-        self.settings = Settings.from_config({"addresses": [one.address for one in stand_ins], **settings})
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-
-        async def begin():
-            made = [Server(Client(one.address), self.settings.concurrency) for one in stand_ins]
-            self.fleet = Fleet(self.settings, made)
-            self.sync = WeightSync(self.fleet, processor.config, manages)
-            self.pool = Pool(self.fleet, self.sync, processor)
-            await self.fleet.start(self.sync.admit)
-            self.sync.version = 0
-
-        self.call(begin())
-
-    def call(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
-
-    def generate(self, prompts, n=3):
-        return self.call(self.pool.generate(prompts, TWO, n, 0))
-
-    def close(self):
-        self.call(self.fleet.close())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-
-
-@pytest.fixture
-def engine(processor, servers, monkeypatch):
-    for one in servers:
-        one.version = "0"
-        # The parameters of a server that has all of the table's names.
-        one.parameters = {checks.served_name(name): "0" for name in checks.declared(processor.config)}
-    made = []
-
-    def make(stand_ins=servers, **settings):
-        made.append(Engine(processor, stand_ins, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def wait_for(condition):
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-
+from tests.rollout.sglang.scripted import ScriptedEngine, wait_for
 
 # ---------------------------------------------------------------------- prompts
 
@@ -230,6 +123,17 @@ def test_an_error_message_does_not_repeat_the_request(engine, servers, prompt):
 # ---------------------------------------------------------------------- servers
 
 
+@pytest.mark.parametrize(("status", "asked"), [(400, False), (500, True)])
+def test_a_server_that_says_what_it_dislikes_is_not_asked_for_its_health(engine, servers, prompt, status, asked):
+    pool = engine()
+    for one in servers:
+        one.calls.clear()
+        one.faults = [lambda body, right: (status, {"error": {"message": "out of luck"}})]
+    pool.generate([prompt])
+    wait_for(lambda: not any(one.doubted for one in pool.fleet.servers))
+    assert [bool(one.sent("/health")) for one in servers] == [asked] * 2
+
+
 def test_a_server_that_goes_is_not_asked_until_it_is_back_with_the_weights(engine, servers, prompt, weights):
     pool = engine()
     pool.call(pool.sync.update(weights(7)))
@@ -258,7 +162,7 @@ def test_a_call_that_runs_ends_when_the_engine_is_closed(processor, servers, pro
     engine = SGLangEngine(processor, checkpoint, tmp_path, settings)
     engine._sync.version = 0
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        drawn = threads.submit(engine.generate, [prompt], TWO, 2, 0)
+        drawn = threads.submit(engine.generate, [prompt], Sampling(2), 2, 0)
         wait_for(lambda: any(one.held for one in servers))
         engine.close()
         with pytest.raises(concurrent.futures.CancelledError):
@@ -358,147 +262,11 @@ def test_servers_that_never_answer_are_an_error_at_the_start(processor, servers)
     address = servers[0]
     address.broken["/health"] = (503, {})
     with pytest.raises(InputError, match=r"didn't start.*start_timeout_s = 0.3"):
-        Engine(processor, [address], start_timeout_s=0.3)
+        ScriptedEngine(processor, [address], start_timeout_s=0.3)
 
 
 def test_an_address_that_drops_the_ban_of_tokens_is_refused(processor, servers):
     """As that of sglang-router 0.3.2 does."""
     servers[1].obeys = False
     with pytest.raises(InputError, match=rf"{servers[1].address} ignores logit_bias.*name servers, not a router, in"):
-        Engine(processor, servers)
-
-
-# ---------------------------------------------------------------------- weights
-
-
-def test_an_update_goes_on_even_if_it_fails_and_the_server_gets_everything(engine, servers, prompt, weights):
-    pool = engine()
-    pool.call(pool.sync.update(weights(1)))
-    servers[0].broken["/update_weights_from_disk"] = (400, {"success": False, "message": "no room"})
-    pool.call(pool.sync.update(weights(2, names=[], sums={})))
-    assert pool.fleet.servers[0].up  # nothing changed: the weights that it has got a new name
-    assert servers[1].sent("/update_weight_version") == [{"new_version": "2", "abort_all_requests": False}]
-    pool.call(pool.sync.update(weights(3)))
-    assert not pool.fleet.servers[0].up and not servers[0].paused
-    groups = pool.generate([prompt] * 4)
-    assert {sample.version for group in groups for sample in group} == {3}
-    assert {int(sample.tokens[0]) for group in groups for sample in group} == {50}
-    servers[0].broken.clear()
-    wait_for(lambda: pool.fleet.servers[0].up)
-    assert servers[0].version == "3"
-    assert servers[0].sent("/update_weights_from_disk")[-1]["model_path"].endswith("3-complete")
-
-
-def test_weights_that_reach_nobody_are_an_error(engine, servers, weights):
-    pool = engine(start_timeout_s=0.5)
-    for one in servers:
-        one.broken["/update_weights_from_disk"] = (400, {"success": False, "message": "no room"})
-    with pytest.raises(RolloutError, match=r"version 1 reached no server(.|\n)*no room"):
-        pool.call(pool.sync.update(weights(1)))
-
-
-def test_a_server_that_says_success_with_another_version_is_taken_out(engine, servers, weights):
-    pool = engine()
-    servers[0].broken["/model_info"] = (200, {"weight_version": "default"})
-    pool.call(pool.sync.update(weights(1)))
-    assert [one.up for one in pool.fleet.servers] == [False, True]
-    assert "weights of version default, not 1" in pool.fleet.servers[0].reason
-
-
-def test_servers_that_hold_different_weights_do_not_both_stay(engine, servers, weights):
-    pool = engine()
-    servers[0].parameters = {**servers[0].parameters, "lm_head.weight": "other"}
-    servers[1].parameters = {**servers[1].parameters, "lm_head.weight": "one"}
-    pool.call(pool.sync.update(weights(1)))
-    assert sorted(one.up for one in pool.fleet.servers) == [False, True]
-
-
-def test_a_tensor_that_changed_and_did_not_arrive_is_noticed(engine, servers, processor, weights):
-    names = list(checks.declared(processor.config))[:2]
-    pool = engine()
-    pool.call(pool.sync.update(weights(1)))
-    for one in servers[1:]:
-        one.parameters = {**one.parameters, **{checks.served_name(name): "1" for name in names}}
-    pool.call(pool.sync.update(weights(2, names, {name: 1 for name in names})))
-    assert [one.up for one in pool.fleet.servers] == [False, True]
-    assert "2 tensors didn't arrive" in pool.fleet.servers[0].reason
-
-
-def test_the_checks_of_a_server_that_renamed_its_parameters(processor):
-    now = [{"visual.new_name": "1"}]
-    assert "no parameter" in checks.arrived(None, now, ["model.visual.patch_embed.proj.weight"], ())
-    before = [{"a": "0", "b": "0"}]
-    assert "weren't sent, first b" in checks.arrived(before, [{"a": "1", "b": "1"}], ["a"], ["a"])
-    assert checks.arrived(before, [{"a": "1", "b": "0"}], ["a"], ["a"]) == ""
-    assert checks.arrived(before, [{"a": "0", "b": "0"}], ["a"], []) == ""
-    assert "didn't arrive, first a" in checks.arrived(before, before, ["a"], ["a"])
-
-
-def test_memory_is_released_after_whatever_runs_is_aborted_and_needs_a_whole_update_after(
-    engine, servers, prompt, weights
-):
-    pool = engine()
-    pool.call(pool.sync.update(weights(1)))
-    for one in servers:
-        one.calls.clear()
-    pool.call(pool.fleet.release())
-    pool.call(pool.sync.resume())
-    with pytest.raises(RolloutError, match="update_weights comes before generate"):
-        pool.generate([prompt])
-    pool.call(pool.sync.update(weights(2, names=[], sums={})))
-    for one in servers:
-        paths = [path for path, _ in one.calls if path != "/health"]
-        assert paths[:3] == ["/abort_request", "/release_memory_occupation", "/resume_memory_occupation"]
-        assert one.sent("/update_weights_from_disk")[-1]["model_path"].endswith("2-complete")
-    assert len(pool.generate([prompt])[0]) == 3
-
-
-def test_a_sleeping_server_is_not_asked_for_its_health(engine, servers):
-    pool = engine()
-    pool.call(pool.fleet.release())
-    servers[0].calls.clear()
-
-    async def look():
-        pool.fleet.doubt(pool.fleet.servers[0])
-
-    pool.call(look())
-    wait_for(lambda: not pool.fleet.servers[0].doubted)
-    assert servers[0].calls == [] and pool.fleet.servers[0].up
-
-
-# ---------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("fault", ["unknown", "shape", "missing", "too many", "cut", "twice", "integers"])
-def test_files_that_a_server_must_not_see_are_refused(processor, tmp_path, fault):
-    shapes = checks.declared(processor.config)
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    name = sorted(shapes)[3]
-    wanted = None
-    if fault == "unknown":
-        tensors[name + "x"] = tensors[name]
-    elif fault == "shape":
-        tensors[name] = np.zeros((*shapes[name], 2), np.float32)
-    elif fault == "missing":
-        del tensors[name]
-    elif fault == "too many":
-        wanted = shapes.keys() - {name}
-    elif fault == "integers":
-        tensors[name] = np.zeros(shapes[name], np.int32)
-    save_file(tensors, tmp_path / "a.safetensors")
-    if fault == "cut":
-        data = (tmp_path / "a.safetensors").read_bytes()
-        (tmp_path / "a.safetensors").write_bytes(data[:-5])
-    if fault == "twice":
-        save_file({name: tensors[name]}, tmp_path / "b.safetensors")
-    with pytest.raises(RolloutError, match="not told of it"):
-        checks.files(tmp_path, processor.config, wanted)
-
-
-def test_files_of_a_whole_checkpoint_and_of_a_part_are_right(processor, checkpoint, tmp_path):
-    assert set(checks.files(checkpoint, processor.config)) == set(checks.declared(processor.config))
-    assert checks.files(tmp_path, processor.config, ()) == ()
-
-
-def test_a_refusal_knows_its_status():
-    assert Refused(404, "x").status == 404 and dataclasses.is_dataclass(Server)
+        ScriptedEngine(processor, servers)

@@ -146,8 +146,8 @@ def test_ports_are_counted_up_or_free_and_one_in_use_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1 port {port}"):
-            server.free_ports(Settings(python="x", port=port), 1)
-    assert len(set(server.free_ports(Settings(python="x"), 3))) == 3
+            server.free_ports(Settings(python="x", port=port))
+    assert len(set(server.free_ports(Settings(python="x", servers=3)))) == 3
 
 
 # ---------------------------------------------------------------------- processes
