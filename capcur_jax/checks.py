@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from capcur_jax import policy
+from capcur_jax import policy, presets
 from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
@@ -51,6 +51,7 @@ CHOICES = {
 
 def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     """Everything the run needs from outside, missing things named all at once. Raises InputError."""
+    presets.check_deleted(config)
     for stage in stages:
         objectives.of_stage(stage)
     missing = []
@@ -73,10 +74,9 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
             missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
     servers = config.rollout.sglang
     # Process 0 starts them; the other hosts need not have their environment.
-    if config.rollout.engine == "sglang" and not servers.addresses and distributed.is_owner():
-        for key in ("python", "router"):
-            if (key == "python" or servers[key]) and not shutil.which(servers[key]):
-                missing.append(f"config.rollout.sglang.{key} = {servers[key]!r} is no executable: docs/rollouts.md")
+    starts = config.rollout.engine == "sglang" and not servers.addresses and distributed.is_owner()
+    if starts and not shutil.which(servers.python):
+        missing.append(f"config.rollout.sglang.python = {servers.python!r} is no executable: docs/rollouts.md")
     if missing:
         raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
     _check_numbers(config, stages)

@@ -108,7 +108,10 @@ def _parse(arguments: list[str]) -> list[str]:
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise  # a mistake inside the config file: its own line helps more than ours
-        sys.exit(f"error: the config has no such key, or it holds another type of value: {error}")
+        from capcur_jax import presets
+
+        unknown = f"the config has no such key, or it holds another type of value: {error}"
+        sys.exit(f"error: {presets.deleted(error) or unknown}")
 
 
 if __name__ == "__main__":

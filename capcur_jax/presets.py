@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,26 @@ from capcur_jax.rollout.sglang.settings import Settings
 
 TINY_CHECKPOINT = str(Path(__file__).parent / "assets" / "tiny_qwen3_vl")
 CAPABILITIES = ("perception", "text", "visual")
+
+# Keys that are no more, and what does their work.
+DELETED = {
+    "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
+    "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
+}
+
+
+def deleted(error: Exception) -> str:
+    """What to use instead, where ml_collections refused a config for a key that was deleted; "" for any other error."""
+    words = re.findall(r"\w+", str(error))[:2]  # it begins with the last part of the key, or with the word Key and that
+    return "\n".join(f"config.{key} was removed: {DELETED[key]}" for key in DELETED if key.rpartition(".")[2] in words)
+
+
+def check_deleted(config: ConfigDict) -> None:
+    """Raises InputError for a deleted key in a config that was not locked when it was set."""
+    for key, instead in DELETED.items():
+        *sections, name = key.split(".")
+        if name in functools.reduce(operator.getitem, sections, config):
+            raise InputError(f"config.{key} was removed: {instead}")
 
 
 def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float, freeze: str = "") -> dict:

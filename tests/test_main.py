@@ -274,6 +274,10 @@ def run_main(*arguments: str, timeout: float = 120) -> subprocess.CompletedProce
         (["--config=configs/absent.py"], ["configs/absent.py"]),
         (["--config=configs/staged.py", "--config.nope=1"], ["nope"]),
         (
+            ["--config=configs/staged.py", "--config.rollout.sglang.router=python"],
+            ["config.rollout.sglang.router was removed", "config.rollout.sglang.addresses"],
+        ),
+        (
             ["--config=configs/staged.py:qwen3_vl_8b"],
             ["config.checkpoint", "config.data.sets.perception.train", "config.data.sets.visual.test", ".parquet"],
         ),
@@ -291,6 +295,34 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path):
     for word in words:
         assert word in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+
+
+DELETED_KEY = """
+from capcur_jax import presets
+
+
+def get_config():
+    config = presets.get("laptop")
+    {set}
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    "set_it",
+    [
+        "config.rollout.sglang.router = 'python'",
+        "config.rollout.sglang.update({'router': ''})",
+        "with config.unlocked(): config.rollout.sglang.router = ''",
+    ],
+)
+def test_a_config_file_with_a_deleted_key_is_told_what_to_use(set_it, tmp_path):
+    (tmp_path / "old.py").write_text(DELETED_KEY.format(set=set_it))
+    done = run_main(f"--config={tmp_path / 'old.py'}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: config.rollout.sglang.router was removed: ")
+    assert "config.rollout.sglang.addresses" in done.stderr
+    assert not list((tmp_path / "run").glob("*/*"))
 
 
 def test_servers_that_are_gone_are_one_clear_message_too(monkeypatch, tmp_path):

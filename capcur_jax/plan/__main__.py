@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
+from capcur_jax import presets
 from capcur_jax.errors import InputError
 from capcur_jax.plan import topologies
 from capcur_jax.plan.estimate import Assumptions, report
@@ -165,7 +166,8 @@ def _parse(values: flags.FlagValues, arguments: list[str]) -> None:
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise  # a mistake inside the config file: its own line helps more than ours
-        raise InputError(f"the config has no such key, or it holds another type of value: {error}") from None
+        unknown = f"the config has no such key, or it holds another type of value: {error}"
+        raise InputError(presets.deleted(error) or unknown) from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.seed=1")
     for name, example in (("config", "configs/staged.py:qwen3_vl_8b"), ("topology", "cuda:h200:1x1x8")):

@@ -208,6 +208,10 @@ def test_a_tiny_run_on_accelerators(topology):
     (("--config=configs/staged.py",), "--topology is missing"),
     (("--config=configs/staged.py", "--topology=tpu:v9:2x2"), "topology 'tpu:v9:2x2' is unknown"),
     (("--config=configs/staged.py", "--topology=cpu:1", "--config.sed=1"), "the config has no such key"),
+    (
+        ("--config=configs/staged.py", "--topology=cpu:1", "--config.rollout.sglang.router=python"),
+        "config.rollout.sglang.router was removed",
+    ),
     (("--config=configs/staged.py", "--topology=cpu:1", "--headroom=2"), "--headroom=2"),
     (("--config=configs/staged.py", "--topology=cpu:1", "extra"), "unknown argument 'extra'"),
     (("--config=configs/staged.py", "--topology=cpu:1", "--config.checkpoint="), "give --config.checkpoint=DIR, or"),

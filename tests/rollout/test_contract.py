@@ -18,4 +18,4 @@ class TestLocalEngine(Contract):
         path = request.getfixturevalue(request.param)
         processor, model = Processor.from_directory(path), huggingface.load(path)
         buckets = Buckets((48, 96), patch_row=128, patch_rows=(1.0, 3.0))
-        return Served(processor, model, LocalEngine(model, processor, slots=3, buckets=buckets))
+        return Served(path, processor, model, LocalEngine(model, processor, slots=3, buckets=buckets))

@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from capcur_jax import presets
 from capcur_jax.curation.commands.options import at_least, journal_file, output_file
 from capcur_jax.curation.filter_models import fingerprint
 from capcur_jax.curation.journal import Journal
@@ -53,7 +54,7 @@ def read_config(name: str, overrides: list[str]) -> ConfigDict:
         said = error.args[0] if isinstance(error, AttributeError) and error.args else error
         if isinstance(said, KeyError):  # a key that is none; its own text is the message in quotes
             said = f"no key {said.args[0]}".replace("\n", "; ")
-        raise InputError(f"--config {name}: {said}") from None
+        raise InputError(f"--config {name}: {presets.deleted(error) or said}") from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
     return config

@@ -96,7 +96,7 @@ class Client:
     async def obeys(self) -> bool:
         """Whether a logit_bias reaches the sampler; without it, nothing keeps a response from vision placeholders.
 
-        sglang-router 0.3.2 reads the request and passes on what it knows, which logit_bias isn't.
+        An address can be a router's: sglang-router 0.3.2 passes on what it knows of a request, which logit_bias isn't.
         """
         wanted = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True, "logit_bias": {"1": 1e9}}
         answer = await self.generate({"input_ids": [0], "sampling_params": wanted}, CONTROL_S)

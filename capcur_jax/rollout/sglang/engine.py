@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import fcntl
 import math
-import os
 import shutil
 import socket
 import tempfile
@@ -33,13 +32,13 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.lora import LoRA
 from capcur_jax.rollout.engine import Health, Sample, Sampling
 from capcur_jax.rollout.sglang import checks, manifest
-from capcur_jax.rollout.sglang import server as servers_lib
 from capcur_jax.rollout.sglang.client import Client, ServerError
 from capcur_jax.rollout.sglang.fleet import Fleet
-from capcur_jax.rollout.sglang.member import Server, Weights
+from capcur_jax.rollout.sglang.member import Server
 from capcur_jax.rollout.sglang.pool import COUNTERS, Pool
-from capcur_jax.rollout.sglang.server import MEMORY, Process
+from capcur_jax.rollout.sglang.server import MEMORY, Process, own_servers
 from capcur_jax.rollout.sglang.settings import WHERE, Settings
+from capcur_jax.rollout.sglang.sync import WeightSync
 from capcur_jax.rollout.sglang.weights import WeightStore
 
 PREFIX = "capcur_jax-weights-"
@@ -92,20 +91,19 @@ class SGLangEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang", daemon=True)
         self._thread.start()
         try:
-            error = ""
+            servers, error = [], ""
             _check_hosts(settings)
             try:
-                servers, router = self._members(source, directory, seed) if self._owner else ([], None)
                 if self._owner:
-                    self._begin_fleet(processor, servers, router)
+                    servers = self._servers(source, directory, seed)
+                    self._begin_fleet(processor, servers)
             except InputError as failure:
                 error = str(failure)
             addresses = _tell([error, *(one.client.address for one in servers)] if self._owner else [])
             if addresses[0]:
                 raise InputError(addresses[0])
             if not self._owner:
-                members = [Server(self._call(_client(one)), settings.concurrency) for one in addresses[1:]]
-                self._begin_fleet(processor, members, None)
+                self._begin_fleet(processor, [self._server(address) for address in addresses[1:]])
             self._store = WeightStore(
                 self._weights_directory(config, directory), config, jnp.dtype(settings.dtype),
                 file_bytes=settings.file_mb * 10**6, lora=lora,
@@ -116,35 +114,21 @@ class SGLangEngine:
 
     # ------------------------------------------------------------------ start and end
 
-    def _members(self, source: str | Path, directory: Path, seed: int) -> tuple[list[Server], Server | None]:
-        settings = self._settings
-        router = None
-        if settings.addresses:
-            servers = [Server(self._call(_client(one)), settings.concurrency) for one in settings.addresses]
-            ports = servers_lib.free_ports(settings, 1) if settings.router else []
-        else:
-            model = servers_lib.write_served(directory / "model", source)
-            ports = servers_lib.free_ports(settings, settings.servers + bool(settings.router))
-            servers = []
-            for number in range(settings.servers):
-                line = servers_lib.command(settings, model, number, ports[number], seed)
-                variables = servers_lib.environment(settings, number, os.environ)
-                process = Process(f"server {number}", line, variables, directory / f"server-{number}.log")
-                client = self._call(_client(f"http://{settings.host}:{ports[number]}"))
-                servers.append(Server(client, settings.concurrency, process))
-        if settings.router:
-            line = servers_lib.router_command(settings, [one.client.address for one in servers], ports[-1])
-            variables = servers_lib.environment(settings, 0, os.environ)
-            client = self._call(_client(f"http://{settings.host}:{ports[-1]}"))
-            process = Process("router", line, variables, directory / "router.log")
-            router = Server(client, settings.concurrency * len(servers), process)
-        return servers, router
+    def _servers(self, source: str | Path, directory: Path, seed: int) -> list[Server]:
+        """Those that run already, or those that this host is to start."""
+        if self._settings.addresses:
+            return [self._server(address) for address in self._settings.addresses]
+        return [self._server(*own) for own in own_servers(self._settings, source, directory, seed)]
 
-    def _begin_fleet(self, processor: Processor, servers: Sequence[Server], router: Server | None) -> None:
+    def _server(self, address: str, process: Process | None = None) -> Server:
+        return Server(self._call(_client(address)), self._settings.concurrency, process)
+
+    def _begin_fleet(self, processor: Processor, servers: Sequence[Server]) -> None:
         async def begin() -> None:
-            self._fleet = Fleet(self._settings, processor.config, servers, router, manages=self._owner)
-            self._pool = Pool(self._fleet, processor)
-            await self._fleet.start()
+            self._fleet = Fleet(self._settings, servers)
+            self._sync = WeightSync(self._fleet, processor.config, manages=self._owner)
+            self._pool = Pool(self._fleet, self._sync, processor)
+            await self._fleet.start(self._sync.admit)
 
         self._call(begin())
 
@@ -216,8 +200,6 @@ class SGLangEngine:
         update = self._store.last if again else self._store.write(parameters, version)
         seconds, error = {"load": 0.0, "verify": 0.0}, ""
         if self._owner:
-            sums = {name: number for file in update.files for name, number in file.checksums.items()}
-            weights = Weights(version, update.directory, update.complete, sums)
             try:
                 begun = time.monotonic()
                 try:
@@ -225,7 +207,7 @@ class SGLangEngine:
                 except RolloutError as failure:
                     raise RolloutError(f"{failure}; no server is told of it") from None
                 read = time.monotonic() - begun
-                seconds = self._call(self._fleet.update(weights, complete=self._complete_next))
+                seconds = self._call(self._sync.update(update, complete=self._complete_next))
                 seconds["verify"] += read
             except RolloutError as failure:
                 error = str(failure)
@@ -233,7 +215,7 @@ class SGLangEngine:
         if error:
             self._complete_next = True  # the servers may lack what the next update builds on
             raise RolloutError(error)
-        self._call(_set_version(self._fleet, version))
+        self._call(self._sync.note(version))
         self._complete_next, self._version = False, version
         self._store.discard(version)
         return {"gather": 0.0, "write": 0.0, **({} if again else update.seconds), **seconds}
@@ -284,9 +266,9 @@ class SGLangEngine:
     def resume(self) -> None:
         """See engine.Engine."""
         if self._owner:
-            self._call(self._fleet.resume())
+            self._call(self._sync.resume())
         distributed.barrier("sglang resume")
-        self._call(_set_version(self._fleet, None))
+        self._call(self._sync.note(None))
         self._complete_next = True
 
 
@@ -310,10 +292,6 @@ def _check_hosts(settings: Settings) -> None:
 
 async def _client(address: str) -> Client:
     return Client(address)
-
-
-async def _set_version(fleet: Fleet, version: int | None) -> None:
-    fleet.version = version
 
 
 def _tell(words: Sequence[str]) -> list[str]:

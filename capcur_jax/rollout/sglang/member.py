@@ -1,20 +1,18 @@
-"""A server as its fleet sees it, and the weights that one is to have."""
+"""A server as its fleet sees it: whether it takes prompts, how many it has, and which weights it was given."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 
-from capcur_jax.rollout.sglang import checks as checks
+from capcur_jax.rollout.sglang import checks
 from capcur_jax.rollout.sglang.client import Client
 from capcur_jax.rollout.sglang.server import Process
 
 
 @dataclasses.dataclass(eq=False)
 class Server:
-    """A place that takes prompts: a server, or the router before all of them."""
+    """A server, ours or someone else's."""
 
     client: Client
     limit: int  # prompts in flight
@@ -42,13 +40,3 @@ class Server:
         self.up = False
         for call in list(self.calls):
             call.cancel()
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """What servers are to have."""
-
-    version: int
-    directory: Path  # of what changed since the version before
-    complete: Path  # of everything
-    checksums: Mapping[str, int]  # of the published tensors in `directory`; {}: nothing changed

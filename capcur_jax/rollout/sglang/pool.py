@@ -22,6 +22,7 @@ from capcur_jax.rollout.sglang.client import Refused, ServerError, TimedOut, Unr
 from capcur_jax.rollout.sglang.fleet import Fleet, cancel
 from capcur_jax.rollout.sglang.member import Server
 from capcur_jax.rollout.sglang.settings import WHERE
+from capcur_jax.rollout.sglang.sync import WeightSync
 
 # Prompts tried again, servers started again; requests without an answer in time, without a connection to the end, with
 # an error or an answer that can't be used; responses that servers gave up.
@@ -47,14 +48,14 @@ class Progress:
 class Pool:
     """Asks the servers of a fleet. In the fleet's event loop."""
 
-    def __init__(self, fleet: Fleet, processor: Processor):
-        self.fleet, self.progress = fleet, Progress()
+    def __init__(self, fleet: Fleet, sync: WeightSync, processor: Processor):
+        self.fleet, self.sync, self.progress = fleet, sync, Progress()
         self._processor, self._settings, self._counters = processor, fleet.settings, fleet.counters
         self._dark_since: float | None = None  # no server has been up since then
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int) -> list[list[Sample]]:
         """n samples of each prompt, in their order. Raises RolloutError."""
-        if self.fleet.version is None:
+        if self.sync.version is None:
             raise RolloutError("the SGLang servers have no weights yet: update_weights comes before generate")
         self.progress = progress = Progress(queued=n * len(prompts), started=time.monotonic())
         tasks = [
@@ -90,7 +91,7 @@ class Pool:
                 except wire.BadAnswer as error:
                     reason = str(error)
                     self._counters["refused"] += 1
-                    if isinstance(error, wire.ForeignWeights) and server is not self.fleet.router:
+                    if isinstance(error, wire.ForeignWeights):
                         self.fleet.down(server, reason)
                 finally:
                     progress.running -= missing
@@ -110,7 +111,7 @@ class Pool:
         self, server: Server, prompt: Prompt, sampling: Sampling, n: int, pictures: Sequence[str], seed: int
     ) -> list[Sample]:
         """n samples or fewer. Raises ServerError, WrongPrompt or BadAnswer."""
-        held = self.fleet.held(server)
+        held = self.sync.held(server)
         seeds = [(seed + 15485863 * number) % 2**31 for number in range(n)] if self._settings.deterministic else ()
         rid = uuid.uuid4().hex
         body = wire.payload(prompt, self._processor, sampling, n, rid, pictures, seeds)
@@ -125,9 +126,9 @@ class Pool:
         finally:
             server.calls.discard(call)
             if call.cancelled() or not call.done() or isinstance(call.exception(), TimedOut):
-                # The closed connection aborts what runs. This is for what waits behind a router or in the server's
-                # queue under the name that we gave it; groups get names of the server's own.
-                self.fleet.begin(self._abort(body["rid"]))
+                # The closed connection aborts what runs. This is for what waits in the server's queue under the name
+                # that we gave it; groups get names of the server's own.
+                self.fleet.begin(self._abort(server, body["rid"]))
         got = wire.samples(answer, prompt, self._processor, sampling, n)
         if behind := [sample.spans[-1].version for sample in got if sample.spans[-1].version < held]:
             raise wire.ForeignWeights(f"made by weights of version {behind[0]}, it should have {held}")
@@ -135,11 +136,10 @@ class Pool:
         self._counters["aborted"] += n - len(got)
         return got
 
-    async def _abort(self, rid: str | list[str]) -> None:
-        for server in self.fleet.servers:  # behind a router it can be any of them
-            for one in [rid] if isinstance(rid, str) else rid:
-                with contextlib.suppress(ServerError):
-                    await server.client.abort(one)
+    async def _abort(self, server: Server, rid: str | list[str]) -> None:
+        for one in [rid] if isinstance(rid, str) else rid:
+            with contextlib.suppress(ServerError):
+                await server.client.abort(one)
 
     def _failed(self, server: Server, error: ServerError) -> None:
         self._counters[{TimedOut: "timeouts", Unreachable: "unreachable"}.get(type(error), "refused")] += 1
@@ -163,21 +163,20 @@ class Pool:
         fleet = self.fleet
         async with fleet.changed:
             while True:
-                fronts = fleet.fronts
-                if fronts:
+                up = fleet.up
+                if up:
                     self._dark_since = None
-                others = [server for server in fronts if server is not avoid]
-                room = [server for server in others or fronts if server.busy < server.limit and not server.doubted]
+                others = [server for server in up if server is not avoid]
+                room = [server for server in others or up if server.busy < server.limit and not server.doubted]
                 if room:
                     least = min(server.busy for server in room)
                     return random.choice([server for server in room if server.busy == least])
-                if fronts:
+                if up:
                     await fleet.changed.wait()
                     continue
                 self._dark_since = self._dark_since or time.monotonic()
                 left = self._dark_since + fleet.patience_s - time.monotonic()
-                gone = all(server.lost for server in fleet.servers) or (fleet.router and fleet.router.lost)
-                if gone or left <= 0:
+                if fleet.lost or left <= 0:
                     raise RolloutError(fleet.dead())
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(fleet.changed.wait(), left)

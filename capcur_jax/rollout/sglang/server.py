@@ -109,20 +109,26 @@ def environment(settings: Settings, number: int, base: Mapping[str, str]) -> dic
     return found | {"SGLANG_VLM_CACHE_SIZE_MB": "0"}
 
 
-def router_command(settings: Settings, addresses: Sequence[str], port: int) -> list[str]:
-    """SGLang's router in front of servers at `addresses`. Retries are ours: it would repeat what isn't lost."""
-    return [
-        settings.router, "-m", "sglang_router.launch_router", "--host", settings.host, "--port", str(port),
-        "--policy", "cache_aware", "--disable-retries", "--request-timeout-secs", str(int(settings.request_timeout_s)),
-        "--worker-urls", *addresses,
-    ]  # fmt: skip
+def own_servers(settings: Settings, source: str | Path, directory: Path, seed: int) -> list[tuple[str, Process]]:
+    """The servers to start on this host for the checkpoint `source`: address and process of each, not started yet.
+
+    What they serve and their logs go to `directory`. Raises InputError: a port in use, a GPU that isn't there.
+    """
+    model = write_served(directory / "model", source)
+    found = []
+    for number, port in enumerate(free_ports(settings)):
+        line = command(settings, model, number, port, seed)
+        variables = environment(settings, number, os.environ)
+        process = Process(f"server {number}", line, variables, directory / f"server-{number}.log")
+        found.append((f"http://{settings.host}:{port}", process))
+    return found
 
 
-def free_ports(settings: Settings, count: int) -> list[int]:
-    """Ports for `count` processes: settings.port and following, or free ones. Raises InputError for one in use."""
+def free_ports(settings: Settings) -> list[int]:
+    """A port for each server: settings.port and following, or free ones. Raises InputError for one in use."""
     with contextlib.ExitStack() as stack:
         ports = []
-        for number in range(count):
+        for number in range(settings.servers):
             wanted = settings.port and settings.port + number
             try:
                 held = stack.enter_context(socket.create_server((settings.host, wanted)))
@@ -136,7 +142,7 @@ def free_ports(settings: Settings, count: int) -> list[int]:
 
 
 class Process:
-    """One started server (or router), in a session of its own, its output in `log`."""
+    """One server, in a session of its own, its output in `log`."""
 
     def __init__(self, name: str, line: Sequence[str], variables: Mapping[str, str], log: Path):
         self.name, self.log = name, log
@@ -149,7 +155,7 @@ class Process:
         """Raises InputError where the executable doesn't exist."""
         executable = shutil.which(self._line[0], path=self._variables.get("PATH"))
         if executable is None:
-            raise InputError(f"{self._line[0]} is no executable; {WHERE}.python (router) must name a Python")
+            raise InputError(f"{self._line[0]} is no executable; {WHERE}.python must name a Python")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -35,7 +35,6 @@ class Settings:
     restarts: int = 3  # of a server in a row, without an answer from it in between
     dtype: str = "bfloat16"  # of the weights that are sent and served
     memory_fraction: float = 0.0  # --mem-fraction-static; 0: the server's own choice
-    router: str = ""  # executable of a Python that has sglang-router; "": none
     weights: str = ""  # directory for weight files, seen by all servers; "": /dev/shm, or the work directory
     file_mb: int = 512  # of a weight file, about
     colocate: bool = False  # servers and trainer take turns on the same GPUs

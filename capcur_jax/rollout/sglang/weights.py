@@ -65,10 +65,14 @@ class Update:
     version: int
     directory: Path  # the tensors that changed since the last version; none: nothing changed, there is nothing to load
     complete: Path  # all tensors
-    names: tuple[str, ...]  # the published names in `directory`
     files: tuple[File, ...]  # of `directory`
     bytes: int  # of the tensors in `directory`
     seconds: Mapping[str, float]  # "gather": off the devices; "write": beyond that. Together the time that it took
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """Of the tensors in `directory`, by published name."""
+        return {name: number for file in self.files for name, number in file.checksums.items()}
 
 
 class _Slice(NamedTuple):
@@ -250,9 +254,8 @@ class WeightStore:
 
     def _update(self, version: int, slices: list[_Slice], sums: dict[str, int], seconds: dict[str, float]) -> Update:
         files = tuple(File(p.name, p.bytes, {name: sums[name] for name in p.shapes}) for p in slices)
-        names, final = tuple(name for p in slices for name in p.shapes), self._final(version)
-        size = sum(p.bytes for p in slices)
-        return Update(version, final / "update", final / "complete", names, files, size, seconds)
+        final, size = self._final(version), sum(p.bytes for p in slices)
+        return Update(version, final / "update", final / "complete", files, size, seconds)
 
     def _finish(self, update: Update, partial: Path, final: Path) -> None:
         """The manifests and links; then all of it appears at once. Raises OSError."""

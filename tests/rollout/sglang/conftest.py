@@ -1,10 +1,10 @@
-"""Real SGLang servers on this CPU, from tiny checkpoints of both families: started once, side by side."""
+"""Real SGLang servers on this CPU, from tiny checkpoints of both families, started once; and stand-ins that fail."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
@@ -20,12 +21,23 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
+from capcur_jax.rollout.sglang import checks, fleet
 from capcur_jax.rollout.sglang.engine import SGLangEngine
 from capcur_jax.rollout.sglang.settings import Settings
+from capcur_jax.rollout.sglang.weights import File, Update
 from tests.conftest import architecture, random_checkpoint, random_image, windowed_architecture
+from tests.rollout.sglang.scripted import Scripted, ScriptedEngine
 
 ROOT = Path(__file__).parents[3]
-CACHE = Path("~/.cache/capcur_jax/sglang-cpu").expanduser()
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items):
+    """What needs the real server is marked so, and runs in one worker: two would each start servers."""
+    for item in items:
+        if "sglang_python" in getattr(item, "fixturenames", ()):
+            item.add_marker("sglang")
+            item.add_marker(pytest.mark.xdist_group("sglang"))
 
 
 def served_windowed() -> dict:
@@ -39,9 +51,14 @@ def served_windowed() -> dict:
 class Served:
     """A checkpoint, as the trainer has it and as the servers have it."""
 
+    source: Path
     processor: Processor
     model: QwenVL
     engine: SGLangEngine
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(server.client.address for server in self.engine._fleet.servers)
 
     @property
     def parameters(self) -> nnx.State:
@@ -99,9 +116,7 @@ def changed(parameters: nnx.State, scale: float = 0.02, only: str = "", seed: in
 @pytest.fixture(scope="session")
 def sglang_python():
     """The server environment's Python; installed when absent (some minutes, 2.6 GB)."""
-    directory = os.environ.get("CAPCUR_SGLANG_ENV", str(CACHE))
-    line = [sys.executable, str(ROOT / "launch" / "sglang_cpu.py"), "--directory", directory]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "launch" / "sglang_cpu.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.split()[-1]
 
@@ -132,8 +147,80 @@ def served(settings, tmp_path_factory):
                     threads.submit(SGLangEngine, processor, path, root / f"{name}-run", mine),
                 )
             for name, (processor, path, start) in starts.items():
-                found[name] = Served(processor, huggingface.load(path), start.result())
+                found[name] = Served(path, processor, huggingface.load(path), start.result())
                 found[name].engine.update_weights(found[name].parameters, 0)
             yield found
         finally:
             list(threads.map(lambda start: start[2].result().close(), starts.values()))
+
+
+@pytest.fixture
+def pair(served):
+    """The two servers of Qwen3-VL, with the checkpoint's weights."""
+    found = served["qwen3_vl"]
+    found.engine.update_weights(found.parameters, found.engine.health().version + 1)
+    return found
+
+
+@pytest.fixture
+def lent(pair):
+    """The same, for another engine to give them its weights."""
+    yield pair
+    for server in pair.engine._fleet.servers:
+        server.checksums = None
+    pair.engine._complete_next = True
+
+
+# ---------------------------------------------------------------------- stand-ins
+
+
+@pytest.fixture
+def servers():
+    """Two that fail on demand."""
+    made = [Scripted(40), Scripted(50)]
+    yield made
+    for one in made:
+        with contextlib.suppress(OSError):
+            one.stop()
+
+
+@pytest.fixture
+def engine(processor, servers, monkeypatch):
+    """Makes what asks them, or others; servers that are gone are looked for every 50 ms."""
+    monkeypatch.setattr(fleet, "PROBE_S", 0.05)
+    monkeypatch.setattr(fleet, "WATCH_S", 0.05)
+    for one in servers:
+        one.version = "0"
+        # The parameters of a server that has all of the table's names.
+        one.parameters = {checks.served_name(name): "0" for name in checks.declared(processor.config)}
+    made = []
+
+    def make(stand_ins=servers, **settings):
+        made.append(ScriptedEngine(processor, stand_ins, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def weights(processor, tmp_path):
+    """Complete files of the table's names and shapes: a version after the other, of the same values."""
+    shapes = checks.declared(processor.config)
+
+    def make(version: int, names=None, sums=None) -> Update:
+        directory, complete = tmp_path / f"{version}-update", tmp_path / f"{version}-complete"
+        for path, chosen in ((directory, shapes if names is None else names), (complete, shapes)):
+            path.mkdir()
+            if chosen:
+                save_file({name: np.zeros(shapes[name], np.float32) for name in chosen}, path / "a.safetensors")
+        sums = dict.fromkeys(shapes, 0) if sums is None else sums
+        return Update(version, directory, complete, (File("a.safetensors", 0, sums),), 0, {})
+
+    return make
+
+
+@pytest.fixture
+def prompt(processor):
+    return processor.prepare(processor.render(["What shape?"]))

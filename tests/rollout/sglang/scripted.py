@@ -1,11 +1,20 @@
-"""A stand-in that speaks SGLang's HTTP and fails on demand, for faults that a real server can't be brought to."""
+"""Stand-ins that speak SGLang's HTTP and fail on demand, for faults that a real server can't be brought to."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from capcur_jax.rollout.engine import Sampling
+from capcur_jax.rollout.sglang.client import Client
+from capcur_jax.rollout.sglang.fleet import Fleet
+from capcur_jax.rollout.sglang.member import Server
+from capcur_jax.rollout.sglang.pool import Pool
+from capcur_jax.rollout.sglang.settings import Settings
+from capcur_jax.rollout.sglang.sync import WeightSync
 
 
 class Scripted:
@@ -136,3 +145,41 @@ class Scripted:
             },
         }
         return [one] * n if n > 1 or many else one
+
+
+class ScriptedEngine:
+    """Fleet, weights and pool in a loop of their own, as the engine has them, over stand-ins."""
+
+    def __init__(self, processor, stand_ins, manages=True, **settings):
+        settings = {"concurrency": 2, "request_timeout_s": 20.0, "start_timeout_s": 5.0, **settings}
+        self.settings = Settings.from_config({"addresses": [one.address for one in stand_ins], **settings})
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+        async def begin():
+            made = [Server(Client(one.address), self.settings.concurrency) for one in stand_ins]
+            self.fleet = Fleet(self.settings, made)
+            self.sync = WeightSync(self.fleet, processor.config, manages)
+            self.pool = Pool(self.fleet, self.sync, processor)
+            await self.fleet.start(self.sync.admit)
+            self.sync.version = 0
+
+        self.call(begin())
+
+    def call(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
+
+    def generate(self, prompts, n=3):
+        return self.call(self.pool.generate(prompts, Sampling(2), n, 0))
+
+    def close(self):
+        self.call(self.fleet.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def wait_for(condition):
+    # Long, for a busy machine; what is waited for takes milliseconds.
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)

@@ -4,8 +4,6 @@ import pytest
 
 from tests.rollout.contract import Contract
 
-pytestmark = pytest.mark.sglang
-
 
 class TestSGLangEngine(Contract):
     @pytest.fixture(scope="class", params=["qwen3_vl", "qwen2_5_vl"])

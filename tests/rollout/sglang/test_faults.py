@@ -1,120 +1,17 @@
 """What the SGLang engine does about servers and answers that fail: scripted, in milliseconds."""
 
-import asyncio
 import concurrent.futures
-import contextlib
-import dataclasses
 import threading
-import time
+import types
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.sglang import checks as checks
-from capcur_jax.rollout.sglang import fleet
-from capcur_jax.rollout.sglang.client import Client, Refused
+from capcur_jax.rollout.sglang import pool as pool_lib
 from capcur_jax.rollout.sglang.engine import SGLangEngine
-from capcur_jax.rollout.sglang.fleet import Fleet
-from capcur_jax.rollout.sglang.member import Server, Weights
-from capcur_jax.rollout.sglang.pool import Pool
 from capcur_jax.rollout.sglang.settings import Settings
-from tests.rollout.sglang.scripted import Scripted
-
-TWO = Sampling(2)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(fleet, "PROBE_S", 0.05)
-    monkeypatch.setattr(fleet, "WATCH_S", 0.05)
-
-
-@pytest.fixture
-def servers():
-    made = [Scripted(40), Scripted(50)]
-    yield made
-    for one in made:
-        with contextlib.suppress(OSError):
-            one.stop()
-
-
-@pytest.fixture(scope="module")
-def prompt(processor):
-    return processor.prepare(processor.render(["What shape?"]))
-
-
-@pytest.fixture
-def weights(processor, tmp_path):
-    """Complete files of the table's names and shapes: a version after the other, of the same values."""
-    shapes = checks.declared(processor.config)
-
-    def make(version: int, names=None, sums=None) -> Weights:
-        directory, complete = tmp_path / f"{version}-update", tmp_path / f"{version}-complete"
-        for path, chosen in ((directory, shapes if names is None else names), (complete, shapes)):
-            path.mkdir()
-            if chosen:
-                save_file({name: np.zeros(shapes[name], np.float32) for name in chosen}, path / "a.safetensors")
-        return Weights(version, directory, complete, {n: 0 for n in shapes} if sums is None else sums)
-
-    return make
-
-
-class Engine:
-    """A pool in a loop of its own, as the engine has it, over stand-ins."""
-
-    def __init__(self, processor, stand_ins, router=None, manages=True, **settings):
-        settings = {"concurrency": 2, "request_timeout_s": 20.0, "start_timeout_s": 5.0, **settings}
-        self.settings = Settings.from_config({"addresses": [one.address for one in stand_ins], **settings})
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-
-        async def begin():
-            made = [Server(Client(one.address), self.settings.concurrency) for one in stand_ins]
-            front = Server(Client(router.address), 8) if router else None
-            self.fleet = Fleet(self.settings, processor.config, made, front, manages)
-            self.pool = Pool(self.fleet, processor)
-            await self.fleet.start()
-            self.fleet.version = 0
-
-        self.call(begin())
-
-    def call(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
-
-    def generate(self, prompts, n=3):
-        return self.call(self.pool.generate(prompts, TWO, n, 0))
-
-    def close(self):
-        self.call(self.fleet.close())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-
-
-@pytest.fixture
-def engine(processor, servers, monkeypatch):
-    for one in servers:
-        one.version = "0"
-        # The parameters of a server that has all of the table's names.
-        one.parameters = {checks.served_name(name): "0" for name in checks.declared(processor.config)}
-    made = []
-
-    def make(stand_ins=servers, **settings):
-        made.append(Engine(processor, stand_ins, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def wait_for(condition):
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-
+from tests.rollout.sglang.scripted import ScriptedEngine, wait_for
 
 # ---------------------------------------------------------------------- prompts
 
@@ -185,12 +82,12 @@ def test_an_answer_that_comes_after_its_time_is_not_counted_again(engine, server
     pool = engine(request_timeout_s=0.2)
     (group,) = pool.generate([prompt])
     late.set()
-    time.sleep(0.1)
+    wait_for(lambda: not any(one.held for one in servers))
     assert len(group) == 3 and pool.fleet.counters["timeouts"] == 2
-    wait_for(lambda: all(len(one.sent("/abort_request")) == 2 for one in servers))
-    names = {body["rid"] for one in servers for body in one.sent("/abort_request")}
-    timed_out = [body["rid"] for one in servers for body in one.sent("/generate")]
-    assert len(names) == 2 and names < set(timed_out)
+    wait_for(lambda: all(one.sent("/abort_request") for one in servers))
+    for one in servers:
+        (aborted,) = one.sent("/abort_request")
+        assert aborted["rid"] == one.sent("/generate")[0]["rid"]
 
 
 def test_a_prompt_that_nothing_answers_ends_the_call_with_the_reason(engine, servers, prompt):
@@ -226,9 +123,20 @@ def test_an_error_message_does_not_repeat_the_request(engine, servers, prompt):
 # ---------------------------------------------------------------------- servers
 
 
+@pytest.mark.parametrize(("status", "asked"), [(400, False), (500, True)])
+def test_a_server_that_says_what_it_dislikes_is_not_asked_for_its_health(engine, servers, prompt, status, asked):
+    pool = engine()
+    for one in servers:
+        one.calls.clear()
+        one.faults = [lambda body, right: (status, {"error": {"message": "out of luck"}})]
+    pool.generate([prompt])
+    wait_for(lambda: not any(one.doubted for one in pool.fleet.servers))
+    assert [bool(one.sent("/health")) for one in servers] == [asked] * 2
+
+
 def test_a_server_that_goes_is_not_asked_until_it_is_back_with_the_weights(engine, servers, prompt, weights):
     pool = engine()
-    pool.call(pool.fleet.update(weights(7)))
+    pool.call(pool.sync.update(weights(7)))
     servers[0].stop()
     groups = pool.generate([prompt] * 12)
     assert [len(group) for group in groups] == [3] * 12
@@ -252,9 +160,9 @@ def test_a_call_that_runs_ends_when_the_engine_is_closed(processor, servers, pro
         one.delay_s = 60
     settings = Settings.from_config({"addresses": [one.address for one in servers]})
     engine = SGLangEngine(processor, checkpoint, tmp_path, settings)
-    engine._fleet.version = 0
+    engine._sync.version = 0
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        drawn = threads.submit(engine.generate, [prompt], TWO, 2, 0)
+        drawn = threads.submit(engine.generate, [prompt], Sampling(2), 2, 0)
         wait_for(lambda: any(one.held for one in servers))
         engine.close()
         with pytest.raises(concurrent.futures.CancelledError):
@@ -266,7 +174,7 @@ def test_a_server_of_other_weights_is_taken_out_where_nobody_sends_any(engine, s
     """One of several processes that ask: it isn't told that a server was started again, or missed an update."""
     servers[0].version, servers[1].version = has, "5"
     pool = engine(manages=False, retries=2)
-    pool.fleet.version = 5
+    pool.sync.version = 5
     groups = pool.generate([prompt] * 12)
     assert {sample.version for group in groups for sample in group} == {5}
     assert [one.up for one in pool.fleet.servers] == [False, True]
@@ -278,7 +186,7 @@ def test_a_server_of_other_weights_is_taken_out_where_nobody_sends_any(engine, s
 def test_a_server_that_lost_its_weights_gets_them_again(engine, servers, prompt, weights):
     """It was started again by whoever it belongs to, while nothing was asked of it."""
     pool = engine()
-    pool.call(pool.fleet.update(weights(3)))
+    pool.call(pool.sync.update(weights(3)))
     servers[0].version = "2"
     groups = pool.generate([prompt] * 12)
     assert {sample.version for group in groups for sample in group} == {3}
@@ -287,7 +195,7 @@ def test_a_server_that_lost_its_weights_gets_them_again(engine, servers, prompt,
 
 def test_what_began_before_an_update_may_end_under_either_weights(engine, servers, prompt, weights):
     pool = engine([servers[0]])
-    pool.call(pool.fleet.update(weights(3)))
+    pool.call(pool.sync.update(weights(3)))
     old = threading.Event()
 
     def slow(body, right):
@@ -298,7 +206,7 @@ def test_what_began_before_an_update_may_end_under_either_weights(engine, server
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         drawn = threads.submit(pool.generate, [prompt])
         wait_for(lambda: servers[0].held)
-        pool.call(pool.fleet.update(weights(4)))
+        pool.call(pool.sync.update(weights(4)))
         old.set()
         (group,) = drawn.result(20)
     assert {sample.version for sample in group} == {3} and pool.fleet.servers[0].up
@@ -307,9 +215,9 @@ def test_what_began_before_an_update_may_end_under_either_weights(engine, server
 def test_half_loaded_weights_have_no_version_that_anybody_takes(engine, servers, weights):
     """A server that failed an update goes on, and other processes ask it until they notice."""
     pool = engine()
-    pool.call(pool.fleet.update(weights(1)))
+    pool.call(pool.sync.update(weights(1)))
     servers[0].broken["/update_weights_from_disk"] = (400, {"success": False, "message": "half"})
-    pool.call(pool.fleet.update(weights(2)))
+    pool.call(pool.sync.update(weights(2)))
     assert servers[0].version == "-1" and not servers[0].paused and servers[1].version == "2"
 
 
@@ -321,25 +229,25 @@ def test_without_any_server_for_too_long_the_call_ends_naming_them(engine, serve
         pool.generate([prompt])
 
 
-def test_patience_begins_anew_when_a_server_was_there_in_between(engine, servers, prompt, weights):
-    pool = engine([servers[0]], start_timeout_s=1.5, retries=1)
-    pool.call(pool.fleet.update(weights(1)))
-    for _ in range(2):
-        servers[0].stop()
-        found = []
-        thread = threading.Thread(target=lambda found=found: found.extend(pool.generate([prompt])))
-        thread.start()
-        wait_for(lambda: not pool.fleet.servers[0].up)
-        time.sleep(0.3)
-        servers[0].start()
-        thread.join()
-        assert len(found[0]) == 3
-        time.sleep(1.5)
+def test_patience_begins_anew_when_a_server_was_there_in_between(engine, servers, prompt, weights, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pool_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    pool = engine([servers[0]], start_timeout_s=60.0, retries=1)
+    pool.call(pool.sync.update(weights(1)))
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        for _ in range(2):
+            now[0] += 40
+            servers[0].stop()
+            drawn = threads.submit(pool.generate, [prompt])
+            wait_for(lambda: pool.pool._dark_since is not None)
+            now[0] += 40
+            servers[0].start()
+            assert len(drawn.result(20)[0]) == 3
 
 
 def test_what_nobody_thought_of_while_a_server_is_brought_back_ends_the_call(engine, servers, prompt, weights):
     pool = engine([servers[0]])
-    pool.call(pool.fleet.update(weights(1)))
+    pool.call(pool.sync.update(weights(1)))
 
     async def broken(server):
         raise KeyError("unthought of")
@@ -354,166 +262,11 @@ def test_servers_that_never_answer_are_an_error_at_the_start(processor, servers)
     address = servers[0]
     address.broken["/health"] = (503, {})
     with pytest.raises(InputError, match=r"didn't start.*start_timeout_s = 0.3"):
-        Engine(processor, [address], start_timeout_s=0.3)
+        ScriptedEngine(processor, [address], start_timeout_s=0.3)
 
 
-def test_a_router_that_drops_the_ban_of_tokens_is_refused(processor, servers):
-    """As sglang-router 0.3.2 does."""
-    router = Scripted(60)
-    router.obeys = False
-    try:
-        with pytest.raises(InputError, match=rf"{router.address} ignores logit_bias.*sglang\.router empty"):
-            Engine(processor, servers, router=router)
-    finally:
-        router.stop()
-
-
-def test_a_router_gets_the_prompts_and_the_servers_the_weights(engine, servers, prompt, weights):
-    router = Scripted(60)
-    router.version = "0"
-    try:
-        pool = engine(router=router)
-        groups = pool.generate([prompt] * 5)
-        assert {int(sample.tokens[0]) for group in groups for sample in group} == {60}
-        pool.call(pool.fleet.update(weights(3)))
-        assert not any(one.sent("/generate") for one in servers)
-        assert all(one.sent("/update_weights_from_disk") for one in servers)
-        assert not router.sent("/update_weights_from_disk")
-    finally:
-        router.stop()
-
-
-# ---------------------------------------------------------------------- weights
-
-
-def test_an_update_goes_on_even_if_it_fails_and_the_server_gets_everything(engine, servers, prompt, weights):
-    pool = engine()
-    pool.call(pool.fleet.update(weights(1)))
-    servers[0].broken["/update_weights_from_disk"] = (400, {"success": False, "message": "no room"})
-    pool.call(pool.fleet.update(weights(2, names=[], sums={})))
-    assert pool.fleet.servers[0].up  # nothing changed: the weights that it has got a new name
-    assert servers[1].sent("/update_weight_version") == [{"new_version": "2", "abort_all_requests": False}]
-    pool.call(pool.fleet.update(weights(3)))
-    assert not pool.fleet.servers[0].up and not servers[0].paused
-    groups = pool.generate([prompt] * 4)
-    assert {sample.version for group in groups for sample in group} == {3}
-    assert {int(sample.tokens[0]) for group in groups for sample in group} == {50}
-    servers[0].broken.clear()
-    wait_for(lambda: pool.fleet.servers[0].up)
-    assert servers[0].version == "3"
-    assert servers[0].sent("/update_weights_from_disk")[-1]["model_path"].endswith("3-complete")
-
-
-def test_weights_that_reach_nobody_are_an_error(engine, servers, weights):
-    pool = engine(start_timeout_s=0.5)
-    for one in servers:
-        one.broken["/update_weights_from_disk"] = (400, {"success": False, "message": "no room"})
-    with pytest.raises(RolloutError, match=r"version 1 reached no server(.|\n)*no room"):
-        pool.call(pool.fleet.update(weights(1)))
-
-
-def test_a_server_that_says_success_with_another_version_is_taken_out(engine, servers, weights):
-    pool = engine()
-    servers[0].broken["/model_info"] = (200, {"weight_version": "default"})
-    pool.call(pool.fleet.update(weights(1)))
-    assert [one.up for one in pool.fleet.servers] == [False, True]
-    assert "weights of version default, not 1" in pool.fleet.servers[0].reason
-
-
-def test_servers_that_hold_different_weights_do_not_both_stay(engine, servers, weights):
-    pool = engine()
-    servers[0].parameters = {**servers[0].parameters, "lm_head.weight": "other"}
-    servers[1].parameters = {**servers[1].parameters, "lm_head.weight": "one"}
-    pool.call(pool.fleet.update(weights(1)))
-    assert sorted(one.up for one in pool.fleet.servers) == [False, True]
-
-
-def test_a_tensor_that_changed_and_did_not_arrive_is_noticed(engine, servers, processor, weights):
-    names = list(checks.declared(processor.config))[:2]
-    pool = engine()
-    pool.call(pool.fleet.update(weights(1)))
-    for one in servers[1:]:
-        one.parameters = {**one.parameters, **{checks.served_name(name): "1" for name in names}}
-    pool.call(pool.fleet.update(weights(2, names, {name: 1 for name in names})))
-    assert [one.up for one in pool.fleet.servers] == [False, True]
-    assert "2 tensors didn't arrive" in pool.fleet.servers[0].reason
-
-
-def test_the_checks_of_a_server_that_renamed_its_parameters(processor):
-    now = [{"visual.new_name": "1"}]
-    assert "no parameter" in checks.arrived(None, now, ["model.visual.patch_embed.proj.weight"], ())
-    before = [{"a": "0", "b": "0"}]
-    assert "weren't sent, first b" in checks.arrived(before, [{"a": "1", "b": "1"}], ["a"], ["a"])
-    assert checks.arrived(before, [{"a": "1", "b": "0"}], ["a"], ["a"]) == ""
-    assert checks.arrived(before, [{"a": "0", "b": "0"}], ["a"], []) == ""
-    assert "didn't arrive, first a" in checks.arrived(before, before, ["a"], ["a"])
-
-
-def test_memory_is_released_after_whatever_runs_is_aborted_and_needs_a_whole_update_after(
-    engine, servers, prompt, weights
-):
-    pool = engine()
-    pool.call(pool.fleet.update(weights(1)))
-    for one in servers:
-        one.calls.clear()
-    pool.call(pool.fleet.release())
-    pool.call(pool.fleet.resume())
-    with pytest.raises(RolloutError, match="update_weights comes before generate"):
-        pool.generate([prompt])
-    pool.call(pool.fleet.update(weights(2, names=[], sums={})))
-    for one in servers:
-        paths = [path for path, _ in one.calls if path != "/health"]
-        assert paths[:3] == ["/abort_request", "/release_memory_occupation", "/resume_memory_occupation"]
-        assert one.sent("/update_weights_from_disk")[-1]["model_path"].endswith("2-complete")
-    assert len(pool.generate([prompt])[0]) == 3
-
-
-def test_a_sleeping_server_is_not_asked_for_its_health(engine, servers):
-    pool = engine()
-    pool.call(pool.fleet.release())
-    servers[0].calls.clear()
-
-    async def look():
-        pool.fleet.doubt(pool.fleet.servers[0])
-
-    pool.call(look())
-    time.sleep(0.1)
-    assert servers[0].calls == [] and pool.fleet.servers[0].up
-
-
-# ---------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("fault", ["unknown", "shape", "missing", "too many", "cut", "twice", "integers"])
-def test_files_that_a_server_must_not_see_are_refused(processor, tmp_path, fault):
-    shapes = checks.declared(processor.config)
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    name = sorted(shapes)[3]
-    wanted = None
-    if fault == "unknown":
-        tensors[name + "x"] = tensors[name]
-    elif fault == "shape":
-        tensors[name] = np.zeros((*shapes[name], 2), np.float32)
-    elif fault == "missing":
-        del tensors[name]
-    elif fault == "too many":
-        wanted = shapes.keys() - {name}
-    elif fault == "integers":
-        tensors[name] = np.zeros(shapes[name], np.int32)
-    save_file(tensors, tmp_path / "a.safetensors")
-    if fault == "cut":
-        data = (tmp_path / "a.safetensors").read_bytes()
-        (tmp_path / "a.safetensors").write_bytes(data[:-5])
-    if fault == "twice":
-        save_file({name: tensors[name]}, tmp_path / "b.safetensors")
-    with pytest.raises(RolloutError, match="not told of it"):
-        checks.files(tmp_path, processor.config, wanted)
-
-
-def test_files_of_a_whole_checkpoint_and_of_a_part_are_right(processor, checkpoint, tmp_path):
-    assert set(checks.files(checkpoint, processor.config)) == set(checks.declared(processor.config))
-    assert checks.files(tmp_path, processor.config, ()) == ()
-
-
-def test_a_refusal_knows_its_status():
-    assert Refused(404, "x").status == 404 and dataclasses.is_dataclass(Server)
+def test_an_address_that_drops_the_ban_of_tokens_is_refused(processor, servers):
+    """As that of sglang-router 0.3.2 does."""
+    servers[1].obeys = False
+    with pytest.raises(InputError, match=rf"{servers[1].address} ignores logit_bias.*name servers, not a router, in"):
+        ScriptedEngine(processor, servers)

@@ -142,21 +142,12 @@ def test_the_command_line_of_a_gpu_server():
     assert counted["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 
-def test_the_command_line_of_a_router():
-    settings = Settings(python="x", router="/r/bin/python", request_timeout_s=30.0)
-    line = server.router_command(settings, ["http://127.0.0.1:1", "http://127.0.0.1:2"], 3)
-    assert line[:3] == ["/r/bin/python", "-m", "sglang_router.launch_router"]
-    at = line.index("--worker-urls")
-    assert line[at + 1 :] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
-    assert "--disable-retries" in line and line[line.index("--port") + 1] == "3"
-
-
 def test_ports_are_counted_up_or_free_and_one_in_use_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1 port {port}"):
-            server.free_ports(Settings(python="x", port=port), 1)
-    assert len(set(server.free_ports(Settings(python="x"), 3))) == 3
+            server.free_ports(Settings(python="x", port=port))
+    assert len(set(server.free_ports(Settings(python="x", servers=3)))) == 3
 
 
 # ---------------------------------------------------------------------- processes

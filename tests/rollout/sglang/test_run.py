@@ -6,9 +6,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
-pytestmark = pytest.mark.sglang
 FLAGS = {
     "config.rollout.engine": "sglang",
     "config.rollout.sglang.device": "cpu",
@@ -26,9 +23,9 @@ FLAGS = {
 }  # fmt: skip
 
 
-def run(workdir, python, stop_after=0, **changes):
+def run(workdir, stop_after=0, **changes):
     """Records of the steps of a run that ended well; `stop_after` so many of them SIGTERM ends it, for now."""
-    flags = {**FLAGS, "config.rollout.sglang.python": str(python), **changes}
+    flags = {**FLAGS, **changes}
     command = [sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={workdir}"]
     with open(workdir.with_suffix(".log"), "a+") as log:
         process = subprocess.Popen(
@@ -53,7 +50,7 @@ def steps_of(workdir):
 
 
 def test_a_staged_run_samples_what_the_trainer_would(tmp_path, sglang_python):
-    steps = run(tmp_path / "run", sglang_python)
+    steps = run(tmp_path / "run", **{"config.rollout.sglang.python": sglang_python})
     assert [step["stage"] for step in steps] == ["perception"] * 2 + ["text"] * 2 + ["visual"] * 2
     for number, step in enumerate(steps, 1):
         # The new weights of every stage reach the server, the vision tower's among them, or leave it alone (frozen).
@@ -65,18 +62,24 @@ def test_a_staged_run_samples_what_the_trainer_would(tmp_path, sglang_python):
     assert "launch_server" in log or "Uvicorn" in log
 
 
-def test_ahead_of_the_trainer_by_one_batch(tmp_path, sglang_python):
+def test_ahead_of_the_trainer_by_one_batch(tmp_path, lent):
     """Samples come from the weights before, are corrected for it, and say so. Stopped with a batch on its way, the run
     ends at once, and goes on with that batch."""
     changes = {
+        "config.rollout.sglang.addresses": str(lent.addresses),
+        "config.checkpoint": lent.source,
+        "config.prompt.max_tokens": "128",
+        "config.prompt.max_pixels": "1024",
+        "config.prompt.token_buckets": "(128,)",
+        "config.objective.entropy_coefficient": "0.1",  # random weights earn no rewards, and are to move
         "config.order": "('perception',)",
         "config.stages.perception.steps": "5",
         "config.stages.perception.learning_rate": "1e-3",
         "config.rollout.async_steps": "1",
         "config.objective.sampler_correction": "truncate",
     }
-    before = run(tmp_path / "run", sglang_python, stop_after=2, **changes)
-    steps = run(tmp_path / "run", sglang_python, **changes)
+    before = run(tmp_path / "run", stop_after=2, **changes)
+    steps = run(tmp_path / "run", **changes)
     assert len(before) < 5 and steps[: len(before)] == before
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     # The first step of each start waits for its own samples; later ones have those of the weights before, unless a busy

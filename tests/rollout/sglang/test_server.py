@@ -19,7 +19,7 @@ from capcur_jax.rollout.sglang import wire
 from capcur_jax.rollout.sglang.engine import SGLangEngine
 from tests.rollout.sglang.conftest import changed
 
-pytestmark = [pytest.mark.sglang, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 CLOSE = 1e-3
 
@@ -31,11 +31,17 @@ def one(request, served):
     return found
 
 
-@pytest.fixture
-def pair(served):
-    found = served["qwen3_vl"]
-    found.engine.update_weights(found.parameters, found.engine.health().version + 1)
-    return found
+def wait_for(condition, seconds=120):
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+
+
+def loads(engine):
+    """How many requests each server has, as it says."""
+    infos = [engine._call(server.client.call("GET", "/v1/loads", None, 10)) for server in engine._fleet.servers]
+    return [load for info in infos for load in info["loads"]]
 
 
 def difference(served, parameters, prompts, groups, sampling):
@@ -96,9 +102,7 @@ def test_what_was_begun_before_an_update_goes_on_under_the_new_weights(pair):
     new, found = changed(pair.parameters), []
     thread = threading.Thread(target=lambda: found.extend(engine.generate(prompts, sampling, 8, 0)))
     thread.start()
-    while not engine.health().running:
-        time.sleep(0.01)
-    time.sleep(0.7)
+    wait_for(lambda: any(load["num_running_reqs"] for load in loads(engine)))  # their first tokens are there
     engine.update_weights(new, before + 1)
     thread.join()
     both = [(p, s) for p, group in zip(prompts, found, strict=True) for s in group if len(s.spans) > 1]
@@ -138,13 +142,6 @@ def test_files_that_would_crash_a_server_are_refused_before_it_reads_them(one, f
     monkeypatch.undo()
     engine.update_weights(one.parameters, version + 2)
     assert engine.health().alive == engine.health().servers
-
-
-def wait_for(condition, seconds=120):
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.1)
 
 
 def test_a_server_killed_in_mid_rollout_loses_nothing_and_comes_back_with_the_weights(pair):
@@ -212,13 +209,7 @@ def test_a_request_that_takes_too_long_is_aborted_in_the_server(pair, monkeypatc
     with pytest.raises(RolloutError, match=r"no answer within 0\.2 s"):
         engine.generate(prompts, Sampling(490), 8, 0)
 
-    def idle():
-        infos = [engine._call(server.client.call("GET", "/v1/loads", None, 10)) for server in engine._fleet.servers]
-        return not any(load["num_running_reqs"] + load["num_waiting_reqs"] for info in infos for load in info["loads"])
-
-    begun = time.monotonic()
-    wait_for(idle, 30)
-    print("idle after", time.monotonic() - begun)
+    wait_for(lambda: not any(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads(engine)), 30)
 
 
 def test_what_no_server_can_hold_is_an_error_of_the_config_and_what_it_just_holds_works(pair):
@@ -230,29 +221,18 @@ def test_what_no_server_can_hold_is_an_error_of_the_config_and_what_it_just_hold
     assert len(engine.generate([prompt], just, 2, 0)[0]) == 2
 
 
-def forget(engine):
-    """Another engine gave its servers weights."""
-    for server in engine._fleet.servers:
-        server.checksums = None
-    engine._complete_next = True
-
-
-def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(pair, settings, tmp_path):
-
-    addresses = tuple(server.client.address for server in pair.engine._fleet.servers)
-    new = changed(pair.parameters, seed=5)
-    guest = SGLangEngine(
-        pair.processor, "unused", tmp_path, dataclasses.replace(settings, python="", addresses=addresses)
-    )
+def test_an_engine_joins_servers_that_run_and_gives_them_its_weights(lent, settings, tmp_path):
+    new = changed(lent.parameters, seed=5)
+    joined = dataclasses.replace(settings, python="", addresses=lent.addresses)
+    guest = SGLangEngine(lent.processor, "unused", tmp_path, joined)
     try:
         guest.update_weights(new, 500)
-        groups = guest.generate(pair.prompts(), Sampling(8), 2, 0)
+        groups = guest.generate(lent.prompts(), Sampling(8), 2, 0)
     finally:
         guest.close()
-    assert difference(pair, new, pair.prompts(), groups, Sampling(8)) < CLOSE
+    assert difference(lent, new, lent.prompts(), groups, Sampling(8)) < CLOSE
     assert {sample.version for group in groups for sample in group} == {500}
-    assert all(server.process.ended() is None for server in pair.engine._fleet.servers)
-    forget(pair.engine)
+    assert all(server.process.ended() is None for server in lent.engine._fleet.servers)
 
 
 def test_a_ban_of_tokens_that_a_server_would_not_hear_of_is_noticed(pair):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
+import types
 import weakref
 
 import jax
@@ -18,7 +18,7 @@ from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import huggingface, weight_files
 from capcur_jax.models.lora import LoRA
-from capcur_jax.rollout.sglang import manifest
+from capcur_jax.rollout.sglang import manifest, weights
 from capcur_jax.rollout.sglang.weights import WeightStore
 from tests.devices.test_distributed import by_variables, free_port
 from tests.devices.test_distributed import run as run_processes
@@ -94,7 +94,7 @@ def test_a_version_is_the_published_checkpoint(make, checkpoint, windowed_untied
     for directory in (update.directory, update.complete):
         assert_bits(read(directory), want)
         assert manifest.verify(directory) == 1
-    assert set(update.names) == set(want) and len(update.names) == len(want)
+    assert update.checksums.keys() == want.keys() and sum(len(file.checksums) for file in update.files) == len(want)
     assert update.bytes == sum(tensor.nbytes for tensor in want.values()) == sum(file.bytes for file in update.files)
     assert update.seconds.keys() == {"gather", "write"} and all(value >= 0 for value in update.seconds.values())
 
@@ -115,7 +115,7 @@ def test_files_are_of_the_size_asked_for_and_of_one_parameter(make, model):
 def test_transformers_knows_the_names(make, checkpoint, transformers_model, model):
     update = make().write(nnx.state(model), 1)
     known = {weight_files.neutral(name) for name, _ in transformers_model(checkpoint).named_parameters()}
-    assert {weight_files.neutral(name) for name in update.names} == known
+    assert {weight_files.neutral(name) for name in update.checksums} == known
 
 
 def test_factors_are_merged_and_alone_decide_what_changed(make, checkpoint, tmp_path):
@@ -125,7 +125,7 @@ def test_factors_are_merged_and_alone_decide_what_changed(make, checkpoint, tmp_
     store.write(parameters, 1)
     moved = stepped(parameters, frozen=lambda path: not path[-1].startswith("lora_"))
     update = store.write(moved, 2)
-    assert {name.split(".")[-2] for name in update.names} == {"q_proj", "down_proj"}
+    assert {name.split(".")[-2] for name in update.checksums} == {"q_proj", "down_proj"}
     huggingface.save(tmp_path / "out", moved, adapted.config, checkpoint, np.float32, lora=lora)
     want = load_file(tmp_path / "out" / "model.safetensors")
     assert_bits(read(update.complete), want)
@@ -143,14 +143,14 @@ def test_frozen_parts_are_neither_gathered_nor_written(make, model, monkeypatch)
     monkeypatch.setattr(huggingface, "_fetch", lambda value, *rest: gathered.append(value) or fetch(value, *rest))
     parameters = stepped(parameters, is_visual)
     update = store.write(parameters, 2)
-    assert update.names and not any("visual" in name for name in update.names)
+    assert update.checksums and not any("visual" in name for name in update.checksums)
     visual = [leaf[...] for path, leaf in nnx.to_flat_state(parameters) if is_visual(path)]
     assert gathered and visual and not any(value is one for value in gathered for one in visual)
     want = published(parameters, model.config)
-    assert_bits(read(update.directory), {name: want[name] for name in update.names})
+    assert_bits(read(update.directory), {name: want[name] for name in update.checksums})
     assert_bits(read(update.complete), want)
     again = store.write(parameters, 3)
-    assert not again.names and not again.files and again.bytes == 0 and not read(again.directory)
+    assert not again.files and again.bytes == 0 and not read(again.directory)
     assert_bits(read(again.complete), want)
 
 
@@ -159,7 +159,7 @@ def test_equal_values_in_another_array_are_written(make, model):
     store, parameters = make(), nnx.state(model)
     store.write(parameters, 1)
     copied = jax.tree.map(jnp.array, parameters)
-    assert len(store.write(copied, 2).names) == len(published(parameters, model.config))
+    assert len(store.write(copied, 2).checksums) == len(published(parameters, model.config))
 
 
 def test_what_numpy_holds_is_written_every_time(make, model):
@@ -194,7 +194,7 @@ def test_complete_holds_the_newest_of_everything_through_changes_of_what_is_froz
         assert_bits(read(update.complete), published(parameters, model.config))
         assert [path.name for path in store.directory.glob("version-*")] == [f"version-{version:08d}"]
     parameters = stepped(parameters, lambda path: path[-1] != "scale")
-    assert {name.split(".")[-1] for name in store.write(parameters, 20).names} == {"weight"}
+    assert {name.split(".")[-1] for name in store.write(parameters, 20).checksums} == {"weight"}
 
 
 def test_discard_keeps_what_is_newer_and_always_the_last(make, model):
@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_leaves_the_version_before(make, model, monkeypatch
     assert manifest.verify(first.complete) == 1
     update = store.write(moved, 2)  # all that changed since version 1, the files of the failed attempt too
     assert_bits(read(update.complete), published(moved, model.config))
-    assert update.names and not any("visual" in name for name in update.names)
+    assert update.checksums and not any("visual" in name for name in update.checksums)
 
 
 def test_an_error_while_gathering_leaves_nothing_half_written(make, model, monkeypatch):
@@ -386,13 +386,21 @@ def test_the_host_holds_a_file_for_each_writer_and_one_more(make, model, monkeyp
         assert go.wait(60)
         return real(file, tensors)
 
+    class Places(threading.Semaphore):
+        def acquire(self):
+            if not super().acquire(blocking=False):
+                full.set()
+                super().acquire()
+
+    full = threading.Event()
+    monkeypatch.setattr(weights, "threading", types.SimpleNamespace(Semaphore=Places))
     monkeypatch.setattr(huggingface, "published_tensors", counted)
     monkeypatch.setattr(weight_files, "write", slow)
     done = []
     thread = threading.Thread(target=lambda: done.append(store.write(nnx.state(model), 1)))
     thread.start()
     assert started.acquire(timeout=60) and started.acquire(timeout=60)
-    time.sleep(0.3)  # long enough to gather all of them, if nothing held it back
+    assert full.wait(60)  # with a file in hand and no writer for it
     seen = set(gathered)
     go.set()
     thread.join()
@@ -421,7 +429,7 @@ first = store.write(parameters, 1)
 flat = nnx.to_flat_state(parameters)
 moved = nnx.from_flat_state([(p, x if p[0] == "visual" else x.replace(x[...] * 2)) for p, x in flat])
 second = store.write(moved, 2)
-print("MINE", len(mine), len(first.files) + len(second.files), any("visual" in name for name in second.names))
+print("MINE", len(mine), len(first.files) + len(second.files), any("visual" in name for name in second.checksums))
 assert manifest.verify(second.complete) == 2 and manifest.verify(first.directory) == 1
 if distributed.process_count() == 2:  # a disk that is full for one of them
     def full(*_):
@@ -436,7 +444,7 @@ if distributed.process_count() == 2:  # a disk that is full for one of them
         print("FAILED", error)
     assert manifest.verify(second.complete) == 2
     files.write = write
-    assert len(store.write(moved, 3).names) == len(first.names)
+    assert len(store.write(moved, 3).checksums) == len(first.checksums)
 distributed.barrier("end")
 """
 
