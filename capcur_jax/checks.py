@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from ml_collections import ConfigDict
 from capcur_jax import policy, presets
 from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data.sets import Sets
-from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives
 from capcur_jax.models.config import DTYPES
 from capcur_jax.records import jsonl
-from capcur_jax.rollout.sglang.settings import Settings
 from capcur_jax.schedule import Stage
 
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
@@ -33,7 +30,6 @@ MAY_CHANGE = (
 
 MEMORIES = ("device", "pinned_host")
 CHOICES = {
-    "rollout.engine": tuple(policy.ENGINES),
     "objective.ratio": objectives.RATIO_LEVELS,
     "objective.kl_estimator": objectives.KL_ESTIMATORS,
     "objective.aggregation": objectives.AGGREGATIONS,
@@ -72,11 +68,7 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
             missing.append(f"config.data.sets.{name}.{split}: {sets.missing(name, split)}")
         elif entry[split] and not sets.path(name, split).is_file():
             missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
-    servers = config.rollout.sglang
-    # Process 0 starts them; the other hosts need not have their environment.
-    starts = config.rollout.engine == "sglang" and not servers.addresses and distributed.is_owner()
-    if starts and not shutil.which(servers.python):
-        missing.append(f"config.rollout.sglang.python = {servers.python!r} is no executable: docs/rollouts.md")
+    missing += policy.engine_kind(config).missing(config)
     if missing:
         raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
     _check_numbers(config, stages)
@@ -103,7 +95,9 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
             raise InputError(f"config.{key} = {value!r}; choose one of {', '.join(choices)}")
     if 0 < config.objective.clip_dual <= 1:
         raise InputError(f"config.objective.clip_dual = {config.objective.clip_dual}: above 1, or 0 for none")
-    _check_rollout(config)
+    if config.rollout.async_steps not in (0, 1):
+        raise InputError(f"config.rollout.async_steps = {config.rollout.async_steps}; choose 0 (on-policy) or 1")
+    policy.engine_kind(config).check(config)
     if config.objective.sampler_cap < 1:
         raise InputError("config.objective.sampler_cap must be at least 1")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
@@ -122,32 +116,6 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
             raise InputError("config.rollout.temperature must be above 0: greedy groups are all equal")
     if max(config.prompt.token_buckets, default=0) < config.prompt.max_tokens:
         raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
-
-
-def _check_rollout(config: ConfigDict) -> None:
-    """Raises InputError for rollout settings that don't go together."""
-    rollout = config.rollout
-    if rollout.async_steps not in (0, 1):
-        raise InputError(f"config.rollout.async_steps = {rollout.async_steps}; choose 0 (on-policy) or 1")
-    if rollout.engine == "local":
-        if rollout.async_steps:
-            raise InputError(
-                "config.rollout.async_steps = 1 needs config.rollout.engine = 'sglang': the local engine reads the "
-                "trainer's own parameters, which an update overwrites"
-            )
-        return
-    settings = Settings.from_config(rollout.sglang)
-    _check_gpus(config, settings)
-    if rollout.async_steps and config.objective.sampler_correction == "none":
-        raise InputError(
-            "config.rollout.async_steps = 1 trains on samples of older weights: set "
-            "config.objective.sampler_correction to 'truncate' (or 'mask')"
-        )
-    if rollout.async_steps and settings.colocate:
-        raise InputError(
-            "config.rollout.async_steps = 1 samples while the trainer works: with config.rollout.sglang.colocate the "
-            "two take turns; choose one"
-        )
 
 
 def check_curricula(stages: Sequence[Stage], sets: Sets) -> None:
@@ -174,16 +142,3 @@ def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     if stored.exists():
         check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
     return plain
-
-
-def _check_gpus(config: ConfigDict, settings: Settings) -> None:
-    """A GPU is the trainer's or a server's, unless they take turns."""
-    if settings.device != "cuda" or settings.addresses or settings.colocate:
-        return
-    served = set(settings.gpus or range(settings.servers * settings.tensor_parallel))
-    if not config.mesh.gpus or served & set(config.mesh.gpus):
-        raise InputError(
-            f"config.mesh.gpus = {tuple(config.mesh.gpus)}: the trainer would take GPUs that servers have "
-            f"({', '.join(map(str, sorted(served)))}, config.rollout.sglang.gpus); give each its own, or set "
-            "config.rollout.sglang.colocate=True to take turns"
-        )

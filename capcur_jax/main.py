@@ -62,9 +62,11 @@ def _take_gpus(config: ConfigDict) -> None:
     """Tells JAX which of this host's GPUs the trainer takes, before JAX looks for devices."""
     import jax
 
+    from capcur_jax import policy
+
     if config.mesh.gpus:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.mesh.gpus)))
-    if config.rollout.engine == "sglang" and config.rollout.sglang.colocate:
+    if policy.engine_kind(config).shares_devices(config):
         # Memory that the trainer frees must go back to the driver, for the servers.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")

@@ -21,6 +21,8 @@ from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Engine
+from capcur_jax.rollout.sglang import settings as sglang
+from capcur_jax.rollout.sglang.settings import Settings
 
 
 class Policy(NamedTuple):
@@ -71,10 +73,38 @@ def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str
     return model, Policy(source, kinds["lora"], processor, builder, buckets, store)
 
 
+# ---------------------------------------------------------------------- engines
+
+
+class EngineKind(NamedTuple):
+    """A rollout engine that a config can name.
+
+    open: starts it.
+    check: raises InputError for settings that do not go together.
+    missing: what it needs from outside and has not, a line each.
+    in_process: it samples from the trainer's own parameters, with nothing to send.
+    shares_devices: whether the trainer and it take turns on the same devices.
+    """
+
+    open: Callable[[ConfigDict, QwenVL, Policy, Path, Mesh], Engine]
+    check: Callable[[ConfigDict], None]
+    missing: Callable[[ConfigDict], list[str]]
+    in_process: bool
+    shares_devices: Callable[[ConfigDict], bool]
+
+
+def engine_kind(config: ConfigDict) -> EngineKind:
+    """The one that `config.rollout.engine` names. Raises InputError."""
+    name = config.rollout.engine
+    if name not in ENGINES:
+        raise InputError(f"config.rollout.engine = {name!r}; choose one of {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
 def open_engine(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
     """Starts the config's engine, with the model's parameters; `update_weights` must follow. Of several processes all
     call this together. Raises InputError."""
-    return ENGINES[config.rollout.engine](config, model, policy, workdir, mesh)
+    return engine_kind(config).open(config, model, policy, workdir, mesh)
 
 
 def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
@@ -85,15 +115,25 @@ def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mes
     return LocalEngine(model, policy.processor, buckets=policy.buckets, **kinds)
 
 
+def _check_local(config: ConfigDict) -> None:
+    if config.rollout.async_steps:
+        raise InputError(
+            "config.rollout.async_steps = 1 needs config.rollout.engine = 'sglang': the local engine reads the "
+            "trainer's own parameters, which an update overwrites"
+        )
+
+
 def _sglang(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
     from capcur_jax.rollout.sglang.engine import SGLangEngine  # here: a run with the local engine needs no HTTP
-    from capcur_jax.rollout.sglang.settings import Settings
 
     settings = Settings.from_config(config.rollout.sglang)
     return SGLangEngine(policy.processor, policy.source, workdir, settings, lora=policy.lora, seed=config.seed)
 
 
-ENGINES = {"local": _local, "sglang": _sglang}  # config.rollout.engine
+ENGINES = {
+    "local": EngineKind(_local, _check_local, lambda config: [], True, lambda config: False),
+    "sglang": EngineKind(_sglang, sglang.check, sglang.missing, False, lambda config: config.rollout.sglang.colocate),
+}
 
 
 def _check_mesh(known: model_config.ModelConfig, mesh: Mesh) -> None:

@@ -143,7 +143,7 @@ class Run:
             self._closing.callback(self.engine.close)
             if self.restored is None:  # else a stage's state comes from the checkpoint, and its weights with it
                 self.engine.update_weights(self.trainer.parameters(), self.progress.version)
-        shared = config.rollout.engine != "local" and config.rollout.sglang.colocate
+        shared = policy.engine_kind(config).shares_devices(config)
         self.turns = Turns(self.trainer, self.engine, shared)
         self.display.watch(self.engine.health)
         self.heldout = Heldout(

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from capcur_jax import results, schedule
+from capcur_jax import policy, results, schedule
 from capcur_jax.checkpointing import record_sizes
 from capcur_jax.data import loader
 from capcur_jax.data.loader import Example
@@ -95,7 +95,7 @@ def train(
 
 def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tracer: Profile) -> None:
     """One stage: its own reference policy, its own optimizer state, its own order of data."""
-    config, trainer, recorder = run.config, run.trainer, run.recorder
+    config, trainer, recorder, kind = run.config, run.trainer, run.recorder, policy.engine_kind(run.config)
     with open_stage(run, stage, number, measured) as (layout, examples, collector):
         recorder.begin_stage()
         for step in range(run.progress.stage_step, stage.steps):
@@ -110,7 +110,7 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
             with timer("update"):
                 run.turns.begin_update()
                 updates = trainer.step(minis, layout.old, rates)
-                if config.rollout.engine != "local":  # what follows reads the parameters: let this phase be its own
+                if not kind.in_process:  # what follows reads the parameters: let this phase be its own
                     jax.block_until_ready(updates)
             run.progress = run.progress.after_step(layout.updates, rollout.batches if rollout else 1)
             with timer("sync"):
@@ -281,8 +281,8 @@ def warm_up(run: Run, stage: Stage, layout: Layout, sizes: Sequence[PromptSize],
         done()
         trainer.sums = learner.zeros(state.trained, trainer.frozen, gradients[0])
         for batch in passes:
-            for policy in policies:
-                learner.score.compile(policy, trainer.frozen, batch)
+            for scoring in policies:
+                learner.score.compile(scoring, trainer.frozen, batch)
             run.stop_if_asked()
             done()
         for batch in gradients:

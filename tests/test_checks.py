@@ -40,7 +40,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
     config = presets.laptop()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-        checks._check_rollout(config)
+        checks._check_numbers(config, [])
 
 
 def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
@@ -49,6 +49,6 @@ def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
         for config in (split, turns):
             with config.unlocked():
                 config.rollout.sglang.python = "python"
-            checks._check_rollout(config)
+            checks._check_numbers(config, [])
         assert not set(split.mesh.gpus) & set(split.rollout.sglang.gpus) and len(split.mesh.gpus) == 4
         assert turns.mesh.gpus == () and turns.rollout.sglang.servers == 8 and turns.rollout.sglang.colocate

@@ -66,9 +66,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_config(arguments.config, arguments.overrides)
     if not config.checkpoint:
         raise InputError("config.checkpoint is empty: name the model to measure, --config.checkpoint=DIR")
-    if config.rollout.engine == "sglang" and config.rollout.sglang.colocate:
-        raise InputError("config.rollout.sglang.colocate: nothing is trained here; set it to False")
     from capcur_jax import policy
+
+    if policy.engine_kind(config).shares_devices(config):
+        raise InputError("config.rollout.sglang.colocate: nothing is trained here; set it to False")
     from capcur_jax.curation import difficulty
     from capcur_jax.devices import sharding  # here: JAX comes with them
     from capcur_jax.rewards.reward import make_reward
