@@ -12,6 +12,7 @@ TEST = [
     "hypothesis>=6.170.17",
     "pytest>=9.1.0,<9.2",  # 9.2.0 undoes the groups of pytest-xdist 3.8.0 (pytest-xdist #1386)
     "pytest-xdist>=3.8.0",
+    "pyrefly>=1.5.0",
     "torch==2.13.0",
     "ruff>=0.17.6",
 ]  # PyTorch is the reference of the parity tests, nothing else
