@@ -74,22 +74,15 @@ def _set(source: str = "") -> dict:
     return {"source": source, "train": "", "validation": "", "test": ""}
 
 
-def laptop() -> ConfigDict:
-    """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
-    stages = {name: stage((name,), 150, 16, 1e-4) for name in CAPABILITIES}
-    stages["perception"]["steps"] = 250  # features move slower than answers
-    # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
-    stages["text"]["freeze"] = "^visual"
-    stages["merged"] = stage(CAPABILITIES, 550, 16, 1e-4, freeze="^visual")
-    for entry in stages.values():  # small batches are noisy: at a constant 1.5e-4 the KL runs away within 50 steps
-        entry.update({"learning_rate_schedule": "cosine", "warmup_steps": 10})
+def defaults() -> ConfigDict:
+    """Every key and what it does, with the paper's choices. Sizes are left to the presets: none of them fits all."""
     return ConfigDict(
         {
             "seed": 0,
-            "checkpoint": TINY_CHECKPOINT,  # a Hugging Face checkpoint directory; "": random weights, see `create`
+            "checkpoint": "",  # a Hugging Face checkpoint directory; "": random weights, see `create`
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
             "order": CAPABILITIES,  # names of `stages`
-            "stages": stages,
+            "stages": {},  # by name, each a `stage`: the preset's
             "architecture": "",  # a published size (models/published.py), for `plan` where there is no checkpoint
             # Devices along each axis, -1: all that are left. data: copies of the model, over hosts; fsdp: parameters,
             # gradients and optimizer state split; tensor: heads and feed-forward split. data x fsdp split prompts.
@@ -105,32 +98,28 @@ def laptop() -> ConfigDict:
                 "lora": {"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")},
             },
             "data": {
-                "sets": {
-                    "perception": _set("easy_vqa"),
-                    "text": _set("word_problems"),
-                    "visual": _set("easy_vqa"),
-                },
+                "sets": {name: _set() for name in CAPABILITIES},
                 "workers": 2,  # processes that decode images; 0: the trainer's own threads do
                 "image_cache_mb": 256,  # MiB of resized images that are kept
             },
             "prompt": {
                 "instruction": "suffix",  # suffix | system | none
-                "max_tokens": 96,  # a longer prompt is left out, never truncated
+                "max_tokens": 0,  # the preset's; a longer prompt is left out, never truncated
                 "min_pixels": 0,  # 0: the checkpoint's own
                 "max_pixels": 0,
-                "token_buckets": (48, 56, 84, 96),  # declared lengths of prompt rows
-                "patch_row": 64,  # patches in a row of the vision tower; no image may have more
+                "token_buckets": (),  # the preset's: declared lengths of prompt rows
+                "patch_row": 0,  # the preset's: patches in a row of the vision tower; no image may have more
                 "patch_rows": (1.0,),  # declared numbers of such rows, for each prompt of a batch
             },
             "rollout": {
                 "engine": "local",  # | sglang: servers on GPUs, docs/rollouts.md
                 "group": 5,
-                "max_new_tokens": 48,
+                "max_new_tokens": 0,  # the preset's
                 "temperature": 1.0,
                 "top_p": 1.0,
                 "top_k": 0,  # 0: all tokens
-                "slots": 80,  # responses that the local engine decodes together
-                "prefill": 16,  # prompts of a device row that it takes at once; their responses start together
+                "slots": 0,  # the preset's: responses that the local engine decodes together
+                "prefill": 1,  # prompts of a device row that it takes at once; their responses start together
                 # True: it samples from a copy of the weights that device rows do not split, in model.dtype.
                 "gathered": False,
                 # 1 (sglang): the next batch is sampled while the trainer works on this one; needs a sampler_correction.
@@ -140,9 +129,9 @@ def laptop() -> ConfigDict:
                 "dynamic_retries": 0,
             },
             "packing": {
-                "micro_prompts": 8,  # prompts of a device row whose gradient is taken at once; 0: an update's
+                "micro_prompts": 0,  # prompts of a device row whose gradient is taken at once; 0: an update's
                 "slabs": (),  # rows of a group that share a length, shortest first, such as (3, 2); (): all
-                "buckets": ((16,), (20,), (32,), (48,)),  # declared lengths, one for each slab
+                "buckets": (),  # the preset's: declared lengths, one for each slab
             },
             "reward": {
                 "accuracy_weight": 0.9,
@@ -212,17 +201,35 @@ def laptop() -> ConfigDict:
     )
 
 
+def laptop() -> ConfigDict:
+    """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
+    config = defaults()
+    config.checkpoint = TINY_CHECKPOINT
+    config.stages = {name: stage((name,), 150, 16, 1e-4) for name in CAPABILITIES}
+    config.stages.perception.steps = 250  # features move slower than answers
+    # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
+    config.stages.text.freeze = "^visual"
+    config.stages.merged = stage(CAPABILITIES, 550, 16, 1e-4, freeze="^visual")
+    for entry in config.stages.values():  # small batches are noisy: at a constant 1.5e-4 the KL runs away in 50 steps
+        entry.update({"learning_rate_schedule": "cosine", "warmup_steps": 10})
+    for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
+        config.data.sets[name].source = source
+    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
+    config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
+    config.packing.update({"micro_prompts": 8, "buckets": ((16,), (20,), (32,), (48,))})
+    return config
+
+
 def _paper(architecture: str) -> ConfigDict:
     """The paper's run (sections 3 and 4) of a published size: needs a checkpoint, the three data sets and 8 x H200."""
-    config = laptop()
-    config.checkpoint, config.architecture = "", architecture
+    config = defaults()
+    config.architecture = architecture
     for name, steps in (("perception", 90), ("text", 375), ("visual", 465)):
         config.stages[name] = stage((name,), steps, 512, 1e-6, freeze="^visual" if name == "text" else "")
     config.stages.merged = stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
     for entry in config.stages.values():
         entry.curriculum.drop_last = True
     config.model.update({"dtype": "bfloat16", "remat": "full"})
-    config.data.sets = {name: _set() for name in CAPABILITIES}
     config.data.update({"workers": 8, "image_cache_mb": 8192})
     config.prompt.update(
         {
@@ -234,7 +241,7 @@ def _paper(architecture: str) -> ConfigDict:
             "patch_rows": (0.5, 1.0),
         }
     )
-    config.rollout.update({"max_new_tokens": 2048, "slots": 192, "prefill": 1})
+    config.rollout.update({"max_new_tokens": 2048, "slots": 192})
     config.packing.update(
         {
             "micro_prompts": 1,  # 2 need 34 GiB of a device on v6e-16, 40 on 8 x H200
