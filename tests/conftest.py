@@ -1,4 +1,10 @@
-"""Shared fixtures: small random checkpoints in the Hugging Face format, every parameter perturbed."""
+"""Shared fixtures: small random checkpoints in the Hugging Face format, every parameter perturbed.
+
+Before all: the environment of every test and of the processes that tests start (tests/environment.py), and which tests
+share a worker of pytest-xdist.
+"""
+
+# ruff: noqa: E402 (the environment comes before jax and torch)
 
 from __future__ import annotations
 
@@ -7,12 +13,10 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before torch loads its OpenMP: idle threads that spin take the cores from JAX.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Before capcur_jax is imported: public functions check the shapes that they declare (axes.py).
-os.environ.setdefault("CAPCUR_CHECK_SHAPES", "1")
+from tests import environment
 
-import jax
+environment.prepare()
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -29,6 +33,8 @@ settings.register_profile("capcur_jax", derandomize=True, deadline=None, max_exa
 settings.load_profile("capcur_jax")
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"capcur_jax-hypothesis-{os.getuid()}")
 
+# Whole runs and servers first, the longest ahead: a worker that gets one last makes the other wait for it.
+LONGEST = ("rollout/sglang", "test_resume", "test_whole_way", "test_main", "test_sharding", "test_processes")
 TEXTS = [
     "What shape is in the image?",
     "The shape is a red circle. 3 x 4 = 12.",
@@ -127,6 +133,24 @@ def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 255, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the one process that starts the workers
+        environment.tidy()
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
+def pytest_collection_modifyitems(items):
+    """One group a file, so that its fixtures are made once; an item may have a group that it shares with others."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0].removesuffix(".py")))
+
+    def place(item):
+        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid.partition("::")[0]), len(LONGEST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -240,18 +264,3 @@ def transformers_inputs():
         return {name: torch.from_numpy(value) for name, value in inputs.items()}
 
     return make
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Half the time for a module whose programs run a few times only."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="session")
-def quick_jit():
-    """jax.jit for programs that run a few times: the same program, compiled in a fifth of the time, slower to run."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return functools.partial(jax.jit, compiler_options=options)

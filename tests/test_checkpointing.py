@@ -261,8 +261,7 @@ def test_records_after_the_checkpoint_are_cut(tmp_path):
 
 def start(name: str, *arguments: Any, devices: int = 1) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[1])
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    settings = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    settings = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, __file__, name, *map(str, arguments)]
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -20,7 +20,6 @@ from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
 from tests.conftest import random_image
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIGHT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

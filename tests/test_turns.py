@@ -14,8 +14,6 @@ from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout.local.engine import LocalEngine
 from capcur_jax.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def small(steps):
     config = presets.get("laptop", ("perception", "text"))

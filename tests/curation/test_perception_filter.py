@@ -326,9 +326,7 @@ def replies_alone(directory, rows, caption_chat=False, max_new_tokens=8):
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def test_local_checkpoints_answer_both_passes(
-    capsys, tmp_path, checkpoint, windowed_checkpoint, local_rows, quick_compilation
-):
+def test_local_checkpoints_answer_both_passes(capsys, tmp_path, checkpoint, windowed_checkpoint, local_rows):
     """Batches with prompts of other lengths and images beside them give what each prompt gives alone."""
     models = ["--model", str(checkpoint), "--model", str(windowed_checkpoint)]
     _, result, kept, dropped = run_filter(capsys, tmp_path, [], *models, "--batch", "2", rows=local_rows)
@@ -342,9 +340,7 @@ def test_local_checkpoints_answer_both_passes(
     assert not set(one) & set(two)
 
 
-def test_a_local_checkpoint_with_all_replies_is_not_loaded_again(
-    capsys, tmp_path, monkeypatch, checkpoint, local_rows, quick_compilation
-):
+def test_a_local_checkpoint_with_all_replies_is_not_loaded_again(capsys, tmp_path, monkeypatch, checkpoint, local_rows):
     more = ["--model", str(checkpoint), "--batch", "2", "--max-new-tokens", "2", "--caption-chat"]
     *_, first = run_filter(capsys, tmp_path, [], *more, rows=local_rows)
 
@@ -359,7 +355,7 @@ def test_a_local_checkpoint_with_all_replies_is_not_loaded_again(
     assert [(one["image_text"], one["caption_text"]) for one in said] == alone
 
 
-def test_local_drops_are_counted(checkpoint, tmp_path, quick_compilation):
+def test_local_drops_are_counted(checkpoint, tmp_path):
     rows = make_rows(tmp_path, 4)
     (tmp_path / "0.png").write_bytes(b"no image")
     whole = (tmp_path / "1.png").read_bytes()

@@ -17,7 +17,18 @@ from capcur_jax.devices.cluster import Settings
 from capcur_jax.errors import InputError
 from capcur_jax.records.metrics import CompilationCounter
 
-CLUSTERS = ("SLURM_", "JAX_", "KUBERNETES_", "JOB_COMPLETION", "TPU_", "OMPI_", "XLA_", "MEGASCALE_")
+CLUSTERS = (
+    "SLURM_",
+    "JAX_COORDINATOR",
+    "JAX_PROCESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_LOCAL",
+    "KUBERNETES_",
+    "JOB_COMPLETION",
+    "TPU_",
+    "OMPI_",
+    "MEGASCALE_",
+)
 SLURM = {
     "SLURM_JOB_ID": "7",
     "SLURM_STEP_NODELIST": "localhost",
@@ -40,7 +51,7 @@ def processes(code: str, *environments: dict[str, str]):
     preamble = "import sys, jax, numpy as np\nfrom capcur_jax.devices import cluster, distributed\n"
     preamble += "i = int(sys.argv[1])\n"
     bare = {key: value for key, value in os.environ.items() if not key.startswith(CLUSTERS)}
-    bare |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    bare |= {"JAX_NUM_CPU_DEVICES": "2"}
     started = [
         subprocess.Popen(
             [sys.executable, "-u", "-c", preamble + textwrap.dedent(code), str(i)],

@@ -27,14 +27,6 @@ MASK = np.arange(T)[None] < np.array(LENGTHS)[:, None]
 EVENLY = np.full(6, 1 / sum(LENGTHS))  # weights of the rows in a mean over tokens
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _quick_compilation():
-    """Half the time: programs run a few times only. Of the package, as what is compiled in it is."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="package")
 def config():
     config = presets.laptop()
@@ -143,7 +135,7 @@ def update(learner: Learner, parts, state: TrainState, *batches: UpdateBatch, ra
 
 
 @pytest.fixture(scope="package")
-def full_sequences(parts, prompts, tokens, processor, quick_jit):
+def full_sequences(parts, prompts, tokens, processor):
     """parameters, temperature, weights [R, T] of log-probs (and of entropies) -> log-probs and entropies [R, T], and
     the gradient of their weighted sum.
 
@@ -166,7 +158,7 @@ def full_sequences(parts, prompts, tokens, processor, quick_jit):
         place[r, :length] = np.searchsorted(allowed, response)
     sequences = Buckets((80,), 96, (1.0,)).collate(rows, processor.config, processor.pad_token)
 
-    @quick_jit
+    @jax.jit
     def run(parameters, temperature, weights, of_entropy):
         def weighted(parameters):
             model = nnx.merge(parts[0], parameters)

@@ -303,7 +303,7 @@ for other in found[1:]:
 
 def test_every_layout_gives_the_same_bits():
     """8 devices, two meshes against one device, in bfloat16 throughout: rounding does not depend on shards."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run([sys.executable, "-c", LAYOUTS], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

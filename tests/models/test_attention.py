@@ -57,11 +57,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_equal_the_reference_in_values_and_gradients(case, quick_jit):
+def test_kernels_equal_the_reference_in_values_and_gradients(case):
     setting, kernel = CASES[case]
     ours, theirs, arrays = setting(kernel)
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def both(function, arrays):
         out, pull = jax.vjp(function, *arrays)
         return out, pull(normal(*out.shape, seed=5))
@@ -112,7 +112,7 @@ def test_what_xla_does_as_well_or_exactly_stays_with_xla():
     assert "tpu_custom_call" not in lowered("tpu", step, tokens=1)
 
 
-def test_choosing_by_platform_is_the_reference_itself_on_a_cpu(quick_jit):
+def test_choosing_by_platform_is_the_reference_itself_on_a_cpu():
     """Under a scan with rematerialisation, differentiated: the same bits."""
     arrays = heads(2, 128, dtype=jnp.bfloat16)
 
@@ -121,7 +121,7 @@ def test_choosing_by_platform_is_the_reference_itself_on_a_cpu(quick_jit):
         return jax.lax.scan(body, q, length=2)[0].astype(jnp.float32).var()
 
     ours = functools.partial(attend, mesh=sharding.single())
-    ours, theirs = (quick_jit(jax.grad(functools.partial(loss, function=f)))(*arrays) for f in (ours, reference))
+    ours, theirs = (jax.jit(jax.grad(functools.partial(loss, function=f)))(*arrays) for f in (ours, reference))
     np.testing.assert_array_equal(ours, theirs)
 
 

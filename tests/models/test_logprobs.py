@@ -81,20 +81,20 @@ def transposed(results):
 
 
 @pytest.fixture(scope="module")
-def expected(quick_jit):
+def expected():
     *arguments, weights = draw()
-    return quick_jit(graded(plain, weights))(*arguments)
+    return jax.jit(graded(plain, weights))(*arguments)
 
 
 @pytest.mark.parametrize("block", [BLOCK, VOCABULARY])
 @pytest.mark.parametrize("vocabulary_axis", [0, 1])
-def test_values_and_gradients_equal_a_plain_softmax(expected, quick_jit, vocabulary_axis, block):
+def test_values_and_gradients_equal_a_plain_softmax(expected, vocabulary_axis, block):
     h, kernel, tokens, weights = draw()
 
     def ours(*arguments):
         return blockwise(*arguments, vocabulary_axis=vocabulary_axis, block=block)
 
-    run = quick_jit(graded(ours, weights))
+    run = jax.jit(graded(ours, weights))
     if vocabulary_axis:
         check(run(h, kernel, tokens), expected)
     else:
@@ -102,7 +102,7 @@ def test_values_and_gradients_equal_a_plain_softmax(expected, quick_jit, vocabul
 
 
 @pytest.mark.parametrize("alone", [0, 1])
-def test_each_result_has_its_own_gradient(quick_jit, alone):
+def test_each_result_has_its_own_gradient(alone):
     """Without bans, at temperature 1: the defaults."""
     h, kernel, tokens, weights = draw()
     weights[1 - alone] = 0
@@ -110,39 +110,39 @@ def test_each_result_has_its_own_gradient(quick_jit, alone):
     def ours(*arguments):
         return token_logprobs(*arguments, block=BLOCK)[:2]
 
-    expected = quick_jit(graded(lambda *arguments: plain(*arguments, 1.0, ()), weights))(h, kernel, tokens)
-    check(quick_jit(graded(ours, weights))(h, kernel, tokens), expected)
+    expected = jax.jit(graded(lambda *arguments: plain(*arguments, 1.0, ()), weights))(h, kernel, tokens)
+    check(jax.jit(graded(ours, weights))(h, kernel, tokens), expected)
 
 
-def test_bfloat16_factors_give_float32_results(quick_jit):
+def test_bfloat16_factors_give_float32_results():
     """As float32 does with the same numbers; gradients are rounded to bfloat16, as their arguments are."""
     h, kernel, tokens, weights = draw(jnp.bfloat16)
-    got = quick_jit(graded(blockwise, weights))(h, kernel, tokens)
+    got = jax.jit(graded(blockwise, weights))(h, kernel, tokens)
     assert [x.dtype for x in jax.tree.leaves(got)] == [jnp.float32] * 2 + [jnp.bfloat16] * 2
-    check(got, quick_jit(graded(plain, weights))(h, kernel, tokens), gradient=1e-2)
+    check(got, jax.jit(graded(plain, weights))(h, kernel, tokens), gradient=1e-2)
 
     # Float32 parameters under bfloat16 arithmetic keep a float32 gradient.
-    mixed = quick_jit(graded(blockwise, weights))(h, kernel.astype(jnp.float32), tokens)
+    mixed = jax.jit(graded(blockwise, weights))(h, kernel.astype(jnp.float32), tokens)
     assert mixed[1][1].dtype == jnp.float32
     check(mixed, got, gradient=1e-2)
 
 
-def test_large_logits_lose_nothing(quick_jit):
+def test_large_logits_lose_nothing():
     """An offset of all logits changes nothing; in float32 it would cancel a careless entropy away."""
     h, kernel, tokens, _ = draw()
     h = jnp.concatenate([h, jnp.ones((ROWS, LENGTH, 1))], axis=-1)
-    run, expected = quick_jit(blockwise), quick_jit(plain)(h[..., :-1], kernel, tokens)
+    run, expected = jax.jit(blockwise), jax.jit(plain)(h[..., :-1], kernel, tokens)
     for offset in (-300.0, 300.0):
         moved = jnp.concatenate([kernel, jnp.full((1, VOCABULARY), offset)])
         for got, want in zip(run(h, moved, tokens), expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-4)
 
 
-def test_every_token_has_its_probability_and_banned_ones_have_none(quick_jit):
+def test_every_token_has_its_probability_and_banned_ones_have_none():
     h, kernel, _, _ = draw()
     each = jnp.broadcast_to(jnp.arange(VOCABULARY), (ROWS, LENGTH, VOCABULARY))
     h = jnp.broadcast_to(h[:, :, None], (*each.shape, WIDTH))
-    got = quick_jit(lambda *x: token_logprobs(*x, banned=BANNED, block=BLOCK))(h, kernel, each)
+    got = jax.jit(lambda *x: token_logprobs(*x, banned=BANNED, block=BLOCK))(h, kernel, each)
     assert np.isneginf(got.logprobs[..., list(BANNED)]).all()
     np.testing.assert_allclose(np.exp(got.logprobs).sum(-1), 1, atol=1e-5)
     # The likeliest token is the one that greedy decoding takes; three rows have one, the last has equal logits.
@@ -154,7 +154,7 @@ def test_every_token_has_its_probability_and_banned_ones_have_none(quick_jit):
     assert ban(h, ()) is h
 
 
-def test_a_banned_token_is_a_constant_to_the_gradient(quick_jit):
+def test_a_banned_token_is_a_constant_to_the_gradient():
     """Padding may be a banned token: whatever is made of its -inf, nothing of it reaches the parameters."""
     h, kernel, tokens, weights = draw()
     padded = tokens.at[:, -1].set(BANNED[0])
@@ -164,10 +164,10 @@ def test_a_banned_token_is_a_constant_to_the_gradient(quick_jit):
         return jnp.exp(logprobs - jax.lax.stop_gradient(logprobs)), entropy  # NaN at padding
 
     weights[1] = 0
-    (_, _), gradients = quick_jit(graded(ours, weights))(h, kernel, padded)
+    (_, _), gradients = jax.jit(graded(ours, weights))(h, kernel, padded)
     assert not np.asarray(gradients[0])[:, -1].any()
     weights[0, :, -1] = 0
-    check(((), gradients), ((), quick_jit(graded(plain, weights))(h, kernel, tokens)[1]))
+    check(((), gradients), ((), jax.jit(graded(plain, weights))(h, kernel, tokens)[1]))
 
 
 def test_blocks_fit_the_vocabulary():
@@ -241,8 +241,7 @@ def on_eight_devices():
 
 
 def test_a_split_vocabulary_gives_the_same_without_being_gathered():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-m", "tests.models.test_logprobs"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("shards agree\n"), done.stderr

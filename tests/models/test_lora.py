@@ -27,7 +27,6 @@ from capcur_jax.models.lora import LoRA, LoRALinear
 from capcur_jax.models.qwen_vl import QwenVL
 from tests.decoding import decode_steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = LoRA(rank=3, alpha=5.0)
 TOKENS = 64
 
@@ -72,13 +71,13 @@ def scene(request, make_image):
 
 
 @pytest.fixture(scope="module")
-def logits(quick_jit, scene):
+def logits(scene):
     """`logits(model)`: [B, T, V] of the scene's batch."""
 
     def run(model: QwenVL) -> np.ndarray:
         graph, state = nnx.split(model)
         return np.asarray(
-            quick_jit(lambda p: nnx.merge(graph, p).logits(nnx.merge(graph, p).prefill(scene.batch)[0]))(state)
+            jax.jit(lambda p: nnx.merge(graph, p).logits(nnx.merge(graph, p).prefill(scene.batch)[0]))(state)
         )
 
     return run
@@ -186,9 +185,7 @@ def test_a_new_model_has_factors_too(scene):
     assert not state["text.layers.q.lora_b"].any() and state["text.layers.q.lora_a"].std() > 0
 
 
-def test_gradients_of_the_factors_follow_from_pytorch_s_of_the_merged_weights(
-    scene, merged, transformers_inputs, quick_jit
-):
+def test_gradients_of_the_factors_follow_from_pytorch_s_of_the_merged_weights(scene, merged, transformers_inputs):
     """transformers differentiates by W + A B x scale, which the chain rule takes to A and B. Under remat, too."""
     theirs = AutoModelForImageTextToText.from_pretrained(str(merged), dtype=torch.float32, attn_implementation="eager")
     inputs = transformers_inputs(scene.prompts, scene.processor)
@@ -206,7 +203,7 @@ def test_gradients_of_the_factors_follow_from_pytorch_s_of_the_merged_weights(
         model = nnx.merge(graph, parameters)
         return (model.logits(model.prefill(scene.batch)[0]) * weights).sum()
 
-    ours, values = by_path(quick_jit(jax.grad(loss))(state)), by_path(state)
+    ours, values = by_path(jax.jit(jax.grad(loss))(state)), by_path(state)
     for target in lora.TARGETS:
         root = f"text.layers.{target}"
         a, b = values[f"{root}.lora_a"], values[f"{root}.lora_b"]
@@ -218,7 +215,7 @@ def test_gradients_of_the_factors_follow_from_pytorch_s_of_the_merged_weights(
                 assert error < 1e-4, (target, layer, side)
 
 
-def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
+def test_a_response_and_decoding_equal_full_sequences(scene, logits):
     """The learner's pass and decoding with factors that are not 0, against one causal pass over prompt and response."""
     graph, state = nnx.split(scene.adapted)
     tokens = np.random.default_rng(3).integers(10, 300, (2, 5)).astype(np.int32)
@@ -235,12 +232,12 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits, quick_jit):
         )
     whole = Buckets((TOKENS,), 64, (1.0,)).collate(rows, scene.processor.config, scene.processor.pad_token)
     model_of = lambda p: nnx.merge(graph, p)  # noqa: E731
-    full = np.asarray(quick_jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
-    _, prompt = quick_jit(lambda p: model_of(p).prefill(scene.batch))(state)
+    full = np.asarray(jax.jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
+    _, prompt = jax.jit(lambda p: model_of(p).prefill(scene.batch))(state)
     predicting = np.asarray(
-        quick_jit(lambda p: model_of(p).logits(model_of(p).predicting([tokens], scene.batch)[0]))(state)
+        jax.jit(lambda p: model_of(p).logits(model_of(p).predicting([tokens], scene.batch)[0]))(state)
     )
-    step = quick_jit(lambda p, *given: model_of(p).decode(*given))
+    step = jax.jit(lambda p, *given: model_of(p).decode(*given))
     cache = scene.adapted.empty_cache(2, prompt.keys.shape[2] + 5)
     around = cache, prompt, tokens, scene.batch.lengths, scene.batch.next_position
     decoded = scene.adapted.logits(decode_steps(functools.partial(step, state), *around))
@@ -362,7 +359,7 @@ for name, tensor in saved[0].items():
 
 
 def test_any_mesh_starts_and_saves_the_same(checkpoint, tmp_path):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", SHARDED, str(checkpoint), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

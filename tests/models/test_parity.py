@@ -40,7 +40,7 @@ def next_token_loss(logits, batch):
 
 
 @pytest.fixture(scope="module", params=["tied", "untied", "nine", "windowed", "windowed untied", "windowed nine"])
-def pair(request, transformers_model, quick_jit):
+def pair(request, transformers_model):
     name = "checkpoint" if request.param == "tied" else request.param.replace(" ", "_") + "_checkpoint"
     directory = request.getfixturevalue(name)
     ours = huggingface.load(directory)
@@ -51,7 +51,7 @@ def pair(request, transformers_model, quick_jit):
         logits = model.logits(model.prefill(batch)[0])
         return next_token_loss(logits, batch), logits
 
-    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     return Pair(ours, transformers_model(directory), Processor.from_directory(directory), step)
 
 

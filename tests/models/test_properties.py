@@ -79,7 +79,7 @@ def parameters(model):
 
 
 @pytest.fixture(scope="module")
-def forward(model, quick_jit):
+def forward(model):
     """Logits [B, T, V] of every prompt token."""
     graph = nnx.graphdef(model)
 
@@ -87,7 +87,7 @@ def forward(model, quick_jit):
         model: QwenVL = nnx.merge(graph, parameters)
         return model.logits(model.prefill(batch)[0])
 
-    return quick_jit(logits)
+    return jax.jit(logits)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def worst_tensor(ours: nnx.State, reference: nnx.State) -> tuple[float, Any]:
 # --- causality and isolation ------------------------------------------------------------------------------------------
 
 
-def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, headed_model, quick_jit):
+def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, headed_model):
     """Derivatives of the logits at one token by the embedding of every token and by every patch, padding included."""
     graph, parameters = nnx.split(headed_model)  # its head is no embedding: one row a position, whatever the token
     rows, length = batch.tokens.shape
@@ -144,7 +144,7 @@ def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, h
         h, _ = model.prefill(dataclasses.replace(each, vision=vision))
         return model.logits(h)[row, at] @ mix
 
-    derivative = quick_jit(jax.grad(logit, argnums=(0, 1)))
+    derivative = jax.jit(jax.grad(logit, argnums=(0, 1)))
     table = np.asarray(headed_model.text.embed.embedding[...])[batch.tokens.reshape(-1)]
     prompts = scene.prepare()
     first, second = spans(scene, prompts[0])
@@ -164,7 +164,7 @@ def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, h
         assert np.array_equal(np.abs(by_patch).sum(-1) > 0, seen), (row, at)
 
 
-def test_images_do_not_see_each_other_in_the_vision_tower(batch, model, quick_jit):
+def test_images_do_not_see_each_other_in_the_vision_tower(batch, model):
     graph, parameters = nnx.split(model.visual)
 
     def total(patches, weight_F):
@@ -172,7 +172,7 @@ def test_images_do_not_see_each_other_in_the_vision_tower(batch, model, quick_ji
         total = (features @ jnp.arange(1.0, 1 + features.shape[-1])) @ weight_F
         return total if deep is None else total + deep.sum((0, 2)) @ weight_F
 
-    derivative = quick_jit(jax.grad(total))
+    derivative = jax.jit(jax.grad(total))
     segments = batch.vision.segments
     of_feature = segments.reshape(-1, 4)[:, 0] + 100 * np.repeat(np.arange(len(segments)), segments.shape[1] // 4)
     of_patch = segments + 100 * np.arange(len(segments))[:, None]
@@ -183,7 +183,7 @@ def test_images_do_not_see_each_other_in_the_vision_tower(batch, model, quick_ji
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 @pytest.mark.parametrize("blocks", ["windows", "whole images"])
-def test_windowed_blocks_see_their_window_and_full_blocks_their_image(batch, model, quick_jit, blocks):
+def test_windowed_blocks_see_their_window_and_full_blocks_their_image(batch, model, blocks):
     """The tower with blocks of one kind; windows are cut into blocks of patches, or masked where a row is short."""
     config = dataclasses.replace(
         model.config.vision, full_blocks=() if blocks == "windows" else tuple(range(model.config.vision.depth))
@@ -196,7 +196,7 @@ def test_windowed_blocks_see_their_window_and_full_blocks_their_image(batch, mod
         features, _ = nnx.merge(graph, parameters)(dataclasses.replace(vision, patches=patches))
         return (features @ jnp.arange(1.0, 1 + features.shape[-1])) @ weight_F
 
-    derivative = quick_jit(jax.grad(total))
+    derivative = jax.jit(jax.grad(total))
     # In a row of all patches that is short against a window, the mask of the whole row is used.
     short = jax.tree.map(lambda x: x[:, : 3 * config.window_patches], batch.vision)
     assert short.patches.shape[1] < batch.vision.patches.shape[1]
@@ -276,7 +276,7 @@ def logprobs_of(model: QwenVL, h: jax.Array, tokens, banned) -> jax.Array:
 
 
 @pytest.fixture(scope="module")
-def grouped(scene, batch, responses, parameters, quick_jit):
+def grouped(scene, batch, responses, parameters):
     """`grouped(graph)`: the weighted sum of the responses' log-probs, [R, T] of them, and the gradient, each prompt
     computed once."""
     tokens, _, weights = responses
@@ -288,7 +288,7 @@ def grouped(scene, batch, responses, parameters, quick_jit):
             logprobs = logprobs_of(model, model.predicting([tokens], batch)[0], tokens, banned)
             return (logprobs * weights).sum(), logprobs
 
-        step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         return step(parameters, batch)
 
     return run
@@ -325,7 +325,7 @@ def own_slots(batch: PromptBatch) -> np.ndarray:
 
 
 def test_a_prompt_computed_once_equals_full_sequences(
-    scene, batch, responses, parameters, model, whole, once, quick_jit, record_property
+    scene, batch, responses, parameters, model, whole, once, record_property
 ):
     tokens, lengths, weights = responses
     graph = nnx.graphdef(model)
@@ -337,7 +337,7 @@ def test_a_prompt_computed_once_equals_full_sequences(
         logprobs = logprobs_of(model, h, tokens, scene.processor.banned_tokens)
         return (logprobs * weights).sum(), logprobs
 
-    (_, expected), reference = quick_jit(jax.value_and_grad(loss, has_aux=True))(parameters, whole)
+    (_, expected), reference = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters, whole)
     (_, logprobs), gradient = once
     mask = np.arange(RESPONSES) < lengths[:, None]
     difference = np.abs(np.asarray(logprobs) - np.asarray(expected))[mask].max()
@@ -349,13 +349,13 @@ def test_a_prompt_computed_once_equals_full_sequences(
 
 
 def test_decoding_token_by_token_equals_full_sequences(
-    scene, batch, responses, parameters, model, forward, whole, once, quick_jit
+    scene, batch, responses, parameters, model, forward, whole, once
 ):
     tokens, lengths, _ = responses
     graph = nnx.graphdef(model)
-    _, prompt = quick_jit(lambda parameters: nnx.merge(graph, parameters).prefill(batch))(parameters)
+    _, prompt = jax.jit(lambda parameters: nnx.merge(graph, parameters).prefill(batch))(parameters)
 
-    decode = functools.partial(quick_jit(lambda p, *given: nnx.merge(graph, p).decode(*given)), parameters)
+    decode = functools.partial(jax.jit(lambda p, *given: nnx.merge(graph, p).decode(*given)), parameters)
 
     def decoded(next_position) -> np.ndarray:
         cache = model.empty_cache(len(tokens), prompt.keys.shape[2] + RESPONSES)
@@ -414,7 +414,7 @@ def test_an_unknown_remat_names_the_key():
 
 
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(
-    checkpoint, scene, batch, parameters, forward, transformers_model, transformers_inputs, quick_jit, record_property
+    checkpoint, scene, batch, parameters, forward, transformers_model, transformers_inputs, record_property
 ):
     """Root mean square over all logits of what bfloat16 costs, on both sides against float32."""
     prompts = scene.prepare()
@@ -432,7 +432,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
         half = huggingface.load(checkpoint, dtype=jnp.bfloat16, param_dtype=param_dtype)
         graph, state = nnx.split(half)
         assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(param_dtype)}
-        logits = quick_jit(lambda p, b, g=graph: nnx.merge(g, p).logits(nnx.merge(g, p).prefill(b)[0]))(state, batch)
+        logits = jax.jit(lambda p, b, g=graph: nnx.merge(g, p).logits(nnx.merge(g, p).prefill(b)[0]))(state, batch)
         assert logits.dtype == jnp.float32
         ours = cost(np.asarray(logits)[mask])
         record_property(f"ours, {param_dtype.__name__} parameters,", f"{ours:.4f}")
@@ -489,14 +489,14 @@ def test_deepstack_features_matter(scene, batch, parameters, forward):
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
-def test_deepstack_features_are_added_after_their_layers_only(batch, model, quick_jit):
+def test_deepstack_features_are_added_after_their_layers_only(batch, model):
     """Three layers, n features: feature i first shows in the keys of layer i + 1, and none follows feature n - 1."""
     graph, parameters = nnx.split(model)
     random = np.random.default_rng(2)
     h = random.standard_normal((*batch.tokens.shape, model.config.text.width)).astype(np.float32)
     count = batch.visual_index.max() + 1
 
-    @quick_jit
+    @jax.jit
     def keys_and_output(deep):
         model: QwenVL = nnx.merge(graph, parameters)
         angles = text_angles(np.moveaxis(batch.positions, 1, 0), model.config.text)

@@ -10,7 +10,6 @@ from tests.rollout.contract import Contract
 from tests.rollout.sglang.conftest import Served
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestLocalEngine(Contract):
     @pytest.fixture(scope="class", params=["checkpoint", "windowed_untied_checkpoint"])
     def scene(self, request):

@@ -20,7 +20,6 @@ from capcur_jax.rollout.local import slots as slots_lib
 from capcur_jax.rollout.local.engine import LocalEngine
 from tests.conftest import random_image
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROWS, G, T = 12, 3, 10
 BUCKETS = Buckets((40, 64), patch_row=96, patch_rows=(1.0,))
 WARM, COOL, GREEDY = Sampling(T), Sampling(T, temperature=0.7), Sampling(T, temperature=0.0)

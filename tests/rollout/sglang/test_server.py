@@ -19,7 +19,6 @@ from capcur_jax.rollout.sglang import wire
 from capcur_jax.rollout.sglang.engine import SGLangEngine
 from tests.rollout.sglang.conftest import changed
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 CLOSE = 1e-3
 
