@@ -154,6 +154,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """Settings that name a few problems of each capability, for whole runs."""
+    from tests import tiny  # here: it imports this module
+
+    return tiny.write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Tied embeddings, two DeepStack layers."""
     return random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tied")

@@ -24,31 +24,10 @@ from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models import huggingface
 from capcur_jax.records.jsonl import read_jsonl
 from capcur_jax.train import train
+from tests import tiny
 from tests.conftest import random_image
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    "prompt.max_tokens": 128,
-    "prompt.max_pixels": 1024,
-    "prompt.token_buckets": (128,),
-    "prompt.patch_row": 64,
-    "rollout.max_new_tokens": 8,
-    "packing.buckets": ((8,),),
-    "rollout.group": 3,
-    "rollout.slots": 12,
-    "evaluation.questions": 12,
-    "export.dtype": "bfloat16",
-    "log.rollouts_every": 1,
-}
-
-
-def small_config(checkpoint: Path, order=("perception", "merged"), **changes) -> ConfigDict:
-    config = presets.get("laptop", order=order)
-    config.update_from_flattened_dict({"checkpoint": str(checkpoint), **SMALL})
-    for stage in config.stages.values():
-        stage.update({"steps": 2, "prompts": 4})
-    config.update_from_flattened_dict(changes)
-    return config
 
 
 class ReadKeys:
@@ -94,10 +73,10 @@ class ReadKeys:
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, tmp_path_factory):
+def finished(checkpoint, sets, tmp_path_factory):
     """One run of two stages, its summary, and the config keys that nothing read."""
     workdir = tmp_path_factory.mktemp("run")
-    config = small_config(checkpoint)
+    config = tiny.config(checkpoint, sets)
     keys = ReadKeys(config)
     with pytest.MonkeyPatch.context() as monkeypatch, keys.recording(monkeypatch):
         summary = train(config, workdir, quiet=True)
@@ -160,9 +139,11 @@ def test_rollouts_are_logged_with_rewards_and_images(finished):
 def test_every_config_key_is_read(finished, own):
     # Stages that `order` leaves out are not read, nor is what stands in for a checkpoint where there is one.
     # The servers' section is read as one where there are servers (rollout.sglang.settings.Settings has its keys).
+    # Sets that have files are not built; validated is `own`'s one (tests/data/test_sets.py reads all keys of a set).
+    files = tuple(f"config.data.sets.{name}.{key}" for name in presets.CAPABILITIES for key in ("source", "validation"))
     allowed = ("config.stages.text", "config.stages.visual", "config.create", "config.rollout.sglang")
     unread = set(finished[2]) & set(own[2])  # LoRA's keys are read where it has a rank
-    assert [key for key in sorted(unread) if not key.startswith(allowed)] == []
+    assert [key for key in sorted(unread) if not key.startswith((*allowed, *files))] == []
 
 
 def test_presets_share_their_keys():
@@ -190,9 +171,9 @@ def test_checkpoints_load_in_transformers_and_differ_from_the_base(finished, che
     assert (workdir / "checkpoints" / "1-perception" / "model.safetensors").is_file()
 
 
-def test_the_same_seed_gives_the_same_run(finished, checkpoint, tmp_path):
+def test_the_same_seed_gives_the_same_run(finished, checkpoint, sets, tmp_path):
     workdir, summary, _ = finished
-    again = train(small_config(checkpoint), tmp_path, quiet=True)
+    again = train(tiny.config(checkpoint, sets), tmp_path, quiet=True)
     assert again["accuracy"] == summary["accuracy"]
     losses = [[r["loss"] for r in read_jsonl(d / "metrics.jsonl") if r["type"] == "step"] for d in (workdir, tmp_path)]
     assert losses[0] == losses[1]
@@ -230,7 +211,7 @@ def own(checkpoint, tmp_path_factory):
         "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.micro_prompts": 1, "packing.slabs": (2, 1),
         "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 2,
     }  # fmt: skip
-    config = small_config(checkpoint, order=("merged", "perception"), **changes)
+    config = tiny.config(checkpoint, {}, order=("merged", "perception"), **changes)
     config.stages.merged.update({"objective": "sft", "data": ("perception",), "freeze": ""})
     keys = ReadKeys(config)
     with pytest.MonkeyPatch.context() as monkeypatch, keys.recording(monkeypatch):
@@ -344,14 +325,13 @@ def test_servers_that_are_gone_are_one_clear_message_too(monkeypatch, tmp_path):
     )
 
 
-def test_a_finished_run_says_so_and_is_left_alone(finished, checkpoint):
+def test_a_finished_run_says_so_and_is_left_alone(finished, checkpoint, sets):
     workdir, summary, _ = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    settings = {**SMALL, "checkpoint": checkpoint, "order": ("perception", "merged")}
+    settings = {**tiny.SETTINGS, **sets, "checkpoint": checkpoint, "order": ("perception", "merged")}
     for stage in presets.laptop().stages:
         settings |= {f"stages.{stage}.steps": 2, f"stages.{stage}.prompts": 4}
-    same = [f"--config.{key}={value}" for key, value in settings.items()]
-    done = run_main("--config=configs/staged.py", f"--workdir={workdir}", *same)
+    done = run_main("--config=configs/staged.py", f"--workdir={workdir}", *tiny.arguments(settings))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "holds a finished run: 4 steps" in done.stdout and summary["checkpoint"] in done.stdout
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
@@ -366,18 +346,18 @@ def unfinished(finished, tmp_path):
     return tmp_path / "run"
 
 
-def test_another_config_is_refused_with_the_difference(checkpoint, unfinished):
+def test_another_config_is_refused_with_the_difference(checkpoint, sets, unfinished):
     before = (unfinished / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match="started with another config") as caught:
-        train(small_config(checkpoint, seed=7, **{"log.rollouts_every": 2}), unfinished, quiet=True)
+        train(tiny.config(checkpoint, sets, seed=7, **{"log.rollouts_every": 2}), unfinished, quiet=True)
     lines = [line for line in str(caught.value).splitlines() if "->" in line and "stored" not in line]
     assert len(lines) == 1 and "seed" in lines[0] and "0" in lines[0] and "7" in lines[0]  # `log` may change
     assert (unfinished / "metrics.jsonl").read_bytes() == before
 
 
-def test_running_again_does_what_is_left(finished, checkpoint, unfinished):
+def test_running_again_does_what_is_left(finished, checkpoint, sets, unfinished):
     _, summary, _ = finished
-    again = train(small_config(checkpoint), unfinished, quiet=True)
+    again = train(tiny.config(checkpoint, sets), unfinished, quiet=True)
     assert again["status"] == "finished" and again["steps"] == summary["steps"]
     assert again["accuracy"] == summary["accuracy"] and again["seconds"] > 0
     assert Path(again["checkpoint"]) == unfinished / "checkpoints" / "final"
@@ -389,12 +369,11 @@ def test_running_again_does_what_is_left(finished, checkpoint, unfinished):
         assert now == then
 
 
-def test_ctrl_c_leaves_a_loadable_checkpoint_and_a_summary(checkpoint, tmp_path):
-    settings = [f"--config.{key}={value}" for key, value in SMALL.items()]
+def test_ctrl_c_leaves_a_loadable_checkpoint_and_a_summary(checkpoint, sets, tmp_path):
     command = [
         sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={tmp_path / 'run'}",
         f"--config.checkpoint={checkpoint}", "--config.stages.perception.steps=2000",
-        "--config.stages.perception.prompts=4", *settings,
+        "--config.stages.perception.prompts=4", *tiny.arguments({**tiny.SETTINGS, **sets}),
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:

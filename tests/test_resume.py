@@ -16,11 +16,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from capcur_jax.records.jsonl import read_jsonl
-from tests.test_main import ROOT, SMALL
+from tests import tiny
+from tests.test_main import ROOT
 
 STAGES = {"perception": 12, "text": 10}
 SETTINGS = {
-    **SMALL,
+    **tiny.SETTINGS,
     **{f"stages.{name}.steps": steps for name, steps in STAGES.items()},
     **{f"stages.{name}.prompts": 4 for name in STAGES},
     "order": tuple(STAGES),
@@ -35,25 +36,17 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def command(checkpoint, tmp_path_factory):
-    """command(workdir, *arguments): a run in a process of its own; executables are shared by a cache on the disk."""
-    cache = tmp_path_factory.mktemp("cache")
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
+def command(checkpoint, sets):
+    """command(workdir, *arguments): a run in a process of its own."""
+    settings = {**SETTINGS, **sets, "checkpoint": str(checkpoint)}
 
     def start(workdir: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
-        flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-        settings = {**SETTINGS, "checkpoint": str(checkpoint)}
         return subprocess.Popen(
             [
                 sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={workdir}",
-                *(f"--config.{key}={value}" for key, value in settings.items()), *arguments,
+                *tiny.arguments(settings), *arguments,
             ],
-            cwd=ROOT, env={**environment, "XLA_FLAGS": flags}, text=True,
+            cwd=ROOT, env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
