@@ -26,7 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["capcur_jax", "capcur_jax.*"]),
-    package_data={"capcur_jax": ["assets/*/*"]},
+    package_data={"capcur_jax": ["assets/*/*", "report/templates/*"]},
     install_requires=[
         "absl-py>=2.5.1",
         "cachetools>=8.0.2",

@@ -11,7 +11,7 @@ from capcur_jax import train as loop
 from capcur_jax.checkpoint_store import Store
 from capcur_jax.checkpointing import Checkpoints
 from capcur_jax.records.jsonl import read_jsonl
-from tests.test_main import small_config
+from tests import tiny
 
 STEPS = 3
 NORM = "model.language_model.norm.weight"
@@ -23,9 +23,10 @@ def equal_validations(problem, response) -> float:
 
 
 @pytest.fixture
-def config(checkpoint):
-    return small_config(
+def config(checkpoint, sets):
+    return tiny.config(
         checkpoint,
+        sets,
         ("text",),
         **{
             "stages.text.steps": STEPS, "validation.every": 1, "validation.questions": 2, "evaluation.questions": 2,

@@ -1,4 +1,8 @@
-"""Questions to models behind OpenAI-compatible servers (SGLang, vLLM, hosted ones): many at once, and patiently."""
+"""Questions to models behind OpenAI-compatible servers (SGLang, vLLM, hosted ones): many at once, and patiently.
+
+Not by the package openai: its retries stay at one address, it bounds no answer's size, it takes keys and addresses from
+the environment unasked. What would be left for it is one POST.
+"""
 
 from __future__ import annotations
 

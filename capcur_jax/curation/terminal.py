@@ -9,15 +9,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from rich import box
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
-from rich.text import Text
 
 from capcur_jax.errors import InputError
-from capcur_jax.report.page import visible
+from capcur_jax.records.tables import titled
 
 _Item = TypeVar("_Item")
 LINE_S = 15.0  # between lines about a long job, where there is no terminal
@@ -104,26 +101,12 @@ def files_explained() -> Iterator[None]:
         raise InputError(f"{name}{error.strerror or error}; mend that and start again") from None
 
 
-def table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Group:
-    """Untrusted cells are shown as they are, without rich's markup and without control characters."""
-    made = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, show_header=any(head),
-    )  # fmt: skip
-    rows = [[_cell(cell) for cell in row] for row in rows]
-    for index, name in enumerate(head):
-        numbers = all(row[index].plain.replace(",", "").replace(".", "").rstrip("%").isdigit() for row in rows)
-        made.add_column(name, justify="right" if numbers and rows else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    return Group(Text(title, style="bold"), made, "")  # a table's own title would be folded to the table's width
-
-
 def kept_and_dropped(summary: Mapping[str, Any], examples: Iterable[Sequence[str]] = ()) -> Group:
     """`Tally.summary`: rows that were read, that are kept, and that are left out by reason; (where, what) of some."""
     counts = [("read", summary["rows"]), ("kept", summary["kept"])]
     counts += [(f"dropped: {reason}", count) for reason, count in summary["dropped"].items()]
-    rows, parts = list(examples), [table("Rows", ("", "rows"), counts)]
-    return Group(*parts, *([table("Examples of dropped rows", ("where", "what"), rows)] if rows else []))
+    rows, parts = list(examples), [titled("Rows", ("", "rows"), counts)]
+    return Group(*parts, *([titled("Examples of dropped rows", ("where", "what"), rows)] if rows else []))
 
 
 def bars(title: str, histogram: Mapping[str, Sequence[float]]) -> Group:
@@ -134,10 +117,4 @@ def bars(title: str, histogram: Mapping[str, Sequence[float]]) -> Group:
         (f"{low:,.4g} - {high:,.4g}", count, "█" * max(bool(count), round(_BAR * count / most)))
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
     ]
-    return table(title, ("", "rows", ""), rows)
-
-
-def _cell(value: Any) -> Text:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Text(f"{value:,}")
-    return Text(visible(str(value)))
+    return titled(title, ("", "rows", ""), rows)

@@ -63,7 +63,8 @@ def _count(number: float) -> str:
 def render(plan: dict[str, Any]) -> None:
     """Prints the plan as tables."""
     from rich.console import Console
-    from rich.table import Table
+
+    from capcur_jax.records.tables import titled
 
     console = Console(width=120 if not sys.stdout.isatty() else None, highlight=False)
     say = console.print
@@ -82,17 +83,14 @@ def render(plan: dict[str, Any]) -> None:
         names, count = ", ".join(stage["stages"]), _count(stage["parameters"])
         say(f"\n[bold]{names}[/bold]: mesh {stage['mesh']}, {count} parameters")
         say(f"Compiled and counted at the largest declared shapes, every row full: {shapes}.")
-        sizes = ("arguments", "outputs", "aliases", "temp", "peak", "+ resident")
-        table = Table("program", "runs a step", *sizes, "FLOPs", "sends", "fits",
-                      title="GiB a device; FLOPs of all devices", title_justify="left")  # fmt: skip
+        sizes = ("arguments", "outputs", "aliases", "temp", "peak", "needed")
+        head = ("program", "runs a step", *sizes[:-1], "+ resident", "FLOPs", "sends", "fits")
+        rows = []
         for p in stage["programs"]:
-            sizes = [
-                _gib(p.get(f"{name}_bytes")) for name in ("arguments", "outputs", "aliases", "temp", "peak", "needed")
-            ]
             fits = {True: "yes", False: "NO", None: ""}[p.get("fits")]
-            sent = _gib(p.get("sent_bytes"))
-            table.add_row(p["name"], str(p["runs_a_step"]), *sizes, _count(p["flops"]), sent, fits)
-        say(table)
+            used = [_gib(p.get(f"{name}_bytes")) for name in sizes]
+            rows.append((p["name"], str(p["runs_a_step"]), *used, _count(p["flops"]), _gib(p.get("sent_bytes")), fits))
+        say(titled("GiB a device; FLOPs of all devices", head, rows))
         for p in stage["programs"]:
             if "out_of_memory" in p:
                 say(f"[bold]{p['name']}[/bold] does not fit, says the compiler: {p['out_of_memory']}")

@@ -5,15 +5,12 @@ On a terminal a live bar stays at the bottom. Elsewhere (a CI log, a file, a pip
 """
 
 import contextlib
-import math
-import re
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -21,20 +18,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-Pieces = list[tuple[str, str]]
-
-# Key of a step record, label, format. "%" formats show a share as percent.
-_RL_METRICS = (
-    ("reward", "reward", ".3f"),
-    ("accuracy", "accuracy", ".1%"),
-    ("format", "format", ".0%"),
-    ("response_length", "length", ".0f"),
-    ("kl", "KL", ".4f"),
-    ("entropy", "entropy", ".2f"),
-)
-_SFT_METRICS = (("loss", "loss", ".4f"), ("token_accuracy", "token accuracy", ".1%"), ("grad_norm", "gradient", ".3g"))
-_PHASES = ("data", "rollout", "reward", "update", "sync")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a path or a reward function's text could hold escape codes
+from capcur_jax.records import lines, tables
+from capcur_jax.records.text import moments_of, visible
 
 
 class Display:
@@ -63,7 +48,7 @@ class Display:
         self._stage, self._stages_seen = "", 0
         self._new_stage = True
         self._recent_seconds: deque[float] = deque(maxlen=20)
-        self._metrics: list[Pieces] = []
+        self._metrics: list[lines.Pieces] = []
         self._base: dict[str, float] = {}
         self._health: Callable[[], Any] | None = None
         columns = (TextColumn("{task.description}", markup=False), BarColumn(None), _Count(), _Times())
@@ -103,10 +88,10 @@ class Display:
         """
         for heading, content in sections.items():
             if isinstance(content, Mapping):
-                rows: RenderableType = _pairs(content)
+                rows: RenderableType = tables.pairs(content)
             else:
-                rows = _table(list(content[0]) if content else [], [list(row.values()) for row in content])
-            self._print(Text(_clean(heading), style="bold"), rows, Text())
+                rows = tables.table(list(content[0]) if content else [], [list(row.values()) for row in content])
+            self._print(Text(visible(heading), style="bold"), rows, Text())
 
     def table(self, heading: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Prints a table: the first row's keys are the columns."""
@@ -119,7 +104,7 @@ class Display:
 
     def stage(self, name: str, steps: int) -> None:
         """Announces a stage of `steps` steps."""
-        self._stage, self._new_stage = _clean(name), True
+        self._stage, self._new_stage = visible(name), True
         self._stages_seen += 1
         self._recent_seconds.clear()  # another stage, another response length: the old pace says little
         self._metrics = []
@@ -131,9 +116,9 @@ class Display:
         """Shows a step record of metrics.jsonl; its `step` is the number of steps done in the whole run."""
         done = int(record["step"])
         if not record.get("compilations"):  # the first step of a stage would say hours
-            self._recent_seconds.append(_number(record, "seconds") or 0.0)
+            self._recent_seconds.append(lines.finite(record, "seconds") or 0.0)
         left = (self.total_steps - done) * statistics.median(self._recent_seconds) if self._recent_seconds else None
-        self._metrics = [_learning(record), _pace(record)]
+        self._metrics = [lines.learning(record), lines.pace(record)]
         self._progress.update(self._run_task, completed=done, left=left)
         if self._live:
             return
@@ -144,15 +129,15 @@ class Display:
             width = len(str(self.total_steps))
             parts = [[("", f"step {done:>{width}}/{self.total_steps}"), ("", self._stage)], *self._metrics]
             if left is not None:
-                parts.append([("left", _duration(left))])
-            self._print(_join([piece for part in parts for piece in part]))
+                parts.append([("left", lines.duration(left))])
+            self._print(lines.join([piece for part in parts for piece in part]))
 
     def evaluation(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Prints the evaluation records (of metrics.jsonl) of one moment, with the difference to the base in points."""
         if not records:
             return
         after, step = records[0].get("after", ""), records[0].get("step")
-        accuracies = {str(record["capability"]): _number(record, "accuracy") for record in records}
+        accuracies = {str(record["capability"]): lines.finite(record, "accuracy") for record in records}
         if after == "base":
             self._base = {name: value for name, value in accuracies.items() if value is not None}
         versus_base = bool(self._base) and after != "base"
@@ -161,19 +146,19 @@ class Display:
         for record in records:
             name = str(record["capability"])
             difference = [_points(accuracies[name], self._base.get(name))] if versus_base else []
-            shares = [_share(accuracies[name]), *difference, _share(_number(record, "format"))]
-            rows.append([name, *shares, _show(record, "response_length", ".1f"), record.get("questions", "")])
-        moment = "of the base" if after == "base" else f"after {_clean(str(after))}"
+            shares = [_share(accuracies[name]), *difference, _share(lines.finite(record, "format"))]
+            rows.append([name, *shares, lines.show(record, "response_length", ".1f"), record.get("questions", "")])
+        moment = "of the base" if after == "base" else f"after {visible(str(after))}"
         moment += f" (step {step:,})" if isinstance(step, int) else ""
-        self._print(Text(), Text(f"Held-out accuracy {moment}", style="bold"), _table(columns, rows))
+        self._print(Text(), Text(f"Held-out accuracy {moment}", style="bold"), tables.table(columns, rows))
 
     def note(self, text: str) -> None:
         """Prints a line."""
-        self._print(Text(_clean(text)))
+        self._print(Text(visible(text)))
 
     def warn(self, text: str) -> None:
         """Prints a warning; `quiet` doesn't hide it."""
-        self.console.print(Text.assemble(("warning: ", "bold yellow"), _clean(text)), soft_wrap=not self._live)
+        self.console.print(Text.assemble(("warning: ", "bold yellow"), visible(text)), soft_wrap=not self._live)
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
@@ -182,7 +167,7 @@ class Display:
         Yields:
           `advance(count=1)`, to be called when `count` more of `total` (None: unknown) are done.
         """
-        description, start, done = _clean(description), time.monotonic(), 0
+        description, start, done = visible(description), time.monotonic(), 0
         task = self._progress.add_task(description, total=total) if self._live else None
         last_line = start
 
@@ -212,24 +197,24 @@ class Display:
         """
         self.close()
         status = str(summary.get("status", "finished"))
-        title = f"Run {_clean(status)}" + (f" after {summary['steps']:,} steps" if "steps" in summary else "")
+        title = f"Run {visible(status)}" + (f" after {summary['steps']:,} steps" if "steps" in summary else "")
         self._print(Text(), Text(title, style="bold green" if status == "finished" else "bold yellow"))
         if summary.get("accuracy"):
             self._print(_accuracy_table(summary), Text())
         facts = {
-            "time": _duration(summary["seconds"]) if _number(summary, "seconds") is not None else None,
-            "step, median": _show(summary, "step_seconds_median", ".3g", " s"),
+            "time": lines.duration(summary["seconds"]) if lines.finite(summary, "seconds") is not None else None,
+            "step, median": lines.show(summary, "step_seconds_median", ".3g", " s"),
             "compilations after warm-up": summary.get("compilations_after_warmup"),
-            "log-prob difference, mean": _show(summary, "logprob_difference_mean", ".2e", " nats"),
-            "format reward at the end": _show(summary, "format_reward_final", ".3f"),
+            "log-prob difference, mean": lines.show(summary, "logprob_difference_mean", ".2e", " nats"),
+            "format reward at the end": lines.show(summary, "format_reward_final", ".3f"),
             "skipped": ", ".join(
                 f"{count:,} {what}" for what, count in (summary.get("skipped") or {}).items() if count
             ),
         }
-        self._print(_pairs({label: value for label, value in facts.items() if value not in (None, "")}), Text())
+        self._print(tables.pairs({label: value for label, value in facts.items() if value not in (None, "")}), Text())
         for label, path in {"checkpoint": summary.get("checkpoint"), **(files or {})}.items():
             if path:  # whole paths, never folded, so that they can be copied
-                self._print(Text.assemble((f"{label:<12}", "dim"), _clean(str(path))))
+                self._print(Text.assemble((f"{label:<12}", "dim"), visible(str(path))))
 
     def _print(self, *renderables: RenderableType) -> None:
         for renderable in renderables if not self._quiet else ():
@@ -237,9 +222,9 @@ class Display:
             self.console.print(renderable, soft_wrap=isinstance(renderable, Text) and not self._live)
 
     def _render(self) -> RenderableType:
-        metrics = [*self._metrics, _sampling(self._health())] if self._health else self._metrics
-        lines = [line for pieces in metrics for line in _wrap(pieces, self.console.width)]
-        return Group(self._progress, *lines)
+        metrics = [*self._metrics, lines.sampling(self._health())] if self._health else self._metrics
+        folded = [line for pieces in metrics for line in lines.wrap(pieces, self.console.width)]
+        return Group(self._progress, *folded)
 
 
 class _Count(ProgressColumn):
@@ -255,50 +240,8 @@ class _Times(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         left = task.fields.get("left") if task.fields.get("run") else task.time_remaining
-        elapsed = _duration(task.elapsed or 0.0)
-        return Text(f"{elapsed:>5}" + (f", {_duration(left):>5} left" if left is not None else ""), style="dim")
-
-
-def _learning(record: Mapping[str, Any]) -> Pieces:
-    metrics = _SFT_METRICS if record.get("objective") == "sft" else _RL_METRICS
-    return [(label, _show(record, key, form)) for key, label, form in metrics if key in record]
-
-
-def _sampling(health: Any) -> Pieces:
-    pieces = [("rollout", f"{health.running:,} running"), ("", f"{health.queued:,} queued")]
-    pieces += [("tok/s", f"{health.tokens_per_second:,.0f}"), ("weights", f"v{health.version}")]
-    return [*pieces, ("servers", f"{health.alive}/{health.servers}")] if health.servers else pieces
-
-
-def _pace(record: Mapping[str, Any]) -> Pieces:
-    pieces = [("step", _seconds(record, "seconds"))]
-    pieces += [(phase, _seconds(record, f"seconds_{phase}")) for phase in _PHASES if f"seconds_{phase}" in record]
-    if "tokens_per_second" in record:
-        pieces.append(("tok/s", _show(record, "tokens_per_second", ",.0f")))
-    for key, label in (("compilations", "compilations"), ("skipped_updates", "skipped updates")):
-        if record.get(key):
-            pieces.append((label, f"{record[key]}"))
-    return pieces
-
-
-def _join(pieces: Pieces) -> Text:
-    """One line: labels dim, values plain, two spaces between pieces."""
-    text = Text()
-    for index, (label, value) in enumerate(pieces):
-        text.append("  " if index else "")
-        text.append(f"{label} " if label else "", style="dim")
-        text.append(value)
-    return text
-
-
-def _wrap(pieces: Pieces, width: int) -> list[Text]:
-    """Lines of at most `width`, folded between pieces only."""
-    lines: list[Pieces] = [[]]
-    for piece in pieces:
-        if lines[-1] and len(_join([*lines[-1], piece])) > width:
-            lines.append([])
-        lines[-1].append(piece)
-    return [_join(line) for line in lines]
+        elapsed = lines.duration(task.elapsed or 0.0)
+        return Text(f"{elapsed:>5}" + (f", {lines.duration(left):>5} left" if left is not None else ""), style="dim")
 
 
 def _accuracy_table(summary: Mapping[str, Any]) -> Table:
@@ -306,75 +249,26 @@ def _accuracy_table(summary: Mapping[str, Any]) -> Table:
 
     Stages are rows because a run can have any number of them, and 80 columns can't.
     """
-    accuracy = summary["accuracy"]
-    moments = list(dict.fromkeys(moment for values in accuracy.values() for moment in values))
-    moments.sort(key=lambda moment: (moment == "final") - (moment == "base"))  # stable: stages keep their order
-    best = {name: max((_number(values, m) or 0.0 for m in moments), default=0.0) for name, values in accuracy.items()}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("held-out accuracy, %")
-    for name in accuracy:
-        table.add_column(_clean(name), justify="right")
-    for moment in moments:
-        cells = []
-        for name, values in accuracy.items():
-            value = _number(values, moment)
-            cell = Text("-" if value is None else f"{100 * value:.1f}", style="bold" if value == best[name] else "")
-            if moment != "base" and _number(values, "base") is not None:
-                cell.append(f" {_points(value, _number(values, 'base')):>6}", style="not bold dim")
-            cells.append(cell)
-        table.add_row(_clean(moment.replace("after_", "after ", 1)), *cells, end_section=moment == moments[-1])
-    blind = summary.get("blind") or {}
-    if any(_number(blind, name) is not None for name in accuracy):
-        cells = [_show(blind, name, ".1%").rstrip("%") if name in blind else "-" for name in accuracy]
-        table.add_row("guessing without the image", *cells, style="dim")
-    return table
+    accuracy, blind = summary["accuracy"], summary.get("blind") or {}
+    rows = []
+    for moment, title in moments_of(accuracy).items():
+        rows.append([title, *(_share_cell(values, moment) for values in accuracy.values())])
+    made = tables.table(["held-out accuracy, %", *accuracy], rows)
+    if any(lines.finite(blind, name) is not None for name in accuracy):
+        cells = [lines.show(blind, name, ".1%").rstrip("%") if name in blind else "-" for name in accuracy]
+        made.add_section()
+        made.add_row("guessing without the image", *cells, style="dim")
+    return made
 
 
-def _pairs(values: Mapping[str, Any]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
-    for key, value in values.items():
-        grid.add_row("  " + _clean(str(key)), _cell(value))
-    return grid
-
-
-def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table whose columns are right-aligned where they hold numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, column in enumerate(columns):
-        cells = [str(_cell(row[index])) for row in rows if index < len(row)]
-        numeric = all(re.fullmatch(r"[-+]?[\d,.]+%?|-?", cell) for cell in cells)
-        table.add_column(_clean(str(column)), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    return table
-
-
-def _cell(value: Any) -> Text:
-    """A value as text that rich doesn't take for markup."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Text(f"{value:,}")
-    if isinstance(value, float):
-        return Text(f"{value:.4g}")
-    return Text(_clean("" if value is None else str(value)))
-
-
-def _number(record: Mapping[str, Any], key: str) -> float | None:
-    """The finite number under `key`, else None."""
-    value = record.get(key)
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _show(record: Mapping[str, Any], key: str, form: str, unit: str = "") -> str:
-    value = _number(record, key)
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def _seconds(record: Mapping[str, Any], key: str) -> str:
-    """Three digits of seconds, so that the line of phases fits 80 columns."""
-    value = _number(record, key)
-    return "-" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}s"
+def _share_cell(values: Mapping[str, Any], moment: str) -> Text:
+    """One capability's percentage at a moment, bold where it is the best, and the points against the base."""
+    value, base = lines.finite(values, moment), lines.finite(values, "base")
+    best = max((lines.finite(values, other) or 0.0 for other in values), default=0.0)
+    cell = Text("-" if value is None else f"{100 * value:.1f}", style="bold" if value == best else "")
+    if moment != "base" and base is not None:
+        cell.append(f" {_points(value, base):>6}", style="not bold dim")
+    return cell
 
 
 def _share(value: float | None) -> str:
@@ -383,13 +277,3 @@ def _share(value: float | None) -> str:
 
 def _points(value: float | None, before: float | None) -> str:
     return "" if value is None or before is None else f"{100 * (value - before):+.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _clean(text: str) -> str:
-    return _CONTROL.sub("?", text)

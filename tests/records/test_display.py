@@ -173,7 +173,7 @@ def test_progress_note_and_warning_without_a_terminal():
     assert "evaluating [text]: 40/100" in out.getvalue() and "evaluating [text]: 100 in 0.0 s" in out.getvalue()
     display.note("a note\x1b[2J")
     display.warn("row [3]" + " long" * 40)
-    assert "a note?[2J\n" in out.getvalue() and "warning: row [3]" + " long" * 40 + "\n" in out.getvalue()
+    assert "a note\\u001b[2J\n" in out.getvalue() and "warning: row [3]" + " long" * 40 + "\n" in out.getvalue()
 
 
 def test_quiet_shows_warnings_only():

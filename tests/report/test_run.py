@@ -1,6 +1,8 @@
 """The report shows what the records say, whatever is missing, and lets no model output act in the browser."""
 
+import base64
 import html.parser
+import io
 import json
 import math
 import random
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 
+import jinja2
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
@@ -292,6 +295,25 @@ def test_images_missing_broken_large_and_transparent(tmp_path):
     assert "image missing" in page.text and "image unreadable" in page.text and "2 more images" in page.text
     assert page.tags.count("img") == 2 and "1200 x 900 pixels" in str(page.attributes)
     assert path.stat().st_size < 200_000
+    sources = [value.partition(",") for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
+    sizes = [PIL.Image.open(io.BytesIO(base64.b64decode(data))).size for _, _, data in sources]
+    assert sizes == [(320, 240), (40, 20)], "pictures are whole"
+
+
+def test_whatever_a_template_shows_is_safe(tmp_path, monkeypatch):
+    """No template has to remember it: plain output, attributes, macros, and what is included."""
+    (tmp_path / "a.html").write_text(
+        "{% macro m(x) %}<i>{{ x }}</i>{% endmacro %}"
+        "{{ x }}<b title='{{ x }}'>{{ m(x) }}</b>{{ nothing }}{% include 'b' %}"
+    )
+    (tmp_path / "b").write_text("{{ x }}")
+    monkeypatch.setattr(page._TEMPLATES, "loader", jinja2.FileSystemLoader(tmp_path))
+    monkeypatch.setattr(page._TEMPLATES, "cache", None)
+    made = Page(page.render("a.html", x=HOSTILE, nothing=None))
+    shown = HOSTILE.replace("\u2028\u202e\x00\ud800", r"\u2028\u202e\u0000\ud800")
+    assert made.tags == ["b", "i"] and made.attributes == [("b", "title", shown)] and "".join(made.texts) == 3 * shown
+    with pytest.raises(jinja2.UndefinedError):
+        page.render("a.html", x="")
 
 
 def test_long_response_keeps_its_end():

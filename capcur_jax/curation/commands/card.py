@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from capcur_jax.curation import terminal
@@ -13,7 +12,7 @@ from capcur_jax.curation.commands.options import at_least
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="JSONL or Parquet files of rows")
-    add("--output", required=True, metavar="PATH", help="a folder (gets card.html), or FILE.html, or FILE.md")
+    add("--output", required=True, metavar="PATH", help="a folder (gets card.html), or FILE.html")
     add("--title", default="", metavar="TEXT", help="the page's heading (default: the first file's name)")
     add("--examples", type=at_least(0), default=12, metavar="N", help="rows shown with their pictures (%(default)s)")
     add("--reports", nargs="+", default=[], metavar="FILE.json",
@@ -23,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.curation.card import make_card
-    from capcur_jax.curation.card_pages import write_card
+    from capcur_jax.curation.card_pages import card_file, write_card
 
+    file = card_file(arguments.output)  # before the work, not after it
     card = make_card(
         arguments.input,
         arguments.title,
@@ -33,4 +33,5 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         images=arguments.images,
         along=lambda rows: terminal.counted(rows, "rows"),
     )
-    return {**card.summary, "card": str(write_card(card, Path(arguments.output)))}
+    write_card(card, file)
+    return {**card.summary, "card": str(file)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from capcur_jax.curation import terminal
 from capcur_jax.curation.commands.options import at_least
+from capcur_jax.records.tables import titled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,14 +97,12 @@ def _show(result: dict[str, Any]) -> None:
     rows["same question and images, equal answer"] = (
         result["duplicates"]["same_question"]["rows"] - result["duplicates"]["conflicting_answers"]["rows"]
     )
-    console.print(terminal.table("Rows", ("", "rows"), rows.items()))
+    console.print(titled("Rows", ("", "rows"), rows.items()))
     for name, counts in result["counts"].items():
         if set(counts) - {"(none)"}:
-            console.print(
-                terminal.table(f"By {name.replace('_', ' ')}", (name.replace("_", " "), "rows"), counts.items())
-            )
+            console.print(titled(f"By {name.replace('_', ' ')}", (name.replace("_", " "), "rows"), counts.items()))
     if result["dropped"]:
-        console.print(terminal.table("Dropped", ("reason", "rows"), result["dropped"].items()))
+        console.print(titled("Dropped", ("reason", "rows"), result["dropped"].items()))
     examples = [(drop["where"], f"{drop['reason']}: {drop['detail']}") for drop in result["dropped_examples"]]
     for section in (
         *result["duplicates"].values(),
@@ -111,7 +110,7 @@ def _show(result: dict[str, Any]) -> None:
     ):
         examples += [(example["where"], example["detail"]) for example in section["examples"]]
     if examples:
-        console.print(terminal.table("Examples", ("where", "what"), examples))
+        console.print(titled("Examples", ("where", "what"), examples))
     histograms = {
         "Prompt tokens": result["prompt_tokens"],
         "Images, longer side in pixels": result["images"]["longer_side"],

@@ -10,6 +10,7 @@ from typing import Any
 from capcur_jax.curation import terminal
 from capcur_jax.curation.commands.options import not_among, output_file
 from capcur_jax.errors import InputError
+from capcur_jax.records.tables import titled
 
 _SHOWN = 10  # pairs of the JSON line; --output has the others
 
@@ -65,9 +66,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _show(report: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
     console = terminal.stderr_console()
     rows = [*report["training_rows"].items(), ("only the question, with other images", report["same_text_only"])]
-    console.print(terminal.table("Training rows by the surest thing they share", ("", "rows"), rows))
+    console.print(titled("Training rows by the surest thing they share", ("", "rows"), rows))
     rows = [(file, *counts.values()) for file, counts in report["evaluation_rows"].items()]
-    console.print(terminal.table("Evaluation rows", ("file", "rows", "shared", "shared, or look alike"), rows))
+    console.print(titled("Evaluation rows", ("file", "rows", "shared", "shared, or look alike"), rows))
     if pairs:
         rows = [
             (
@@ -80,7 +81,7 @@ def _show(report: dict[str, Any], pairs: list[dict[str, Any]]) -> None:
             for pair in pairs[:_SHOWN]
         ]
         head = ("kind", "training row", "evaluation row", "texts agree", "images differ")
-        console.print(terminal.table("First pairs", head, rows))
+        console.print(titled("First pairs", head, rows))
     if "removed" in report:
         cleaned = report["removed"]
         console.print(f"{cleaned['file']}:", markup=False, soft_wrap=True)

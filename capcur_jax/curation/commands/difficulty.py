@@ -16,9 +16,10 @@ from capcur_jax import presets
 from capcur_jax.curation.commands.options import at_least, journal_file, output_file
 from capcur_jax.curation.filter_models import fingerprint
 from capcur_jax.curation.journal import Journal
-from capcur_jax.curation.terminal import Progress, kept_and_dropped, stderr_console, table
+from capcur_jax.curation.terminal import Progress, kept_and_dropped, stderr_console
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.records.tables import titled
 
 TENTHS = 10
 
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if rates:
         said = [("mean", f"{sum(rates) / len(rates):.1%}")]
         said += [("rows always right", rates.count(1)), ("rows always wrong", rates.count(0))]
-        console.print(table("Pass rate", ("", ""), said))
+        console.print(titled("Pass rate", ("", ""), said))
     histogram = collections.Counter(int(rate * TENTHS) for rate in rates)
     return tally.summary() | {
         "pass_rate": sum(rates) / len(rates) if rates else None,

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from capcur_jax.curation import terminal
+from capcur_jax.records.tables import titled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         (split, count, result["images"][split], result["files"][split]) for split, count in result["splits"].items()
     ]
     console = terminal.stderr_console()
-    console.print(terminal.table("Splits", ("split", "rows", "images", "file"), rows))
+    console.print(titled("Splits", ("split", "rows", "images", "file"), rows))
     examples = [(drop["where"], drop["detail"]) for drop in result["dropped_examples"]]
     if examples:
         console.print(terminal.kept_and_dropped(result, examples))

@@ -43,7 +43,6 @@ COLORS = {  # in the order of their codes, 1 to 8
     "yellow": (255, 255, 0),
 }
 COLOR_NAMES = tuple(COLORS)
-POSITIONS = ("top left", "top right", "bottom left", "bottom right")
 SIZES = ("small", "medium", "large")
 
 MIDDLE, MIDDLE_MARGIN = 32.0, 3.0  # pixels; a center this close to a middle line has no certain position
