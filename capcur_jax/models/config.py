@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from capcur_jax.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -287,4 +285,6 @@ DTYPES = ("float32", "bfloat16")
 def dtype_of(name: str, key: str):
     if name not in DTYPES:
         raise InputError(f"{key} = {name!r}; choose one of {', '.join(DTYPES)}")
+    import jax.numpy as jnp  # here: data commands read a model's config without JAX
+
     return jnp.dtype(name)
