@@ -60,10 +60,10 @@ class Run:
         self.sets = types.SimpleNamespace(
             skipped_rows={("text", "train"): ["text:3: no answer", "text:5: no answer"], ("text", "test"): ["x"]},
             selected=lambda data, curriculum: [["p"] * 3, ["p"] * 4],
-            # What is frequent in training is wrong half of the time in the test.
+            # What all of training has is right once in the test.
             problems=lambda name, split: [Problem(str(i), "What?", "red", images[name]) for i in range(3)],
         )
-        asked = {name: [Problem("0", "What?", a, images[name]) for a in ("red", "blue")] for name in SETS}
+        asked = {name: [Problem("0", "What?", a, images[name]) for a in ("blue", "red", "blue")] for name in SETS}
         self.heldout = types.SimpleNamespace(questions=asked.__getitem__)
         self.reward = types.SimpleNamespace(counters=lambda: {"reward_failures": 3})
         self.engine = types.SimpleNamespace(counters=lambda: {"retries": 2})
@@ -158,8 +158,8 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
     assert (stage["stage"], stage["data"], stage["problems"], stage["objective"]) == ("text", "text", 7, "grpo")
     assert (stage["steps"], stage["a step"], stage["frozen"]) == (150, "16 x 3", "^visual")
     assert [(line["set"], line["questions"], line["blind guess"]) for line in held] == [
-        ("perception", 2, ""),
-        ("text", 2, ""),
+        ("perception", 3, ""),
+        ("text", 3, ""),
     ]
     assert warnings == [
         ("warn", "text train: 2 rows skipped, the first: text:3: no answer"),
@@ -182,8 +182,8 @@ def test_the_plan_of_an_imitation_and_of_low_rank_factors(tmp_path):
 def test_blind_guesses_are_for_sets_with_images_that_are_trained_on(tmp_path):
     run = Run(tmp_path)
     run.stages = schedule.stages(presets.get("laptop", order=("perception", "text")))
-    assert results.plan(run, run.stages)["blind"] == {"perception": 0.5}  # learned from "train", asked on the test
-    assert run.shown[0][1]["Held-out questions (test)"][0]["blind guess"] == "50.0%"
+    assert results.plan(run, run.stages)["blind"] == {"perception": 1 / 3}  # learned from "train", asked on the test
+    assert run.shown[0][1]["Held-out questions (test)"][0]["blind guess"] == "33.3%"
     run.config.evaluation.blind = False
     assert results.plan(run, run.stages)["blind"] == {}
 

@@ -88,6 +88,20 @@ def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monk
         np.testing.assert_array_equal(again.prompt.tokens, examples[number].prompt.tokens)
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_replace_a_broken_image_by_the_same_problem(monkeypatch, builder, problems, processes, updates):
+    def steps(processes):
+        order = Curriculum(order="file").arrange([problems], 0, 8)
+        made = makers(monkeypatch, processes, updates, builder, order, prompts=8)
+        return [
+            sorted(maker(step * maker.local + i).problem.id for maker in made for i in range(maker.local))
+            for step in range(6)
+        ]
+
+    assert steps(processes) == steps(1)
+
+
 @pytest.mark.parametrize("curriculum", [Curriculum(order="file"), Curriculum(order="file", drop_last=True)])
 @pytest.mark.parametrize("count", [4, 8])
 def test_one_broken_image_does_not_end_a_run_whose_epoch_divides_its_steps(
