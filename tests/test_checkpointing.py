@@ -245,6 +245,8 @@ def test_configs_are_compared_by_key():
         "stages.1.rate: not in the stored one -> 1",
     ]
     check_same_config(stored, now, ("meshes", "mesh", "optimizer", "stages"))
+    with pytest.raises(InputError, match=r"log: \{\} -> not in the new one"):
+        check_same_config({"seed": 1, "log": {}}, {"seed": 1}, ())
 
 
 def test_records_after_the_checkpoint_are_cut(tmp_path):
