@@ -325,6 +325,14 @@ def test_who_waits_finds_it_on_the_disk(tmp_path, slow):
         assert listed(tmp_path) == ["4"]
 
 
+def test_closing_leaves_no_thread(tmp_path):
+    before = set(threading.enumerate())
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save_reference("grpo", {"a": jnp.ones(3)})
+        checkpoints.save(1, {"a": jnp.ones(3)}, {})
+    assert set(threading.enumerate()) <= before
+
+
 def test_the_reference_of_a_run_that_went_on_stays_for_the_next_one(tmp_path):
     state = {"a": jnp.float32(1)}
     with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
@@ -430,6 +438,17 @@ def test_what_went_wrong_on_the_disk_is_said_once_with_the_remedy(tmp_path, monk
         assert "1 is complete: the same command goes on" in str(caught.value)
         assert checkpoints.latest() == 1 and listed(tmp_path) == ["1"]
     assert not caplog.records  # Orbax would log its traceback
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_whoever_asks_learns_that_the_last_one_was_not_written(tmp_path, monkeypatch, asked):
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", failing(OSError(5, "Input/output error")))
+            checkpoints.save(1, {"a": jnp.ones(3)}, {}, metric=0.5)
+            with pytest.raises(CheckpointFailed, match=r"1 was not written: Input/output error.*Nothing is complete"):
+                ASKED[asked](checkpoints)
+        assert checkpoints.latest() is None  # it is said once
 
 
 def test_another_error_is_not_taken_for_the_disk_s(tmp_path, monkeypatch):
