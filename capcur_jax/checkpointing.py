@@ -78,11 +78,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False) -> None:
         """Writes a checkpoint in the background; returns when the arrays are copied, so they may be donated then.
 
-        A step that is there already is replaced, and its metric with it; the old one stays until the new one is
-        complete.
-
         Args:
-          step: updates made so far; none may be there that is later.
+          step: its number, higher than those that are there.
           state: pytree of arrays. In a run of several processes, an array on the devices of one of them alone (or of
             numpy) has to be the same in all.
           position: the rest of what a continuation needs, as JSON.
@@ -91,18 +88,17 @@ class Checkpoints:
 
         Raises:
           CheckpointFailed: this one or the one before was not written.
+          InputError: this number or a later one is there.
         """
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"the metric of step {step} is {metric}")
         self._settle()
         last = self._steps.latest()
-        if last is not None and last > step:
+        if last is not None and last >= step:
             raise InputError(
-                f"{self.directory} has a checkpoint of step {last}, later than step {step}, which is to be saved. "
-                f"Delete what is later to go on from there, or use another --workdir."
+                f"{self.directory} has a checkpoint of step {last}, and step {step} is to be saved. Delete what is not "
+                f"before it to go on from there, or use another --workdir."
             )
-        if last == step:
-            self._steps.set_aside(step)
         document = {"position": position, "config": self._config, "reference": self._reference}
         self._steps.save(step, state, document, metric)
         if wait:

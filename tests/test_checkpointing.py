@@ -153,26 +153,17 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         Checkpoints(tmp_path, keep=0, config={})
 
 
-def test_a_step_saved_anew(tmp_path):
-    old, new = {"a": jnp.float32(1)}, {"a": jnp.float32(2)}
+def test_a_step_is_saved_once_and_in_order(tmp_path):
+    state = {"a": jnp.float32(1)}
     with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
-        checkpoints.save(4, old, {"evaluated": False})
-        checkpoints.save(4, new, {"evaluated": True}, metric=0.5)
-        assert checkpoints.best() == (4, 0.5) and checkpoints.position(4) == {"evaluated": True}
-        assert bits(checkpoints.restore(4, shapes(old))) == bits(new)
-        with pytest.raises(InputError, match="step 4, later than step 3"):
-            checkpoints.save(3, old, {})
-    assert listed(tmp_path) == ["4"]
-    # Killed while 4 was being replaced: before the new one was complete, and after.
-    (tmp_path / "4").rename(tmp_path / "replaced-4")
-    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
-    for _ in range(2):
-        with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
-            assert checkpoints.latest() == 4 and bits(checkpoints.restore(4, shapes(old))) == bits(new)
-            checkpoints.save(5, old, {})
-        assert listed(tmp_path) == ["4", "5"]
-        (tmp_path / "replaced-4").mkdir()
-        (tmp_path / "5").rename(tmp_path / "6.orbax-checkpoint-tmp")
+        checkpoints.save(4, state, {}, metric=0.5)
+        for step in (3, 4):
+            with pytest.raises(InputError, match=f"checkpoint of step 4, and step {step} is to be saved"):
+                checkpoints.save(step, state, {"later": True})
+        assert checkpoints.best() == (4, 0.5) and checkpoints.position(4) == {}
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()  # killed while 5 was being written
+    with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+        assert checkpoints.latest() == 4 and listed(tmp_path) == ["4"]
 
 
 def test_what_does_not_fit_is_named(tmp_path):
@@ -581,7 +572,6 @@ def run_process(number: str, port: str, directory: str) -> None:
         checkpoints.save_reference("grpo", {"both": state["both"]})
         for step in (1, 2):
             checkpoints.save(step, state, {"step": step}, metric=0.5 - step)
-        checkpoints.save(2, state, {"step": 2, "evaluated": True})
         assert checkpoints.latest() == 2 and checkpoints.best() == (1, -0.5)
     assert counter.count == 0, counter.count
     target = mesh_state(Mesh(devices.T, ("fsdp", "data")))
@@ -604,7 +594,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts, "one process wrote it all"
     expected = {**mesh_state(None), "local": np.arange(3, dtype=np.int32)}
     with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
-        assert checkpoints.position(2) == {"step": 2, "evaluated": True}
+        assert checkpoints.position(2) == {"step": 2}
         assert bits(checkpoints.restore(2, shapes(expected))) == bits(expected)
 
 
@@ -644,8 +634,6 @@ def continue_until_killed(directory: Path, report: int) -> None:
     os.write(report, b"ready")
     for step in range((last or 0) + 1, 10**6):
         checkpoints.save(step, killed_state(step), {"step": step}, metric=float(step % 5))
-        if step % 2:  # and replaces it
-            checkpoints.save(step, killed_state(step), {"step": step, "evaluated": True}, metric=0.0)
 
 
 def run_kills(directory: str, count: str, longest: str, seed: str) -> None:
@@ -709,10 +697,7 @@ def save_on_full(directory: Path, reason: str, fill: Any, empty: Any) -> None:
         fill()
         checkpoints.save(2, state, {})
         with pytest.raises(CheckpointFailed):
-            checkpoints.save(1, state, {"replaced": True}, wait=True)
-        assert checkpoints.latest() == 1 and checkpoints.position(1) == {}
-        with pytest.raises(CheckpointFailed):
-            checkpoints.save(1, state, {"replaced": True}, wait=True)
+            checkpoints.latest()
         assert checkpoints.latest() == 1 and checkpoints.position(1) == {}
         empty()
         checkpoints.save(2, state, {})
