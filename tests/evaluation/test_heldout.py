@@ -12,6 +12,7 @@ from capcur_jax.data.problem import Problem
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation import heldout
 from capcur_jax.evaluation.heldout import Heldout
+from capcur_jax.interruption import Interrupted
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadInput
 from capcur_jax.rewards.reward import Score
@@ -150,13 +151,13 @@ def test_a_signal_ends_an_evaluation_between_batches_and_no_validation():
     def stop():
         calls.append(len(house.engine.calls))
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise Interrupted("SIGTERM")
 
     house = House(stop=stop)
     house.heldout.validate("text")
     assert not calls  # the checkpoint of that step is to have the figure
     house.engine.calls.clear()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         house.heldout.evaluate("base")
     assert calls == [1, 2]
 
