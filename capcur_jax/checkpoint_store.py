@@ -24,7 +24,6 @@ from capcur_jax.errors import InputError
 
 _ARRAYS, _DOCUMENT = "arrays", "document"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
-_REPLACED = "replaced-"
 # What a full disk, a quota or a file-size limit looks like, from Python and from TensorStore.
 _FULL = ("no space left", "quota exceeded", "file too large")
 
@@ -41,7 +40,7 @@ class Store:
     earliest of equals. One method runs at a time, and in all processes of the run.
 
     Args:
-      directory: made if it does not exist; what killed processes left there is put in order.
+      directory: made if it does not exist; what killed processes left there is removed.
       keep: see above.
       timeout: seconds that writing one may take.
     """
@@ -52,8 +51,6 @@ class Store:
         self._prefix = directory.name  # of barriers: two stores may write at the same time
         self._bytes: dict[int, int] = {}
         directory.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            self._put_back()
         # Every process lists the directory next. With the processes named, Orbax meets at barriers of the coordination
         # service, not at a collective, which it would have to compile.
         ocp.multihost.sync_global_processes(f"{self._prefix}:open", processes=self._processes)
@@ -115,9 +112,6 @@ class Store:
         """Until what is being written is complete; raises what went wrong, once."""
         with self._explained():
             self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            for old in self.directory.glob(_REPLACED + "*"):
-                shutil.rmtree(old)
 
     def document(self, step: int) -> dict:
         self._check(step)
@@ -151,21 +145,6 @@ class Store:
             shapes[name] = jax.ShapeDtypeStruct(tuple(int(size) for size in shape.split(",") if size), dtype)
         return {name: np.asarray(array) for name, array in self.restore(step, shapes).items()}
 
-    def set_aside(self, step: int) -> None:
-        """Takes a step away under a name that `_put_back` knows, until another one of that number is complete."""
-        if jax.process_index() == 0:
-            path = self.directory / str(step)
-            path.rename(path.with_name(_REPLACED + path.name))
-        self.delete(step)  # from the manager's list
-
-    def _put_back(self) -> None:
-        for old in self.directory.glob(_REPLACED + "*"):
-            new = old.with_name(old.name.removeprefix(_REPLACED))
-            if new.exists():
-                shutil.rmtree(old)
-            else:
-                old.rename(new)
-
     def delete(self, step: int) -> None:
         self._manager.delete(step)
 
@@ -184,7 +163,6 @@ class Store:
             if jax.process_index() == 0:
                 for part in self.directory.glob(_TEMPORARY):
                     shutil.rmtree(part, ignore_errors=True)
-                self._put_back()
             self._manager.reload()
             reason = _reason(error)
             if not reason:

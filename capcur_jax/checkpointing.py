@@ -78,11 +78,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False) -> None:
         """Writes a checkpoint in the background; returns when the arrays are copied, so they may be donated then.
 
-        A step that is there already is left alone if its position is the same and no other metric is given, and
-        replaced otherwise; the old one stays until the new one is complete.
-
         Args:
-          step: updates made so far; none may be there that is later.
+          step: its number, higher than those that are there.
           state: pytree of arrays. In a run of several processes, an array on the devices of one of them alone (or of
             numpy) has to be the same in all.
           position: the rest of what a continuation needs, as JSON.
@@ -91,23 +88,18 @@ class Checkpoints:
 
         Raises:
           CheckpointFailed: this one or the one before was not written.
+          InputError: this number or a later one is there.
         """
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f"the metric of step {step} is {metric}")
         self._settle()
         last = self._steps.latest()
-        if last is not None and last > step:
+        if last is not None and last >= step:
             raise InputError(
-                f"{self.directory} has a checkpoint of step {last}, later than step {step}, which is to be saved. "
-                f"Delete what is later to go on from there, or use another --workdir."
+                f"{self.directory} has a checkpoint of step {last}, and step {step} is to be saved. Delete what is not "
+                f"before it to go on from there, or use another --workdir."
             )
-        document = {"position": position, "config": self._config, "metric": metric, "reference": self._reference}
-        if last == step:
-            stored = self._steps.document(step)
-            same = all(stored[key] == plain(document)[key] for key in ("position", "reference"))
-            if same and metric in (None, stored["metric"]):
-                return
-            self._steps.set_aside(step)
+        document = {"position": position, "config": self._config, "reference": self._reference}
         self._steps.save(step, state, document, metric)
         if wait:
             self._settle()
@@ -194,18 +186,14 @@ class Checkpoints:
                 return self._references.restore(number, abstract)
         raise InputError(f"{self._references.directory} holds no reference policy {name!r}")
 
-    def forget_reference(self) -> None:
-        """No reference policy is needed any more: the next complete checkpoint takes the stored ones away."""
-        self._reference = None
-
     def _settle(self) -> None:
         """Waits for what is being written, then deletes the references that the latest checkpoint does without."""
         self._steps.wait()
-        last, stored = self._steps.latest(), self._references.all()
-        if last is None or not stored:
+        last = self._steps.latest()
+        if last is None:
             return
         needed = {self._reference, self._steps.document(last)["reference"]}
-        for number in stored:
+        for number in self._references.all():
             if number not in needed:
                 self._references.delete(number)
 

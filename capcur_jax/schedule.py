@@ -30,11 +30,11 @@ class Stage:
     curriculum: Curriculum = dataclasses.field(default_factory=Curriculum)
 
     def learning_rate_at(self, step: int, updates: int) -> float:
-        """The learning rate of update `step` (from 0) of `updates` in all."""
+        """The learning rate of update `step` (from 0) of `updates` in all, at least one."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.learning_rate_schedule == "constant":
             return self.learning_rate * warm
-        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / max(updates, 1)))
+        return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / updates))
 
 
 def stages(config: ConfigDict) -> list[Stage]:

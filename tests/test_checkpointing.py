@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,17 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from capcur_jax.checkpointing import CheckpointFailed, Checkpoints, Progress, check_same_config, truncate_records
+from capcur_jax.checkpoint_store import Store
+from capcur_jax.checkpointing import (
+    CheckpointFailed,
+    Checkpoints,
+    Progress,
+    check_same_config,
+    go_on,
+    record_sizes,
+    start_anew,
+    truncate_records,
+)
 from capcur_jax.errors import InputError
 from capcur_jax.records.metrics import CompilationCounter
 
@@ -129,6 +141,8 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
         for step, metric in enumerate(metrics):
             checkpoints.save(step, {"a": jnp.float32(step)}, {"step": step}, metric=metric)
+            seen = [known for known in metrics[: step + 1] if known is not None]
+            assert checkpoints.best() == (metrics.index(max(seen)), max(seen))
         assert checkpoints.best() == (1, 0.5)  # the earliest of equals, as the export of the best
     assert listed(tmp_path) == ["1", "5", "6"]
     with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
@@ -139,29 +153,17 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         Checkpoints(tmp_path, keep=0, config={})
 
 
-def test_a_step_saved_anew(tmp_path):
-    old, new = {"a": jnp.float32(1)}, {"a": jnp.float32(2)}
+def test_a_step_is_saved_once_and_in_order(tmp_path):
+    state = {"a": jnp.float32(1)}
     with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
-        checkpoints.save(4, old, {"evaluated": False})
-        checkpoints.save(4, new, {"evaluated": False})  # the same step in the same run is the same state
-        assert bits(checkpoints.restore(4, shapes(old))) == bits(old)
-        checkpoints.save(4, new, {"evaluated": True}, metric=0.5)
-        checkpoints.save(4, old, {"evaluated": True})  # without a metric of its own: that of the validation stays
-        assert checkpoints.best() == (4, 0.5) and checkpoints.position(4) == {"evaluated": True}
-        assert bits(checkpoints.restore(4, shapes(old))) == bits(new)
-        with pytest.raises(InputError, match="step 4, later than step 3"):
-            checkpoints.save(3, old, {})
-    assert listed(tmp_path) == ["4"]
-    # Killed while 4 was being replaced: before the new one was complete, and after.
-    (tmp_path / "4").rename(tmp_path / "replaced-4")
-    (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
-    for _ in range(2):
-        with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
-            assert checkpoints.latest() == 4 and bits(checkpoints.restore(4, shapes(old))) == bits(new)
-            checkpoints.save(5, old, {})
-        assert listed(tmp_path) == ["4", "5"]
-        (tmp_path / "replaced-4").mkdir()
-        (tmp_path / "5").rename(tmp_path / "6.orbax-checkpoint-tmp")
+        checkpoints.save(4, state, {}, metric=0.5)
+        for step in (3, 4):
+            with pytest.raises(InputError, match=f"checkpoint of step 4, and step {step} is to be saved"):
+                checkpoints.save(step, state, {"later": True})
+        assert checkpoints.best() == (4, 0.5) and checkpoints.position(4) == {}
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()  # killed while 5 was being written
+    with Checkpoints(tmp_path, keep=2, config={}) as checkpoints:
+        assert checkpoints.latest() == 4 and listed(tmp_path) == ["4"]
 
 
 def test_what_does_not_fit_is_named(tmp_path):
@@ -216,9 +218,6 @@ def test_references_stay_as_long_as_a_continuation_may_need_them(tmp_path):
         assert bits(checkpoints.restore_reference("reasoning", shapes(first))) == bits(second)
         with pytest.raises(InputError, match="perception"):
             checkpoints.restore_reference("perception", shapes(first))
-        checkpoints.forget_reference()
-        checkpoints.save(3, second, {})
-    assert stored() == 0
 
 
 def test_configs_are_compared_by_key():
@@ -237,6 +236,8 @@ def test_configs_are_compared_by_key():
         "stages.1.rate: not in the stored one -> 1",
     ]
     check_same_config(stored, now, ("meshes", "mesh", "optimizer", "stages"))
+    with pytest.raises(InputError, match=r"log: \{\} -> not in the new one"):
+        check_same_config({"seed": 1, "log": {}}, {"seed": 1}, ())
 
 
 def test_records_after_the_checkpoint_are_cut(tmp_path):
@@ -254,6 +255,233 @@ def test_records_after_the_checkpoint_are_cut(tmp_path):
     assert path.read_text() == ""
     with pytest.raises(InputError):
         truncate_records(tmp_path / "none.jsonl", 1)
+
+
+def test_progress_comes_back_and_is_known_again(tmp_path):
+    progress = Progress(stage=1, stage_step=2, batches=3, evaluated=True, step=7, version=14, best=0.25, seconds=1.5)
+    assert progress.number == 8
+    state = {"a": jnp.ones(3)}
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        assert not checkpoints.holds(progress)
+        checkpoints.save_run(progress, state, {"metrics.jsonl": 10}, metric=0.25)
+        assert checkpoints.progress(8) == (progress, {"metrics.jsonl": 10}) and checkpoints.best() == (8, 0.25)
+        assert checkpoints.holds(dataclasses.replace(progress, seconds=9.0))
+        for change in ({"stage": 0, "step": 8}, {"stage_step": 3}, {"batches": 4}, {"version": 15}, {"best": None}):
+            assert not checkpoints.holds(dataclasses.replace(progress, **change)), change
+        checkpoints.save(9, state, {"position": {"stage": 1}})
+        with pytest.raises(InputError, match=r"9 was written by another version .*--workdir"):
+            checkpoints.progress(9)
+
+
+def test_a_step_and_a_stage_move_progress_on():
+    begun = Progress(stage=0, stage_step=4, batches=5, step=4, version=8, skipped=1, best=0.5).begin_stage(1, 3)
+    assert begun == Progress(stage=1, evaluated=True, step=4, version=8, skipped=3, best=0.5)
+    assert begun.after_step(2, 3) == dataclasses.replace(begun, stage_step=1, step=5, version=10, batches=3)
+
+
+SAVED = {"state": {"stage": 1}, "config": {"seed": 3}}
+ASKED = {
+    "latest": lambda checkpoints: checkpoints.latest() == 1,
+    "best": lambda checkpoints: checkpoints.best() == (1, 0.5),
+    "position": lambda checkpoints: checkpoints.position(1) == SAVED["state"],
+    "config": lambda checkpoints: checkpoints.config(1) == SAVED["config"],
+    "restore": lambda checkpoints: checkpoints.restore(1, shapes({"a": jnp.ones(3)}))["a"].shape == (3,),
+}
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """What is written takes a while, from the moment on that its checkpoint is asked for."""
+    written = ocp.JsonCheckpointHandler._save_fn
+
+    async def late(*arguments):
+        await asyncio.sleep(0.2)
+        await written(*arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_is_asked_waits_for_what_is_being_written(tmp_path, slow, asked):
+    with Checkpoints(tmp_path, keep=1, config=SAVED["config"]) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones(3)}, SAVED["state"], metric=0.5)
+        assert ASKED[asked](checkpoints)
+
+
+def test_who_waits_finds_it_on_the_disk(tmp_path, slow):
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save_reference("grpo", {"a": jnp.ones(3)})  # before the stage's first checkpoint needs it
+        assert listed(tmp_path / "reference") == ["1"]
+        checkpoints.save_run(Progress(step=4), {"a": jnp.ones(3)}, {}, wait=True)
+        assert listed(tmp_path) == ["4"]
+
+
+def test_closing_leaves_no_thread(tmp_path):
+    before = set(threading.enumerate())
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save_reference("grpo", {"a": jnp.ones(3)})
+        checkpoints.save(1, {"a": jnp.ones(3)}, {})
+    assert set(threading.enumerate()) <= before
+
+
+def test_the_reference_of_a_run_that_went_on_stays_for_the_next_one(tmp_path):
+    state = {"a": jnp.float32(1)}
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save_reference("grpo", state)
+        checkpoints.save(1, state, {})
+    for step in (2, 3):
+        with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+            assert bits(checkpoints.restore_reference("grpo", shapes(state))) == bits(state)
+            checkpoints.save(step, state, {})
+
+
+def test_the_directory_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints(Path("run/state"), keep=1, config={}) as checkpoints:
+        checkpoints.save(1, {"a": jnp.ones(3)}, {})
+    assert listed(tmp_path / "run" / "state") == ["1"]
+
+
+@pytest.mark.parametrize("metric", [float("nan"), float("inf")])
+def test_a_metric_that_nothing_can_beat_is_refused(tmp_path, metric):
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        with pytest.raises(ValueError, match="the metric of step 1 is"):
+            checkpoints.save(1, {"a": jnp.ones(3)}, {}, metric=metric)
+        assert checkpoints.latest() is None
+
+
+def test_a_checkpoint_of_another_version_is_one_clear_message(tmp_path):
+    known = dataclasses.asdict(Progress())
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        for step, position in enumerate(({}, {"progress": {**known, "epoch": 1}, "bytes": {}}, {"progress": known}), 1):
+            checkpoints.save(step, {"a": jnp.ones(3)}, position)
+            with pytest.raises(InputError, match=f"{step} was written by another version .*--workdir"):
+                checkpoints.progress(step)
+
+
+def test_leaves_that_could_not_come_back_are_refused(tmp_path):
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        with pytest.raises(ValueError, match="same dotted path"):
+            checkpoints.save(1, {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}, {})
+        with pytest.raises(ValueError, match="float64, which JAX would not restore"):
+            checkpoints.save(1, {"a": np.ones(3)}, {})
+        assert checkpoints.latest() is None
+
+
+def test_arrays_are_read_without_their_tree(tmp_path):
+    state = make_state(1)
+    store = Store(tmp_path, None, 60)
+    store.save(1, state, {})
+    store.wait()
+    found = store.arrays(1)
+    kernel = state.parameters["blocks"][1]["kernel"]
+    assert len(found) == len(jax.tree.leaves(state)) and sorted(bits(found)) == sorted(bits(state))
+    assert bits(found["parameters.blocks.1.kernel"]) == bits(kernel) and bits(found["skipped"]) == bits(state.skipped)
+    with pytest.raises(InputError, match=r"no checkpoint of step 2, only of \[1\]"):
+        store.arrays(2)
+    store.close()
+
+
+def test_at_most_twenty_differences_are_listed():
+    def message(count: int) -> list[str]:
+        with pytest.raises(InputError) as caught:
+            check_same_config({"a": 1}, {"a": 1} | {f"key{i:02}": i for i in range(count)}, ())
+        return str(caught.value).splitlines()[1:-1]
+
+    assert len(message(20)) == 20 and "key19" in message(20)[-1]
+    assert message(22)[:-1] == message(20) and message(22)[-1] == "  and 2 more"
+
+
+def failing(error: BaseException, cause: BaseException | None = None, context: BaseException | None = None):
+    """`error` as it comes from where something was written."""
+
+    async def write(*unused):
+        if context is None:
+            raise error from cause
+        try:
+            raise context
+        except type(context):
+            raise error  # noqa: B904 - as Orbax does
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (failing(OSError(5, "Input/output error")), "Input/output error"),
+        (failing(OSError("the server does not answer.")), "the server does not answer"),
+        (failing(ValueError("a: b: Disk quota exceeded [source='x']\nmore")), "Disk quota exceeded"),
+        (failing(ValueError("failed"), cause=OSError(30, "Read-only file system")), "Read-only file system"),
+        (failing(ValueError("failed"), context=OSError(30, "Read-only file system")), "Read-only file system"),
+    ],
+)
+def test_what_went_wrong_on_the_disk_is_said_once_with_the_remedy(tmp_path, monkeypatch, caplog, write, reason):
+    state = {"a": np.zeros(3 << 18, np.int32)}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=3 << 29))
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        checkpoints.save(1, state, {}, wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", write)
+            with pytest.raises(CheckpointFailed) as caught:
+                checkpoints.save(2, state, {}, wait=True)
+        assert f"2 was not written: {reason}. It takes 3.0 MiB, and 1.5 GiB are free." in str(caught.value)
+        assert "1 is complete: the same command goes on" in str(caught.value)
+        assert checkpoints.latest() == 1 and listed(tmp_path) == ["1"]
+    assert not caplog.records  # Orbax would log its traceback
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_whoever_asks_learns_that_the_last_one_was_not_written(tmp_path, monkeypatch, asked):
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", failing(OSError(5, "Input/output error")))
+            checkpoints.save(1, {"a": jnp.ones(3)}, {}, metric=0.5)
+            with pytest.raises(CheckpointFailed, match=r"1 was not written: Input/output error.*Nothing is complete"):
+                ASKED[asked](checkpoints)
+        assert checkpoints.latest() is None  # it is said once
+
+
+def test_another_error_is_not_taken_for_the_disk_s(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.JsonCheckpointHandler, "_save_fn", failing(ZeroDivisionError("a bug")))
+            with pytest.raises(ZeroDivisionError, match="a bug"):
+                checkpoints.save(1, {"a": jnp.ones(3)}, {}, wait=True)
+        assert checkpoints.latest() is None
+
+
+def test_a_run_that_is_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
+    assert start_anew(tmp_path, owner=True) == Progress()  # an empty directory
+    files = [tmp_path / name for name in ("metrics.jsonl", "rollouts.jsonl")]
+    for file in files:
+        file.write_text('{"type": "evaluation"}\n')
+    assert start_anew(tmp_path, owner=False) == Progress() and all(file.exists() for file in files)
+    assert start_anew(tmp_path, owner=True) == Progress() and not any(file.exists() for file in files)
+    files[0].write_text('{"type": "evaluation"}\n{"type": "step"}\n')
+    for owner in (True, False):
+        with pytest.raises(InputError, match="holds the records of a run but no checkpoint"):
+            start_anew(tmp_path, owner)
+    assert files[0].read_text().count("\n") == 2
+
+
+def test_a_run_that_goes_on_has_the_records_of_its_checkpoint(tmp_path):
+    metrics, rollouts = tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"
+    metrics.write_text('{"type": "step", "step": 1}\n')
+    rollouts.write_text('{"step": 1}\n')
+    before, sizes = [metrics.read_bytes(), rollouts.read_bytes()], record_sizes(tmp_path)
+    assert sizes == {"metrics.jsonl": 28, "rollouts.jsonl": 12}
+    progress = Progress(step=1, stage_step=1, evaluated=True)
+    with Checkpoints(tmp_path / "state", keep=1, config={}) as checkpoints:
+        checkpoints.save_run(progress, {"a": jnp.ones(3)}, sizes, wait=True)
+        for path in (metrics, rollouts):
+            path.write_bytes(path.read_bytes() * 2)
+        assert go_on(tmp_path, False, checkpoints, 1) == progress
+        assert [path.stat().st_size for path in (metrics, rollouts)] == [56, 24]
+        assert go_on(tmp_path, True, checkpoints, 1) == progress
+        assert [path.read_bytes() for path in (metrics, rollouts)] == before
+    rollouts.unlink()
+    assert record_sizes(tmp_path) == {"metrics.jsonl": 28}
 
 
 # What needs processes of its own: each function `run_...` below is one, started by its name.
@@ -343,7 +571,6 @@ def run_process(number: str, port: str, directory: str) -> None:
         checkpoints.save_reference("grpo", {"both": state["both"]})
         for step in (1, 2):
             checkpoints.save(step, state, {"step": step}, metric=0.5 - step)
-        checkpoints.save(2, state, {"step": 2, "evaluated": True})
         assert checkpoints.latest() == 2 and checkpoints.best() == (1, -0.5)
     assert counter.count == 0, counter.count
     target = mesh_state(Mesh(devices.T, ("fsdp", "data")))
@@ -366,7 +593,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts, "one process wrote it all"
     expected = {**mesh_state(None), "local": np.arange(3, dtype=np.int32)}
     with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
-        assert checkpoints.position(2) == {"step": 2, "evaluated": True}
+        assert checkpoints.position(2) == {"step": 2}
         assert bits(checkpoints.restore(2, shapes(expected))) == bits(expected)
 
 
@@ -406,8 +633,6 @@ def continue_until_killed(directory: Path, report: int) -> None:
     os.write(report, b"ready")
     for step in range((last or 0) + 1, 10**6):
         checkpoints.save(step, killed_state(step), {"step": step}, metric=float(step % 5))
-        if step % 2:  # and replaces it
-            checkpoints.save(step, killed_state(step), {"step": step, "evaluated": True}, metric=0.0)
 
 
 def run_kills(directory: str, count: str, longest: str, seed: str) -> None:
@@ -471,10 +696,7 @@ def save_on_full(directory: Path, reason: str, fill: Any, empty: Any) -> None:
         fill()
         checkpoints.save(2, state, {})
         with pytest.raises(CheckpointFailed):
-            checkpoints.save(1, state, {"replaced": True}, wait=True)
-        assert checkpoints.latest() == 1 and checkpoints.position(1) == {}
-        with pytest.raises(CheckpointFailed):
-            checkpoints.save(1, state, {"replaced": True}, wait=True)
+            checkpoints.latest()
         assert checkpoints.latest() == 1 and checkpoints.position(1) == {}
         empty()
         checkpoints.save(2, state, {})
@@ -515,25 +737,3 @@ def test_a_full_disk_is_an_error_and_leaves_the_last(tmp_path):
 
 if __name__ == "__main__":
     globals()[f"run_{sys.argv[1]}"](*sys.argv[2:])
-
-
-def test_progress_comes_back_and_is_known_again(tmp_path):
-    progress = Progress(stage=1, stage_step=2, batches=3, evaluated=True, step=7, version=14, best=0.25, seconds=1.5)
-    assert progress.number == 8
-    state = {"a": jnp.ones(3)}
-    with Checkpoints(tmp_path, keep=1, config={}) as checkpoints:
-        assert not checkpoints.holds(progress)
-        checkpoints.save_run(progress, state, {"metrics.jsonl": 10}, metric=0.25)
-        assert checkpoints.progress(8) == (progress, {"metrics.jsonl": 10}) and checkpoints.best() == (8, 0.25)
-        assert checkpoints.holds(dataclasses.replace(progress, seconds=9.0))
-        for change in ({"stage": 0, "step": 8}, {"stage_step": 3}, {"batches": 4}, {"version": 15}, {"best": None}):
-            assert not checkpoints.holds(dataclasses.replace(progress, **change)), change
-        checkpoints.save(9, state, {"position": {"stage": 1}})
-        with pytest.raises(InputError, match=r"9 was written by another version .*--workdir"):
-            checkpoints.progress(9)
-
-
-def test_a_step_and_a_stage_move_progress_on():
-    begun = Progress(stage=0, stage_step=4, batches=5, step=4, version=8, skipped=1, best=0.5).begin_stage(1, 3)
-    assert begun == Progress(stage=1, evaluated=True, step=4, version=8, skipped=3, best=0.5)
-    assert begun.after_step(2, 3) == dataclasses.replace(begun, stage_step=1, step=5, version=10, batches=3)

@@ -36,6 +36,16 @@ def test_several_sets_make_one_stage():
     assert stage.data == presets.CAPABILITIES and stage.freeze == "^visual"
 
 
+def test_each_of_a_stage_s_sets_has_a_weight():
+    config = presets.get("laptop", order=("merged",))
+    config.stages.merged.curriculum.weights = (2.0, 1.0, 1.0)
+    (stage,) = schedule.stages(config)
+    assert stage.curriculum.weights == (2.0, 1.0, 1.0)
+    config.stages.merged.curriculum.weights = (2.0, 1.0)
+    with pytest.raises(InputError, match=r"config\.stages\.merged\.curriculum\.weights = .* stage's 3 sets"):
+        schedule.stages(config)
+
+
 def test_the_paper_s_steps():
     steps = {stage.name: stage.steps for stage in schedule.stages(presets.get("qwen3_vl_8b"))}
     assert steps == {"perception": 90, "text": 375, "visual": 465} and sum(steps.values()) == 930
@@ -64,8 +74,10 @@ MISTAKES = {
     "unknown stage": ("order", ("text", "vision"), r"config\.order names 'vision'.*perception, text, visual"),
     "stage twice": ("order", ("text", "visual", "text"), r"config\.order = .* a stage may come once"),
     "stage called base": ("order", ("base",), r"config\.order = .* called base or final"),
+    "stage called final": ("order", ("text", "final"), r"config\.order = .* called base or final"),
     "schedule": ("stages.text.learning_rate_schedule", "linear", r"stages\.text\.learning_rate_schedule.*constant"),
     "no steps": ("stages.text.steps", 0, r"config\.stages\.text\.steps = 0.*at least 1"),
+    "negative steps": ("stages.text.steps", -1, r"config\.stages\.text\.steps = -1.*at least 1"),
     "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = 150 and epochs = 2"),
     "unknown set": ("stages.text.data", ("words",), r"config\.stages\.text\.data.*words.*perception, text, visual"),
     "no set": ("stages.text.data", (), r"config\.stages\.text\.data"),

@@ -108,4 +108,4 @@ def batches(make: Callable[[int], Any], size: int, *, start: int = 0, threads: i
     """
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * size)
     numbers = grain.MapDataset.range(start * size, sys.maxsize // 2)
-    return iter(numbers.map(make).to_iter_dataset(options).batch(size, drop_remainder=True, batch_fn=list))
+    return iter(numbers.map(make).to_iter_dataset(options).batch(size, batch_fn=list))

@@ -33,7 +33,7 @@ class Residence:
     def __init__(self, memory: str, tree: Any, key: str):
         if memory not in MEMORIES:
             raise InputError(f"{key} = {memory!r}; choose one of {', '.join(MEMORIES)}")
-        self._offload = Offload.of(tree) if memory == "pinned_host" and tree is not None else None
+        self._offload = Offload.of(tree) if memory == "pinned_host" else None
 
     def rest(self, tree: Any) -> Any:
         return self._offload.to_host(tree) if self._offload else tree

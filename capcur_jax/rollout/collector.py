@@ -160,6 +160,6 @@ def collect(
             (dropped if retries and group.equal else kept).append(group)
         if attempt < retries and not distributed.agree(len(kept) < wanted):
             break
-    missing = wanted - len(kept)
-    groups = (kept + dropped[: max(missing, 0)])[:wanted]
-    return Rollout(groups, drawn, len(dropped) - max(missing, 0), capabilities)
+    missing = max(wanted - len(kept), 0)
+    groups = (kept + dropped[:missing])[:wanted]
+    return Rollout(groups, drawn, len(dropped) - missing, capabilities)

@@ -1,5 +1,6 @@
 """Which problem is which example of a step, in one process or several, and what takes the place of a broken one."""
 
+import collections
 import dataclasses
 
 import numpy as np
@@ -68,10 +69,13 @@ def problems(tmp_path):
 
 def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monkeypatch, builder, problems):
     assert usable([problems], builder)[0] == [problems] and not builder.counts
+    tried, build = collections.Counter(), builder.build
+    builder.build = lambda problem: tried.update([problem.id]) or build(problem)
     order = Curriculum().arrange([problems], 5, PROMPTS)
     (maker,) = makers(monkeypatch, 1, 1, builder, order)
     examples = [maker(i) for i in range(24)]
     assert builder.counts == {"images": 1} and [p.id for p in builder.skipped] == ["3"]
+    assert tried["3"] == 1 and sum(tried.values()) == 25  # it is not read again
     for number, example in enumerate(examples):
         wanted = order[number].id
         assert example.problem.id == wanted if wanted != "3" else example.problem.id != "3"
@@ -82,6 +86,20 @@ def test_a_broken_image_is_counted_once_and_another_problem_takes_its_place(monk
         again = other(number)
         assert again.problem == examples[number].problem
         np.testing.assert_array_equal(again.prompt.tokens, examples[number].prompt.tokens)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_replace_a_broken_image_by_the_same_problem(monkeypatch, builder, problems, processes, updates):
+    def steps(processes):
+        order = Curriculum(order="file").arrange([problems], 0, 8)
+        made = makers(monkeypatch, processes, updates, builder, order, prompts=8)
+        return [
+            sorted(maker(step * maker.local + i).problem.id for maker in made for i in range(maker.local))
+            for step in range(6)
+        ]
+
+    assert steps(processes) == steps(1)
 
 
 @pytest.mark.parametrize("curriculum", [Curriculum(order="file"), Curriculum(order="file", drop_last=True)])

@@ -14,7 +14,7 @@ from capcur_jax.rollout.collector import Collector
 from capcur_jax.rollout.engine import Health, Sample, Span
 from capcur_jax.rollout.groups import Group, Rollout
 
-WAIT = 10
+WAIT, SEED = 10, 3
 
 
 class Example(NamedTuple):
@@ -25,8 +25,8 @@ class Example(NamedTuple):
 class Engine:
     """Answers with the version that it has when a prompt is asked; `gate` holds the answers back."""
 
-    def __init__(self):
-        self.version, self.calls, self.gate = 0, [], threading.Event()
+    def __init__(self, images=False):
+        self.version, self.calls, self.gate, self.images = 0, [], threading.Event(), images
         self.gate.set()
         self.began = threading.Event()
 
@@ -35,6 +35,7 @@ class Engine:
 
     def generate(self, prompts, sampling, n, seed, images):
         version = self.version
+        assert images == self.images
         self.calls.append((list(prompts), n, seed))
         self.began.set()
         assert self.gate.wait(WAIT)
@@ -48,13 +49,13 @@ def grade(examples, drawn):
 
 
 class Loop:
-    """A training loop of nothing but numbers around a Collector: two updates a step, seed 0."""
+    """A training loop of nothing but numbers around a Collector: two updates a step, seed 3."""
 
-    def __init__(self, async_steps, updates=2):
-        self.engine, self.step, self.version, self.timer = Engine(), 0, 0, metrics.PhaseTimer()
-        settings = types.SimpleNamespace(async_steps=async_steps, group=3, dynamic_retries=0)
-        sizes = {"local": 2, "images": False, "updates": updates, "capabilities": ()}
-        self.collector = Collector(self.engine, None, grade, batches(), **sizes, settings=settings, seed=0)
+    def __init__(self, async_steps, updates=2, retries=0, images=False, grade=grade):
+        self.engine, self.step, self.version, self.timer = Engine(images), 0, 0, metrics.PhaseTimer()
+        settings = types.SimpleNamespace(async_steps=async_steps, group=3, dynamic_retries=retries)
+        sizes = {"local": 2, "images": images, "updates": updates, "capabilities": ("a", "b")}
+        self.collector = Collector(self.engine, None, grade, batches(), **sizes, settings=settings, seed=SEED)
 
     def collect(self):
         return self.collector.step(self.timer, self.step, self.version)
@@ -69,7 +70,7 @@ class Loop:
 
 
 def seed_of(step, attempt=0):
-    return (104_729 * step + 15_485_863 * attempt + 1) % 2**32
+    return (1_000_003 * SEED + 104_729 * step + 15_485_863 * attempt + 1) % 2**32
 
 
 def batches():
@@ -90,7 +91,8 @@ def test_in_turns_every_batch_comes_from_the_weights_that_it_trains():
             loop.ahead()  # nothing is drawn ahead
             assert [group.example.number for group in rollout.groups] == [2 * step, 2 * step + 1]
             assert ages(rollout) == {0} and rollout.renewed == 0 and rollout.batches == 1
-            assert rollout.tokens_per_second == 10.0 * (step + 1)
+            assert rollout.tokens_per_second == 10.0 * (step + 1) and rollout.capabilities == ("a", "b")
+            assert set(loop.timer.seconds) == {"data", "rollout", "reward"}
             loop.update()
     assert loop.engine.calls == [([f"p{2 * s}", f"p{2 * s + 1}"], 3, seed_of(s)) for s in range(3)]
 
@@ -102,7 +104,9 @@ def test_ahead_the_next_batch_is_sampled_while_the_trainer_works():
         for step in range(1, 4):
             loop.engine.began.clear()
             loop.engine.gate.clear()
+            loop.timer.reset()
             loop.ahead()
+            assert set(loop.timer.seconds) == {"data"}
             assert loop.engine.began.wait(WAIT)  # it is being sampled, and this thread goes on
             loop.update()
             loop.engine.gate.set()
@@ -135,13 +139,19 @@ def test_samples_that_are_too_old_are_drawn_again(async_steps):
         rollout = loop.collect()
     assert rollout.renewed == 1 and ages(rollout) == {0} and all(sample is not stuck[0] for sample in rollout.samples)
     assert loop.engine.calls[1] == (["p1"], 3, seed_of(3, 1000)) and rollout.batches == 1
+    assert rollout.tokens_per_second == 10.0  # of the whole batch's call, not of the one group's
 
 
 def test_an_engine_that_stays_at_old_weights_trains_nothing():
     loop = Loop(async_steps=1)
     for _ in range(2):
         loop.update()
-    loop.engine.version = 1
+    loop.engine.version, generate = 1, loop.engine.generate
+
+    def one_is_newer(*given):
+        return [[*group[:-1], dataclasses.replace(group[-1], spans=(Span(4, 0, 2),))] for group in generate(*given)]
+
+    loop.engine.generate = one_is_newer
     with loop.collector, pytest.raises(RolloutError, match=r"version 1, .* trainer is at 4 and may be 2 ahead"):
         loop.collect()
 
@@ -154,3 +164,48 @@ def test_an_error_of_the_engine_reaches_the_step_that_needs_the_samples():
         loop.ahead()
         with pytest.raises(ZeroDivisionError):
             loop.collect()
+
+
+@pytest.mark.parametrize("async_steps", [0, 1])
+def test_a_step_that_draws_again_takes_new_problems_and_another_stream_of_samples(async_steps):
+    """All rewards of the first batch are equal, and in either batch a group is too old at first."""
+
+    def second_differs(examples, drawn):
+        scores = [types.SimpleNamespace(reward=float(i)) for i in range(3)]
+        return [
+            Group(e, samples, [], scores if e.number >= 2 else scores[:1] * 3, np.zeros(3))
+            for e, samples in zip(examples, drawn, strict=True)
+        ]
+
+    loop = Loop(async_steps, retries=2, images=True, grade=second_differs)
+    loop.engine.version = loop.version = 8
+    generate = loop.engine.generate
+
+    def late(prompts, *rest):
+        groups = generate(prompts, *rest)
+        if len(prompts) == 2:
+            groups[0][0] = dataclasses.replace(groups[0][0], spans=(Span(4, 0, 2),))
+        return groups
+
+    loop.engine.generate = late
+    with loop.collector:
+        loop.collector.ahead(loop.timer, loop.step)  # of this very step
+        rollout = loop.collect()
+    assert [group.example.number for group in rollout.groups] == [2, 3]
+    assert (rollout.batches, rollout.renewed, rollout.drawn, rollout.dropped_equal) == (2, 2, 4, 2)
+    assert loop.engine.calls == [
+        (["p0", "p1"], 3, seed_of(0)), (["p0"], 3, seed_of(0, 1000)),
+        (["p2", "p3"], 3, seed_of(0, 1)), (["p2"], 3, seed_of(0, 1001)),
+    ]  # fmt: skip
+
+
+def test_closing_waits_for_no_samples():
+    loop = Loop(async_steps=1)
+    with loop.collector:
+        loop.engine.gate.clear()
+        loop.ahead()
+        drawn = loop.collector._ahead.drawn
+        assert loop.engine.began.wait(WAIT)
+    assert not drawn.done()
+    loop.engine.gate.set()
+    drawn.result(WAIT)

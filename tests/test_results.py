@@ -1,0 +1,247 @@
+"""What a run shows and leaves, from records that are made up: no model, no engine."""
+
+import json
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from capcur_jax import presets, results, schedule
+from capcur_jax.checkpointing import Progress
+from capcur_jax.data.problem import Problem
+from capcur_jax.records.jsonl import JsonLines
+from capcur_jax.rollout.groups import Rollout
+from tests.rollout.test_groups import group as graded
+
+SETS = ("perception", "text")
+
+
+def step(number, objective="grpo", **values):
+    record = {
+        "type": "step", "step": number, "stage": "text", "objective": objective, "seconds": float(number**2),
+        "compilations": number % 2, "skipped_updates": number, "loss": 0.5,
+    }  # fmt: skip
+    return record | ({"logprob_difference_mean": 0.25} if objective == "grpo" else {}) | values
+
+
+def evaluations(after, accuracies, form=0.5):
+    kind = {"type": "evaluation", "step": 0, "after": after, "format": form, "by_kind": {}}
+    return [{**kind, "capability": name, "accuracy": value} for name, value in zip(SETS, accuracies, strict=True)]
+
+
+class Run:
+    """The parts of a Run that results.py asks for; `shown` is what its display was told."""
+
+    def __init__(self, workdir, owner=True, **changes):
+        self.config = presets.get("laptop", order=("text",))
+        self.config.update_from_flattened_dict(
+            {"evaluation.sets": SETS, "evaluation.questions": 2, "rollout.group": 3, **changes}
+        )
+        self.workdir, self.owner, self.stages = workdir, owner, schedule.stages(self.config)
+        self.progress = Progress(step=9, stage_step=4, version=18, best=0.75)
+        self.shown, self.closed, self.written, self.evaluated = [], [], [], []
+        names = ("plan", "table", "warn", "final")
+        self.display = types.SimpleNamespace(**{n: lambda *a, n=n: self.shown.append((n, *a)) for n in names})
+        self.checkpoints = types.SimpleNamespace(close=lambda: self.closed.append("checkpoints"))
+        self.recorder = types.SimpleNamespace(
+            steps=[step(n) for n in (1, 2, 4)], skipped=4,
+            evaluations=[*evaluations("base", (0.25, 0.5), 0.0), *evaluations("text", (0.5, 0.75))],
+            write=self.written.append, evaluation=lambda *given: self.evaluated.append(given),
+        )  # fmt: skip
+        long = Problem("long", "word", "1")
+        builder = types.SimpleNamespace(counts={"images": 2, "prompts": 1}, skipped={long: "too long"})
+        self.policy = types.SimpleNamespace(builder=builder, source="checkpoint", lora=None)
+        images = {"perception": ("a.png",), "text": ()}
+        self.sets = types.SimpleNamespace(
+            skipped_rows={("text", "train"): ["text:3: no answer", "text:5: no answer"], ("text", "test"): ["x"]},
+            selected=lambda data, curriculum: [["p"] * 3, ["p"] * 4],
+            # What all of training has is right once in the test.
+            problems=lambda name, split: [Problem(str(i), "What?", "red", images[name]) for i in range(3)],
+        )
+        asked = {name: [Problem("0", "What?", a, images[name]) for a in ("blue", "red", "blue")] for name in SETS}
+        self.heldout = types.SimpleNamespace(questions=asked.__getitem__)
+        self.reward = types.SimpleNamespace(counters=lambda: {"reward_failures": 3})
+        self.engine = types.SimpleNamespace(counters=lambda: {"retries": 2})
+        flat = {("visual", "a"): 6, ("visual", "b"): 4, ("text", "c"): 90}
+        parameters = nnx.from_flat_state([(path, nnx.Param(jnp.ones(n))) for path, n in flat.items()])
+        self.trainer = types.SimpleNamespace(parameters=lambda: parameters)
+        shape = (1,) * len(self.config.mesh)
+        self.mesh = Mesh(np.array(jax.devices()[:1]).reshape(shape), tuple(self.config.mesh.keys()))
+
+    def export(self, name):
+        return self.workdir / "checkpoints" / name
+
+    def seconds(self):
+        return 12.5
+
+    def finish(self, status="finished"):
+        if self.owner:
+            with JsonLines(self.workdir / "metrics.jsonl") as lines:
+                for record in (*self.recorder.steps, *self.recorder.evaluations):
+                    lines.write(record)
+        return results.finish(self, status, {"parameters": 100, "blind": {"perception": 0.5}})
+
+
+def test_the_summary_of_a_finished_run(tmp_path):
+    run = Run(tmp_path)
+    summary = run.finish()
+    assert summary == {
+        "status": "finished",
+        "accuracy": {
+            "perception": {"base": 0.25, "after_text": 0.5, "final": 0.5},
+            "text": {"base": 0.5, "after_text": 0.75, "final": 0.75},
+        },
+        "blind": {"perception": 0.5},
+        "seconds": 12.5,
+        "step_seconds_median": 4.0,  # of 1, 4, 16
+        "compilations_after_warmup": 1,
+        "logprob_difference_mean": 0.25,
+        "format_reward_final": 0.5,  # of the last evaluation alone
+        "steps": 9,  # those before the records begin included
+        "best_validation": 0.75,
+        "parameters": 100,
+        "checkpoint": str(tmp_path / "checkpoints" / "final"),
+        "skipped": {"rows": 3, "images": 2, "prompts": 1, "updates": 4, "reward_failures": 3},
+    }
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary and run.closed == ["checkpoints"]
+    files = {"report": tmp_path / "report.html", "metrics": tmp_path / "metrics.jsonl"}
+    assert run.shown == [("warn", "left out: long: too long"), ("final", summary, files)] and files["report"].is_file()
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed"])
+def test_a_run_that_did_not_end_has_no_final_figures(tmp_path, status):
+    summary = Run(tmp_path).finish(status)
+    assert summary["status"] == status and summary["format_reward_final"] is None
+    assert summary["accuracy"]["text"] == {"base": 0.5, "after_text": 0.75}
+
+
+def test_a_run_that_was_stopped_before_its_first_step_has_a_summary_too(tmp_path):
+    run = Run(tmp_path)
+    run.recorder.steps, run.recorder.evaluations = [], []
+    summary = run.finish("interrupted")
+    assert summary["accuracy"] == {} and summary["compilations_after_warmup"] == 0
+    for key in ("step_seconds_median", "logprob_difference_mean", "format_reward_final"):
+        assert summary[key] is None
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_steps_whose_update_was_skipped_and_those_that_imitate_are_left_out_of_a_mean(tmp_path):
+    run = Run(tmp_path)
+    values = [math.nan, 0.5, None, 1.0]
+    run.recorder.steps = [step(n, logprob_difference_mean=value) for n, value in enumerate(values)] + [step(5, "sft")]
+    assert run.finish()["logprob_difference_mean"] == 0.75
+
+
+def test_a_process_that_owns_no_file_writes_none(tmp_path):
+    run = Run(tmp_path, owner=False)
+    assert run.finish()["status"] == "finished" and run.closed == ["checkpoints"]
+    results.plan(run, run.stages)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+def test_the_plan_says_what_is_trained_on_what(tmp_path):
+    run = Run(tmp_path)
+    assert results.plan(run, run.stages) == {"parameters": 100, "blind": {}}
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(run.config.to_dict()))
+    assert json.loads((tmp_path / "versions.json").read_text())["jax"] == jax.__version__
+    (_, plan), *warnings = run.shown
+    assert plan["Run"]["parameters"] == 100 and plan["Run"]["of them vision"] == 10
+    (stage,), held = plan["Stages"], plan["Held-out questions (test)"]
+    assert (stage["stage"], stage["data"], stage["problems"], stage["objective"]) == ("text", "text", 7, "grpo")
+    assert (stage["steps"], stage["a step"], stage["frozen"]) == (150, "16 x 3", "^visual")
+    assert [(line["set"], line["questions"], line["blind guess"]) for line in held] == [
+        ("perception", 3, ""),
+        ("text", 3, ""),
+    ]
+    assert warnings == [
+        ("warn", "text train: 2 rows skipped, the first: text:3: no answer"),
+        ("warn", "text test: 1 rows skipped, the first: x"),
+    ]
+
+
+def test_the_plan_of_an_imitation_and_of_low_rank_factors(tmp_path):
+    run = Run(tmp_path, **{"stages.text.objective": "sft", "stages.text.freeze": "", "stages.text.data": SETS})
+    run.config.stages.text.curriculum.order = "file"
+    run.stages = schedule.stages(run.config)
+    results.plan(run, run.stages)
+    run.policy.lora = object()
+    results.plan(run, run.stages)
+    plain, low_rank = (call[1]["Stages"][0] for call in run.shown if call[0] == "plan")
+    assert (plain["data"], plain["a step"], plain["frozen"]) == ("perception + text (file)", "16", "nothing")
+    assert low_rank["frozen"] == "all but LoRA's factors"
+
+
+def test_blind_guesses_are_for_sets_with_images_that_are_trained_on(tmp_path):
+    run = Run(tmp_path)
+    run.stages = schedule.stages(presets.get("laptop", order=("perception", "text")))
+    assert results.plan(run, run.stages)["blind"] == {"perception": 1 / 3}  # learned from "train", asked on the test
+    assert run.shown[0][1]["Held-out questions (test)"][0]["blind guess"] == "33.3%"
+    run.config.evaluation.blind = False
+    assert results.plan(run, run.stages)["blind"] == {}
+
+
+def test_with_several_devices_the_plan_says_where_parameters_lie(tmp_path):
+    run = Run(tmp_path)
+    shape = {axis: 1 for axis in run.config.mesh}
+    run.mesh = types.SimpleNamespace(size=2, shape={**shape, "data": 2})
+    results.plan(run, run.stages)
+    ((_, _, lines),) = [call for call in run.shown if call[0] == "table"]
+    assert [line["parameter"] for line in lines] == ["text.c", "visual.a", "visual.b"]
+
+
+# ---------------------------------------------------------------------- records
+
+
+def mini(prompts, computed, responses):
+    """A micro-batch: prompts of these lengths, a slab with one response to each."""
+    parts = types.SimpleNamespace(lengths=np.array(prompts), tokens=np.zeros(computed), vision=None)
+    slab = types.SimpleNamespace(lengths=np.array(responses), tokens=np.zeros(computed))
+    return types.SimpleNamespace(prompts=parts, slabs=[slab])
+
+
+def test_a_step_s_record(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    (stage,) = run.stages
+    minis = [[mini((5, 3), 20, (2, 2))], [mini((4, 4), 20, (1, 3)), mini((6, 2), 20, (4, 4))]]
+    rollout = Rollout([graded(1, [0, 0.1, 0.9, 1], version=18)], 4, 1, version=18)
+    record = results.step_record(run, stage, minis, rollout, 0.125, {"write": 2.0})
+    expected = {
+        "type": "step", "step": 9, "stage": "text", "stage_step": 4, "objective": "grpo", "learning_rate": 0.125,
+        "weight_version": 18, "rollout_retries": 2, "drawn_groups": 4.0, "dropped_groups": 1.0,
+        "tokens": 40, "micro_batches": 3, "token_padding": 1 - 40 / 120, "packing": 1.0, "seconds_sync_write": 2.0,
+    }  # fmt: skip
+    assert {key: record[key] for key in expected} == expected
+    imitated = results.step_record(run, stage, minis, None, 0.125, {})
+    assert "weight_version" not in imitated and "reward" not in imitated and imitated["tokens"] == 40
+    # Tokens are those of all processes.
+    monkeypatch.setattr(results.distributed, "exchange", lambda counts: np.stack([counts, counts]))
+    assert results.step_record(run, stage, minis, None, 0.125, {})["tokens"] == 80
+
+
+def test_evaluations_and_validations_are_records_of_the_step_that_is_done(tmp_path):
+    run = Run(tmp_path)
+    found = [
+        {"capability": name, "accuracy": accuracy, "questions": 2, "by_kind": {"k": 1.0}}
+        for name, accuracy in zip(SETS, (0.25, 0.75), strict=True)
+    ]
+    run.heldout.evaluate = run.heldout.validate = lambda label: found if label == "text" else None
+    results.evaluate(run, "text")
+    ((records, seconds),) = run.evaluated
+    assert records == [{"type": "evaluation", "step": 9, "after": "text", **result} for result in found]
+    assert 0 <= seconds < 60
+    assert results.validate(run, "text") == 0.5
+    (record,) = run.written
+    assert 0 <= record.pop("seconds_all") < 60
+    assert record == {
+        "type": "validation", "step": 9, "stage": "text", "accuracy": 0.5,
+        "perception": {"capability": "perception", "accuracy": 0.25, "questions": 2},
+        "text": {"capability": "text", "accuracy": 0.75, "questions": 2},
+    }  # fmt: skip
