@@ -20,7 +20,7 @@ RECORDS = ("metrics.jsonl", "rollouts.jsonl")  # of a run that goes on: as long 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stands: what of a checkpoint is not arrays. train.py alone replaces a run's."""
+    """Where a run stands: the part of a checkpoint that is not arrays. train.py alone replaces a run's."""
 
     stage: int = 0  # number in config.order
     stage_step: int = 0  # steps of it that are done
@@ -57,11 +57,11 @@ class Checkpoints:
 
     A checkpoint holds a pytree of arrays and a JSON document. Its directory gets its name when all of it is written, so
     that a killed run leaves nothing that looks like one; leftovers go when the next run opens the directory. For a
-    moment a checkpoint more than is kept lies on the disk.
+    moment one checkpoint more than `keep` lies on the disk.
 
     Args:
       directory: where they lie, one directory a step; made if it does not exist.
-      keep: the last so many are kept, and the best by metric besides.
+      keep: how many of the last ones are kept, besides the best by metric.
       config: the resolved config of the run in plain JSON types, written with each.
       timeout: seconds that writing one may take. When one process of several fails, the others learn of it then.
     """
@@ -156,7 +156,7 @@ class Checkpoints:
 
         Args:
           step: one that is there.
-          abstract: its pytree of jax.ShapeDtypeStruct with the shardings that it shall have, on any mesh. A leaf
+          abstract: its pytree of jax.ShapeDtypeStruct with the shardings that it is to have, on any mesh. A leaf
             without one comes to this process's first device.
 
         Raises:
@@ -222,7 +222,7 @@ def check_same_config(stored: dict, now: dict, may_change: tuple[str, ...]) -> N
     Args:
       stored: the config with which it was saved, as it comes out of JSON.
       now: today's.
-      may_change: dotted keys that may differ, with all below them.
+      may_change: dotted keys that may differ, with everything below them.
 
     Raises:
       InputError: other keys differ; lists them with both values.
@@ -242,7 +242,7 @@ def check_same_config(stored: dict, now: dict, may_change: tuple[str, ...]) -> N
 
 
 def start_anew(workdir: Path, owner: bool) -> Progress:
-    """What a run left that was stopped before its first checkpoint is removed. All processes call it together.
+    """Removes what a run left that was stopped before its first checkpoint. All processes call it together.
 
     Raises:
       InputError: steps were recorded: their checkpoints were taken away.
@@ -277,7 +277,7 @@ def record_sizes(workdir: Path) -> dict[str, int]:
 
 def truncate_records(path: Path, offset: int) -> None:
     """Cuts a JSON-lines file to its first `offset` bytes: what follows was recorded after the checkpoint, and will be
-    once more. A file that is not there has none.
+    recorded again. A file that is not there has none.
 
     Raises:
       InputError: it is shorter, or no record ends there.

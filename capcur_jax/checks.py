@@ -1,4 +1,4 @@
-"""What a config must be and have before anything starts: mistakes get one clear message, all missing things at once."""
+"""Checks before a run starts: a mistake gets one clear message, and everything that is missing is named at once."""
 
 from __future__ import annotations
 

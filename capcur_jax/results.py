@@ -81,7 +81,7 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _blind(run: Run) -> dict[str, float]:
-    """The best accuracy without looking, for each held-out set with images."""
+    """The best accuracy without the image, for each held-out set with images."""
     if not run.config.evaluation.blind:
         return {}
     blind = {}

@@ -252,7 +252,7 @@ def usable(run: Run, stage: Stage) -> Usable:
 
 
 def with_steps(stage: Stage, measured: dict[str, Usable]) -> Stage:
-    """The stage with what its epochs come to: prompts that do not fit are no part of an epoch."""
+    """The stage with its epochs counted in steps; prompts that do not fit are left out."""
     if not stage.epochs:
         return stage
     counts = [len(problems) for problems in measured[stage.name][0]]

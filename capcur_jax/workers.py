@@ -229,7 +229,7 @@ class Pool:
             raise RuntimeError(f"{self._name}s were closed")
 
     def _fill(self, slot: _Slot) -> None:
-        """Sees to it that the slot has a worker that listens."""
+        """Makes sure that the slot has a worker that listens."""
         self._check_open()
         if slot.worker and not slot.worker.alive:  # died at rest: no request's fault
             slot.empty()
@@ -248,7 +248,7 @@ class Pool:
         return [slot.worker.process.pid for slot in self._slots if slot.worker]
 
     def close(self) -> None:
-        """Ends the workers, unless this is a fork of the process that owns them. Who waits gets RuntimeError."""
+        """Ends the workers, unless this is a fork of the process that owns them. Threads that wait get RuntimeError."""
         if self._closed or os.getpid() != self._owner:
             return
         self._closed = True

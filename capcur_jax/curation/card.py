@@ -26,7 +26,7 @@ MOST_ROWS = 40  # of one table; the others are counted together
 _KINDS = 200  # whose examples are remembered; the others' are kept together
 _SOURCE = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _LICENCE = re.compile(r"Licence: (.+?)\.(?:\s|$)", re.DOTALL)
-# Of sources that have no reader here with a licence in its docstring.
+# Licences of sources without a reader whose docstring states one.
 LICENCES = {
     "easy_vqa": "MIT",
     "mathvista": "CC BY-SA 4.0",
@@ -72,7 +72,7 @@ def make_card(
     Args:
       files: JSONL or Parquet files of rows.
       examples: rows that are shown: of every kind in turn, chosen by the hash of their ids.
-      reports: what the commands before printed (their last line, or the whole of it): rows, kept, dropped by reason.
+      reports: what earlier commands printed (their last line, or all of it): rows, kept, dropped by reason.
       images: folder for the images of Parquet files that hold them as bytes (`read_rows`).
 
     Raises:
@@ -269,7 +269,7 @@ def _dropped(summary: Mapping[str, Any]) -> list[Section]:
 
 
 def _earlier(reports: Sequence[str | os.PathLike]) -> list[Section]:
-    """What the steps before left out, from the JSON that they printed."""
+    """What earlier steps left out, from the JSON that they printed."""
     rows: list[tuple] = []
     for path in map(Path, reports):
         report = _last_json(path)

@@ -1,4 +1,4 @@
-"""Questions to models behind OpenAI-compatible servers (SGLang, vLLM, hosted ones): many at once, and patiently.
+"""Questions to models behind OpenAI-compatible servers (SGLang, vLLM, hosted ones): many at once, with retries.
 
 Not by the package openai: its retries stay at one address, it bounds no answer's size, it takes keys and addresses from
 the environment unasked. What would be left for it is one POST.
@@ -147,7 +147,7 @@ class Chat:
                 self._answered, self._failed_in_a_row, server.failures = True, 0, 0
                 return reply
         self._failed_in_a_row += 1
-        # A server that isn't there, or so many questions failing on end, is no matter of this question.
+        # A server that is gone, or many failures in a row, is not this question's fault.
         if gone or self._failed_in_a_row >= max(32, 2 * self.concurrency):
             kind = RolloutError if self._answered else InputError
             raise kind(

@@ -30,7 +30,7 @@ from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import read_rows, write_rows
 from capcur_jax.models.inputs import BadImage
 
-# From the surest on.
+# The surest first.
 KINDS = ("image and text", "image", "text", "similar text", "look and text", "look")
 LOOKS = ("look and text", "look")  # pictures that look alike, which may be wrong: a set of drawings has many
 PAIRS_OF_A_ROW = 5  # named for one training row; all are counted
@@ -90,7 +90,7 @@ class Evaluation:
         self.rows.append(row)
 
     def finish(self) -> None:
-        """Builds the indexes; `add` is over."""
+        """Builds the indexes; no `add` may follow."""
         self._nearest, self._near = Looks(self._looks), {}
         # Texts of rows without images, which may match by themselves.
         self._plain = np.array(list(self._by_text), np.int64)

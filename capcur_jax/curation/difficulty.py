@@ -56,8 +56,8 @@ def measure(
     """Samples and grades what the journal lacks; a record is {"predictions", "correctness", "lengths"} or {"reason",
     "detail"} of a problem whose image turned out to be broken.
 
-    Batches are cut from the whole list, done or not, and seeded by their number: a job that was killed goes on to the
-    figures that it would have come to.
+    Batches are cut from the whole list, done or not, and seeded by their number: a killed job ends with
+    the figures of an unbroken one.
 
     Args:
       batch: problems that are asked together.

@@ -36,7 +36,7 @@ class How(NamedTuple):
 
     max_new_tokens: int = 8
     downsample: int = 1  # images are this much smaller along each side
-    max_pixels: int = 0  # larger images are shrunk to so many; 0: as the model does
+    max_pixels: int = 0  # larger images are shrunk to this many; 0: to the model's bound
     batch: int = 16  # of a local model
     concurrency: int = 16  # of a served one, and so on as `Chat` has them
     timeout_s: float = 120.0

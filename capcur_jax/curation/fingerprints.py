@@ -19,7 +19,7 @@ from capcur_jax.data.problem import IMAGE_MARK
 from capcur_jax.models.inputs import BadImage
 
 LOOK_SIDE = 16
-# Images look alike where at most so many of 64 bits differ, and small pictures differ by at most this share of how much
+# Images look alike where up to MAX_BITS of 64 bits differ, and small pictures differ by at most this share of how much
 # they vary. Found on drawings and photos that were halved, saved as JPEG, brightened and cropped (docs/data_checks.md).
 MAX_BITS = 12
 MAX_DIFFERENCE = 0.35

@@ -29,8 +29,8 @@ def key_of(name: str, *content: object) -> str:
 
 
 def digest_of(path: str) -> str:
-    """Of a file's content, "" where there is none to be read: a file that was moved is the same, one that was changed
-    or repaired is another."""
+    """The digest of a file's content, "" where it can't be read. A moved file keeps its digest, a changed or
+    repaired one does not."""
     try:
         found = os.stat(path)
         return _digest(path, found.st_mtime_ns, found.st_size) if stat.S_ISREG(found.st_mode) else ""

@@ -1,6 +1,6 @@
 """Perception questions from captions (the paper's D_perc): a language model that sees the caption alone writes one.
 
-It is asked for one four-way question on a fine detail or a spatial relation, as JSON in a fenced block. What it says is
+It is asked for one four-way question on a fine detail or a spatial relation, as JSON in a fenced block. Its reply is
 parsed strictly; one that can't be used goes back once with what is wrong. Options are then put in an order that
 depends on the seed and the ids alone and makes A, B, C and D equally often right.
 """
@@ -55,7 +55,7 @@ Reply with one fenced block and nothing else:
 "answer" is the letter of the right option; "kind" is "detail" or "relation".
 """
 REPAIR = "This cannot be used: {detail}. Reply once more with one fenced block of JSON as described, and nothing else."
-DIGEST = hashlib.sha256((PROMPT + REPAIR).encode()).hexdigest()[:12]  # answers to other prompts are others
+DIGEST = hashlib.sha256((PROMPT + REPAIR).encode()).hexdigest()[:12]  # a journal holds answers to these prompts only
 
 _FENCE = re.compile(r"```[ \t]*(?:json)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _MAX_REPLY = 20_000
@@ -96,7 +96,7 @@ class BadQuestion(ValueError):
 
 
 def parse(text: str, cut_off: bool = False) -> Question:
-    """The question in a reply. Raises BadQuestion for all that is not exactly what was asked for.
+    """The question in a reply. Raises BadQuestion for anything but exactly what was asked for.
 
     Args:
       cut_off: the reply ended at the limit of tokens.

@@ -1,8 +1,9 @@
-"""The perception-sensitive filter: keeps what models answer from the caption and get wrong from the image.
+"""The perception-sensitive filter: keeps questions that models answer right from the caption, wrong from the image.
 
 A row with image I, caption C, question Q and answer A is kept if and only if, for every filter model M,
-M(Q | I) != A and M(Q | C) = A: the caption shows that the question can be answered, the image that seeing is what
-lacks. Greedy, a few new tokens; a reply without a letter is "cannot tell", and the row is dropped.
+M(Q | I) != A and M(Q | C) = A: the caption pass shows that the question can be answered, the image
+pass that models fail at seeing. They answer greedily with a few new tokens. A reply without a letter is "cannot
+tell", and the row is dropped.
 """
 
 from __future__ import annotations

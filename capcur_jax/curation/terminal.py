@@ -46,8 +46,8 @@ class Progress:
     Args:
       what: is done, such as "writing questions".
       total: items.
-      done: of them before this run; they don't count for the speed.
-      words: that are shown even at 0.
+      done: items done before this run; they don't count for the speed.
+      words: those shown even at 0.
     """
 
     def __init__(

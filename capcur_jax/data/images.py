@@ -66,7 +66,7 @@ class ImageStore:
       max_pixels: a header that says more is refused, and nothing decoded.
       timeout_s, memory_mb: of a worker, for one image: seconds by the clock, MiB of address space.
 
-    A file that was changed is read anew. Used as a context manager, or closed; what is not ends with the process.
+    A file that was changed is read anew. Use it as a context manager, or close it; else it ends with the process.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A stage's problems, made ready for its steps: what of them fits, examples by number, batches prepared ahead."""
+"""A stage's problems, made ready for its steps: which of them fit, examples by number, batches prepared ahead."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Maker:
     a number, and any number of processes see the same problems in the same steps.
 
     A problem whose image turns out to be broken is counted, and the one that comes a step later takes its place: in a
-    curriculum, one that is about as hard. Where a fixed order has the same one there, its neighbours do.
+    curriculum, one that is about as hard. Where a fixed order has the same problem there, a neighbour takes it.
 
     Args:
         order: the stage's problems without end, by number.
@@ -77,7 +77,7 @@ class Maker:
         self._prompts, self._updates = prompts, updates
         self._process, self._processes = jax.process_index(), jax.process_count()
         self.local = prompts // self._processes  # examples of a batch that are this process's
-        # Not the builder's: what another stage could not use has no say here, where a resumed run may begin.
+        # Not the builder's count: a resumed run may begin here, without what other stages could not use.
         self._unusable: set[Problem] = set()
 
     def number(self, index: int) -> int:

@@ -18,7 +18,7 @@ from capcur_jax.rollout.engine import Sample
 
 
 class Item(NamedTuple):
-    """A prompt and what is to be learned of its responses."""
+    """A prompt and what is to be learned from its responses."""
 
     prompt: Prompt
     rows: list[Row]  # weight: 1 if the row counts, 0 if not

@@ -2,7 +2,7 @@
 
 The paper's release trains bfloat16 parameters with EasyR1's AnyPrecisionAdamW (from torchdistx): bfloat16 moments, and
 a bfloat16 compensation to which a step is added first, then moved to the parameter as far as the parameter can show it.
-The memory is the same here, 2 bytes a number for each of the four, but nothing is lost where that loses:
+The memory is the same here, 2 bytes a number for each of the four, but three things that are lost there are kept here:
 
 - Its compensation rounds too: 8 bits below the parameter's 8. At a learning rate of 1e-6 it stops where the parameter
   is of size 0.5 or more, before the parameter ever moves. Ours is an integer, the low half of the float32 parameter

@@ -187,7 +187,7 @@ def slots(batches: Sequence[UpdateBatch]) -> np.ndarray:
 
 
 def shares(counts: np.ndarray) -> dict[str, float]:
-    """What the counts of `slots` say: padding's share in what is computed, and real tokens against full sequences."""
+    """From `slots`' counts: padding's share in what is computed, and real tokens divided by those of full sequences."""
     real, computed, full, patches, slots_ = (float(count) for count in counts)
     record = {"token_padding": 1 - real / computed, "packing": real / full}
     if slots_:

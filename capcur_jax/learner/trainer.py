@@ -91,7 +91,7 @@ class Trainer:
     # ------------------------------------------------------------------ where it lies
 
     def leave(self) -> None:
-        """Everything goes to pinned host memory: the devices are the rollout engine's for a while."""
+        """Moves everything to pinned host memory, to leave the devices to the rollout engine for a while."""
         moved = self.state, self.sums, self.reference
         self._away = Offload.of((moved, self.frozen))
         (self.state, self.sums, self.reference), frozen = self._away.to_host((moved, self._frozen or self.frozen))
@@ -103,7 +103,7 @@ class Trainer:
         return self._away is not None
 
     def enter(self) -> None:
-        """It comes back from there."""
+        """Moves it back to the devices."""
         if self._away:
             whole = (self.state, self.sums, self.reference), self.frozen
             (self.state, self.sums, self.reference), self.frozen = self._away.to_device(whole)

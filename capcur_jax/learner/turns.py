@@ -19,7 +19,7 @@ class Turns:
             self._engine.release()
 
     def begin_update(self) -> None:
-        """They are the trainer's again."""
+        """Gives the devices back to the trainer."""
         if self.shared and self._trainer.away:
             self._engine.release()
             self._trainer.enter()

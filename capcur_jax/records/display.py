@@ -28,7 +28,7 @@ class Display:
     Args:
       quiet: show warnings only, for processes other than the first of a multi-host run.
       console: where to write; standard output by default.
-      line_steps, line_seconds: without a live bar, `step` writes a line every so many steps or so many seconds,
+      line_steps, line_seconds: without a live bar, `step` writes a line after this many steps or seconds,
         whichever comes first, and at the first step of a stage and the last of the run.
     """
 

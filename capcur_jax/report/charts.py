@@ -132,7 +132,7 @@ def accuracy_chart(accuracy: Mapping[str, Record], moments: Mapping[str, str]) -
 
     Args:
       accuracy: capability -> moment -> share, as in summary.json.
-      moments: key of a moment -> how it is called, in order.
+      moments: key of a moment -> its title, in order.
     """
     with rc_context(_STYLE):
         figure, axes = _new_axes("Held-out accuracy", "%", ())

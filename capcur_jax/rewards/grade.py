@@ -41,7 +41,7 @@ def decide(predicted: str | None, gold: str) -> bool | tuple[str, str]:
     1. Nothing, blanks and more than `MAX_LENGTH` characters are wrong. Equal normalized texts are right.
     2. A gold answer of words or letters is compared as words, without case, brackets and punctuation; math-verify
        reads words as products of symbols (left == felt, no == on). So a gold "xy" is a word too.
-    3. A gold number wants a finished number: `x = 5` and "5 cm" do, `2+3`, `5!`, `\sqrt{25}` and, for a gold integer,
+    3. A gold number needs a finished number: `x = 5` and "5 cm" do, `2+3`, `5!`, `\sqrt{25}` and, for a gold integer,
        `10/2` do not. (math-verify takes them, and even "5 6" for 11: for a policy the way around doing the sum. The
        release wants an exact match for integers.) Numbers are compared exactly; a fraction equals its decimal when
        they agree to six places, as in math-verify. A percentage equals the number with or without the sign and the

@@ -35,11 +35,11 @@ class _Counts:
 
 
 class Collector:
-    """Collects a stage's rollouts. A context manager: what an error leaves on its way ends when the engine is closed.
+    """Collects a stage's rollouts. A context manager: calls that an error leaves running end when the engine is closed.
 
     A sample's staleness is the number of updates between the oldest weights that made a part of it and those that
     train on it: 0 where sampling and training take turns, at most `async_steps` rollout batches' updates else. Groups
-    that are older (their server missed an update) are sampled once more, and counted; to stay so is an error.
+    that are older (their server missed an update) are sampled once more, and counted. Raises if they stay so.
 
     Args:
         batches: the stage's rollout batches of this process; one drawn ahead counts as consumed when it is used.
@@ -147,7 +147,7 @@ def collect(
     """A rollout of `wanted` groups (of this process).
 
     `draw(attempt)` gives `wanted` graded groups. With `retries`, groups whose rewards are all equal are dropped and
-    more are drawn until there are enough, at most so often (DAPO's dynamic sampling, arXiv:2503.14476). What is then
+    more are drawn until there are enough, at most `retries` times (DAPO, arXiv:2503.14476). What is then
     missing is filled with dropped ones, whose advantages are 0. Processes draw together, until none lacks any.
     """
     kept: list[Group] = []

@@ -14,7 +14,7 @@ from capcur_jax.data.rows import FORMATS, Tally, write_rows
 from capcur_jax.data.sources import published
 from capcur_jax.errors import InputError
 
-SHOWN = 5  # drops that are told one by one
+SHOWN = 5  # drops that are named one by one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
     add("--max-new-tokens", type=at_least(1), default=1024, metavar="N", help="default: %(default)s, as in the paper")
     add("--seed", type=at_least(0), default=0, metavar="N")
-    add("--limit", type=at_least(0), default=0, metavar="N", help="measure the first N rows alone; 0: all")
+    add("--limit", type=at_least(0), default=0, metavar="N", help="measure only the first N rows; 0: all")
 
 
 def read_config(name: str, overrides: list[str]) -> ConfigDict:

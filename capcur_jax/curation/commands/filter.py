@@ -1,4 +1,4 @@
-"""python -m capcur_jax.data filter: what the models answer from the caption and not from the image."""
+"""python -m capcur_jax.data filter: keeps questions answered right from the caption and wrong from the image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", required=True, metavar="FILE", help="multiple-choice rows with an image and metadata.caption")
     add("--output", required=True, metavar="FILE", help="the rows that are kept (.jsonl, .parquet); journals beside it "
         "keep the replies, and a later run goes on from there")  # fmt: skip
-    add("--keep-dropped", default="", metavar="FILE", help="the others, with what the models said")
+    add("--keep-dropped", default="", metavar="FILE", help="the dropped rows, with what the models said")
     add("--model", required=True, action="append", metavar="SPEC",
         help="a filter model: served:URL,NAME behind an OpenAI-compatible server, or a checkpoint directory; repeat it "
         "for several, all of which must agree")  # fmt: skip
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model continues the bare text, as in the paper's release")  # fmt: skip
     add("--downsample", type=at_least(1), default=1, metavar="N", help="make images N times smaller along each side; "
         "the release has 2 for DOCCI (default: %(default)s)")  # fmt: skip
-    add("--max-pixels", type=at_least(0), default=0, metavar="N", help="shrink larger images (default: as the model)")
+    add("--max-pixels", type=at_least(0), default=0, metavar="N", help="shrink larger images (0: to the model's bound)")
     add_server(parser)
 
 

@@ -41,7 +41,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(name: str, *inputs: str, option: str = "--output") -> Path:
-    """The file of rows to write. Raises InputError before hours of work for what could not be written at their end."""
+    """The file of rows to write. Raises InputError now, not after hours of work, where it can't be written."""
     path = Path(name)
     if path.suffix not in FORMATS:
         raise InputError(f"{option} {path}: the name must end in {' or '.join(FORMATS)}")

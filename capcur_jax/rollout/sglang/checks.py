@@ -1,7 +1,7 @@
 """Whether weight files are what the server can take, and whether it has taken them.
 
-SGLang says "success" of an update with names that it doesn't know, and dies of others. So names and shapes are compared
-with the table before it sees them, and afterwards the parameters that it holds with what was sent.
+SGLang says "success" of an update with names that it doesn't know, and crashes on others. So names and shapes are
+compared with the table before it sees them, and afterwards the parameters that it holds with what was sent.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Client:
         return answer["output_ids"] == [1]
 
     async def pause(self) -> None:
-        """Stops decoding; what runs goes back to the queue and goes on after `proceed`, under the weights of then."""
+        """Stops decoding; running requests go back to the queue, and go on after `proceed` under the new weights."""
         await self.call("POST", "/pause_generation", {"mode": "retract"}, CONTROL_S)
 
     async def proceed(self) -> None:

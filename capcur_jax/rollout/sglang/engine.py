@@ -157,7 +157,7 @@ class SGLangEngine:
         return Path(_tell([chosen])[0])
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Has the loop do it, and waits."""
+        """Runs it in the loop, and waits."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._waiting.add(future)
         try:
@@ -254,7 +254,7 @@ class SGLangEngine:
         )
 
     def counters(self) -> dict[str, int]:
-        """What went wrong and was mended in this process, since the start: see pool.COUNTERS."""
+        """Counts of failures that were recovered from in this process since the start: see pool.COUNTERS."""
         return {name: self._fleet.counters[name] for name in COUNTERS}
 
     def release(self) -> None:
@@ -295,7 +295,7 @@ async def _client(address: str) -> Client:
 
 
 def _tell(words: Sequence[str]) -> list[str]:
-    """The owner's words, in every process. Collective."""
+    """The owner's message, in every process. Collective."""
     if distributed.process_count() == 1:
         return list(words)
     data = np.frombuffer("\0".join(words).encode(), np.uint8) if distributed.is_owner() else None

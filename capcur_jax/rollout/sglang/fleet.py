@@ -49,7 +49,7 @@ class Fleet:
 
     @property
     def patience_s(self) -> float:
-        """Without any server for so long, none will come."""
+        """Seconds without any server after which none is expected."""
         ours = any(server.process for server in self.servers)
         return self.settings.start_timeout_s * (1 + self.settings.restarts * ours)
 
@@ -90,7 +90,7 @@ class Fleet:
         await asyncio.gather(*stops, *(server.client.close() for server in self.servers))
 
     def begin(self, work: Awaitable) -> None:
-        """Does it beside everything else, until `close`."""
+        """Runs it beside everything else, until `close`."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -140,7 +140,7 @@ class Fleet:
     # ------------------------------------------------------------------ servers that fail
 
     def doubt(self, server: Server) -> None:
-        """Has a server looked at that a request failed on; until then it gets no other, which would fail as fast."""
+        """Checks the health of a server on which a request failed; until then it gets no other, to fail as fast."""
         if server.up and not server.doubted:
             server.doubted = True
             self.begin(self._look(server))

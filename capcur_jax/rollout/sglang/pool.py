@@ -121,7 +121,7 @@ class Pool:
             answer = await call
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling() or not call.cancelled():
-                raise  # it is we who are to end
+                raise  # this call itself is being ended
             raise Unreachable(server.reason or "it went down") from None
         finally:
             server.calls.discard(call)

@@ -173,7 +173,7 @@ class Process:
 
     @property
     def group(self) -> int | None:
-        """The process group of all that it started."""
+        """The process group of everything that it started."""
         return guard.pid if (guard := self._guard) else None
 
     def ended(self) -> int | None:

@@ -41,7 +41,7 @@ class WeightSync:
 
     def held(self, server: Server) -> int:
         """The oldest version that answers of `server` may end with, to what it is asked now."""
-        # Where weights aren't sent from, all that is known is that every server had the run's when it got there.
+        # Where weights aren't sent from, it is only known that every server had the run's when it got there.
         return self.version if server.version is None else server.version
 
     async def note(self, version: int | None) -> None:

@@ -324,7 +324,7 @@ class WeightStore:
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our path -> shape of all that is published of such a model."""
+    """Our path -> shape of each published parameter of such a model."""
     abstract = nnx.state(nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0))))
     shapes = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
     return {path: shape for path, shape in shapes.items() if not lora_lib.is_factor(path)}
