@@ -10,7 +10,7 @@ import sys
 
 from capcur_jax.models import huggingface
 from capcur_jax.records.jsonl import read_jsonl
-from tests import tiny
+from tests import environment, tiny
 from tests.test_main import ROOT
 
 
@@ -33,7 +33,7 @@ def test_two_processes_are_one_run(checkpoint, sets, tmp_path):
                 *tiny.arguments(settings),
             ],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", **environment.TOGETHER},
         )
         for i in range(2)
     ]  # fmt: skip

@@ -23,6 +23,7 @@ from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import published
 from capcur_jax.models.qwen_vl import QwenVL
+from tests import environment
 from tests.test_main import ROOT
 
 LAYOUTS = {
@@ -32,12 +33,10 @@ LAYOUTS = {
 }
 
 
-def start(checkpoint, layout: tuple[int, ...], devices: int, **environment: str) -> subprocess.Popen:
+def start(checkpoint, layout: tuple[int, ...], devices: int, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.devices.replay", str(checkpoint), *map(str, layout)]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def report(process: subprocess.Popen) -> dict:
@@ -83,7 +82,7 @@ def test_two_processes_change_nothing(checkpoint, alone):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", **environment.TOGETHER}
     started = [start(checkpoint, (2, 2, 1, 0, 2), 2, JAX_PROCESS_ID=str(i), **shared) for i in range(2)]
     first, second = map(report, started)
     assert first["devices"] == 4 and first["updates"] == second["updates"]
