@@ -16,6 +16,7 @@ from capcur_jax.checkpointing import check_same_config
 from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives
+from capcur_jax.learner.residence import MEMORIES
 from capcur_jax.models.config import DTYPES
 from capcur_jax.records import jsonl
 from capcur_jax.schedule import Stage
@@ -28,7 +29,6 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-MEMORIES = ("device", "pinned_host")
 CHOICES = {
     "objective.ratio": objectives.RATIO_LEVELS,
     "objective.kl_estimator": objectives.KL_ESTIMATORS,

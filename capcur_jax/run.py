@@ -25,7 +25,7 @@ from capcur_jax.evaluation.heldout import Heldout
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
-from capcur_jax.learner.learner import frozen_paths
+from capcur_jax.learner.learner import Learner, frozen_paths
 from capcur_jax.learner.trainer import Trainer, combined, learners
 from capcur_jax.learner.turns import Turns
 from capcur_jax.models import fresh
@@ -82,7 +82,8 @@ class Run:
             self.progress = start_anew(workdir, self.owner)
         else:
             self.progress = go_on(workdir, self.owner, self.checkpoints, self.restored)
-            display.warn(f"{workdir}: going on after step {self.progress.step}")
+            if self.owner:
+                display.warn(f"{workdir}: going on after step {self.progress.step}")
         self._started -= self.progress.seconds
         model = self._open_model()
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
@@ -154,11 +155,9 @@ class Run:
         config, sinks = self.config, None
         if self.owner:
             kinds = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
-            step = self.progress.step
-            sinks = Sinks(self.workdir, **kinds, config=plain, resume_step=step, warn=self.display.warn)
+            sinks = Sinks(self.workdir, **kinds, config=plain, resume_step=self.progress.step, warn=self.display.warn)
             self._closing.callback(sinks.close)
-        file = self.workdir / "metrics.jsonl"
-        recorder = StepRecorder(file, combined, self.counter, self.display, sinks, self.owner)
+        recorder = StepRecorder(self.workdir / "metrics.jsonl", combined, self.counter, self.display, sinks, self.owner)
         self.recorder = self._closing.enter_context(recorder)
         rollouts = JsonLines(self.workdir / "rollouts.jsonl") if self.owner else Nowhere()
         self.rollouts = self._closing.enter_context(contextlib.closing(rollouts))
@@ -177,7 +176,7 @@ class Run:
         """The declared shapes of its batches; `images`: whether any of its prompts has one. Raises InputError."""
         return Layout.of(stage, self.config, self.policy.buckets, self.policy.processor, self.mesh, images)
 
-    def learner(self, stage: Stage):
+    def learner(self, stage: Stage) -> Learner:
         """Stages with the same objective and the same frozen parameters share their compiled programs."""
         return self._learners(stage.objective, self.freeze_of(stage))
 

@@ -64,10 +64,10 @@ def train(
         stages = [with_steps(stage, measured) for stage in stages]
         display.whole_run(sum(stage.steps for stage in stages))
         facts = results.plan(run, stages)
-        if config.validation.every:  # whose best is exported between steps
-            run.warm_up_export()
         at = run.progress
         try:
+            if config.validation.every:  # whose best is exported between steps
+                run.warm_up_export()
             if not at.evaluated:
                 results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):

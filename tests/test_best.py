@@ -13,6 +13,8 @@ from capcur_jax.checkpointing import Checkpoints
 from capcur_jax.records.jsonl import read_jsonl
 from tests import tiny
 
+pytestmark = pytest.mark.e2e
+
 STEPS = 3
 NORM = "model.language_model.norm.weight"
 

@@ -27,6 +27,8 @@ from capcur_jax.train import train
 from tests import tiny
 from tests.conftest import random_image
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

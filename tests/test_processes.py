@@ -8,10 +8,14 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from capcur_jax.models import huggingface
 from capcur_jax.records.jsonl import read_jsonl
 from tests import environment, tiny
 from tests.test_main import ROOT
+
+pytestmark = pytest.mark.e2e
 
 
 def test_two_processes_are_one_run(checkpoint, sets, tmp_path):

@@ -19,6 +19,8 @@ from capcur_jax.records.jsonl import read_jsonl
 from tests import tiny
 from tests.test_main import ROOT
 
+pytestmark = pytest.mark.e2e
+
 STAGES = {"perception": 12, "text": 10}
 SETTINGS = {
     **tiny.SETTINGS,

@@ -14,6 +14,8 @@ from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.rollout.local.engine import LocalEngine
 from capcur_jax.train import train
 
+pytestmark = pytest.mark.e2e
+
 
 def small(steps):
     config = presets.get("laptop", ("perception", "text"))

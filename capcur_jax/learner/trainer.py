@@ -74,10 +74,10 @@ class Trainer:
         return _start(self.frozen, self.reference, np.int32(number))
 
     def _let_go(self) -> nnx.State:
-        """The parameters, of which alone something is left: the next stage's state needs the room of this one's."""
+        """The parameters. All else of the stage is given up: the next one's state needs its room."""
         parameters = self.parameters()
-        empty = Trainer.holding(parameters, self.mesh)
-        self.state, self.frozen, self.sums, self.reference = empty.state, empty.frozen, None, None
+        self.state, self.frozen = TrainState(parameters, None, None), nnx.State({})
+        self.sums = self.reference = None
         return parameters
 
     def _take(self, learner: Learner, state: TrainState, frozen: Any, reference: Any, config: ConfigDict) -> None:

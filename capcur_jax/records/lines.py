@@ -9,7 +9,7 @@ from rich.text import Text
 Pieces = list[tuple[str, str]]  # labels and values
 
 # Key of a step record, label, format. "%" formats show a share as percent.
-_RL_METRICS = (
+_SAMPLED = (
     ("reward", "reward", ".3f"),
     ("accuracy", "accuracy", ".1%"),
     ("format", "format", ".0%"),
@@ -17,13 +17,13 @@ _RL_METRICS = (
     ("kl", "KL", ".4f"),
     ("entropy", "entropy", ".2f"),
 )
-_SFT_METRICS = (("loss", "loss", ".4f"), ("token_accuracy", "token accuracy", ".1%"), ("grad_norm", "gradient", ".3g"))
+_IMITATED = (("loss", "loss", ".4f"), ("token_accuracy", "token accuracy", ".1%"), ("grad_norm", "gradient", ".3g"))
 _PHASES = ("data", "rollout", "reward", "update", "sync")
 
 
 def learning(record: Mapping[str, Any]) -> Pieces:
     """What was learned in a step."""
-    metrics = _SFT_METRICS if record.get("objective") == "sft" else _RL_METRICS
+    metrics = _SAMPLED if "reward" in record else _IMITATED
     return [(label, show(record, key, form)) for key, label, form in metrics if key in record]
 
 

@@ -33,7 +33,12 @@ class Panel(NamedTuple):
     labels: tuple[str, ...] = ("",)
     scale: float = 1.0
     log: bool = False
-    objective: str = ""  # only steps of this objective: the losses of SFT and GRPO have nothing in common
+    objective: str = ""  # only steps of this objective: losses of different ones have nothing in common
+
+
+def _loss(objective: str) -> Panel:
+    unit = "nats per token" if objective == "sft" else "mean over tokens"
+    return Panel(f"{objective.upper()} loss", unit, ("loss",), objective=objective)
 
 
 PANELS = (
@@ -43,8 +48,8 @@ PANELS = (
     Panel("Response length", "tokens", ("response_length",)),
     Panel("KL to the stage's start", "nats per token", ("kl",)),
     Panel("Entropy", "nats per token", ("entropy",)),
-    Panel("GRPO loss", "mean over tokens", ("loss",), objective="grpo"),
-    Panel("SFT loss", "nats per token", ("loss",), objective="sft"),
+    _loss("grpo"),
+    _loss("sft"),
     Panel("SFT token accuracy", "%", ("token_accuracy",), scale=100),
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
     Panel(
@@ -122,7 +127,9 @@ def curves(steps: Sequence[Record], stages: Sequence[Stage]) -> tuple[list[str],
     """SVG texts, one for each panel that has data, and the window of their running means in steps."""
     window = max(5, len(steps) // 30) | 1
     with rc_context(_STYLE):
-        charts = [_panel_chart(panel, steps, stages, window) for panel in PANELS]
+        others = {step["objective"] for step in steps if "objective" in step} - {panel.objective for panel in PANELS}
+        panels = (*PANELS, *map(_loss, sorted(others)))
+        charts = [_panel_chart(panel, steps, stages, window) for panel in panels]
         charts.insert(-1, _phases_chart(steps, stages))
     return [chart for chart in charts if chart], window
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +21,8 @@ from capcur_jax.models.inputs import Processor
 from capcur_jax.records import jsonl
 from tests.conftest import random_checkpoint
 from tests.curation.scripted_server import ScriptedServer, turn_text
+
+pytestmark = pytest.mark.e2e
 
 COLORS = ("red", "green", "blue", "yellow", "black", "white", "brown", "gray")
 SHAPES = ("circle", "rectangle")

@@ -68,12 +68,12 @@ def test_is_formatted(text, expected):
 )
 def test_hostile_text_takes_linear_time(piece):
     text = piece * (LONG // len(piece))
-    start = time.perf_counter()
+    start = time.thread_time()  # what this thread computes: company on the machine does not stretch it
     for hostile in (text, r"<think></think>\boxed{" + text, r"\boxed" + text + r"{5}", "<" + text + "think>"):
         answers.last_boxed(hostile)
         answers.is_formatted(hostile)
     # Linear is some 30 ms, quadratic more than ten seconds.
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 @pytest.mark.parametrize(

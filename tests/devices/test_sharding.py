@@ -62,6 +62,7 @@ def alone(checkpoint):
     return report(start(checkpoint, (1, 1, 1, 0, 2), 1))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_mesh_changes_nothing(checkpoint, alone, layout):
     ours = report(start(checkpoint, (*layout, 2), 8))
@@ -70,6 +71,7 @@ def test_a_mesh_changes_nothing(checkpoint, alone, layout):
     assert ours["greedy"] == alone["greedy"]  # the local engine on the same mesh
 
 
+@pytest.mark.e2e
 def test_the_replay_moves_everything(alone):
     """What is compared is not a stand-still: every parameter has moved, and the second update saw another policy."""
     first, second = alone["updates"]
@@ -77,6 +79,7 @@ def test_the_replay_moves_everything(alone):
     assert all(square > 0 for *_, square in alone["moments"].values())
 
 
+@pytest.mark.e2e
 def test_two_processes_change_nothing(checkpoint, alone):
     """Each reads its own share of the prompts, samples and trains on two devices of its own."""
     with socket.socket() as free:
@@ -91,6 +94,7 @@ def test_two_processes_change_nothing(checkpoint, alone):
     assert first["greedy"] | second["greedy"] == alone["greedy"]
 
 
+@pytest.mark.e2e
 def test_windows_and_a_head_of_its_own(windowed_untied_checkpoint):
     """Qwen2.5-VL; one kv head, which no tensor axis splits, so parameters over four devices alone."""
     ours = report(start(windowed_untied_checkpoint, (1, 4, 1, 1, 1), 4))

@@ -219,6 +219,12 @@ def test_full_run(run):
         xml.etree.ElementTree.fromstring(svg)
 
 
+def test_the_loss_of_an_objective_that_nobody_knows_yet_is_drawn():
+    steps = [{"step": n, "stage": "a", "objective": "new", "loss": float(n), "seconds": 1.0} for n in range(1, 4)]
+    charts, _ = charts_lib.curves(steps, charts_lib.stages_of(steps))
+    assert any("NEW loss" in chart for chart in charts)
+
+
 def test_same_records_same_file(run):
     workdir, path = run
     before = path.read_bytes()
