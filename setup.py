@@ -7,6 +7,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Compilers for devices that aren't there; the versions belong to jax's in constraints.txt.
+_LINUX = "; sys_platform == 'linux' and platform_machine == 'x86_64'"
 TEST = [
     "beartype>=0.23.1",
     "hypothesis>=6.170.17",
@@ -14,6 +16,7 @@ TEST = [
     "pytest-xdist>=3.8.0",
     "pyrefly>=1.5.0",
     "torch==2.13.0",
+    *(f"{package}{_LINUX}" for package in ("jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2", "libtpu==0.0.42.*")),
     "ruff>=0.17.6",
 ]  # PyTorch is the reference of the parity tests, nothing else
 

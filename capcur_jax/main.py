@@ -58,12 +58,21 @@ def finished(workdir: Path, config: ConfigDict) -> dict | None:
     return summary if summary.get("status") == "finished" else None
 
 
-def _take_gpus(config: ConfigDict) -> None:
-    """Tells JAX which of this host's GPUs the trainer takes, before JAX looks for devices."""
+# What a driver of an accelerator makes; a TPU's is vfio on new hosts, a GPU's dxg under Windows.
+_DRIVERS = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd", "accel*", "vfio/*")
+
+
+def _take_devices(config: ConfigDict) -> None:
+    """Tells JAX which of this host's devices the trainer takes, before JAX looks for them."""
     import jax
 
     from capcur_jax import policy
 
+    # Compilers for accelerators may be installed where there is none (the extras plan and test). JAX would try each and
+    # print its traceback. Where there is a driver, that traceback is wanted.
+    there = any(next(Path("/dev").glob(pattern), None) for pattern in _DRIVERS)
+    if sys.platform == "linux" and jax.config.jax_platforms is None and not there:
+        jax.config.update("jax_platforms", "cpu")
     if config.mesh.gpus:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.mesh.gpus)))
     if policy.engine_kind(config).shares_devices(config):
@@ -80,7 +89,7 @@ def main(arguments: list[str]) -> None:
         # Imported late: a mistyped flag should not wait for JAX.
         from capcur_jax.devices import cluster, distributed
 
-        _take_gpus(_CONFIG.value)
+        _take_devices(_CONFIG.value)
         cluster.initialize(cluster.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
         if distributed.process_count() > 1 and not _WORKDIR.value:
             raise InputError("a run of several processes needs --workdir, one that all of them see")

@@ -21,7 +21,7 @@ from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Engine
-from capcur_jax.rollout.sglang import settings as sglang
+from capcur_jax.rollout.sglang import needs
 from capcur_jax.rollout.sglang.settings import Settings
 
 
@@ -132,7 +132,7 @@ def _sglang(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, me
 
 ENGINES = {
     "local": EngineKind(_local, _check_local, lambda config: [], True, lambda config: False),
-    "sglang": EngineKind(_sglang, sglang.check, sglang.missing, False, lambda config: config.rollout.sglang.colocate),
+    "sglang": EngineKind(_sglang, needs.check, needs.missing, False, lambda config: config.rollout.sglang.colocate),
 }
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,9 @@ def test_cosine_falls_from_the_full_rate_towards_zero():
 
 def test_warm_up_and_cosine_multiply():
     assert _rates(4, learning_rate_schedule="cosine", warmup_steps=2) == pytest.approx([0.4, 0.6828427, 0.4, 0.1171573])
+
+
+def test_configs_are_read_without_jax():
+    """A mistyped flag should not wait for it."""
+    code = "import sys; from capcur_jax import main, presets; presets.get('laptop'); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=CONFIGS.parent).returncode == 0

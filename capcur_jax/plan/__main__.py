@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
             **report(
                 values.config,
                 topology,
-                topologies.devices(topology.name),
+                topologies.devices(topology.name, kernels=values.config.model.attention != "xla"),
                 without_images=values.without_images,
                 assumed=Assumptions(values.headroom, values.utilisation, values.bandwidth_utilisation),
                 tell=lambda line: print(line, file=sys.stderr, flush=True),

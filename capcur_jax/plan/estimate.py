@@ -168,4 +168,4 @@ def compiler_versions(platform: str) -> dict[str, str]:
     from importlib.metadata import version
 
     names = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "nvidia-cudnn-cu12")}.get(platform, ())
-    return {name: version(name) for name in names}
+    return {name: version(name) for name in names if name not in topologies.missing(platform)}

@@ -93,7 +93,8 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the check calls the driver, which isn't there
 }
-_MODULES = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "nvidia.cudnn")}
+_MODULES = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin",)}
+_KERNELS = {"cuda": ("nvidia.cudnn",)}
 _PACKAGES = {"libtpu": "libtpu", "jax_cuda12_plugin": "jax-cuda12-plugin", "nvidia.cudnn": "nvidia-cudnn-cu12"}
 
 
@@ -129,26 +130,28 @@ def parse(name: str) -> Topology:
     return Topology(name, platform, chip, layout)
 
 
-def missing(platform: str) -> list[str]:
-    """The packages that compiling for this platform needs and that aren't installed."""
+def missing(platform: str, kernels: bool = True) -> list[str]:
+    """The packages that compiling for this platform needs and that aren't installed; `kernels`: for programs with the
+    platform's attention, too, which on GPUs is cuDNN's."""
 
     def there(module: str) -> bool:
         package = module.partition(".")[0]
         return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
-    return [_PACKAGES[module] for module in _MODULES.get(platform, ()) if not there(module)]
+    modules = _MODULES.get(platform, ()) + (_KERNELS.get(platform, ()) if kernels else ())
+    return [_PACKAGES[module] for module in modules if not there(module)]
 
 
-def devices(name: str) -> list[jax.Device]:
+def devices(name: str, kernels: bool = True) -> list[jax.Device]:
     """The topology's devices: good for meshes, shardings and compiling; those of a CPU for running, too.
 
-    Call it before jax has used a device; this process then computes on its CPU alone.
+    Call it before jax has used a device; this process then computes on its CPU alone. `kernels`: see `missing`.
 
     Raises:
         InputError: an unknown topology, or its compiler isn't installed.
     """
     topology = parse(name)
-    if lacking := missing(topology.platform):
+    if lacking := missing(topology.platform, kernels):
         raise InputError(f"topology {name!r} needs {' and '.join(lacking)}: pip install 'capcur_jax[plan]'")
     os.environ.update(_ENVIRONMENT)
     # Trying out kernels needs a card; the default of those that are tried out, Triton's, does not exist for all shapes.

@@ -129,7 +129,7 @@ def test_a_loop_of_unknown_length_is_counted_once_and_said():
 PROGRAM = """
 import json, sys
 from capcur_jax.plan import hlo, topologies
-devices = topologies.devices(sys.argv[1])
+devices = topologies.devices(sys.argv[1], kernels=False)
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 mesh = Mesh(np.array(devices[:8]).reshape(4, 2), ("a", "b"))
@@ -152,8 +152,8 @@ print(json.dumps(hlo.collectives(jax.jit(function).lower(array).compile().as_tex
 
 @pytest.mark.parametrize("topology", ["cpu:8", "cuda:h200:1x1x8", "tpu:v5p:2x2x2"])
 def test_a_program_compiled_here(topology):
-    if topologies.missing(topologies.parse(topology).platform):
-        pytest.skip("its compiler is not installed")
+    if topologies.missing(topologies.parse(topology).platform, kernels=False):
+        pytest.skip("its compiler is not installed (extra test, on Linux x86-64)")
     command = [sys.executable, "-c", PROGRAM, topology]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

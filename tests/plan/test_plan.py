@@ -188,11 +188,15 @@ def test_the_estimate_is_what_takes_longest(measured, trips, reads, expected):
         assert estimate.seconds(known, what, 4, CHIP, assumed, smallest=True) == pytest.approx(expected / 10)
 
 
-@pytest.mark.parametrize("topology", ["cuda:h100:1x1x2", "tpu:v5p:2x2x1"])
-def test_a_tiny_run_on_accelerators(topology):
-    if topologies.missing(topologies.parse(topology).platform):
-        pytest.skip("its compiler is not installed")
+@pytest.mark.parametrize(
+    ("topology", "attention"), [("cuda:h200:1x1x2", "xla"), ("cuda:h100:1x1x2", "auto"), ("tpu:v5p:2x2x1", "auto")]
+)
+def test_a_tiny_run_on_accelerators(topology, attention):
+    """With XLA's attention a GPU's programs need no cuDNN."""
+    if lacking := topologies.missing(topologies.parse(topology).platform, kernels=attention != "xla"):
+        pytest.skip(f"{' and '.join(lacking)} not installed")
     settings = ("--config.order=('text',)", "--config.model.dtype=bfloat16", *QUICK)
+    settings += (f"--config.model.attention={attention}",)
     done = run("--config=configs/staged.py", f"--topology={topology}", *settings)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Fits" in done.stdout and "Estimate (not measured)" in done.stdout
@@ -224,7 +228,9 @@ def test_a_tiny_run_on_accelerators(topology):
     ),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_exit_code_2(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(topologies, "devices", lambda name: jax.devices()[:1] * topologies.parse(name).layout[-1])
+    monkeypatch.setattr(
+        topologies, "devices", lambda name, kernels: jax.devices()[:1] * topologies.parse(name).layout[-1]
+    )
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])  # where ml_collections looks for settings
     assert plan.main(sys.argv) == 2
     said = capsys.readouterr()

@@ -74,12 +74,12 @@ def test_cpu_devices_are_as_many_as_asked_for():
     ("cuda:h200:2x1x4", 8, "NVIDIA H200 141GB HBM3e"),
 ])  # fmt: skip
 def test_devices_that_are_not_there(name, count, kind):
-    if topologies.missing(topologies.parse(name).platform):
-        pytest.skip("its compiler is not installed")
+    if topologies.missing(topologies.parse(name).platform, kernels=False):
+        pytest.skip("its compiler is not installed (extra test, on Linux x86-64)")
     code = """if True:
         import sys
         from capcur_jax.plan import topologies
-        found = topologies.devices(sys.argv[1])
+        found = topologies.devices(sys.argv[1], kernels=False)
         print(len(found), found[0].device_kind)
     """
     assert in_a_process_of_its_own(code, name).strip() == f"{count} {kind}"
@@ -89,7 +89,7 @@ def test_devices_that_are_not_there(name, count, kind):
 def test_a_tpus_memory_is_what_its_compiler_says(chip):
     """An array that fits no chip: the compiler says how much there is."""
     if topologies.missing("tpu"):
-        pytest.skip("its compiler is not installed")
+        pytest.skip("its compiler is not installed (extra test, on Linux x86-64)")
     code = """if True:
         import sys
         from capcur_jax.plan import topologies
