@@ -18,6 +18,7 @@ LAYERS = """
     rollout
     rewards schedule
     data
+    answers
     models
     checkpointing report
     devices records checkpoint_store

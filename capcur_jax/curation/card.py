@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from capcur_jax.answers import spelling
 from capcur_jax.curation.checking import Rows, rate_histogram
-from capcur_jax.data import answers
 from capcur_jax.data.problem import Problem, stable_hash
 from capcur_jax.data.rows import read_rows
 from capcur_jax.errors import InputError
@@ -227,7 +227,7 @@ def licence_of(source: str) -> str:
 
 
 def _letter(answer: str) -> str:
-    found = answers.words(answers.normalize(answer[:20]))
+    found = spelling.words(spelling.normalize(answer[:20]))
     return found[0].upper() if found and len(found) == 1 and len(found[0]) == 1 else ""
 
 

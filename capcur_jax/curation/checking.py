@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from capcur_jax.answers import response
+from capcur_jax.answers.kinds import answer_type_of
+from capcur_jax.answers.letters import options_of
+from capcur_jax.answers.spelling import ANSWER_LENGTH, normalize, words
 from capcur_jax.curation.fingerprints import Fingerprint, Images, spelling
-from capcur_jax.data import answers
-from capcur_jax.data.answers import answer_type_of
-from capcur_jax.data.letters import options_of
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import Tally, read_rows
 from capcur_jax.models.inputs import BadImage, BadInput
-from capcur_jax.rewards import grade
+from capcur_jax.rewards.compare import decide
 
 if TYPE_CHECKING:  # it brings JAX
     from capcur_jax.models.batching import PromptSize
@@ -85,13 +86,13 @@ def unanswerable(problem: Problem) -> Drop | None:
     answer = problem.answer
     if not answer and problem.response is not None:
         return None
-    if len(answer) > grade.MAX_LENGTH:
-        what = f"`answer` has {len(answer)} characters, graded are {grade.MAX_LENGTH}; shorten it"
+    if len(answer) > ANSWER_LENGTH:
+        what = f"`answer` has {len(answer)} characters, graded are {ANSWER_LENGTH}; shorten it"
         return Drop(problem.id, "answer too long", what)
-    if not answers.normalize(answer):
+    if not normalize(answer):
         return Drop(problem.id, "empty answer", "`answer` holds nothing but marks; give the gold answer")
     # The reward reads a response's last box: an answer with a brace too many never comes out of one as it went in.
-    if grade.decide(answers.last_boxed(f"\\boxed{{{answer}}}"), answer) is not True:
+    if decide(response.last_boxed(f"\\boxed{{{answer}}}"), answer) is not True:
         return Drop(problem.id, "answer can't be boxed", "`answer` has unbalanced braces; mend or escape them")
     what = _contradiction(problem)
     return Drop(problem.id, "answer and answer_type differ", what) if what else _no_option(problem)
@@ -120,7 +121,7 @@ def _no_option(problem: Problem) -> Drop | None:
 
 def _letters(answer: str) -> str:
     """The answer as a capital letter, or as several different ones ("A, C"); "" where it is something else."""
-    found = answers.words(answers.normalize(answer))
+    found = words(normalize(answer))
     letters = "".join(found or ()).upper()
     if not re.fullmatch("[A-Z]{1,8}", letters) or len(set(letters)) < len(letters):
         return ""
@@ -200,7 +201,7 @@ class _Report:
             image.pixels if isinstance(image, Fingerprint) else b"?" + path.encode("utf-8", "replace")
             for image, path in zip(images, problem.images, strict=True)
         ]
-        answer = " ".join(answers.words(normal := answers.normalize(problem.answer[: grade.MAX_LENGTH])) or (normal,))
+        answer = " ".join(words(normal := normalize(problem.answer[:ANSWER_LENGTH])) or (normal,))
         key = hashlib.blake2b(b"\0".join(parts), digest_size=16).digest()
         first_id, first_answer = self._questions.setdefault(key, (problem.id, answer))
         if first_id != problem.id:

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.data import answers
-from capcur_jax.data.answers import ANSWER_LENGTH, ANSWER_TYPES, answer_type_of
+from capcur_jax.answers import spelling, units
+from capcur_jax.answers.kinds import ANSWER_TYPES, answer_type_of
+from capcur_jax.answers.spelling import ANSWER_LENGTH
 from capcur_jax.data.problem import IMAGE_MARK, Problem, short
 from capcur_jax.errors import InputError
 from capcur_jax.files import write_atomically
@@ -159,9 +160,14 @@ def _answer_type(row: dict, answer: str) -> str:
     if given not in ANSWER_TYPES:
         detail = f"`answer_type` is {short(given)}; choose one of {', '.join(ANSWER_TYPES)}"
         raise BadRow("bad answer_type", detail)
-    possible = given == "expression" or (given == "word" and found == "letter")
-    possible |= given == "number" and answers.is_number_with_unit(answers.normalize(answer[:ANSWER_LENGTH]))
-    possible |= given == "letter" and answers.words(answers.normalize(answer[:ANSWER_LENGTH])) is not None
+    text = spelling.normalize(answer[:ANSWER_LENGTH])
+    possible = {
+        "letter": found in ("letter", "word"),  # a word: the text of an option
+        "letters": found in ("letters", "letter", "word"),
+        "number": found in ("number", "quantity"),
+        "quantity": units.quantity(text) is not None,
+        "word": any(character.isalpha() for character in text),
+    }.get(given, True)
     if not possible:
         detail = f"`answer_type` is {given}, but `answer` is {short(answer)}; correct one of them or leave the type out"
         raise BadRow("bad answer_type", detail)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from capcur_jax.data.answers import answer_type_of
+from capcur_jax.answers.kinds import answer_type_of
 
 IMAGE_MARK = "<image>"
 SPLITS = ("train", "validation", "test")
@@ -24,9 +24,7 @@ class Problem:
     capability: str = ""  # "perception" | "text" | "visual" | a user's own
     kind: str = ""  # finer kind, e.g. "shape" or "corners"
     response: str | None = None  # the target of an SFT row; of a caption set the caption
-    answer_type: str = (
-        ""  # one of answers.ANSWER_TYPES, or "" where there is no answer; found out where it is not given
-    )
+    answer_type: str = ""  # one of kinds.ANSWER_TYPES, or "" where there is no answer; found out where it is not given
     source: str = ""  # the data set that it comes from
     pass_rate: float | None = None  # the share of a model's responses that were right (paper, difficulty)
     # Whose: {"model", "samples", "temperature", "max_new_tokens", ...}.

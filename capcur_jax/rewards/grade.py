@@ -1,7 +1,6 @@
-"""Compare predicted answers with gold ones: cheap rules in this process, math-verify in processes that can be killed.
+"""Grade predicted answers: `compare` decides by the gold answer's kind, formulas go to processes that can be killed.
 
-Predictions are untrusted. What is decided here works on at most `MAX_LENGTH` characters with linear rules and exact
-fractions of bounded size; sympy, which hangs on `9^{9^{9^9}}`, only ever sees a prediction in a worker (`worker.py`).
+sympy, which hangs on `9^{9^{9^9}}`, only ever sees a prediction in a worker (`worker.py`).
 """
 
 import concurrent.futures
@@ -9,76 +8,32 @@ import importlib.util
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from capcur_jax.data import answers
+from capcur_jax.answers.kinds import Gold
+from capcur_jax.rewards.compare import Job, Verdict, decide
 from capcur_jax.workers import Died, Pool, TimedOut
 
-MAX_LENGTH = 512  # characters; a longer prediction is wrong outright
 _LEAST = {"workers": 1, "timeout_s": 0.1, "memory_mb": 128}
 _NAME = "the grader's worker"
 _REMEDY = (
-    "Install math-verify for this Python (pip install 'math-verify[antlr4_13_2]'); where memory is what it lacks, "
-    "raise config.reward.memory_mb; or set config.reward.function to a reward of your own"
+    "Install the parser for this Python (pip install 'latex2sympy2_extended[antlr4_13_2]'); where memory is what it "
+    "lacks, raise config.reward.memory_mb; or set config.reward.function to a reward of your own"
 )
 
 
-def _equal_numbers(predicted: answers.Number, gold: answers.Number) -> bool:
-    """Exact equality; see `decide` for what the forms and the percent sign change."""
-    if gold.form == "integer" and predicted.form == "fraction" and not gold.percent:
-        return False
-    if predicted.percent == gold.percent:
-        pairs = [(predicted.value, gold.value)]
-    else:
-        share, other = (predicted, gold) if predicted.percent else (gold, predicted)
-        pairs = [(share.value, other.value), (share.value / 100, other.value)]
-    rounds = {predicted.form, gold.form} == {"fraction", "decimal"}
-    return any(a == b or (rounds and round(a, 6) == round(b, 6)) for a, b in pairs)
+class Judgement(NamedTuple):
+    """Whether an answer is right, and whether it counts as wrong only because the comparison took too long."""
 
-
-def decide(predicted: str | None, gold: str) -> bool | tuple[str, str]:
-    r"""The verdict where cheap rules reach one, else the (predicted, gold) that math-verify has to compare.
-
-    1. Nothing, blanks and more than `MAX_LENGTH` characters are wrong. Equal normalized texts are right.
-    2. A gold answer of words or letters is compared as words, without case, brackets and punctuation; math-verify
-       reads words as products of symbols (left == felt, no == on). So a gold "xy" is a word too.
-    3. A gold number needs a finished number: `x = 5` and "5 cm" do, `2+3`, `5!`, `\sqrt{25}` and, for a gold integer,
-       `10/2` do not. (math-verify takes them, and even "5 6" for 11: for a policy the way around doing the sum. The
-       release wants an exact match for integers.) Numbers are compared exactly; a fraction equals its decimal when
-       they agree to six places, as in math-verify. A percentage equals the number with or without the sign and the
-       share it is: 50% is 50 and 0.5.
-    4. The rest is for math-verify, unless both contain words and these differ ("Room 12", "Moor 12").
-    """
-    if not predicted or not gold or len(predicted) > MAX_LENGTH or len(gold) > MAX_LENGTH:
-        return False
-    predicted, gold = answers.normalize(predicted), answers.normalize(gold)
-    if not predicted or not gold:
-        return False
-    if predicted == gold:
-        return True
-    gold_words = answers.words(gold)
-    if gold_words is not None:
-        return answers.words(predicted) == gold_words
-    gold_number = answers.plain_number(gold)
-    if gold_number is not None:
-        predicted = answers.claimed_number(predicted)
-        number = answers.plain_number(predicted)
-        if number is not None:
-            return _equal_numbers(number, gold_number)
-        return (predicted, gold) if answers.is_number_with_unit(predicted) else False
-    words, expected = answers.long_words(predicted), answers.long_words(gold)
-    if words and expected and words != expected:
-        return False
-    return predicted, gold
-
-
-# ---------------------------------------------------------------- comparing in workers
+    correct: bool
+    timed_out: bool = False
 
 
 class Grader:
     """Grades answers; safe to call from several threads, which take turns at the workers.
 
     Args:
-      workers: processes that run math-verify, started when the first pair needs one.
+      workers: processes that compare formulas, started when the first pair needs one.
       timeout_s: wall-clock seconds for one pair.
       memory_mb: address space of one worker in MiB.
 
@@ -86,7 +41,7 @@ class Grader:
     memory. The worker is replaced, and a pair without a verdict is wrong.
 
     Raises:
-      RuntimeError: math-verify is not installed.
+      RuntimeError: the parser of formulas is not installed.
       ValueError: a setting is out of range.
     """
 
@@ -95,8 +50,8 @@ class Grader:
             least = _LEAST[name]
             if not least <= value < float("inf"):
                 raise ValueError(f"config.reward.{name} is {value}; set it to {least} or more")
-        if importlib.util.find_spec("math_verify") is None:
-            raise RuntimeError(f"{_NAME} can't start: the package math_verify is not installed. {_REMEDY}")
+        if importlib.util.find_spec("latex2sympy2_extended") is None:
+            raise RuntimeError(f"{_NAME} can't start: the package latex2sympy2_extended is not installed. {_REMEDY}")
         self.timeouts = 0
         self.failures = 0
         self._count = int(workers)
@@ -116,8 +71,15 @@ class Grader:
             self._end()
             self._renew()
 
-    def grade(self, pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-        """Whether each (predicted, gold) agrees, in the order given; `decide` has the rules.
+    def grade(self, pairs: Sequence[tuple[str | None, str | Gold]]) -> list[bool]:
+        """Whether each (predicted, gold) agrees, in the order given. Raises as `judge`.
+
+        A gold that comes as bare text is classified here, without its question.
+        """
+        return [verdict.correct for verdict in self.judge(pairs)]
+
+    def judge(self, pairs: Sequence[tuple[str | None, str | Gold]]) -> list[Judgement]:
+        """The judgement of each (predicted, gold), in the order given; `compare.decide` has the rules.
 
         Equal pairs are compared once: the samples of a group often agree.
 
@@ -125,41 +87,52 @@ class Grader:
           RuntimeError: a worker can't be started.
         """
         verdicts = [decide(predicted, gold) for predicted, gold in pairs]
-        jobs = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple)))
+        jobs = list(dict.fromkeys(
+            job for verdict in verdicts if isinstance(verdict, list) for one in verdict for job in one
+        ))  # fmt: skip
+        compared: dict[Job, Judgement] = {}
         if jobs:
             with self._lock:
                 compared = dict(zip(jobs, self._compare(jobs), strict=True))
-            verdicts = [compared[verdict] if isinstance(verdict, tuple) else verdict for verdict in verdicts]
-        return verdicts
+        return [_joined(verdict, compared) for verdict in verdicts]
 
     def _renew(self) -> None:
         """A pool that starts workers when they are needed."""
         self._pool = Pool(self._count, "capcur_jax.rewards.worker", *self._settings, name=_NAME, remedy=_REMEDY)
         self._end = weakref.finalize(self, self._pool.close)  # also runs at exit
 
-    def _compare(self, jobs: list[tuple[str, str]]) -> list[bool]:
+    def _compare(self, jobs: list[Job]) -> list[Judgement]:
         """Compares all jobs, one in flight for each worker."""
-        equal = []
+        judged = []
         with concurrent.futures.ThreadPoolExecutor(min(self._count, len(jobs)), "grader") as threads:
             try:
-                for agrees, late, lost in threads.map(self._judge, jobs):
-                    equal.append(agrees)
-                    self.timeouts += late
+                for judgement, lost in threads.map(self._ask, jobs):
+                    judged.append(judgement)
+                    self.timeouts += judgement.timed_out
                     self.failures += lost
             except BaseException:  # an interrupt too: what is asked still must not answer the next call
                 self._end()
                 threads.shutdown(cancel_futures=True)
                 self._renew()
                 raise
-        return equal
+        return judged
 
-    def _judge(self, job: tuple[str, str]) -> tuple[bool, int, int]:
-        """Whether a pair agrees, and the workers that it cost: killed, and lost otherwise."""
+    def _ask(self, job: Job) -> tuple[Judgement, int]:
+        """The judgement of a pair, and the workers that it cost other than by time."""
         predicted, gold = job
         try:
             reply, _ = self._pool.ask({"gold": gold, "predicted": predicted})
         except TimedOut:
-            return False, 1, 0
+            return Judgement(False, True), 0
         except Died:
-            return False, 0, 1
-        return reply.get("equal") is True, 0, reply.get("last") is True
+            return Judgement(False), 1
+        return Judgement(reply.get("equal") is True), reply.get("last") is True
+
+
+def _joined(verdict: Verdict, compared: dict[Job, Judgement]) -> Judgement:
+    """Right if all comparisons of one alternative are; timed out if it is wrong and one of them had no time."""
+    if isinstance(verdict, bool):
+        return Judgement(verdict)
+    if any(all(compared[job].correct for job in one) for one in verdict):
+        return Judgement(True)
+    return Judgement(False, any(compared[job].timed_out for one in verdict for job in one))

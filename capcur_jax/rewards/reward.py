@@ -1,6 +1,7 @@
 """The reward of a response: weighted accuracy and format (as in the paper), or a function of the user's own."""
 
 import dataclasses
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +10,8 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from capcur_jax.data import answers as extract
+from capcur_jax.answers import kinds
+from capcur_jax.answers import response as extract
 from capcur_jax.data.problem import Problem
 from capcur_jax.rewards.grade import Grader
 
@@ -24,6 +26,12 @@ class Score:
     accuracy: float
     format: float
     answer: str | None  # contents of the last \boxed{}, as the response wrote them
+
+
+@functools.lru_cache(65536)
+def gold_of(problem: Problem) -> kinds.Gold:
+    """What the grader compares with: the accepted answers, their kind, and what the question says of them."""
+    return kinds.gold_of(problem.answer, getattr(problem, "answers", ()), problem.answer_type, problem.problem)
 
 
 class Reward:
@@ -56,7 +64,7 @@ class Reward:
         if self._function is not None:
             return self._score_by_function(problems, responses)
         answers = [extract.last_boxed(response) for response in responses]
-        correct = self._grader.grade([(a, problem.answer) for a, problem in zip(answers, problems, strict=True)])
+        correct = self._grader.grade([(a, gold_of(problem)) for a, problem in zip(answers, problems, strict=True)])
         scores = []
         for response, answer, is_correct in zip(responses, answers, correct, strict=True):
             accuracy, form = float(is_correct), float(extract.is_formatted(response))
@@ -118,7 +126,7 @@ def make_reward(config: ml_collections.ConfigDict) -> Reward:
 
     Raises:
       ValueError: a setting is wrong; the message names it.
-      RuntimeError: math-verify is not installed.
+      RuntimeError: the parser of formulas is not installed.
     """
     weights = {name: config[name] for name in ("accuracy_weight", "format_weight")}
     for name, weight in weights.items():

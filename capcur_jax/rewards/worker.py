@@ -1,4 +1,4 @@
-"""Compare a predicted answer with the gold one by math-verify, in a process that its parent may kill at any time.
+"""Compare a predicted formula with the gold one (symbolic.py), in a process that its parent may kill at any time.
 
 The program behind `grade.Grader`. Its requests and replies, one of `workers.serve`'s lines each:
 
@@ -6,7 +6,7 @@ The program behind `grade.Grader`. Its requests and replies, one of `workers.ser
     worker: {"equal": true, "last": false}          (last: it has grown too large, and ends)
 
 sympy can hang, and fill the memory, on a few characters of a model's output (`9^{9^{9^9}}`), inside C code that no
-signal handler interrupts. So math-verify's own time-outs are off: the parent's clock kills.
+signal handler interrupts: the parent's clock kills.
 """
 
 import logging
@@ -16,8 +16,9 @@ import sys
 from typing import Any
 
 from capcur_jax import workers
+from capcur_jax.rewards import symbolic
 
-# No part of grading does these. math-verify does not evaluate text as Python today; if that changes, this still holds.
+# No part of grading does these. The parser does not evaluate text as Python today; if that changes, this still holds.
 _FORBIDDEN_EVENTS = (
     "os.exec",
     "os.fork",
@@ -35,22 +36,6 @@ _FORBIDDEN_EVENTS = (
     "subprocess.Popen",
 )
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-
-
-def math_equal(gold: str, predicted: str) -> bool:
-    """Whether two bare LaTeX expressions (no dollars, no box) are equal for math-verify.
-
-    The whole of each must parse as LaTeX. math-verify's search for a number somewhere in a text is off: with it,
-    garbage that ends in the right number would count. Raises whatever sympy raises on odd input.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    config = [LatexExtractionConfig(boxed_match_priority=-1)]
-    parsed = [
-        parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True)
-        for text in (gold, predicted)
-    ]
-    return bool(verify(*parsed, timeout_seconds=None, raise_on_error=True))
 
 
 def _forbid(event: str, args: tuple) -> None:
@@ -75,7 +60,7 @@ def _peak_bytes() -> int:
 
 def _prepare() -> None:
     """Imports the slow libraries once, and closes what is left open to them."""
-    math_equal("1", "x=1")  # imports and warms up, so that the first request's time is its own
+    symbolic.equal("x+1", "1+x")  # imports and warms up, so that the first request's time is its own
     logging.disable(logging.CRITICAL)
     sys.dont_write_bytecode = True
     sys.addaudithook(_forbid)
@@ -83,7 +68,7 @@ def _prepare() -> None:
 
 def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], None]:
     try:
-        equal = math_equal(request["gold"], request["predicted"])
+        equal = symbolic.equal(request["predicted"], request["gold"])
     except MemoryError:
         os._exit(3)  # a fresh process is the only clean state; the parent counts the failure
     except Exception:  # sympy raises anything on odd input: not comparable is not equal

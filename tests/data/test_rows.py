@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from capcur_jax.answers.kinds import answer_type_of
 from capcur_jax.data import problem as problem_lib
 from capcur_jax.data import rows as rows_lib
-from capcur_jax.data.answers import answer_type_of
 from capcur_jax.data.built import build_set
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import Tally, read_problems, read_rows, write_rows

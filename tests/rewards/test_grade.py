@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from capcur_jax.answers.spelling import ANSWER_LENGTH
 from capcur_jax.rewards import grade
 
 TOWER = "9^{9^{9^9}}"
@@ -31,7 +32,7 @@ CHEAP = [
     ("5", "５", True), ("5", "٥", True), ("5", "6", False), ("0.3333333", "0.3333334", False),
     ("3/2", "6/4", True), (r"\frac{3}{2}", "1.5", True), ("1.5", r"1\frac{1}{2}", True), ("1/3", "0.333333", True),
     ("1/3", "0.33", False), ("300000000", r"3 \times 10^8", True), ("5", "", False), ("5", None, False),
-    ("5", "five", False), ("", "5", False), ("5", "x >= 5", False), ("6", "x=5 or x=6", False),
+    ("5", "five", True), ("", "5", False), ("5", "x >= 5", False), ("6", "x=5 or x=6", False),
     # percent: the number with or without the sign, or the share it is
     ("50%", "50", True), ("50", r"50\%", True), ("50%", "0.5", True), ("0.5", "50%", True), ("50%", "1/2", True),
     ("50", "0.5", False), ("50%", "5%", False),
@@ -126,7 +127,7 @@ def test_odd_text_is_harmless(grader, piece):
     start = time.thread_time()  # what this thread computes: company on the machine does not stretch it
     for length in (1, 10, 100_000):
         assert grader.grade([(piece * length, gold) for gold in ("7", "B", "left", "7/2")]) == [False] * 4
-    text = (piece * 512)[: grade.MAX_LENGTH]  # the longest that the rules see in full
+    text = (piece * 512)[:ANSWER_LENGTH]  # the longest that the rules see in full
     for gold in ("7", "B", "left", "7/2", "x+1"):
         grade.decide(text, gold)
     assert time.thread_time() - start < 2.0
@@ -135,7 +136,7 @@ def test_odd_text_is_harmless(grader, piece):
 
 
 def test_long_predictions_are_wrong():
-    assert grade.decide("5" + " " * grade.MAX_LENGTH, "5") is False
+    assert grade.decide("5" + " " * ANSWER_LENGTH, "5") is False
 
 
 def test_easy_pairs_cost_little(grader):
@@ -175,9 +176,11 @@ def test_an_interrupt_ends_the_workers_and_no_reply_is_left_for_the_next_call():
 
 
 def test_what_a_library_prints_is_no_reply(monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text(
-        "LatexExtractionConfig = parse = lambda *a, **k: None\n"
-        'def verify(*a, **k): print(\'{"id": 0, "equal": true}\', flush=True); return False\n'
+    (tmp_path / "latex2sympy2_extended").mkdir()
+    (tmp_path / "latex2sympy2_extended" / "__init__.py").touch()
+    (tmp_path / "latex2sympy2_extended" / "latex2sympy2.py").write_text(
+        "import sympy\nNormalizationConfig = lambda **k: None\nnormalize_latex = lambda text, config: text\n"
+        'def latex2sympy(*a, **k): print(\'{"id": 0, "equal": true}\', flush=True); return sympy.Symbol(a[0])\n'
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with grade.Grader(workers=1) as grader:
@@ -186,7 +189,7 @@ def test_what_a_library_prints_is_no_reply(monkeypatch, tmp_path):
 
 
 def test_start_failure_names_the_remedy(monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('broken for the test')\n")
+    (tmp_path / "latex2sympy2_extended.py").write_text("raise ImportError('broken for the test')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with grade.Grader() as grader, pytest.raises(RuntimeError, match=r"broken for the test.*pip install"):
         grader.grade([("1+x", "x+1")])

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.data import answers
+from capcur_jax.answers import response
 from capcur_jax.data.fields import BadRow
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.sources import published
@@ -53,7 +53,7 @@ def _convert(record: Record) -> Problem:
     if not isinstance(truth, dict):
         raise BadRow("no answer", "`ground_truth` is missing")
     answer = published.as_text(truth.get("value"), "ground_truth")
-    answer = answers.last_boxed(answer) or answer
+    answer = response.last_boxed(answer) or answer
     if not answer.strip():
         raise BadRow("no answer", "`ground_truth` holds no value")
     rate: Any = truth.get("pass_at_n")

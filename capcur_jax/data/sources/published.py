@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from capcur_jax.answers.kinds import answer_type_of
+from capcur_jax.answers.spelling import ANSWER_LENGTH
 from capcur_jax.data import parquet
-from capcur_jax.data.answers import ANSWER_LENGTH, answer_type_of
 from capcur_jax.data.fields import BadRow, decoded, unpack_image
 from capcur_jax.data.problem import Drop, Problem, short, stable_hash
 from capcur_jax.data.sources import json_stream, wording

@@ -11,7 +11,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from capcur_jax.data.answers import boxed_response
+from capcur_jax.answers.response import boxed_response
 from capcur_jax.data.built import build_set
 from capcur_jax.data.problem import Problem, even_shares, stable_hash
 from capcur_jax.data.sources import easy_vqa, word_problems

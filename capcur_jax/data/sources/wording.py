@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from capcur_jax.data import answers
-from capcur_jax.data.answers import ANSWER_LENGTH, answer_type_of
+from capcur_jax.answers import response
+from capcur_jax.answers.kinds import answer_type_of
+from capcur_jax.answers.spelling import ANSWER_LENGTH, long_words
 from capcur_jax.data.fields import BadRow
 from capcur_jax.data.problem import IMAGE_MARK, short
 
@@ -134,7 +135,7 @@ def final_answer(solution: str, options: Sequence[str] = ()) -> str:
     Raises:
       BadRow: it has none, or one that is too long to be compared.
     """
-    answer = answers.last_boxed(solution)
+    answer = response.last_boxed(solution)
     if answer is None:
         matches = list(_ANSWER.finditer(solution))
         rest = solution[matches[-1].end() :][:ANSWER_LENGTH] if matches else ""
@@ -142,7 +143,7 @@ def final_answer(solution: str, options: Sequence[str] = ()) -> str:
     answer = answer.strip().strip("*$").strip().rstrip(".,;:").strip()
     if not answer:
         raise BadRow("no final answer", "the solution names no answer at its end")
-    words = answers.long_words(answer)
+    words = long_words(answer)
     if not options and (len(answer) > LONGEST_ANSWER or len(words) > 3 or not answer_type_of(answer)):
         raise BadRow("no final answer", f"the solution ends in {short(answer)}, which is prose")
     return answer

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, strategies
 
-from capcur_jax.data.letters import letter_in
+from capcur_jax.answers.letters import letter_in
 
 NAMED = {
     "A": [

@@ -1,4 +1,7 @@
-"""The letter that a short reply to a multiple-choice question names, or none where it names none or several."""
+"""Letters of multiple-choice questions: the options of a question, and the letter, or letters, that a reply names.
+
+The one reader for the reward, the perception filter and evaluation.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ import unicodedata
 LETTERS = "ABCDEFGHIJ"  # that options may have
 _LONGEST = 1000  # characters that are looked at; a reply of a few tokens has fewer
 _WORD = r"A-Za-z0-9\u00c0-\u024f\u0370-\u052f"  # not Chinese or Japanese characters: they need no space before a letter
-_ALONE = rf"(?<![{_WORD}])(?<![{_WORD}][-'’])([A-Ja-j])(?![{_WORD}+]|['’-][{_WORD}])"
+# Not in a word, and no term of a formula or beginning of an equation ("A + B", "C = 5").
+_ALONE = (
+    rf"(?<![{_WORD}^\\])(?<![{_WORD})}}]_)(?<![{_WORD}][-'’])(?<!\d )([A-Za-z])"
+    rf"(?![{_WORD}+#^]|_[{_WORD}{{]|['’-][{_WORD}]|\s*[+=^<>≤≥×·]\s*[{_WORD}\\(]|-\Z|\s?\*\s?[{_WORD}])"
+)
 _CANDIDATE = re.compile(_ALONE)
 _OPEN, _CLOSE = r"[\s(\[{<*_\"'`“‘$]*", r"[\s)\]}>*_\"'`”’$]*"
-_OPTION = re.compile(r"(?<![^\W_])\(?\[?([A-Za-z])\s?[.):\]]\**\s*(\w*)")
+_OPTION = re.compile(r"(?<![A-Za-z0-9_])[(（\[【]?(?P<letter>[A-Za-z])\s?[.):\]、．：）】]\**[ \t]*(?=\S)")
 
 # What may stand before a letter that is the answer, besides nothing.
 _KEYWORD = re.compile(
@@ -24,7 +31,7 @@ _LINE = re.compile(rf"\n{_OPEN}\Z")
 _NOTHING = re.compile(rf"{_OPEN}\Z")
 # What may stand after it.
 _END = re.compile(r"\W*\Z")
-_LABEL = re.compile(r"[*_]*[.):]")
+_LABEL = re.compile(r"[*_]*[.):、]")
 _DENIED = re.compile(
     r"[\s,]+(?:(?:is|was|can)(?:\s+not\b|n['’]t\b|not\b)|(?:is|was)\s+(?:wrong|incorrect|false)\b)", re.IGNORECASE
 )
@@ -79,20 +86,45 @@ def _is_article(letter: str | None, after: str) -> bool:
 
 
 def options_of(text: str) -> dict[str, str]:
-    """The options of a multiple-choice question, letter -> first word of it: the longest run A, B, ... in the text."""
-    longest: dict[str, str] = {}
-    run: dict[str, str] = {}
-    for letter, word in _OPTION.findall(text):
-        letter = letter.upper()
+    """The options of a multiple-choice question, letter -> its whole text: the longest run A, B, ... in the text.
+
+    An option ends where the next one begins, the last one at the end of its line.
+    """
+    longest: list[re.Match] = []
+    run: list[re.Match] = []
+    for match in _OPTION.finditer(text):
+        letter = match["letter"].upper()
         if letter == "A":
-            run = {}
+            run = []
         elif ord(letter) != ord("A") + len(run):
             continue
-        run[letter] = word
+        run.append(match)
         longest = max(longest, run, key=len).copy()
-    return longest if len(longest) > 1 else {}
+    if len(longest) < 2:
+        return {}
+    ends = [match.start() for match in longest[1:]]
+    last = text.find("\n", longest[-1].end())
+    ends.append(len(text) if last < 0 else last)
+    texts = [text[match.end() : end].strip().rstrip(",;，；").strip() for match, end in zip(longest, ends, strict=True)]
+    return {match["letter"].upper(): text for match, text in zip(longest, texts, strict=True)}
 
 
 def option_letters(problem: str) -> str:
     """The letters of a problem's options, "ABCD" where it lists none."""
     return "".join(options_of(problem)) or "ABCD"
+
+
+def letters_of(text: str) -> tuple[str, ...]:
+    """The different letters that a text consists of: of "ACD", "A, C and D", "(A), (C)"; () where it holds more.
+
+    Joined letters are a list of choices only in the order of the alphabet: CAD is a word, ACD are three letters.
+    """
+    text = unicodedata.normalize("NFKC", text).replace("、", ",").replace("和", ",").strip(" .,;[](){}\"'")
+    text = re.sub(r"['\"\[\]{}]", "", text)
+    if re.fullmatch("[A-Z]{2,10}", text) and list(text) == sorted(set(text)):
+        return tuple(text)
+    parts = re.split(r"(?: ?[,;&] ?(?:and |or )?| and | )", text)
+    parts = [re.sub(r"\A\(?([A-Z])[).]?\Z", r"\1", part) for part in parts]
+    if len(parts) < 2 or len(set(parts)) < len(parts) or not all(re.fullmatch("[A-Z]", part) for part in parts):
+        return ()
+    return tuple(parts)

@@ -1,0 +1,126 @@
+"""What kind of answer a gold one is: decided once, when its row is read; each kind has its own comparison (rewards)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from capcur_jax.answers import codes, letters, numbers, structure, units
+from capcur_jax.answers.spelling import ANSWER_LENGTH, normalize, words
+
+KINDS = {
+    "letter": "an option's letter",
+    "letters": "several options' letters",
+    "number": "a plain number",
+    "quantity": "a number with a unit",
+    "expression": "a formula",
+    "set": "several values, a set, a tuple or an interval",
+    "word": "a word or several",
+    "code": "a date, a time, a range, a label with digits",
+}
+ANSWER_TYPES = tuple(KINDS)
+
+_LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
+_LABELLED = re.compile(r"[(\[]?(?P<letter>[A-J])(?:[)\]][.:]?|[.:、])\s*(?P<text>\S.*)", re.DOTALL)
+_RATIO = re.compile(r"\b(?:ratio|proportion|odds|scale)\b|比", re.IGNORECASE)
+_FRACTION = re.compile(
+    r"\b(?:fraction|simplif|simplest|probability|portion of|what part|how much of)\w*|分数|概率", re.IGNORECASE
+)
+_DATE = re.compile(
+    r"\b(?:dates?|when|what day|birthday|deadline|score|scored|time|o'clock|record|page|pages|range|phone|"
+    r"number of the|version|blood pressure|vision)\b|几点|日期|比分|时间",
+    re.IGNORECASE,
+)
+_ALL = re.compile(
+    r"\b(?:all|select|choose|which of the following are|which ones|that apply|statements|multiple|options are|both)\b"
+    r"|哪些|多选|所有|选项有",
+    re.IGNORECASE,
+)
+_WITH_UNIT = re.compile(
+    r"\b(?:include|with|state|give|specify|use)\b[^.?!]{0,30}\bunits?\b|\b(?:what|which) units?\b|带单位|写出单位",
+    re.IGNORECASE,
+)
+
+
+class Gold(NamedTuple):
+    """A gold answer, as the grader compares with it.
+
+    `texts` are the accepted answers, the first one the row's `answer`. `kind` is the first one's. `options` are the
+    question's, letter -> text. `any_order`: the question asks for all that hold. `unit`: it asks for the unit.
+    """
+
+    texts: tuple[str, ...]
+    kind: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+    any_order: bool = False
+    unit: bool = False
+    question: str = ""
+
+
+def gold_of(
+    answer: str,
+    answers: Sequence[str] = (),
+    kind: str = "",
+    problem: str = "",
+    options: Mapping[str, str] | None = None,
+) -> Gold:
+    """A row's gold answer.
+
+    Args:
+      answer, answers: the accepted ones; `answers` begins with `answer`, or is empty.
+      kind: of `answer`, one of ANSWER_TYPES; "" to find it out.
+      problem: the question; its options are read where `options` are not given.
+    """
+    options = letters.options_of(problem) if options is None else options
+    hint = "ratio" if _RATIO.search(problem) else "fraction" if _FRACTION.search(problem) else ""
+    hint = hint or ("code" if _DATE.search(problem) else "")
+    return Gold(
+        texts=tuple(answers) or (answer,),
+        kind=kind or answer_type_of(answer, hint=hint),
+        options=tuple(options.items()),
+        any_order=bool(_ALL.search(problem)),
+        unit=bool(_WITH_UNIT.search(problem)),
+        question=hint,
+    )
+
+
+def labelled(text: str) -> tuple[str, str] | None:
+    """The letter and the text of "B. cat" or "(B) cat"; None of an initial ("J. Smith") where that can be told."""
+    match = _LABELLED.fullmatch(text)
+    if not match or (match["text"][:1].isupper() and text[1:2] == "." and not match["text"].isupper()):
+        return None
+    return match["letter"], match["text"]
+
+
+def answer_type_of(answer: str, hint: str = "") -> str:
+    """One of ANSWER_TYPES, how a gold answer will be compared (rewards.compare); "" of no answer.
+
+    Args:
+      hint: what the question asks for: "ratio", "fraction", "code" (a date, a time, a score) or "" where it is not
+        known. `7/12` is a number unless the question asks for a date, `3:30` a time unless it asks for a ratio.
+    """
+    if len(answer) > ANSWER_LENGTH:
+        return "expression"  # the patterns are for short texts
+    text = normalize(answer)
+    if not text:
+        return ""
+    if _LETTER.fullmatch(text) or labelled(text):
+        return "letter"
+    code = codes.read(text)
+    number = numbers.plain_number(text)
+    if code and code.sort == "time" and (hint not in ("ratio", "fraction") or number is None):
+        return "code"
+    if number is not None:
+        return "code" if hint == "code" and "/" in text and "\\" not in text else "number"
+    if code and code.sort in ("date", "range", "size", "ratio"):
+        return "code"
+    if units.quantity(text) is not None:
+        return "quantity"
+    if len(letters.letters_of(text)) > 1:
+        return "letters"
+    if words(text) is not None and text not in ("e", "i"):
+        return "word"
+    if structure.parse(text).is_collection:
+        return "set"
+    return "code" if code else "expression"

@@ -1,0 +1,154 @@
+r"""The structure of a mathematical answer: lists, sets, tuples, intervals, relations; the formulas in it stay text.
+
+1, 2        several values         \{1, 2\}   a set          (1, 2)   a tuple, or an open interval
+[1, 2)      an interval            1 < x < 2  a chain        \pm 2    two values
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Node(NamedTuple):
+    """A piece of an answer.
+
+    `sort`: "text" (a formula, in `text`), "list" (bare values), "set", "tuple" (in parentheses), "bracket" (in square
+    brackets), "half" (an interval, one end of which is open), "union", "chain" (texts and the relations between them).
+    """
+
+    sort: str
+    text: str
+    items: tuple[Node, ...] = ()
+    marks: tuple[str, ...] = ()  # of a chain its relations, of brackets the two of them
+
+    @property
+    def is_collection(self) -> bool:
+        """Whether it is several values, a set, a tuple or an interval, as a value or as a relation."""
+        if self.sort == "chain":
+            return any(mark in _ORDER for mark in self.marks) or any(node.is_collection for node in self.items[1:])
+        return self.sort != "text" or self.text in _NAMED_SETS
+
+
+_ORDER = {"<", ">", r"\le", r"\ge", r"\ne", r"\in"}
+_NAMED_SETS = {r"\emptyset", r"\mathbb{R}", r"\mathbb{Z}", r"\mathbb{N}"}
+_RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv|parallel|perp|cong|notin)(?![a-zA-Z])|[<>=]")
+_SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)?(?![a-zA-Z])|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*")
+_CUP = re.compile(r"\s*(?:\\cup(?![a-z])|(?<=[)\]}])\s*(?:U|or|and)\s*(?=[(\[\\]))\s*")
+_PAIRS = {"(": ")", "[": "]"}
+_PM = re.compile(r"\\(?:pm|mp)(?![a-z])")
+_DEEP = 12
+
+
+def parse(text: str, depth: int = 0) -> Node:
+    """The structure of a normalized answer."""
+    text = text.strip()
+    if depth > _DEEP:
+        return Node("text", text)
+    parts = split(text, _CUP)
+    if len(parts) > 1 and all(_is_bracketed(part) for part, _ in _with_marks(parts)):
+        return Node("union", text, tuple(parse(part, depth + 1) for part, _ in _with_marks(parts)))
+    parts = split(text, _SEPARATOR)
+    values = [part for part, _ in _with_marks(parts)]
+    if len(values) > 1 and all(values):
+        return Node("list", text, tuple(parse(value, depth + 1) for value in values))
+    parts = split(text, _RELATION)
+    if len(parts) > 1:
+        values, marks = parts[::2], tuple(mark.strip() for mark in parts[1::2])
+        if all(value.strip() for value in values):
+            return Node("chain", text, tuple(parse(value, depth + 1) for value in values), marks)
+        return Node("text", text)
+    if bracketed := _bracketed(text, depth):
+        return bracketed
+    signs = list(_PM.finditer(text))
+    if len(signs) == 1:
+        plus, minus = (text[: signs[0].start()] + sign + text[signs[0].end() :] for sign in "+-")
+        plus = plus.strip().removeprefix("+").strip() if not text[: signs[0].start()].strip() else plus
+        return Node("list", text, (parse(plus, depth + 1), parse(minus, depth + 1)))
+    return Node("text", text)
+
+
+def split(text: str, pattern: re.Pattern) -> list[str]:
+    """Parts and separators in turn, of separators outside all brackets; one part where the brackets do not match."""
+    parts, open_, start, place = [], [], 0, 0
+    while place < len(text):
+        character = text[place]
+        if text.startswith(("\\{", "\\}"), place):
+            character, width = text[place + 1], 2
+        else:
+            width = 1
+        if not open_:
+            match = pattern.match(text, place)
+            if match and match.end() > match.start():
+                parts += [text[start : match.start()], match.group()]
+                start = place = match.end()
+                continue
+        if character == "\\":
+            command = re.compile(r"\\(?:[a-zA-Z]+|.)").match(text, place)
+            place = command.end() if command else place + 1
+            continue
+        if character in "([{":
+            open_.append(character)
+        elif character in ")]}":
+            if not open_:
+                return [text]
+            open_.pop()
+        place += width
+    return [text] if open_ else [*parts, text[start:]]
+
+
+def _with_marks(parts: list[str]) -> list[tuple[str, str]]:
+    return [(part.strip(), "") for part in parts[::2]]
+
+
+def _is_bracketed(text: str) -> bool:
+    text = text.strip()
+    return text.startswith(("(", "[", "\\{")) and text.endswith((")", "]", "\\}"))
+
+
+def _bracketed(text: str, depth: int) -> Node | None:
+    if text.startswith("\\{") and text.endswith("\\}") and len(text) > 4:
+        sort, first, last, inner = "set", "\\{", "\\}", text[2:-2]
+    elif text[:1] in _PAIRS and text[-1:] in (")", "]") and len(text) > 2:
+        first, last, inner = text[0], text[-1], text[1:-1]
+        sort = "half" if _PAIRS[first] != last else "tuple" if first == "(" else "bracket"
+    else:
+        return None
+    if not _whole(text, len(first)):
+        return None
+    values = [value.strip() for value in split(inner, re.compile(r"[,;]"))[::2]]
+    if not all(values) or (sort == "half" and len(values) != 2):
+        return None
+    if len(values) == 1 and sort != "set":  # brackets around one value
+        return parse(inner, depth + 1) if sort == "tuple" else None
+    return Node(sort, text, tuple(parse(value, depth + 1) for value in values), (first, last))
+
+
+def _whole(text: str, start: int) -> bool:
+    """Whether the bracket that begins the text closes at its end and not before."""
+    depth, place = 1, start
+    while place < len(text):
+        if text.startswith(("\\{", "\\}"), place):
+            depth += 1 if text[place + 1] == "{" else -1
+            place += 2
+        elif text[place] == "\\":
+            place += 2
+        else:
+            depth += (text[place] in "([{") - (text[place] in ")]}")
+            place += 1
+        if not depth:
+            return place == len(text)
+    return False
+
+
+_NAME = re.compile(
+    r"(?:\\(?:angle|triangle|text|vec|hat|bar|overline|mathrm)\s*\{?\s*)?"
+    r"(?:[A-Za-z]{1,4}|\\[a-zA-Z]+|[A-Za-z]+(?: [A-Za-z]+){0,3})'{0,2}\s*\}?"
+    r"(?:_\{?[\w+-]{1,5}\}?)?(?:\^\{?-1\}?)?(?:\s*\([^()=]{1,12}\))?"
+)
+
+
+def is_name(text: str) -> bool:
+    r"""Whether the left side of `... = 5` only names what is 5: x, f(x), S_n, \angle ABC, "the area"."""
+    text = text.strip().strip("|").strip()
+    return bool(_NAME.fullmatch(text)) and text not in ("e", "i", "\\pi", "\\infty", "\\emptyset")

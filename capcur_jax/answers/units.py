@@ -1,0 +1,335 @@
+r"""Numbers with a unit: 5 cm, $5, 9.8 m/s^2, 37 ^\circ C, 5米, 3 apples, 1 h 30 min.
+
+Units and their factors are pint's, exact in fractions. Names in English and Chinese and the currencies are CLDR's
+(Babel). What is no unit of theirs and reads as a noun is a unit by its name: three apples are not three oranges.
+"""
+
+import functools
+import re
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from capcur_jax.answers import numbers
+from capcur_jax.answers.numbers import Number
+from capcur_jax.answers.unit_names import BOTH, HUNDREDTHS, KNOWN, MONEY, MORE, NO_NOUN, PINT_NAMES
+
+
+class Unit(NamedTuple):
+    """What a unit measures, and the scale on which: value in base units = value * factor + offset."""
+
+    measures: tuple
+    factor: Fraction = Fraction(1)
+    offset: Fraction = Fraction(0)
+
+
+class Quantity(NamedTuple):
+    """A number and the units that it may be in ("pounds" are money or mass); `unit` as it was written."""
+
+    number: Number
+    units: tuple[Unit, ...]
+    unit: str
+
+
+_ANGLE = Unit(("angle",))
+_RADIAN = Unit(("radian",))
+_ANGLES = {"^\\circ", "degree", "degrees", "deg", "degs", "angle"}
+_TAIL = re.compile(r" (?:old|long|tall|high|wide|deep|away|in (?:total|all|length|area))\Z")
+_NOUN = re.compile(r"(?:[^\W\d_]{2,}|[\u4e00-\u9fff])(?:[ '-][^\W\d_]{1,}){0,4}")
+_FACTOR = re.compile(
+    r"\s*(?P<over>/)?\s*(?P<name>[^\W\d_]+|[\"'°$])\s*(?:(?:\^|\*\*)?\s*\{?(?P<power>-?[1-9])\}?(?!\d))?"
+)
+_POWERED = re.compile(r"\b(?P<power>square|sq\.?|cubic|cu\.?) ?(?P<name>[a-zA-Z]+)")
+_AFTER = re.compile(r"(?P<name>[a-zA-Z]+) (?P<power>squared|cubed)\b")
+
+
+@functools.cache
+def _registry() -> Any:
+    import pint  # here: it takes half a second, and many runs read no unit
+
+    return pint.UnitRegistry(non_int_type=Fraction)
+
+
+@functools.cache
+def _cldr() -> dict[str, str]:
+    """CLDR's names of units in English and Chinese, as pint's expressions."""
+    from babel import Locale
+
+    found: dict[str, str] = {}
+    for language in ("en", "zh"):
+        for key, widths in Locale(language)._data["unit_patterns"].items():
+            expression = _pint_name(key.partition("-")[2])
+            for width in ("long", "short"):
+                patterns = dict(widths.get(width, {})) if expression else {}
+                for pattern in patterns.values():
+                    if isinstance(pattern, str) and pattern.count("{0}") == 1:
+                        name = pattern.replace("{0}", "").strip()  # short names keep their case: mW is not MW
+                        found.setdefault(name.casefold() if width == "long" else name, expression)
+    return {name: expression for name, expression in found.items() if len(name) > 1 or not name.isascii()}
+
+
+def _pint_name(cldr: str) -> str:
+    """ "meter**2" for "square-meter", "" where pint has no such unit among the known ones."""
+    cldr = PINT_NAMES.get(cldr, cldr)
+    parts = []
+    for part in cldr.split("-per-"):
+        power = {"square": "**2", "cubic": "**3"}.get(part.partition("-")[0], "")
+        names = part.partition("-")[2] if power else part
+        parts.append("*".join(name + power for name in names.split("-")))
+    expression = "/".join(parts)
+    return expression if expression == "angle" or _unit(expression) else ""
+
+
+@functools.cache
+def _money() -> dict[str, tuple[str, ...]]:
+    """Names, codes and symbols of currencies -> their codes."""
+    from babel import Locale
+
+    found = {name: codes for name, codes in MONEY.items()}
+    for language in ("en", "zh"):
+        data = Locale(language)._data
+        for code, symbol in data["currency_symbols"].items():
+            found.setdefault(symbol.casefold(), (code,))
+        for code, name in data["currency_names"].items():
+            found.setdefault(name.casefold(), (code,))
+            found.setdefault(code.casefold(), (code,))
+        for code, names in data["currency_names_plural"].items():
+            for name in dict(names).values():
+                found.setdefault(str(name).casefold(), (code,))
+    found |= {
+        "us$": ("USD",),
+        "美元": ("USD",),
+        "欧元": ("EUR",),
+        "英镑": ("GBP",),
+        "日元": ("JPY",),
+        "人民币": ("CNY",),
+    }
+    return {name: codes for name, codes in found.items() if len(name) > 1 or not name.isalpha() or not name.isascii()}
+
+
+@functools.lru_cache(1024)
+def _unit(expression: str) -> Unit | None:
+    """The unit of a product of pint's names with powers, or None where one is unknown."""
+    registry, total = _registry(), None
+    divided = expression.split("/")
+    try:
+        for place, product in enumerate(divided):
+            for factor in product.split("*"):
+                if factor == "":
+                    continue
+                if factor.isdigit():
+                    scale = registry.Quantity(Fraction(int(factor)), "")
+                else:
+                    name, _, power = factor.partition("^")
+                    parsed = registry.parse_unit_name(name)
+                    parsed = [one for one in parsed if one[1] in KNOWN] or [
+                        one for one in registry.parse_unit_name(name, case_sensitive=False) if one[1] in KNOWN
+                    ] * (len(name) > 2)
+                    if not parsed:
+                        return None
+                    prefix, base, _ = parsed[0]
+                    scale = registry.Quantity(Fraction(1), prefix + base)
+                    if base.startswith("degree_") and len(divided) == 1 and "*" not in expression:
+                        zero = registry.Quantity(Fraction(0), base).to("kelvin").magnitude
+                        one = registry.Quantity(Fraction(1), base).to("kelvin").magnitude
+                        return Unit((("[temperature]", Fraction(1)),), one - zero, zero)
+                    scale = scale.to_base_units() ** (int(power) if power else 1)
+                total = scale if total is None else total * scale if not place else total / scale
+    except Exception:  # pint raises its own, KeyError, TypeError and more on odd names
+        return None
+    if total is None:
+        return None
+    total = total.to_base_units()
+    measures = tuple(sorted((str(name), Fraction(power)) for name, power in total.dimensionality.items()))
+    if not measures:
+        return Unit(("information",), Fraction(total.magnitude)) if "byt" in expression or "bit" in expression else None
+    return Unit(measures, Fraction(total.magnitude))
+
+
+@functools.lru_cache(2048)
+def units_of(text: str) -> tuple[Unit, ...]:
+    """What the text after (or before) a number may be as a unit: () where it is none."""
+    text = text.strip(" .").replace("\\mu ", "µ").replace("\\mu", "µ").replace("\\Omega", "ohm").strip()
+    text = _TAIL.sub("", text)
+    if not text or len(text) > 60:
+        return ()
+    name = text.casefold()
+    if text in _ANGLES or name in _ANGLES:
+        return (_ANGLE,)
+    if name in ("rad", "radian", "radians", "弧度"):
+        return (_RADIAN,)
+    found = [Unit(("currency", code)) for code in _money_codes(name)]
+    found += [Unit(("currency", code), Fraction(1, 100)) for code in HUNDREDTHS.get(_singular(name), ())]
+    if text in BOTH:
+        return (*found, *filter(None, map(_unit, BOTH[text])))
+    expression = _expression(text)
+    known = _unit(expression) if expression and expression != "angle" else None
+    if expression == "angle":
+        found.append(_ANGLE)
+    elif known:
+        found.append(known)
+    elif not found and (noun := _noun(name)):
+        found.append(Unit(("noun", noun)))
+    return tuple(found)
+
+
+def _money_codes(name: str) -> tuple[str, ...]:
+    if name in MONEY or _singular(name) in MONEY:
+        return MONEY.get(name) or MONEY[_singular(name)]
+    return (
+        _money().get(name, ())
+        if not re.fullmatch("[a-z]{1,2}|min|sec|all|top|cup|try|bob|mop|gel|pen|lac", name)
+        else ()
+    )
+
+
+def _expression(text: str) -> str:
+    """A unit's text as pint's names, joined by * and /, with powers: "sq cm" -> "cm^2"; "" where it is no such."""
+    name = text.casefold()
+    if text in MORE or (name in MORE and len(name) > 1):
+        return MORE.get(text, MORE.get(name, "")).replace("**", "^")
+    celsius = re.fullmatch(
+        r"\^\\circ ?([CFKcf])|(?:degrees?|deg) ?(c|f|celsius|fahrenheit|centigrade)", text, re.IGNORECASE
+    )
+    if celsius:
+        return "degree_Fahrenheit" if (celsius[1] or celsius[2]).casefold().startswith("f") else "degree_Celsius"
+    if found := _cldr().get(text) or (_cldr().get(name) if len(name) > 3 or not name.isascii() else None):
+        return found.replace("**", "^")
+    text = text.replace("\\cdot", "*").replace("\\times", "*").replace(" per ", "/").replace("每", "/")
+    text = _POWERED.sub(lambda match: f"{match['name']}^{'2' if match['power'].startswith('sq') else '3'}", text)
+    text = _AFTER.sub(lambda match: f"{match['name']}^{'2' if match['power'] == 'squared' else '3'}", text)
+    above, below = [], []
+    place = 0
+    text = re.sub(r"\s*[*()]\s*", " ", text).strip()
+    while place < len(text):
+        match = _FACTOR.match(text, place)
+        if not match or len(above) + len(below) > 5:
+            return ""
+        one = match["name"]
+        one = MORE.get(one, MORE.get(one.casefold(), one) if len(one) > 1 else one).replace("**", "^")
+        if one == "angle" or not one or _unit(one) is None:
+            return ""
+        power = match["power"]
+        if power and "^" in one:
+            return ""
+        side = below if match["over"] else above
+        if power and int(power) < 0:
+            side, power = below, power[1:]
+        if "/" in one:  # km/h of "kmh"
+            top, _, bottom = one.partition("/")
+            above.append(top)
+            below.append(bottom)
+        else:
+            side.append(one + (f"^{power}" if power else ""))
+        place = match.end()
+    return ("*".join(above) or "1") + "".join(f"/{one}" for one in below) if above or below else ""
+
+
+def _noun(name: str) -> str:
+    name = re.sub(r" ?\^ ?\{? ?[23] ?\}?\Z", "", name)
+    name = re.sub(r"\A(?:of|the|a|an) ", "", name)
+    words = name.split()
+    if not _NOUN.fullmatch(name) or any(word in NO_NOUN for word in words):
+        return ""
+    return " ".join(_singular(word) for word in words)
+
+
+def _singular(name: str) -> str:
+    for ending, instead in (("ies", "y"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("s", "")):
+        if name.endswith(ending) and len(name) > len(ending) + 2 and not name.endswith("ss"):
+            return name[: -len(ending)] + instead
+    return {"feet": "foot", "men": "man", "women": "woman", "children": "child", "people": "person"}.get(name, name)
+
+
+_MONEY_FIRST = re.compile(
+    r"(?P<sign>[-+]?) ?(?P<unit>(?:[A-Z]{1,3} ?)?[^\w\s\\^{}()\[\]<>=*/+.,;:!?'\"|&%#@~_-]|[A-Z]{3}|Rs\.?) ?"
+    r"(?=[-+]?[\d.])"
+)
+_SCALE = re.compile(
+    r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn|[十百千万萬亿億]+)(?![a-z])"
+    r"|[kKMB](?![a-zA-Z\\]))"
+)
+
+
+@functools.lru_cache(4096)
+def quantity(text: str) -> Quantity | None:
+    """A normalized answer that is one number with a unit, or several of one measure ("5 ft 3 in"), else None."""
+    money = _MONEY_FIRST.match(text)
+    if money:
+        units = units_of(money["unit"].strip())
+        number = numbers.plain_number(money["sign"] + text[money.end() :].strip())
+        if not (units and number and units[0].measures[0] == "currency"):
+            return None
+        return Quantity(number, tuple(unit for unit in units if unit.measures[0] == "currency"), money["unit"])
+    if text[:1].isalpha():
+        text = _with_digits(text)
+    parts, place = [], 0
+    while place < len(text):
+        part = _part(text, place)
+        if part is None:
+            return None
+        one, place = part
+        parts.append(one)
+        if len(parts) > 3:
+            return None
+    return _sum(parts)
+
+
+def _with_digits(text: str) -> str:
+    """ "three apples" as "3 apples"."""
+    words = text.split(" ")
+    for count in range(min(4, len(words) - 1), 0, -1):
+        number = numbers.plain_number(" ".join(words[:count]).rstrip("-"))
+        if number is not None and number.value.denominator == 1:
+            return f"{number.value} {' '.join(words[count:])}"
+    return text
+
+
+def _part(text: str, place: int) -> tuple[Quantity, int] | None:
+    """One number and the text up to the next number."""
+    match = numbers.PREFIX.match(text, place)
+    if not match or match.end() == place:
+        return None
+    number, end = numbers.read(match), match.end()
+    scale = _SCALE.match(text, end)
+    if scale and number:
+        number = numbers.plain_number(text[place : scale.end()].strip())
+        end = scale.end()
+    if number is None:
+        return None
+    following = re.compile(r"(?:\^ ?\{? ?-?\d ?\}?|(?<=[a-zA-Z])[23](?![\d.])|\{ ?-?\d ?\}|[^\d])*").match(text, end)
+    unit = re.sub(r"(?:,| and)\s*\Z", "", text[end : following.end()]).strip()
+    units = units_of(unit)
+    if not units or (unit.startswith("^") and not unit.startswith("^\\circ")):
+        return None
+    return Quantity(number, units, unit), following.end()
+
+
+def _sum(parts: list[Quantity]) -> Quantity | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    first = parts[0]
+    unit = first.units[0]
+    value = first.number.value
+    for part, before in zip(parts[1:], parts, strict=False):
+        same = [other for other in part.units if other.measures == unit.measures and not other.offset]
+        if not same or same[0].factor >= before.units[0].factor or unit.measures[0] == "noun":
+            return None
+        value += part.number.value * same[0].factor / unit.factor
+    return Quantity(Number(value, "decimal"), (unit,), first.unit)
+
+
+def same_quantity(predicted: Quantity, gold: Quantity) -> bool:
+    """Whether both are equal, in one unit or after conversion."""
+    for mine in predicted.units:
+        for other in gold.units:
+            if mine.measures != other.measures:
+                continue
+            if mine == other:
+                equal = numbers.equal_numbers(predicted.number, gold.number)
+            else:
+                value = (predicted.number.value * mine.factor + mine.offset - other.offset) / other.factor
+                step = predicted.number.step * mine.factor / other.factor
+                equal = numbers.meets(predicted.number._replace(value=value, step=step), gold.number)
+            if equal:
+                return True
+    return False

@@ -1,0 +1,237 @@
+"""Whether an answer meets a gold one, by the gold's kind; what only sympy can tell is left to the workers.
+
+Predictions are untrusted. What is decided here works on at most ANSWER_LENGTH characters with linear rules and exact
+fractions of bounded size; sympy, which hangs on `9^{9^{9^9}}`, only ever sees a prediction in a worker. docs/rewards.md
+has the rules in a table with examples, which the tests read.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from fractions import Fraction
+
+from capcur_jax.answers import codes, letters, numbers, structure, units
+from capcur_jax.answers.kinds import Gold, answer_type_of, labelled
+from capcur_jax.answers.spelling import ANSWER_LENGTH, long_words, normalize, words
+
+Job = tuple[str, str]  # predicted and gold, normalized: formulas for a worker to compare
+Verdict = bool | list[tuple[Job, ...]]  # right or wrong, or right if all jobs of one of these turn out equal
+
+_EQUAL = re.compile(r"=|\\approx(?![a-z])")
+_CONSTANT = re.compile(r"\\(?:pi|sqrt|ln|log|exp|sin|cos|tan)(?![a-z])|(?<![a-zA-Z])e(?![a-zA-Z])")
+_CHOSEN = re.compile(r"(?:answer|option|choice|select|选项?|答案)", re.IGNORECASE)
+
+
+def decide(predicted: str | None, gold: str | Gold) -> Verdict:
+    """The verdict where the rules of this process reach one, else what the workers have to compare.
+
+    Nothing, blanks and more than ANSWER_LENGTH characters are wrong. Of several accepted golds one suffices.
+    """
+    gold = Gold((gold,)) if isinstance(gold, str) else gold
+    if not predicted or len(predicted) > ANSWER_LENGTH:
+        return False
+    text = normalize(predicted)
+    if not text:
+        return False
+    open_: list[tuple[Job, ...]] = []
+    for place, accepted in enumerate(gold.texts):
+        if not accepted or len(accepted) > ANSWER_LENGTH:
+            continue
+        kind = (gold.kind if not place else "") or answer_type_of(accepted, gold.question)
+        verdict = _by_kind(text, normalize(accepted), kind, gold)
+        if verdict is True:
+            return True
+        open_ += verdict or []
+    return open_ or False
+
+
+def _by_kind(text: str, gold: str, kind: str, row: Gold) -> Verdict:
+    if not gold:
+        return False
+    if text == gold:
+        return True
+    options = dict(row.options)
+    if kind == "letter":
+        return _letter(text, gold, options)
+    if kind == "letters":
+        return _letters(text, gold, row)
+    if options:
+        named = [letter for letter, option in options.items() if _same_text(option, gold)]
+        if len(named) == 1 and letters.letter_in(text, "".join(options)) == named[0] and not _same_text(text, gold):
+            return True
+        if (label := labelled(text)) and label[0] in options and not labelled(gold):
+            text = normalize(label[1])
+    if kind == "number":
+        return _number(text, gold)
+    if kind == "quantity":
+        return _quantity(text, gold, row.unit)
+    if kind == "code":
+        code = codes.read(gold)
+        return codes.same(text, code) if code else _squeezed(text) == _squeezed(gold)
+    if kind == "word":
+        return _word(text, gold)
+    return _formula(text, gold)
+
+
+# ------------------------------------------------------------------------------------------------ choices
+
+
+def _letter(text: str, gold: str, options: dict[str, str]) -> Verdict:
+    """A gold "B" or "B. cat" takes the letter, with or without a text, and the text of the option."""
+    label = labelled(gold)
+    bare = gold.strip("()[].: ")
+    if label:
+        letter, option = label
+    elif len(bare) == 1:
+        letter, option = bare, options.get(bare, "")
+    else:  # declared a letter, written as the option's text
+        named = [letter for letter, option in options.items() if _same_text(option, gold)]
+        if len(named) != 1:
+            return _word(text, gold)
+        letter, option = named[0], gold
+    if option and _same_text(text, option):
+        return True
+    if letters.letter_in(text, "".join(options or letters.LETTERS) + letter) == letter:
+        return True
+    return len(text) == 1 and text == letter
+
+
+def _letters(text: str, gold: str, row: Gold) -> bool:
+    """Several letters, in any order where they are written as a list or the question asks for all."""
+    text = _CHOSEN.sub("", text).strip(" :")
+    found, expected = letters.letters_of(text), letters.letters_of(gold)
+    if not found and row.any_order and re.fullmatch("[A-Z]{2,10}", text) and len(set(text)) == len(text):
+        found = tuple(text)
+    if found == expected:
+        return True
+    return sorted(found) == sorted(expected) and (row.any_order or not re.fullmatch("[A-Z]+", text))
+
+
+@functools.lru_cache(4096)
+def _same_text(a: str, b: str) -> bool:
+    """Whether two short texts are one answer without a look at letters and formulas."""
+    a, b = normalize(a), normalize(b)
+    if a == b or a.casefold() == b.casefold():
+        return True
+    if (number := numbers.plain_number(b)) is not None:
+        other = numbers.plain_number(a)
+        return other is not None and numbers.equal_numbers(other, number)
+    first, second = units.quantity(a), units.quantity(b)
+    if first and second:
+        return units.same_quantity(first, second)
+    return words(a) is not None and words(a) == words(b)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def _claim(text: str) -> tuple[str, list[str], list[str]]:
+    """What `x = 2 + 3 = 5 \\approx 5.0` claims, the other formulas that it says are equal, and its approximations."""
+    parts = structure.split(text, _EQUAL)
+    values, marks = [part.strip() for part in parts[::2]], [mark.strip() for mark in parts[1::2]]
+    if not marks or not all(values) or structure.parse(text).sort != "chain":
+        return text, [], []
+    if structure.is_name(values[0]) and marks[0] == "=":
+        values, marks = values[1:], marks[1:]
+    exact = [values[0], *(value for value, mark in zip(values[1:], marks, strict=True) if mark == "=")]
+    rounded = [value for value, mark in zip(values[1:], marks, strict=True) if mark != "="]
+    finished = [value for value in exact if numbers.plain_number(value) or units.quantity(value)]
+    if finished:
+        claim = finished[-1]
+        return claim, [value for value in exact if value is not claim], rounded
+    if rounded and structure.is_name(values[0]):
+        exact = exact[1:]
+    return (rounded[-1], exact, rounded[:-1]) if rounded else (exact[-1], exact[:-1], [])
+
+
+def _number(text: str, gold: str) -> Verdict:
+    """A finished number, with or without a unit; `2+3`, `10/2` and `\\sqrt{25}` leave the work undone."""
+    expected = numbers.plain_number(gold)
+    if expected is None:  # declared a number
+        return _formula(text, gold) if units.quantity(gold) is None else _quantity(text, gold, False)
+    claim, others, rounded = _claim(text)
+    number = _amount(claim)
+    if number is None and expected.step and _CONSTANT.search(claim):
+        return [((claim, gold),)]  # 3.14 is met by \pi
+    if number is None or not numbers.equal_numbers(number, expected):
+        return False
+    return _consistent(expected, others, rounded, gold)
+
+
+def _amount(text: str) -> numbers.Number | None:
+    """The number that a text is, with a unit or without."""
+    quantity = units.quantity(text) if numbers.plain_number(text) is None else None
+    return quantity.number if quantity else numbers.plain_number(text)
+
+
+def _consistent(expected: numbers.Number, others: list[str], rounded: list[str], gold: str) -> Verdict:
+    """Whether what stands beside a right number says the same: "3 = 5" does not claim 5."""
+    jobs: list[Job] = []
+    for other in others:
+        number = _amount(other)
+        if number is None:
+            jobs.append((other, gold))
+        elif not numbers.equal_numbers(number._replace(form="decimal"), expected._replace(form="decimal")):
+            return False
+    for other in rounded:
+        number = _amount(other)
+        if number is None or number.value not in numbers.rounded(expected.value, number.step or Fraction(1)):
+            return False
+    return [tuple(jobs)] if jobs else True
+
+
+def _quantity(text: str, gold: str, unit_asked: bool) -> Verdict:
+    """The same amount: in the gold's unit, in one that converts, or without a unit unless the question asks for it."""
+    expected = units.quantity(gold)
+    if expected is None:  # declared a quantity
+        return _formula(text, gold)
+    claim, others, rounded = _claim(text)
+    if others or rounded:
+        claim = claim if not others else others[0] if units.quantity(others[0]) else claim
+    found = units.quantity(claim)
+    if found:
+        return units.same_quantity(found, expected)
+    number = numbers.plain_number(claim)
+    if number is not None:
+        return not unit_asked and numbers.equal_numbers(number, expected.number)
+    if any(unit.measures == ("angle",) for unit in expected.units) and "\\pi" in claim:
+        return [((claim, _radians(expected)),)]
+    return False
+
+
+def _radians(angle: units.Quantity) -> str:
+    value = angle.number.value
+    return rf"\frac{{{value.numerator} \pi}}{{{value.denominator * 180}}}"
+
+
+# ------------------------------------------------------------------------------------------------ words, formulas
+
+
+def _word(text: str, gold: str) -> bool:
+    said, expected = words(text), words(gold)
+    if expected is None:
+        return _squeezed(text) == _squeezed(gold)
+    if said == expected:
+        return True
+    # "a b c" is abc; "N, O" is not "no".
+    return (
+        len(expected) == 1
+        and bool(re.fullmatch(r"\w(?: ?(?:\\cdot|\*)? ?\w)+", text))
+        and _squeezed(text.replace("\\cdot", "").replace("*", "")) == gold
+    )
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.casefold().split())
+
+
+def _formula(text: str, gold: str) -> Verdict:
+    """For a worker, unless both contain words and these differ."""
+    said, expected = long_words(text), long_words(gold)
+    if said and expected and said != expected:
+        return False
+    angle = units.quantity(text)
+    if angle and any(unit.measures == ("angle",) for unit in angle.units) and "\\pi" in gold:
+        text = _radians(angle)
+    return [((text, gold),)]
