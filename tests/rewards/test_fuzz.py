@@ -1,4 +1,4 @@
-"""Answers made from gold ones: equal or unequal by the way they were made. No rule of the grader is used to make them."""
+"""Answers made from gold ones, equal or unequal by the way they were made: no rule of the grader makes them."""
 
 import random
 from fractions import Fraction
