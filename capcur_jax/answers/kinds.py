@@ -28,8 +28,10 @@ _FRACTION = re.compile(
     r"\b(?:fraction|simplif|simplest|probability|portion of|what part|how much of)\w*|分数|概率", re.IGNORECASE
 )
 _DATE = re.compile(
-    r"\b(?:dates?|when|what day|birthday|deadline|score|scored|time|o'clock|record|page|pages|range|phone|"
-    r"number of the|version|blood pressure|vision)\b|几点|日期|比分|时间",
+    r"\A\W*when\b|\bwhen (?:is|was|did|does|will|are|were)\b"
+    r"|\b(?:what|which|on what|at what|at which)(?: \w+)? (?:dates?|day|time)\b"
+    r"|\bdates?\b|\b(?:final|the) score\b|\b(?:phone|telephone|fax) number\b|\bbirthday\b|\bblood pressure\b"
+    r"|几点|日期|比分|几月几日",
     re.IGNORECASE,
 )
 _ALL = re.compile(
@@ -38,7 +40,9 @@ _ALL = re.compile(
     re.IGNORECASE,
 )
 _WITH_UNIT = re.compile(
-    r"\b(?:include|with|state|give|specify|use)\b[^.?!]{0,30}\bunits?\b|\b(?:what|which) units?\b|带单位|写出单位",
+    r"\b(?:include|including|state|specify|with) (?:the |its |their |your )?(?:correct |appropriate |proper )?"
+    r"units?\b(?! of)"
+    r"|\b(?:what|which) units?\b|带单位|写出单位",
     re.IGNORECASE,
 )
 
@@ -73,8 +77,7 @@ def gold_of(
       problem: the question; its options are read where `options` are not given.
     """
     options = letters.options_of(problem) if options is None else options
-    hint = "ratio" if _RATIO.search(problem) else "fraction" if _FRACTION.search(problem) else ""
-    hint = hint or ("code" if _DATE.search(problem) else "")
+    hint = hint_of(problem)
     return Gold(
         texts=tuple(answers) or (answer,),
         kind=kind or answer_type_of(answer, hint=hint),
@@ -83,6 +86,14 @@ def gold_of(
         unit=bool(_WITH_UNIT.search(problem)),
         question=hint,
     )
+
+
+def hint_of(problem: str) -> str:
+    """What a question asks for, where that decides a gold's kind: "ratio", "fraction", "code" or ""."""
+    for hint, pattern in (("ratio", _RATIO), ("fraction", _FRACTION), ("code", _DATE)):
+        if pattern.search(problem):
+            return hint
+    return ""
 
 
 def labelled(text: str) -> tuple[str, str] | None:

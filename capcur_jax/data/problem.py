@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from capcur_jax.answers.kinds import answer_type_of
+from capcur_jax.answers.kinds import answer_type_of, hint_of
 
 IMAGE_MARK = "<image>"
 SPLITS = ("train", "validation", "test")
@@ -35,7 +35,7 @@ class Problem:
 
     def __post_init__(self):
         if not self.answer_type:
-            object.__setattr__(self, "answer_type", answer_type_of(self.answer))
+            object.__setattr__(self, "answer_type", answer_type_of(self.answer, hint_of(self.problem)))
 
 
 class Drop(NamedTuple):
