@@ -6,6 +6,7 @@ Each is read into one form. Two are equal where their forms are. A date whose or
 
 import calendar
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from capcur_jax.answers import units
@@ -56,13 +57,16 @@ _WEB = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
 
 def read(text: str) -> Code | None:
     """The code that a normalized answer is, or None where it is none."""
+    return next(_readings(text), None)
+
+
+def _readings(text: str) -> Iterator[Code]:
+    """All that it may be: 3:30 is a time and a ratio."""
     plain = text.replace("\\cdot", ".").replace("{", "").replace("}", "").strip(" .")
     lower = " ".join(plain.casefold().split())
     for reader in (_date, _time, _range, _size, _groups, _label):
-        code = reader(lower, plain)
-        if code:
-            return code
-    return None
+        if code := reader(lower, plain):
+            yield code
 
 
 def _date(text: str, _: str) -> Code | None:
@@ -103,7 +107,7 @@ def _time(text: str, _: str) -> Code | None:
 
 
 def _range(text: str, plain: str) -> Code | None:
-    match = _RANGE.fullmatch(plain.replace("\\", "\\"))
+    match = _RANGE.fullmatch(plain)
     if not match or (match["unit"] and re.match(r"[-+*/^=]", match["unit"])):
         return None
     if match["scale"] and not (match["unit"] or "").casefold().startswith(match["scale"].casefold()[:1]):
@@ -153,13 +157,6 @@ def same(predicted: str, gold: Code) -> bool:
     if gold.sort == "range" and gold.parts[3] and _RATIO.fullmatch(predicted):  # "3 to 4" is 3:4 too
         return tuple(float(part) for part in predicted.split(":")) == gold.parts[:2]
     return any(_equal(reading, gold) for reading in _readings(predicted))
-
-
-def _readings(text: str) -> list[Code]:
-    plain = text.replace("\\cdot", ".").replace("{", "").replace("}", "").strip(" .")
-    lower = " ".join(plain.casefold().split())
-    found = [reader(lower, plain) for reader in (_date, _time, _range, _size, _groups, _label)]
-    return [code for code in found if code]
 
 
 def _same_unit(a: str, b: str) -> bool:

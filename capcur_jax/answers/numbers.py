@@ -71,7 +71,7 @@ def plain_number(text: str) -> Number | None:
 
 def _of_match(match: re.Match) -> Number | None:
     scale = 1
-    if word := match["scale"] if "scale" in match.re.groupindex else None:
+    if word := match["scale"]:
         attached = match.string[match.start("scale") - 1] != " "
         key = word.casefold()
         if key not in _SCALES or (key in _ATTACHED and (not attached or word == "m")):
@@ -80,10 +80,9 @@ def _of_match(match: re.Match) -> Number | None:
     number = read(match)
     if number is None:
         return None
-    percent = bool("percent" in match.re.groupindex and match["percent"])
     value, step = number.value * scale, number.step * scale
     form = "integer" if scale > 1 and value.denominator == 1 and not step else number.form
-    return number._replace(value=value, step=step, form=form, percent=percent)
+    return number._replace(value=value, step=step, form=form, percent=bool(match["percent"]))
 
 
 def read(match: re.Match) -> Number | None:

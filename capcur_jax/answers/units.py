@@ -38,6 +38,7 @@ _NOUN = re.compile(r"(?:[^\W\d_]{2,}|[\u4e00-\u9fff])(?:[ '-][^\W\d_]{1,}){0,4}"
 _FACTOR = re.compile(
     r"\s*(?P<over>/)?\s*(?P<name>[^\W\d_]+|[\"'°$])\s*(?:(?:\^|\*\*)?\s*\{?(?P<power>-?[1-9])\}?(?!\d))?"
 )
+_NO_MONEY = re.compile("[a-z]{1,2}|min|sec|all|top|cup|try|bob|mop|gel|pen|lac")
 _POWERED = re.compile(r"\b(?P<power>square|sq\.?|cubic|cu\.?) ?(?P<name>[a-zA-Z]+)")
 _AFTER = re.compile(r"(?P<name>[a-zA-Z]+) (?P<power>squared|cubed)\b")
 
@@ -68,11 +69,11 @@ def _cldr() -> dict[str, str]:
 
 
 def _pint_name(cldr: str) -> str:
-    """ "meter**2" for "square-meter", "" where pint has no such unit among the known ones."""
+    """Of "square-meter" it is "meter^2"; "" where pint has no such unit among the known ones."""
     cldr = PINT_NAMES.get(cldr, cldr)
     parts = []
     for part in cldr.split("-per-"):
-        power = {"square": "**2", "cubic": "**3"}.get(part.partition("-")[0], "")
+        power = {"square": "^2", "cubic": "^3"}.get(part.partition("-")[0], "")
         names = part.partition("-")[2] if power else part
         parts.append("*".join(name + power for name in names.split("-")))
     expression = "/".join(parts)
@@ -95,54 +96,58 @@ def _money() -> dict[str, tuple[str, ...]]:
         for code, names in data["currency_names_plural"].items():
             for name in dict(names).values():
                 found.setdefault(str(name).casefold(), (code,))
-    found |= {
-        "us$": ("USD",),
-        "美元": ("USD",),
-        "欧元": ("EUR",),
-        "英镑": ("GBP",),
-        "日元": ("JPY",),
-        "人民币": ("CNY",),
-    }
     return {name: codes for name, codes in found.items() if len(name) > 1 or not name.isalpha() or not name.isascii()}
 
 
 @functools.lru_cache(1024)
 def _unit(expression: str) -> Unit | None:
-    """The unit of a product of pint's names with powers, or None where one is unknown."""
-    registry, total = _registry(), None
-    divided = expression.split("/")
-    try:
-        for place, product in enumerate(divided):
-            for factor in product.split("*"):
-                if factor == "":
-                    continue
-                if factor.isdigit():
-                    scale = registry.Quantity(Fraction(int(factor)), "")
-                else:
-                    name, _, power = factor.partition("^")
-                    parsed = registry.parse_unit_name(name)
-                    parsed = [one for one in parsed if one[1] in KNOWN] or [
-                        one for one in registry.parse_unit_name(name, case_sensitive=False) if one[1] in KNOWN
-                    ] * (len(name) > 2)
-                    if not parsed:
-                        return None
-                    prefix, base, _ = parsed[0]
-                    scale = registry.Quantity(Fraction(1), prefix + base)
-                    if base.startswith("degree_") and len(divided) == 1 and "*" not in expression:
-                        zero = registry.Quantity(Fraction(0), base).to("kelvin").magnitude
-                        one = registry.Quantity(Fraction(1), base).to("kelvin").magnitude
-                        return Unit((("[temperature]", Fraction(1)),), one - zero, zero)
-                    scale = scale.to_base_units() ** (int(power) if power else 1)
-                total = scale if total is None else total * scale if not place else total / scale
-    except Exception:  # pint raises its own, KeyError, TypeError and more on odd names
-        return None
-    if total is None:
-        return None
+    """The unit of a product of pint's names with powers ("kilogram*meter/second^2"), or None where one is unknown."""
+    if temperature := _temperature(expression):
+        return temperature
+    total, byte = _registry().Quantity(Fraction(1), ""), False
+    for place, product in enumerate(expression.split("/")):
+        for factor in product.split("*"):
+            name, _, power = factor.partition("^")
+            if name.isdigit():
+                scale = Fraction(int(name))
+            else:
+                known = _known(name)
+                one = _in_base_units(known) if known else None
+                if one is None:
+                    return None
+                scale = one ** int(power or 1)
+                byte |= known.endswith(("byte", "bit"))
+            total = total / scale if place else total * scale
     total = total.to_base_units()
     measures = tuple(sorted((str(name), Fraction(power)) for name, power in total.dimensionality.items()))
-    if not measures:
-        return Unit(("information",), Fraction(total.magnitude)) if "byt" in expression or "bit" in expression else None
-    return Unit(measures, Fraction(total.magnitude))
+    if not measures and not byte:
+        return None
+    return Unit(measures or ("information",), Fraction(total.magnitude))
+
+
+def _in_base_units(name: str) -> Any:
+    """A quantity of pint's, or None of a unit whose scale is no number (decibels)."""
+    try:
+        return _registry().Quantity(Fraction(1), name).to_base_units()
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _known(name: str) -> str:
+    """pint's whole name of a unit, "" of one that is not read. Of short names the case counts: mW is not MW."""
+    for case_sensitive in (True, False)[: 1 + (len(name) > 2)]:
+        for prefix, base, _ in _registry().parse_unit_name(name, case_sensitive=case_sensitive):
+            if base in KNOWN:
+                return prefix + base
+    return ""
+
+
+def _temperature(name: str) -> Unit | None:
+    """A scale of temperature, which has a zero of its own."""
+    if not name.startswith("degree_"):
+        return None
+    zero, one = (_registry().Quantity(Fraction(value), name).to("kelvin").magnitude for value in (0, 1))
+    return Unit((("[temperature]", Fraction(1)),), one - zero, zero)
 
 
 @functools.lru_cache(2048)
@@ -173,27 +178,23 @@ def units_of(text: str) -> tuple[Unit, ...]:
 
 
 def _money_codes(name: str) -> tuple[str, ...]:
-    if name in MONEY or _singular(name) in MONEY:
-        return MONEY.get(name) or MONEY[_singular(name)]
-    return (
-        _money().get(name, ())
-        if not re.fullmatch("[a-z]{1,2}|min|sec|all|top|cup|try|bob|mop|gel|pen|lac", name)
-        else ()
-    )
+    """Codes of the currencies that a name may mean. Some codes are words or units: "min", "top"."""
+    name = name if name in MONEY else _singular(name) if _singular(name) in MONEY else name
+    return MONEY.get(name, ()) or (() if _NO_MONEY.fullmatch(name) else _money().get(name, ()))
 
 
 def _expression(text: str) -> str:
     """A unit's text as pint's names, joined by * and /, with powers: "sq cm" -> "cm^2"; "" where it is no such."""
     name = text.casefold()
     if text in MORE or (name in MORE and len(name) > 1):
-        return MORE.get(text, MORE.get(name, "")).replace("**", "^")
+        return MORE.get(text, MORE.get(name, ""))
     celsius = re.fullmatch(
         r"\^\\circ ?([CFKcf])|(?:degrees?|deg) ?(c|f|celsius|fahrenheit|centigrade)", text, re.IGNORECASE
     )
     if celsius:
         return "degree_Fahrenheit" if (celsius[1] or celsius[2]).casefold().startswith("f") else "degree_Celsius"
     if found := _cldr().get(text) or (_cldr().get(name) if len(name) > 3 or not name.isascii() else None):
-        return found.replace("**", "^")
+        return found
     text = text.replace("\\cdot", "*").replace("\\times", "*").replace(" per ", "/").replace("每", "/")
     text = _POWERED.sub(lambda match: f"{match['name']}^{'2' if match['power'].startswith('sq') else '3'}", text)
     text = _AFTER.sub(lambda match: f"{match['name']}^{'2' if match['power'] == 'squared' else '3'}", text)
@@ -205,7 +206,7 @@ def _expression(text: str) -> str:
         if not match or len(above) + len(below) > 5:
             return ""
         one = match["name"]
-        one = MORE.get(one, MORE.get(one.casefold(), one) if len(one) > 1 else one).replace("**", "^")
+        one = MORE.get(one, MORE.get(one.casefold(), one) if len(one) > 1 else one)
         if one == "angle" or not one or _unit(one) is None:
             return ""
         power = match["power"]
@@ -248,6 +249,9 @@ _SCALE = re.compile(
     r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn|[十百千万萬亿億]+)(?![a-z])"
     r"|[kKMB](?![a-zA-Z\\]))"
 )
+
+
+_UNIT_TEXT = re.compile(r"(?:\^ ?\{? ?-?\d ?\}?|(?<=[a-zA-Z])[23](?![\d.])|\{ ?-?\d ?\}|[^\d])*")
 
 
 @functools.lru_cache(4096)
@@ -296,7 +300,7 @@ def _part(text: str, place: int) -> tuple[Quantity, int] | None:
         end = scale.end()
     if number is None:
         return None
-    following = re.compile(r"(?:\^ ?\{? ?-?\d ?\}?|(?<=[a-zA-Z])[23](?![\d.])|\{ ?-?\d ?\}|[^\d])*").match(text, end)
+    following = _UNIT_TEXT.match(text, end)
     unit = re.sub(r"(?:,| and)\s*\Z", "", text[end : following.end()]).strip()
     units = units_of(unit)
     if not units or (unit.startswith("^") and not unit.startswith("^\\circ")):

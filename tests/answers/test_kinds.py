@@ -9,8 +9,10 @@ from capcur_jax.answers.letters import letters_of, options_of
 @pytest.mark.parametrize(
     "problem, hint",
     [
-        ("When was the letter written?", "code"), ("What time does it show?", "code"), ("What is the date?", "code"),
-        ("If y = 3 when x = 2, what is x/y?", ""), ("How much time is left?", ""), ("What fraction is red?", "fraction"),
+        ("When was the letter written?", "code"), ("What time does it show?", "code"),
+        ("What is the date?", "code"),
+        ("If y = 3 when x = 2, what is x/y?", ""), ("How much time is left?", ""),
+        ("What fraction is red?", "fraction"),
         ("What is the probability that it rains on that day?", "fraction"), ("Find the ratio of a to b.", "ratio"),
         ("What is 3 / 4?", ""),
     ],
@@ -22,7 +24,8 @@ def test_what_a_question_asks_for(problem, hint):
 @pytest.mark.parametrize(
     "problem, asked",
     [
-        ("How long is it? Include the units.", True), ("State the answer with its unit.", True), ("长度是多少？带单位", True),
+        ("How long is it? Include the units.", True), ("State the answer with its unit.", True),
+        ("长度是多少？带单位", True),
         ("A square with 5 units on each side. What is its area?", False), ("Answer in units of cm.", False),
     ],
 )  # fmt: skip
@@ -44,7 +47,8 @@ def test_a_letter_before_its_text(text, expected):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("ACD", "ACD"), ("A, C and D", "ACD"), ("A、C、D", "ACD"), ("(A), (C)", "AC"), ("A;C", "AC"), ("['A', 'C']", "AC"),
+        ("ACD", "ACD"), ("A, C and D", "ACD"), ("A、C、D", "ACD"), ("(A), (C)", "AC"), ("A;C", "AC"),
+        ("['A', 'C']", "AC"),
         ("D and A", "DA"), ("CAD", ""), ("A", ""), ("A, cat", ""), ("A, A", ""),
     ],
 )  # fmt: skip
@@ -56,7 +60,8 @@ def test_letters_of_a_list(text, expected):
     "text, options",
     [
         ("Which? A. cat B. dog", {"A": "cat", "B": "dog"}),
-        ("Which?\n(A) a red cat\n(B) two dogs, one of them old\nThink.", {"A": "a red cat", "B": "two dogs, one of them old"}),
+        ("Which?\n(A) a red cat\n(B) two dogs, one of them old\nThink.",
+         {"A": "a red cat", "B": "two dogs, one of them old"}),
         ("Which? A、猫 B、狗", {"A": "猫", "B": "狗"}),
         ("A dog and B. cat", {}),
         ("Is it? A: yes\nB: no\n", {"A": "yes", "B": "no"}),
