@@ -362,7 +362,7 @@ def test_local_drops_are_counted(checkpoint, tmp_path):
     (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
     rows[2].metadata["caption"] = "blue " * 600  # beyond the checkpoint's 512 positions
     rows[3] = Problem(
-        "row-3", "<image>Which <|image_pad|> is it?\nA. x\nB. y", "B", (rows[3].images), metadata={"caption": "B"}
+        "row-3", "<image>Which \ufdd0 is it?\nA. x\nB. y", "B", (rows[3].images), metadata={"caption": "B"}
     )
     model = LocalModel(str(checkpoint), How(max_new_tokens=1, batch=2))
     judgable = [readable(row) for row in rows]
