@@ -47,6 +47,8 @@ def chosen(answer: str, question: str, declared: str, key: str) -> tuple[str, li
         _refuse_twice(letter, texts, key)
         return letter, ["option's text taken off its letter"]
     letters = letters_of(answer)
+    if answer.islower() and letters in options and not same:
+        return letters, ["option's letter made a capital"]
     if declared == "letter" and not letters:
         if len(same) == 1:
             return same[0], ["option's text replaced by its letter"]

@@ -202,9 +202,9 @@ class Processor:
 
         A control token in a text stays text (`tokenize`): it holds a mark that no tokenizer knows.
         """
-        texts = [None if part is None else self._as_text(part) for part in parts]
+        texts = [None if part is None else self.as_text(part) for part in parts]
         content = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
-        messages = [{"role": "system", "content": self._as_text(system)}] if system else []
+        messages = [{"role": "system", "content": self.as_text(system)}] if system else []
         messages.append({"role": "user", "content": content})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -239,8 +239,9 @@ class Processor:
             raise BadInput(f"the text holds {names}, which the tokenizer can't write as text; take it out")
         return tokens
 
-    def _as_text(self, text: str) -> str:
-        """The text, with a mark inside each control token."""
+    def as_text(self, text: str) -> str:
+        """The text, with a mark inside each control token: `tokenize` takes it for text. Raises BadInput where the
+        text holds the mark."""
         if _TEXT in text:
             raise BadInput("the text holds U+FDD0, which is no character; take it out")
         return self._control.sub(lambda match: match[0][0] + _TEXT + match[0][1:], text)
