@@ -247,7 +247,7 @@ def broken(tmp_path_factory, images):
         (["--image={broken}", "--prompt=x"], ["cut.png", "not a readable image", "give another --image"]),
         (["--image={good}", "--prompt=<image> or <image>?"], ["2 <image> marks for 1 images", "one mark an image"]),
         (["--prompt=<image>?"], ["1 <image> marks for 0 images"]),
-        (["--prompt=Is it <|image_pad|>?"], ["1 image placeholders for 0 images", "vision token"]),
+        (["--prompt=Is it \ufdd0?"], ["U+FDD0", "take it out"]),
         (["--prompt= "], ["--prompt is empty"]),
         (["--prompt=\udcff"], ["--prompt is not UTF-8"]),
         (["--prompt=" + "word " * 300], ["prompt tokens", "--max_new_tokens=256", "512 positions", "shorten"]),

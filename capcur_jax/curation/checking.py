@@ -6,18 +6,16 @@ import array
 import collections
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capcur_jax.answers import response
-from capcur_jax.answers.kinds import answer_type_of
-from capcur_jax.answers.letters import options_of
+from capcur_jax.answers.kinds import gold_of
 from capcur_jax.answers.spelling import ANSWER_LENGTH, normalize, words
 from capcur_jax.curation.fingerprints import Fingerprint, Images, spelling
-from capcur_jax.data.problem import Drop, Problem
+from capcur_jax.data import golds
+from capcur_jax.data.problem import BadRow, Drop, Problem
 from capcur_jax.data.rows import Tally, read_rows
 from capcur_jax.models.inputs import BadImage, BadInput
 from capcur_jax.rewards.compare import decide
@@ -28,11 +26,19 @@ if TYPE_CHECKING:  # it brings JAX
 MOST_VALUES = 50  # distinct values of a field that are reported; the others are counted together
 RATE_EDGES = [i / 10 for i in range(11)]
 
-# "A. cube", "(B) cube", "c) cube": the letter and the first word of what it stands for.
-
 
 class Rows(Tally):
-    """A tally that names the first dropped rows of each reason."""
+    """A tally that names the first dropped rows of each reason, and the first repaired ones of each sort."""
+
+    def __init__(self, shown: int = 5):
+        super().__init__(shown)
+        self.repairs: list[dict[str, str]] = []
+
+    def repair(self, problem: Problem) -> None:
+        for what in problem.repaired:
+            if self.repaired[what] < self.shown:
+                self.repairs.append({"where": f"id {_short(problem.id)}", "detail": _repair(problem, what)})
+        super().repair(problem)
 
     def drop(self, drop: Drop) -> None:
         if self.dropped[drop.reason] < self.shown:
@@ -40,7 +46,13 @@ class Rows(Tally):
         self.dropped[drop.reason] += 1
 
     def summary(self) -> dict[str, Any]:
-        return {**super().summary(), "dropped_examples": [drop._asdict() for drop in self.examples]}
+        repaired = {"repaired_examples": self.repairs} if self.repairs else {}
+        examples = [drop._asdict() for drop in self.examples]
+        return {**super().summary(), "dropped_examples": examples, **repaired}
+
+
+def _repair(problem: Problem, what: str) -> str:
+    return f"{what}: `answer` is read as {_short(problem.answer)}" if problem.answer else what
 
 
 def check(
@@ -70,62 +82,40 @@ def check(
     """
     report = _Report(max_tokens, examples)
     fingerprints, tally = Images(), Rows(examples)
+    empty: list[str] = []
 
     def rows() -> Iterator[tuple[str, Problem]]:
         for file in files:
+            before = tally.rows
             for problem in tally.kept(read_rows(file, images=images)):
                 yield str(file), problem
+            if tally.rows == before:
+                empty.append(str(file))
 
     for (file, problem), found in fingerprints.along(along(rows()), lambda row: row[1].images):
         report.add(file, problem, found, measure)
-    return {"files": [str(file) for file in files], **tally.summary(), **report.summary()}
+    found = report.summary()
+    return {"files": [str(file) for file in files], "empty_files": empty, **tally.summary(), **found}
 
 
 def unanswerable(problem: Problem) -> Drop | None:
-    """Why no response to the problem could be graded as right, or None. SFT rows without an answer are fine."""
-    answer = problem.answer
-    if not answer and problem.response is not None:
+    """Why no response to the problem could be graded as right, or None. SFT rows without an answer are fine.
+
+    The reader refuses most of it; a Problem that was made otherwise is looked at in the same way.
+    """
+    if not problem.answer and problem.response is not None:
         return None
-    if len(answer) > ANSWER_LENGTH:
-        what = f"`answer` has {len(answer)} characters, graded are {ANSWER_LENGTH}; shorten it"
-        return Drop(problem.id, "answer too long", what)
-    if not normalize(answer):
-        return Drop(problem.id, "empty answer", "`answer` holds nothing but marks; give the gold answer")
-    # The reward reads a response's last box: an answer with a brace too many never comes out of one as it went in.
-    if decide(response.last_boxed(f"\\boxed{{{answer}}}"), answer) is not True:
-        return Drop(problem.id, "answer can't be boxed", "`answer` has unbalanced braces; mend or escape them")
-    what = _contradiction(problem)
-    return Drop(problem.id, "answer and answer_type differ", what) if what else _no_option(problem)
-
-
-def _contradiction(problem: Problem) -> str:
-    """How the answer contradicts the declared type, beyond what the reader refuses; "" where it does not."""
-    if problem.answer_type != "letter" or _letters(problem.answer):
-        return ""
-    return f"`answer_type` is letter, `answer` looks like a {answer_type_of(problem.answer)}; correct one of them"
-
-
-def _no_option(problem: Problem) -> Drop | None:
-    """The answer is a letter, the question has options, and none of them has that letter."""
-    letters, options = _letters(problem.answer), options_of(problem.problem)
-    missing = [letter for letter in letters if letter not in options]
-    texts = {text.casefold() for text in options.values()}
-    # The answer may name an option by its text; and a small x is a variable rather than an option.
-    if not options or not missing or letters.casefold() in texts:
-        return None
-    if problem.answer_type != "letter" and letters not in problem.answer:
-        return None
-    what = f"`answer` is {letters}, the options in `problem` are {', '.join(options)}; correct one of them"
-    return Drop(problem.id, "letter not among the options", what)
-
-
-def _letters(answer: str) -> str:
-    """The answer as a capital letter, or as several different ones ("A, C"); "" where it is something else."""
-    found = words(normalize(answer))
-    letters = "".join(found or ()).upper()
-    if not re.fullmatch("[A-Z]{1,8}", letters) or len(set(letters)) < len(letters):
-        return ""
-    return letters if len(letters) == 1 or "".join(filter(str.isalpha, answer)) == letters else ""
+    given = problem.answers or (problem.answer,)
+    try:
+        golds.accepted([("answer", answer) for answer in given], problem.problem, problem.answer_type)
+    except BadRow as error:
+        return Drop(problem.id, *error.args)
+    gold = gold_of(problem.answer, problem.answers, problem.answer_type, problem.problem)
+    for answer in given:
+        if decide(answer, gold) is not True:
+            what = f"the grader does not take {_short(answer)} for itself; write it in another way"
+            return Drop(problem.id, "answer not graded as right", what)
+    return None
 
 
 class _Findings:
@@ -154,8 +144,8 @@ class _Report:
         self._counts = {
             name: collections.Counter() for name in ("capability", "source", "kind", "answer_type", "images")
         }
-        names = ("same_id", "same_question", "conflicting_answers", "broken", "prompts", "overlong", "unanswerable")
-        self._found = {name: _Findings(examples) for name in names}
+        names = ("same_id", "same_question", "conflicting_answers", "broken", "flawed", "prompts", "overlong")
+        self._found = {name: _Findings(examples) for name in (*names, "unanswerable")}
         self._files_by_id: dict[str, str] = {}
         self._questions: dict[bytes, tuple[str, str]] = {}  # -> id, answer
         self._broken: dict[str, str] = {}  # path -> what is wrong
@@ -185,6 +175,8 @@ class _Report:
                 good = False
             else:
                 self._sizes[path] = (image.height, image.width)
+                if image.flaw:
+                    self._found["flawed"].add(file, problem, f"{path}: {image.flaw}", image.flaw)
         return good
 
     def _break(self, file: str, problem: Problem, path: str, what: str, first: bool) -> None:
@@ -242,6 +234,7 @@ class _Report:
             "counts": {name: most_common(counter) for name, counter in self._counts.items()},
             "duplicates": {name: found[name] for name in ("same_id", "same_question", "conflicting_answers")},
             "broken_images": {"images": len(self._broken), **found["broken"], "paths": broken},
+            "flawed_images": found["flawed"],
             "unusable_prompts": found["prompts"],
             "overlong_prompts": {"max_tokens": self._max_tokens, **found["overlong"]},
             "unanswerable": found["unanswerable"],

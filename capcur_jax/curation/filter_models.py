@@ -7,6 +7,7 @@ import gc
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from capcur_jax.errors import InputError
 
 PASSES = ("image", "caption")
 SERVED = "served:"
+_CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>")  # <|im_end|>, <|image_pad|>
 _ROUND = 128  # lengths are rounded up to multiples of this: few shapes, few programs
 
 
@@ -150,6 +152,12 @@ class ServedModel:
         from capcur_jax.models.inputs import BadInput
 
         limits = {"max_tokens": self._how.max_new_tokens, "temperature": 0.0}
+        # A server reads them as its own wherever they stand, unlike `Processor.render`.
+        texts = [part for part in asked.parts if isinstance(part, str)]
+        token = next((found[0] for text in texts if (found := _CONTROL.search(text))), "")
+        if token:
+            detail = f"the text holds {token}, which a server takes for a token of its own; take it out"
+            return Drop(f"row {asked.name}", "unusable prompt", detail)
         if asked.bare:
             return (await chat.complete("".join(map(str, asked.parts)), **limits)).text
         content: list[dict] = []
@@ -278,7 +286,7 @@ class LocalModel:
 
     def _text(self, asked: Asked) -> str:
         if asked.bare:
-            return "".join(map(str, asked.parts))
+            return self._processor.as_text("".join(map(str, asked.parts)))
         return self._processor.render([None if isinstance(part, Path) else part for part in asked.parts])
 
     def _measure(self, asked: Asked) -> Any:

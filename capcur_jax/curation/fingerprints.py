@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from capcur_jax.data.image_files import flaw
 from capcur_jax.data.images import load_image
 from capcur_jax.data.problem import IMAGE_MARK
 from capcur_jax.models.inputs import BadImage
@@ -46,6 +47,7 @@ class Fingerprint(NamedTuple):
     height: int
     width: int
     look: Look | None = None  # None: not asked for, or the picture is flat
+    flaw: str = ""  # what is wrong with a file that could be read all the same
 
 
 def fingerprint(path: str, look: bool = False) -> Fingerprint:
@@ -54,7 +56,7 @@ def fingerprint(path: str, look: bool = False) -> Fingerprint:
     image = load_image(path)
     digest = hashlib.blake2b(b"%d %d " % image.size, digest_size=_DIGEST_BYTES)
     digest.update(image.tobytes())
-    return Fingerprint(digest.digest(), image.height, image.width, _look(image) if look else None)
+    return Fingerprint(digest.digest(), image.height, image.width, _look(image) if look else None, flaw(image))
 
 
 def file_digest(path: str) -> bytes:

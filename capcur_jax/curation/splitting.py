@@ -11,7 +11,7 @@ from typing import Any
 from capcur_jax.curation.checking import Rows
 from capcur_jax.curation.fingerprints import Images, spelling
 from capcur_jax.data.problem import SPLITS, Drop, Problem, stable_hash
-from capcur_jax.data.rows import FORMATS, read_rows, write_rows
+from capcur_jax.data.rows import read_rows, write_rows
 from capcur_jax.errors import InputError
 
 PAPER_SHARES = (85.0, 5.0, 10.0)
@@ -26,10 +26,10 @@ def split_file(
     examples: int = 5,
     along: Callable[[Iterator], Iterator] = iter,
 ) -> dict[str, Any]:
-    """Writes `directory`/train, validation and test with the suffix of `source`.
+    """Writes `directory`/train, validation and test: Parquet where `source` is, else JSON lines.
 
     Args:
-      source: a JSONL or Parquet file of rows.
+      source: a file of rows.
       shares: of the images, for train, validation and test, in any unit.
       salt: another salt gives other splits.
       images: folder for the images of a Parquet file that holds them as bytes (`read_rows`).
@@ -41,7 +41,7 @@ def split_file(
       InputError: the shares or the file can't be used.
     """
     source, directory = Path(source), Path(directory)
-    suffix = source.suffix if source.suffix in FORMATS else ".jsonl"
+    suffix = ".parquet" if source.suffix.lower() == ".parquet" else ".jsonl"
     files = {split: directory / f"{split}{suffix}" for split in SPLITS}
     if source.resolve() in {file.resolve() for file in files.values()}:
         raise InputError(f"--output {directory}: the splits would overwrite {source}; name another folder")

@@ -3,94 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from capcur_jax.answers import spelling, units
-from capcur_jax.answers.kinds import ANSWER_TYPES, answer_type_of
+from capcur_jax.answers.kinds import ANSWER_TYPES, gold_of
 from capcur_jax.answers.spelling import ANSWER_LENGTH
-from capcur_jax.data.problem import IMAGE_MARK, Problem, short
-from capcur_jax.errors import InputError
-from capcur_jax.files import write_atomically
+from capcur_jax.data import golds, row_files
+from capcur_jax.data.backslashes import restored
+from capcur_jax.data.problem import IMAGE_MARK, BadRow, Problem, refuse_half_pair, short
+from capcur_jax.data.row_images import IMAGES_VARIABLE, RowImages, image_bytes, is_image_key
 
-IMAGES_VARIABLE = "CAPCUR_IMAGES"
 KEYS = (
-    "id", "problem", "answer", "images", "capability", "kind", "response", "answer_type", "source", "pass_rate",
-    "pass_rate_by", "predictions", "correctness", "metadata",
+    "id", "problem", "answer", "answers", "images", "capability", "kind", "response", "answer_type", "source",
+    "pass_rate", "pass_rate_by", "predictions", "correctness", "metadata",
 )  # fmt: skip
-_MAGIC = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
+_NUMBERED_MARK = re.compile(r"<image ?(\d{1,2})>")
+_LONG = 256  # characters of metadata from which on a picture in base64 is looked for
 _DEPTH = 32  # of metadata
-
-
-class BadRow(ValueError):
-    """What is wrong with one row: the reason it is counted under, and "what; remedy"."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-
-
-def unpack_image(data: bytes, folder: str | os.PathLike) -> str:
-    """Writes an image's bytes into a folder, named by their content, unless it is there. Returns the path."""
-    suffix = next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), ".image")
-    path = Path(folder) / f"{hashlib.sha256(data).hexdigest()[:40]}{suffix}"
-    try:
-        if not (path.is_file() and path.stat().st_size == len(data)):
-            write_atomically(path, data, sync=False)  # one that was cut short is written again
-    except OSError as error:
-        raise InputError(
-            f"{path.parent}: images can't be unpacked there ({error.strerror}); make it writable, or for a data "
-            f"command set {IMAGES_VARIABLE} to another folder"
-        ) from None
-    return str(path)
-
-
-def decoded(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError:
-        raise BadRow("not UTF-8", "not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        detail = f"not JSON ({short(str(error), 80)}); write one JSON object a line"
-        raise BadRow("not JSON", detail) from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 class RowReader:
     """Rows of one file -> Problems."""
 
     def __init__(self, path: Path, capability: str, images: str | os.PathLike | None):
-        self._folder, self._capability = os.path.abspath(path.parent), capability
-        beside = path.with_name(path.stem + "-images")
-        self._images = os.path.abspath(images or os.environ.get(IMAGES_VARIABLE) or beside)
+        self._capability = capability
+        beside = path.with_name(row_files.stem(path) + "-images")
+        self._images = RowImages(path, images or os.environ.get(IMAGES_VARIABLE) or beside)
 
     def problem(self, row: Any, default_id: str) -> Problem:
         """Raises BadRow."""
         if not isinstance(row, dict):
             detail = f"a JSON {type(row).__name__}, not an object; write one JSON object a line"
             raise BadRow("not an object", detail)
-        problem = _text(row, "problem")
+        problem, response = _text(row, "problem"), None
         if not problem.strip():
             raise BadRow("no problem", "`problem` is missing or empty; give the question")
-        response = _text(row, "response") if row.get("response") is not None else None
-        if response is not None and not response.strip():
-            raise BadRow("bad response", "`response` is empty; give the target text or leave the key out")
-        answer = _text(row, "answer", numbers=True).strip()
-        if not answer and response is None:
+        if row.get("response") is not None:
+            response = _text(row, "response")
+            if not response.strip():
+                raise BadRow("bad response", "`response` is empty; give the target text or leave the key out")
+        done = _Repairs()
+        problem = done.text(problem, "problem")
+        response = done.text(response, "response") if response is not None else None
+        accepted, changed = golds.accepted(_given_golds(row), problem, _text(row, "answer_type"))
+        done.what += changed
+        if not accepted and response is None:
             detail = "`answer` is missing or empty; give the gold answer (or a `response`, for SFT)"
             raise BadRow("no answer", detail)
-        images = self._paths(row.get("images"))
-        marks = problem.count(IMAGE_MARK)
-        if marks not in (0, len(images)):
-            detail = f"{marks} {IMAGE_MARK} marks for {len(images)} images; give one mark an image, or no mark"
-            raise BadRow("marks and images differ", detail)
+        if any(row.get(key) for key in ("video", "videos")):
+            raise BadRow("video", "the row has a video, and images alone are read; take the row out")
+        images = self._images.of(row)
+        self._images.refuse_strays(row, KEYS, images)
+        problem, images = _marked(problem, images, done)
         correctness = _numbers(row.get("correctness"))
+        answer = accepted[0] if accepted else ""
         return Problem(
             id=_text(row, "id", numbers=True) or default_id,
             problem=problem,
@@ -99,40 +70,66 @@ class RowReader:
             capability=_text(row, "capability") or self._capability,
             kind=_text(row, "kind"),
             response=response,
-            answer_type=_answer_type(row, answer),
+            answer_type=_answer_type(row, answer, problem),
             source=_text(row, "source"),
             pass_rate=_pass_rate(row.get("pass_rate"), correctness),
             pass_rate_by=_object(row.get("pass_rate_by"), "pass_rate_by"),
             predictions=_predictions(row.get("predictions")),
             correctness=correctness,
             metadata=_metadata(row),
+            answers=accepted if len(accepted) > 1 else (),
+            repaired=tuple(dict.fromkeys(done.what)),
         )
 
-    def _paths(self, value: Any) -> tuple[str, ...]:
-        images = [] if value is None else value if isinstance(value, list) else [value]
-        return tuple(self._path(image) for image in images)
 
-    def _path(self, image: Any) -> str:
-        data = None
-        if isinstance(image, dict) and set(image) <= {"bytes", "path"}:
-            image, data = image.get("path"), image.get("bytes")
-        elif isinstance(image, bytes):
-            image, data = None, image
-        if isinstance(data, bytes):
-            return unpack_image(data, self._images)
-        if not isinstance(image, str) or data is not None:
-            detail = "`images` is no list of paths; give a list of texts (in Parquet, or of {bytes, path})"
-            raise BadRow("bad images", detail)
-        if not image.strip() or "\0" in image or _has_half_pair(image):
-            raise BadRow("bad images", "`images` holds an empty or impossible path; give the path of the file")
-        if image.startswith("data:") or "://" in image:
-            detail = f"`images` holds {short(image)}, no path; save the image as a file and give its path"
-            raise BadRow("bad images", detail)
-        return os.path.normpath(os.path.join(self._folder, image))
+class _Repairs:
+    """What was changed of a row, in the words that are counted."""
+
+    def __init__(self):
+        self.what: list[str] = []
+
+    def text(self, text: str, key: str) -> str:
+        """The text with lost backslashes put back. Raises BadRow."""
+        found = restored(text, key)
+        self.what += ["lost backslash put back"] * (found != text)
+        if found.count(";base64,") and re.search(r"data:image/[\w.+-]+;base64,", found):
+            raise BadRow("image in the text", f"`{key}` holds a picture as a data URI; move it to `images`")
+        return found
 
 
-def _has_half_pair(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def _given_golds(row: dict) -> list[tuple[str, Any]]:
+    """(key, value) of each gold that a row gives."""
+    first, several = row.get("answer"), row.get("answers")
+    if several is not None and not isinstance(several, list):
+        raise BadRow("bad answers", f"`answers` is a JSON {type(several).__name__}; give a list of texts")
+    if isinstance(first, list):
+        if several:
+            raise BadRow("bad answer", "`answer` is a list beside `answers`; give one of them")
+        if len(first) > 1 and all(isinstance(one, str) and re.fullmatch("[A-Z]", one.strip()) for one in first):
+            detail = '`answer` is a list of letters: all of them, or any? Write "A, C" for all, or `answers` for any'
+            raise BadRow("list of letters", detail)
+        first, several, key = None, first, "answer"
+    else:
+        key = "answers"
+    found = [("answer", first)] if first is not None else []
+    return found + [(key, one) for one in several or [] if one is not None]
+
+
+def _marked(problem: str, images: tuple[str, ...], done: _Repairs) -> tuple[str, tuple[str, ...]]:
+    """The question with a plain mark for each image, or with none. Raises BadRow.
+
+    Numbered marks (<image1>, <image 2>) count where there are no plain ones and each image has exactly one; the images
+    then come in the marks' order. Else they are text.
+    """
+    marks = problem.count(IMAGE_MARK)
+    numbers = [int(number) for number in _NUMBERED_MARK.findall(problem)]
+    if not marks and images and sorted(numbers) == list(range(1, len(images) + 1)):
+        done.what.append("numbered image marks read")
+        return _NUMBERED_MARK.sub(IMAGE_MARK, problem), tuple(images[number - 1] for number in numbers)
+    if marks not in (0, len(images)):
+        detail = f"{marks} {IMAGE_MARK} marks for {len(images)} images; give one mark an image, or no mark"
+        raise BadRow("marks and images differ", detail)
+    return problem, images
 
 
 def _text(row: dict, key: str, numbers: bool = False) -> str:
@@ -140,21 +137,16 @@ def _text(row: dict, key: str, numbers: bool = False) -> str:
     value = row.get(key)
     if value is None:
         return ""
-    if numbers and isinstance(value, int | float) and not isinstance(value, bool):
-        if not abs(value) < 1e300:  # NaN too
-            raise BadRow(f"bad {key}", f"`{key}` is no finite number; give text")
-        value = str(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str | bytes) and not numbers:
         raise BadRow(f"bad {key}", f"`{key}` is a JSON {type(value).__name__}; give text")
-    if _has_half_pair(value):
-        detail = f"`{key}` holds half of a surrogate pair, which no tokenizer takes; repair the text"
-        raise BadRow(f"bad {key}", detail)
+    value, _ = golds.as_text(value, key)
+    refuse_half_pair(value, key)
     return value
 
 
-def _answer_type(row: dict, answer: str) -> str:
+def _answer_type(row: dict, answer: str, problem: str) -> str:
     """Raises BadRow for a type that the answer can't be of."""
-    given, found = _text(row, "answer_type"), answer_type_of(answer)
+    given, found = _text(row, "answer_type"), gold_of(answer, problem=problem).kind
     if not given or given == found:
         return found
     if given not in ANSWER_TYPES:
@@ -205,14 +197,15 @@ def _object(value: Any, key: str) -> dict:
         return {}
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value, parse_constant=_refuse_constant)
+            value = json.loads(value, parse_constant=row_files.refuse_constant)
     if not isinstance(value, dict):
         raise BadRow(f"bad {key}", f"`{key}` is no JSON object; correct it or leave it out")
     return _plain(value)
 
 
 def _metadata(row: dict) -> dict:
-    return _object(row.get("metadata"), "metadata") | _plain({key: row[key] for key in row if key not in KEYS})
+    other = {key: row[key] for key in row if key not in KEYS and not is_image_key(key)}
+    return _object(row.get("metadata"), "metadata") | _plain(other)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -221,13 +214,20 @@ def _plain(value: Any, depth: int = 0) -> Any:
         raise BadRow("bad metadata", f"metadata is nested more than {_DEPTH} deep; flatten it")
     if isinstance(value, dict):
         return {_whole(str(key)): _plain(inner, depth + 1) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):  # pairs of a Parquet map
         return [_plain(inner, depth + 1) for inner in value]
-    if isinstance(value, bytes):
+    if isinstance(value, bytes) or (isinstance(value, str) and len(value) > _LONG and _is_picture(value)):
         return f"{len(value)} bytes"
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, int | float | bool) else _whole(str(value))
+
+
+def _is_picture(text: str) -> bool:
+    try:
+        return image_bytes(text) is not None
+    except BadRow:
+        return False
 
 
 def _whole(text: str) -> str:

@@ -6,8 +6,10 @@ What comes out, for whatever was in the file:
 - upright, as EXIF or XMP say that it was held; unreadable EXIF is ignored;
 - transparency (alpha, a palette's, a colour's) composited on white, as transformers' processor does it;
 - palettes, CMYK, YCbCr and LAB by Pillow's own conversion; colour profiles are not applied, as nowhere in training;
-- 16-bit and float grayscale brought to 8 bits by the narrowest usual range that holds its values (`_eight_bits`),
-  where Pillow alone would clip everything above 255 to white.
+- 12-bit, 16-bit and float grayscale brought to 8 bits by the narrowest usual range that holds its values
+  (`_eight_bits`), where Pillow alone would clip everything above 255 to white;
+- a JPEG without its last bytes as viewers show it, if hardly any of it is lost with them, and a PNG without its texts
+  where they are too large: `flaw` says so.
 
 Files are untrusted. Only the formats below are opened (Pillow's others include one that starts Ghostscript), only
 regular files, and no image is decoded whose header says that it is larger than a limit.
@@ -17,11 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -48,6 +52,11 @@ _LATE = re.compile(rb"eXIf|(?:iTXt|tEXt|zTXt)(?:XML:com\.adobe\.xmp|Raw profile 
 _HUSH = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
+MAX_LOST = 0.1  # of a JPEG that lacks its last bytes
+_BLOCK = 16  # rows of pixels that are coded together, from left to right
+_LONG_TEXT = 1 << 16  # bytes
+_FLAW = "capcur_flaw"  # key of an image's `info`
+_Value = TypeVar("_Value")
 FIX = "replace it or take the row out"
 
 
@@ -65,30 +74,94 @@ def version(path: str) -> tuple[int, int]:
 
 def size(path: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of the upright image; no pixel is decoded. Raises Unreadable."""
-    with _opened(path, max_pixels) as image:
-        return _upright_size(image, _orientation(image))
+    return _read(path, max_pixels, lambda image, flaw: _upright_size(image, _orientation(image)))
 
 
 def load(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image, decoded whole, upright and RGB. Raises Unreadable."""
-    with _opened(path, max_pixels) as image:
-        orientation = _orientation(image)
-        height, width = _upright_size(image, orientation)
-        image.load()
-        rgb = _rgb(image)
-        # Pillow turns a TIFF by itself when it loads it.
-        if orientation in _TURNS and image.format != "TIFF":
-            rgb = rgb.transpose(_TURNS[orientation])
-        if rgb.size != (width, height):
-            raise Unreadable(f"its header says {width} x {height} pixels and it has {rgb.width} x {rgb.height}; {FIX}")
-        return rgb
+    return _read(path, max_pixels, _decoded)
 
 
-def resized(path: str, height: int, width: int, resample: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The RGB pixels [height, width, 3] of `load`'s image at that size, uint8. Raises Unreadable."""
+def flaw(image: Image.Image) -> str:
+    """What is wrong with the file of an image that `load` could read all the same; "" where nothing is."""
+    return image.info.get(_FLAW, "")
+
+
+def resized(path: str, height: int, width: int, resample: int, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
+    """The RGB pixels [height, width, 3] of `load`'s image at that size, uint8, and its `flaw`. Raises Unreadable."""
     image = load(path, max_pixels)
     with _explained():
-        return image.resize((width, height), Image.Resampling(resample)).tobytes()
+        return image.resize((width, height), Image.Resampling(resample)).tobytes(), flaw(image)
+
+
+def _decoded(image: Image.Image, flaw: str) -> Image.Image:
+    orientation = _orientation(image)
+    height, width = _upright_size(image, orientation)
+    image.load()
+    rgb = _rgb(image)
+    if flaw == _CUT and (lost := _lost(rgb)) > MAX_LOST:
+        raise Unreadable(f"{flaw}, and with them {lost:.0%} of the picture; {FIX}")
+    # Pillow turns a TIFF by itself when it loads it.
+    if orientation in _TURNS and image.format != "TIFF":
+        rgb = rgb.transpose(_TURNS[orientation])
+    if rgb.size != (width, height):
+        raise Unreadable(f"its header says {width} x {height} pixels and it has {rgb.width} x {rgb.height}; {FIX}")
+    rgb.info[_FLAW] = flaw
+    return rgb
+
+
+def _lost(rgb: Image.Image) -> float:
+    """The share of the pixels at the bottom that are the gray which a JPEG's decoder puts where there are no data."""
+    import numpy as np  # here: it would be most of a worker's start
+
+    gray = (np.asarray(rgb) == 128).all(axis=-1)
+    rows = np.flatnonzero(~gray.all(axis=1))  # with something in them
+    start = rows[-1] + 1 - _BLOCK if len(rows) else 0
+    return gray[max(0, start) :].sum() / gray.size
+
+
+# ---------------------------------------------------------------------- mending
+
+
+def _with_end(data: bytes) -> bytes:
+    """A JPEG's mark of its end, behind what there is of one."""
+    return data + b"\xff\xd9" if data.startswith(b"\xff\xd8\xff") else data
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its compressed texts and its long ones."""
+    found, place = [data[:8]], 8
+    while place + 8 <= len(data):
+        length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        chunk = data[place : place + 12 + length]
+        place += len(chunk)
+        if not (kind == b"zTXt" or (kind in (b"tEXt", b"iTXt") and length > _LONG_TEXT)):
+            found.append(chunk)
+    return b"".join(found)
+
+
+_CUT = "its last bytes are missing"
+# What Pillow says of a file that viewers open, what is wrong with it, and the bytes that Pillow opens in its place.
+_MENDS = (
+    ("truncated", _CUT, _with_end),
+    ("MAX_TEXT_CHUNK", "its texts are too large and were not read", _without_texts),
+    ("text chunks", "its texts are too large and were not read", _without_texts),
+)
+
+
+def _read(path: str, max_pixels: int, use: Callable[[Image.Image, str], _Value]) -> _Value:
+    """`use` of the opened image and its flaw; where Pillow refuses what viewers show, of the mended file."""
+    with _explained():
+        try:
+            with _opened(path, max_pixels) as image:
+                return use(image, "")
+        except (OSError, ValueError) as error:
+            mends = [] if isinstance(error, Unreadable) else [mend for mend in _MENDS if mend[0] in str(error)]
+            if not mends:
+                raise
+        _, flaw, mend = mends[0]
+        with _opened(path, max_pixels, mend) as image:
+            return use(image, flaw)
 
 
 @contextlib.contextmanager
@@ -118,16 +191,17 @@ def _words(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
-    """Header read, pixels not yet."""
+def _opened(path: str, max_pixels: int, mend: Callable[[bytes], bytes] | None = None) -> Iterator[Image.Image]:
+    """Header read, pixels not yet. Raises what Pillow does, and Unreadable."""
     if _HUSH not in warnings.filters:  # catch_warnings is no way: it is not safe in threads
         warnings.filters.insert(0, _HUSH)
-    with _explained(), open(path, "rb", opener=_open_file) as file, Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > max_pixels:
-            raise Unreadable(
-                f"{image.width} x {image.height} pixels, and {max_pixels} are allowed; shrink it or take the row out"
-            )
-        yield image
+    with open(path, "rb", opener=_open_file) as file:
+        source = io.BytesIO(mend(file.read())) if mend else file
+        with Image.open(source, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                what = f"{image.width} x {image.height} pixels, and {max_pixels} are allowed"
+                raise Unreadable(f"{what}; shrink it or take the row out")
+            yield image
 
 
 def _open_file(path: str, flags: int) -> int:
@@ -203,9 +277,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Deep grayscale in 8 bits.
 
-    0 is black, and white is the end of the narrowest range that holds all values: 1 (floats alone), 255, 65535 (16-bit
-    formats always: dark ones stay dark). Where none does, black and white are the least and the greatest value. What is
-    no number becomes as black as the least value.
+    0 is black, and white is the end of the narrowest range that holds all values: 1 (floats alone), 255, 65535; in
+    16-bit formats 4095, which are 12 bits, or 65535: dark ones stay dark. Where none does, black and white are the
+    least and the greatest value. What is no number becomes as black as the least value.
     """
     import numpy as np  # here: it would be most of a worker's start
 
@@ -218,7 +292,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         least, most = float(values.min()), float(values.max())
     low, high = 0.0, 65535.0
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        pass
+        high = 4095.0 if most <= 4095 else high
     elif least < 0 or most > high:
         low, high = least, most
     elif most <= 255:

@@ -26,10 +26,13 @@ class ImagePool(workers.Pool):
         """As `image_files.size`. Raises RuntimeError where workers can't be started or the pool is closed."""
         return tuple(self._read({"path": path, "max_pixels": max_pixels})[0]["size"])
 
-    def resized(self, path: str, height: int, width: int, resample: int, max_pixels: int) -> bytearray:
+    def resized(
+        self, path: str, height: int, width: int, resample: int, max_pixels: int
+    ) -> tuple[bytearray | None, str]:
         """As `image_files.resized`. Raises RuntimeError where workers can't be started or the pool is closed."""
         wanted = {"size": (height, width), "resample": resample}
-        return self._read({"path": path, "max_pixels": max_pixels, **wanted})[1]
+        reply, pixels = self._read({"path": path, "max_pixels": max_pixels, **wanted})
+        return pixels, reply["flaw"]
 
     def _read(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray | None]:
         try:

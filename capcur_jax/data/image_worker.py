@@ -5,7 +5,7 @@ Its requests and replies, one of `workers.serve`'s lines each:
     parent: {"path": "a.jpg", "max_pixels": 10000}                                      its size when upright
     worker: {"size": [480, 640]}
     parent: {"path": "a.jpg", "max_pixels": 10000, "size": [448, 640], "resample": 3}   its pixels at that size
-    worker: {"bytes": 860160}, then that many bytes: [448, 640, 3] uint8
+    worker: {"flaw": "", "bytes": 860160}, then that many bytes: [448, 640, 3] uint8
     worker: {"error": "not a file; give the image itself or take the row out"}          to either
 
 Decoders are C code that a crafted file may crash, fill the memory with, or keep busy: here that ends this process
@@ -23,7 +23,8 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
     try:
         if "size" not in request:
             return {"size": image_files.size(path, max_pixels)}, None
-        return {}, image_files.resized(path, *request["size"], request["resample"], max_pixels)
+        pixels, flaw = image_files.resized(path, *request["size"], request["resample"], max_pixels)
+        return {"flaw": flaw}, pixels
     except image_files.Unreadable as error:
         return {"error": str(error)}, None
 

@@ -49,8 +49,13 @@ def _remembered(read: Callable, budget: int, cost: Callable = lambda value: 1):
     return cachetools.cached(cache, key=_identity, lock=threading.Lock(), info=True)(read)
 
 
-def _pixels(source, max_pixels: int, path: str, size: tuple[int, int], resample: int) -> np.ndarray:
-    found = np.frombuffer(source.resized(path, *size, resample, max_pixels), np.uint8).reshape(*size, 3)
+def _pixels(
+    source, flaws: dict[str, str], max_pixels: int, path: str, size: tuple[int, int], resample: int
+) -> np.ndarray:
+    data, flaw = source.resized(path, *size, resample, max_pixels)
+    if flaw:
+        flaws[path] = flaw
+    found = np.frombuffer(data, np.uint8).reshape(*size, 3)
     found.flags.writeable = False
     return found
 
@@ -84,7 +89,8 @@ class ImageStore:
         source = self._pool or image_files
         # Not methods: a cycle would keep the workers of a store that nobody holds.
         self._size = _remembered(functools.partial(source.size, max_pixels=max_pixels), SIZES_KEPT)
-        pixels = functools.partial(_pixels, source, max_pixels)
+        self.flaws: dict[str, str] = {}  # path -> what is wrong with a file that could be read all the same
+        pixels = functools.partial(_pixels, source, self.flaws, max_pixels)
         self._load = _remembered(pixels, cache_mb * 2**20, cost=lambda found: found.nbytes)
 
     def __enter__(self) -> ImageStore:
@@ -120,7 +126,9 @@ class ImageStore:
             return self._load(path, size, int(resample))
 
     def counters(self) -> dict[str, int]:
-        """Totals since the start: images found in the cache and not, its bytes now, workers that died of an image."""
+        """Totals since the start: images found in the cache and not, its bytes now, workers that died of an image,
+        images whose file has a flaw that viewers overlook too."""
         images = self._load.cache_info()
         deaths = self._pool.deaths if self._pool else 0
-        return {"hits": images.hits, "misses": images.misses, "bytes": images.currsize, "deaths": deaths}
+        counts = {"hits": images.hits, "misses": images.misses, "bytes": images.currsize, "deaths": deaths}
+        return counts | {"flawed": len(self.flaws)}

@@ -1,13 +1,14 @@
-"""Rows of Parquet files, whatever their columns hold: one that can't be read costs itself alone."""
+"""Rows of Parquet and Arrow files, whatever their columns hold: one that can't be read costs itself alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import short
+import numpy as np
+
+from capcur_jax.data.problem import BadRow, short
 from capcur_jax.errors import InputError
 
 
@@ -46,11 +47,55 @@ def rows(path: Path, held: int) -> Iterator[tuple[int, dict | BadRow]]:
                     yield number, BadRow("unreadable row", what)
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: no readable Parquet file ({short(str(error), 120)}); write or download it again")
+def arrow_rows(paths: Iterable[Path], held: int) -> Iterator[tuple[int, dict | BadRow]]:
+    """The rows of Arrow files (streams, as Hugging Face writes them, or files), one after the other; see `rows`."""
+    import pyarrow
+    import pyarrow.ipc
+
+    number = 0
+    for path in paths:
+        try:
+            with pyarrow.memory_map(str(path)) as file:
+                for batch in _batches(file):
+                    for start in range(0, batch.num_rows, held):
+                        for row in _rows(batch.slice(start, held)):
+                            number += 1
+                            yield number, row
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise _unreadable(path, error, "Arrow") from None
+
+
+def _batches(file: Any) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.ipc
+
+    if file.read(6) == b"ARROW1":
+        reader = pyarrow.ipc.open_file(file)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        file.seek(0)
+        yield from pyarrow.ipc.open_stream(file)
+
+
+def _unreadable(path: Path, error: Exception, kind: str = "Parquet") -> InputError:
+    return InputError(f"{path}: no readable {kind} file ({short(str(error), 120)}); write or download it again")
 
 
 def _rows(batch: Any) -> list[dict | BadRow]:
+    """The rows of a batch in Python's own types."""
+    import pyarrow
+
+    singles = [f.name for f in batch.schema if pyarrow.types.is_float32(f.type) or pyarrow.types.is_float16(f.type)]
+    found = _python_rows(batch)
+    for name in singles:
+        shorter = np.float32 if pyarrow.types.is_float32(batch.schema.field(name).type) else np.float16
+        for row in found:  # the decimal that was written rather than what single precision makes of it: 3.3
+            if isinstance(row, dict) and row[name] is not None:
+                row[name] = float(str(shorter(row[name])))
+    return found
+
+
+def _python_rows(batch: Any) -> list[dict | BadRow]:
     import pyarrow
 
     # Times become texts here: Python's own have no nanoseconds (pandas writes them) and end with the year 9999.

@@ -19,7 +19,7 @@ class Problem:
 
     id: str  # unique inside its file
     problem: str  # the question without any instruction; "<image>" marks say where images go, else they go in front
-    answer: str  # gold answer as text; "" only where `response` is given
+    answer: str  # gold answer as text, the first of `answers`; "" only where `response` is given
     images: tuple[str, ...] = ()  # absolute paths
     capability: str = ""  # "perception" | "text" | "visual" | a user's own
     kind: str = ""  # finer kind, e.g. "shape" or "corners"
@@ -32,8 +32,13 @@ class Problem:
     predictions: tuple[str, ...] = ()  # the answers found in those responses
     correctness: tuple[float, ...] = ()  # the accuracy of each
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # free; JSON values
+    answers: tuple[str, ...] = ()  # all that count as right where there are several, `answer` first
+    # What the reader changed of the row, in a few words each that are counted; not stored.
+    repaired: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self):
+        if self.answers and self.answers[0] != self.answer:
+            raise ValueError(f"{self.id}: `answers` must begin with `answer`")
         if not self.answer_type:
             object.__setattr__(self, "answer_type", answer_type_of(self.answer, hint_of(self.problem)))
 
@@ -47,6 +52,20 @@ class Drop(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.detail}"
+
+
+class BadRow(ValueError):
+    """What is wrong with one row: the reason it is counted under, and "what; remedy"."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+
+
+def refuse_half_pair(text: str, key: str) -> None:
+    """Raises BadRow for half of a surrogate pair, which is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        detail = f"`{key}` holds half of a surrogate pair, which no tokenizer takes; repair the text"
+        raise BadRow(f"bad {key}", detail)
 
 
 def short(text: str, length: int = 40) -> str:

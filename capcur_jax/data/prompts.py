@@ -36,7 +36,8 @@ class PromptBuilder:
         self.counts: collections.Counter[str] = collections.Counter()
 
     def render(self, problem: Problem) -> str:
-        """The chat prompt as text, one placeholder an image (in front where the text holds no <image> mark)."""
+        """The chat prompt as text, one placeholder an image (in front where the text holds no <image> mark). A control
+        token in the question is marked as text (`Processor.render`)."""
         texts = problem.problem.split(IMAGE_MARK)
         if len(texts) == 1:
             parts: list[str | None] = [None] * len(problem.images) + [problem.problem]
@@ -112,13 +113,12 @@ class PromptBuilder:
 
 
 def target_tokens(processor: Processor, problem: Problem, limit: int) -> np.ndarray:
-    """Token ids of an SFT row's response and its end token. Raises BadInput where it is missing or too long."""
+    """Token ids of an SFT row's response, all of it text, and its end token.
+
+    Raises BadInput where it is missing, too long, or holds a control token that the tokenizer can't write as text."""
     if problem.response is None:
         raise BadInput("the row has no 'response' to learn; an sft stage needs one in every row")
-    tokens = processor.tokenizer(problem.response, add_special_tokens=False)["input_ids"]
-    if set(tokens) & set(processor.banned_tokens):
-        raise BadInput("the response holds a vision placeholder, which is never sampled or learned; take it out")
-    tokens = np.array([*tokens, processor.end_tokens[0]], np.int32)
+    tokens = np.array([*processor.text_tokens(problem.response), processor.end_tokens[0]], np.int32)
     if len(tokens) > limit:
         raise BadInput(
             f"the response has {len(tokens)} tokens, config.rollout.max_new_tokens = {limit}: raise it or drop the row"

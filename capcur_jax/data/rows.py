@@ -1,10 +1,4 @@
-"""Files of problems, JSON lines and Parquet, in and out.
-
-A row has the keys of the published rows (`id`, `problem`, `answer`, `images`; `predictions`, `correctness`,
-`pass_rate`), which are EasyR1's too, and this project's own (`capability`, `kind`, `response`, `answer_type`,
-`source`, `pass_rate_by`, `metadata`). Any other key becomes metadata. An image is a path, absolute or from the file's
-folder, or {"bytes": ..., "path": ...}, as Hugging Face's writers have it in Parquet.
-"""
+"""Files of problems, in and out; docs/data.md says what a row holds and which kinds of files are read."""
 
 from __future__ import annotations
 
@@ -15,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.data import parquet
-from capcur_jax.data.fields import KEYS, BadRow, RowReader, decoded
-from capcur_jax.data.problem import Drop, Problem, short
+from capcur_jax.data import row_files
+from capcur_jax.data.fields import KEYS, RowReader
+from capcur_jax.data.problem import BadRow, Drop, Problem, short
 from capcur_jax.errors import InputError
 from capcur_jax.files import replacing
 
-FORMATS = (".jsonl", ".parquet")
+FORMATS = (".jsonl", ".parquet")  # that are written
+_ALWAYS = ("id", "problem", "answer", "images")  # keys that every line has
 _BATCH = 64  # rows of a Parquet file that are held at a time; each may bring its images
 
 
@@ -32,6 +27,7 @@ class Tally:
         self.rows, self.dropped = 0, collections.Counter()
         self.examples: list[Drop] = []  # the first ones
         self.firsts: dict[str, Drop] = {}  # by reason
+        self.repaired = collections.Counter()  # rows that were read otherwise than they are written, by what was done
         self.shown = shown
 
     def kept(self, rows: Iterable[Problem | Drop]) -> Iterator[Problem]:
@@ -46,7 +42,13 @@ class Tally:
             if isinstance(row, Drop):
                 self.drop(row)
             else:
+                if isinstance(row, Problem):
+                    self.repair(row)
                 yield row
+
+    def repair(self, problem: Problem) -> None:
+        """Counts what the reader changed of a row."""
+        self.repaired.update(problem.repaired)
 
     def drop(self, drop: Drop) -> None:
         """One of the rows that were passed on is left out after all."""
@@ -61,7 +63,8 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         kept = self.rows - self.dropped.total()
-        return {"rows": self.rows, "kept": kept, "dropped": dict(self.dropped.most_common())}
+        repaired = {"repaired": dict(self.repaired.most_common())} if self.repaired else {}
+        return {"rows": self.rows, "kept": kept, "dropped": dict(self.dropped.most_common()), **repaired}
 
 
 # ---------------------------------------------------------------------- in
@@ -73,36 +76,29 @@ def read_rows(
     """The rows of a file in its order, each as a Problem or as what is wrong with it.
 
     Args:
-      path: .parquet, else UTF-8 JSON lines; a byte order mark, CRLF and blank lines are fine.
+      path: as `row_files` tells by its name, else UTF-8 JSON lines; a byte order mark, CRLF and blank lines are fine.
       capability: given to rows that name none.
       images: folder for images whose bytes lie in the rows, by default $CAPCUR_IMAGES or FILE-images beside the file.
         They are named by their content, so that reading again writes nothing.
 
     Raises:
-      InputError: the file is missing, is not a file, or is not a Parquet file; images can't be unpacked.
+      InputError: the file is missing, or can't be read as a whole; images can't be unpacked.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such problem file; check the path, or build the set first")
-    if not path.is_file():
-        raise InputError(f"{path}: not a file; give the .jsonl or .parquet file itself")
-    reader = RowReader(path, capability, images)
+    reader, stem = RowReader(path, capability, images), row_files.stem(path)
     seen: dict[str, str] = {}
-    for number, row in parquet.rows(path, _BATCH) if path.suffix == ".parquet" else _lines(path):
-        where = f"{path}, row {number}" if path.suffix == ".parquet" else f"{path}:{number}"
+    for where, number, row in row_files.rows(path, _BATCH):
         try:
             if isinstance(row, BadRow):
                 raise row
-            if isinstance(row, bytes):
-                row = decoded(row)
-            problem = reader.problem(row, f"{path.stem}-{number}")
+            problem = reader.problem(row, f"{stem}-{number}")
             if problem.id in seen:
                 detail = f"id {short(problem.id)} is that of {seen[problem.id]} already; give each row its own"
                 raise BadRow("duplicate id", detail)
         except BadRow as error:
             yield Drop(where, *error.args)
         else:
-            seen[problem.id] = f"row {number}" if path.suffix == ".parquet" else f"line {number}"
+            seen[problem.id] = f"row {number}" if where.endswith(f"row {number}") else f"line {number}"
             yield problem
 
 
@@ -118,15 +114,6 @@ def read_problems(
         first = f" The first trouble: {drops[0]}" if drops else ""
         raise InputError(f"{path}: no usable row among {len(drops)}; docs/data.md says what a row needs.{first}")
     return problems, drops
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    # Bytes, split at \n only: text would also break at U+2028, and one bad byte would cost the whole file.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                yield number, line
 
 
 # ---------------------------------------------------------------------- out
@@ -164,7 +151,7 @@ def _write_lines(path: Path, problems: Iterable[Problem], folder: str) -> int:
     with path.open("wb") as file:
         for problem in problems:
             row = _row(problem) | {"images": [_stored_path(image, folder) for image in problem.images]}
-            row = {key: value for key, value in row.items() if value not in (None, {}, [], "") or key in KEYS[:4]}
+            row = {key: value for key, value in row.items() if value not in (None, {}, [], "") or key in _ALWAYS}
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             count += 1
     return count
@@ -176,6 +163,7 @@ def _write_parquet(path: Path, problems: Iterable[Problem], folder: str) -> int:
 
     image, texts = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]), pyarrow.string()
     kinds = {"images": pyarrow.list_(image), "predictions": pyarrow.list_(texts)}
+    kinds["answers"] = pyarrow.list_(texts)
     kinds |= {"pass_rate": pyarrow.float64(), "correctness": pyarrow.list_(pyarrow.float64())}
     schema = pyarrow.schema([(key, kinds.get(key, texts)) for key in KEYS])
     count, rows = 0, []

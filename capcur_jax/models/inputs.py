@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from capcur_jax.models.config import ModelConfig, VisionConfig
 # Tokens of Qwen's vocabulary that a sampler must never produce: they crash the next forward pass (EasyR1 #110).
 VISION_PLACEHOLDERS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+# A noncharacter of Unicode, for use inside of programs: it stands in control tokens that are text.
+_TEXT = "\ufdd0"
 
 
 class BadInput(ValueError):
@@ -141,6 +144,11 @@ class Processor:
         self.end_tokens = tuple(self._ids(END_TOKENS))
         self.banned_tokens = tuple(self._ids(VISION_PLACEHOLDERS))
         self.pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_tokens[-1]
+        controls = set(tokenizer.all_special_tokens) | {*END_TOKENS, *VISION_PLACEHOLDERS}
+        controls |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # The longest first: one may begin another.
+        self._control = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+        self._control_ids = frozenset(self._ids(sorted(controls)))
         if not self.end_tokens:
             raise InputError(f"the tokenizer knows none of the end tokens {END_TOKENS}: not a Qwen tokenizer")
 
@@ -190,24 +198,53 @@ class Processor:
         return cls(tokenizer, images, config)
 
     def render(self, parts: Sequence[str | None], system: str = "") -> str:
-        """The chat prompt of one user turn; `parts` are texts and None for an image, in order."""
-        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
-        messages = [{"role": "system", "content": system}] if system else []
+        """The chat prompt of one user turn; `parts` are texts and None for an image, in order.
+
+        A control token in a text stays text (`tokenize`): it holds a mark that no tokenizer knows.
+        """
+        texts = [None if part is None else self.as_text(part) for part in parts]
+        content = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
+        messages = [{"role": "system", "content": self.as_text(system)}] if system else []
         messages.append({"role": "user", "content": content})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def tokenize(self, text: str, images: int) -> np.ndarray:
-        """Token ids of a rendered prompt. Raises BadInput unless it holds one placeholder for each image."""
-        tokens = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        """Token ids of a rendered prompt, whose control tokens are the chat template's own. Raises BadInput unless it
+        holds one placeholder for each image, and where the tokenizer can't write a control token as text."""
+        if _TEXT in text:
+            ids, at = [], 0
+            for match in self._control.finditer(text):
+                ids += self.text_tokens(text[at : match.start()].replace(_TEXT, "")) + self._ids([match[0]])
+                at = match.end()
+            ids += self.text_tokens(text[at:].replace(_TEXT, ""))
+        else:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = np.asarray(ids, np.int32)
         if (tokens == self.config.published.get("video_token_id")).any():
             raise BadInput("the prompt holds a video placeholder; videos are not supported, images are")
         placeholders = int((tokens == self.config.image_token).sum())
         if placeholders != images:
             raise BadInput(
-                f"{placeholders} image placeholders for {images} images: the question's text holds a vision token of "
-                "the tokenizer, or the chat template does not write images"
+                f"{placeholders} image placeholders for {images} images; give the question one mark an image (or the "
+                "chat template does not write images)"
             )
         return tokens
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Token ids of a text; a control token in it is text. Raises BadInput where the tokenizer can't write that."""
+        tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        wrong = sorted(self._control_ids.intersection(tokens))
+        if wrong:
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(wrong))
+            raise BadInput(f"the text holds {names}, which the tokenizer can't write as text; take it out")
+        return tokens
+
+    def as_text(self, text: str) -> str:
+        """The text, with a mark inside each control token: `tokenize` takes it for text. Raises BadInput where the
+        text holds the mark."""
+        if _TEXT in text:
+            raise BadInput("the text holds U+FDD0, which is no character; take it out")
+        return self._control.sub(lambda match: match[0][0] + _TEXT + match[0][1:], text)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels at which the model sees an image of that size: whole patches that merge, within

@@ -136,7 +136,7 @@ EVIL = (
 def evil_rows(folder):
     random_image(20, 20).save(folder / "a.png")
     names = ("id", "problem", "answer", "capability", "kind", "source")
-    return [dict.fromkeys(names, EVIL) | {
+    return [dict.fromkeys(names, EVIL) | {"answer": EVIL.replace("\x1b", ""),
         "images": [f"{EVIL[:25]}.png", "a.png"], "predictions": [EVIL], "pass_rate": 0.5, "pass_rate_by": {EVIL: EVIL},
         "metadata": {EVIL: EVIL, "filter": {EVIL: {"image": EVIL, "caption": 3}, "x": 7, "y": {"image": ["A"]}}}}, {
         "id": "sft", "problem": EVIL, "response": EVIL}, {"id": EVIL + "2"}]  # fmt: skip

@@ -123,7 +123,7 @@ OPTIONS = "Which?\nA. cube\nB. ball\nC. cone"
         ("...", "?", "", "empty answer"),
         ("1}, {2", "?", "", "answer can't be boxed"),
         ("{1, 2", "?", "", "answer can't be boxed"),
-        ("cube", "?", "letter", "answer and answer_type differ"),
+        ("cube", "?", "letter", "bad answer_type"),
         ("D", OPTIONS, "letter", "letter not among the options"),
         ("(D)", "Which? (A) cube (B) ball", "", "letter not among the options"),
         ("e", "Which? a) cube b) ball", "letter", "letter not among the options"),
@@ -177,12 +177,45 @@ def test_the_command_counts_tokens_of_text_and_images_with_the_default_checkpoin
     "row",
     [{"id": "2", "problem": "", "answer": "1"}, {"id": "2", "problem": "?", "answer": "$"},
      {"id": "2", "problem": "?", "answer": "1", "images": ["missing.png"]},
-     {"id": "2", "problem": "Say <|vision_start|><|image_pad|>", "answer": "1"}],
+     {"id": "2", "problem": "Say \ufdd0", "answer": "1"}, {"id": "2", "problem": "?", "answer": "1", "scan": "a.png"}],
 )  # fmt: skip
 def test_strict_fails_on_rows_that_a_run_would_leave_out(folder, capsys, row):
     file = write(folder / "rows.jsonl", [{"id": "1", "problem": "1 + 1?", "answer": "2"}, row])
     assert run(capsys, "check", file, "--strict")[0] == 1
     assert run(capsys, "check", file)[0] == 0
+
+
+def test_strict_fails_on_an_empty_file_and_says_so(folder, capsys):
+    file = write(folder / "empty.jsonl", [])
+    code, result, err = run(capsys, "check", file, "--strict")
+    assert code == 1 and result["empty_files"] == [str(file)] and "empty.jsonl" in "".join(err.split())
+    assert run(capsys, "check", file)[0] == 0
+
+
+def test_repairs_and_flawed_images_are_counted_and_no_fault(folder, capsys):
+    random_image(320, 320).save(folder / "whole.jpg")
+    (folder / "end.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:-2])
+    rows = [{"id": "1", "problem": "5 \times 2?", "answer": "Answer: 10", "images": ["end.jpg"]},
+            {"id": "2", "problem": "1 + 1?", "answers": ["2", "two"], "images": ["whole.jpg"]}]  # fmt: skip
+    code, result, err = run(capsys, "check", write(folder / "rows.jsonl", rows), "--strict")
+    assert code == 0 and result["usable"] == 2
+    assert result["repaired"] == {"lost backslash put back": 1, "answer taken out of its wrapping": 1}
+    assert len(result["repaired_examples"]) == 2 and result["repaired_examples"][0]["where"] == "id 1"
+    assert result["flawed_images"]["rows"] == 1 and "end.jpg" in result["flawed_images"]["examples"][0]["detail"]
+    assert "Repaired" in err and "flawed images" in err
+
+
+def test_pictures_in_the_rows_are_checked_and_none_is_left(folder, capsys, monkeypatch):
+    monkeypatch.delenv("CAPCUR_IMAGES", raising=False)
+    good = base64.b64encode((folder / "a.png").read_bytes()).decode()
+    cut = base64.b64encode((folder / "cut.png").read_bytes()).decode()
+    rows = [{"id": "1", "problem": "What?", "answer": "a", "image": good},
+            {"id": "2", "problem": "Where?", "answer": "a", "image": cut}]  # fmt: skip
+    file, before = write(folder / "rows.jsonl", rows), sorted(os.listdir(folder))
+    code, result, err = run(capsys, "check", file, "--strict")
+    assert code == 1 and result["usable"] == 1 and result["broken_images"]["rows"] == 1
+    assert sorted(os.listdir(folder)) == sorted({*before, "rows.jsonl"})
+    assert cut[:40] not in err + json.dumps(result)
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
@@ -281,7 +314,8 @@ def test_a_thousand_mutated_rows_are_kept_or_counted_and_none_ends_the_check(fol
     assert code == 0
     assert result["rows"] == len(lines) == result["kept"] + sum(result["dropped"].values())
     assert len(result["dropped"]) > 8 and 300 < result["kept"] < len(lines) - 300
-    assert 0 < result["usable"] < result["kept"] and result["unanswerable"]["rows"] > 0
+    assert 0 < result["usable"] < result["kept"] and result["unanswerable"]["rows"] == 0
+    assert {"answer can't be boxed", "empty answer", "answer too long"} <= set(result["dropped"])
     assert result["broken_images"]["images"] > 10
     assert len(result["dropped_examples"]) == sum(result["dropped"].values())
     for drop in result["dropped_examples"]:

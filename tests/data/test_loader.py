@@ -63,7 +63,7 @@ def problems(tmp_path):
         random_image(32, 24, seed=number).save(path)
         found.append(Problem(str(number), f"What is {number}?", "red", (str(path),), response="a"))
     path = tmp_path / "3.jpg"
-    path.write_bytes(path.read_bytes()[:-40])
+    path.write_bytes(path.read_bytes()[:-120])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from typing import Any
 
 from capcur_jax.curation import terminal
@@ -14,7 +15,7 @@ from capcur_jax.records.tables import titled
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="JSONL or Parquet files of rows")
+    add("files", nargs="+", metavar="FILE", help="files of rows")
     add(
         "--checkpoint",
         default="",
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="larger images are reduced (0: the checkpoint's own)",
     )
     add("--instruction", choices=("suffix", "system", "none"), default="suffix", help="as config.prompt.instruction")
-    add("--images", metavar="DIR", help="folder for images that a Parquet file holds as bytes")
+    add("--images", metavar="DIR", help="folder for images that lie in the rows (default: none is kept)")
     add(
         "--examples",
         type=at_least(0),
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--strict",
         action="store_true",
-        help="exit code 1 where a row is dropped or could not be used, an id is in two files, or answers conflict",
+        help="exit code 1 where a file has no row, a row is dropped or could not be used, an id is in two files, or "
+        "answers conflict",
     )
 
 
@@ -57,20 +59,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     # Late: --help needs no transformers.
     from capcur_jax.curation.checking import check
     from capcur_jax.data.prompts import PromptBuilder
+    from capcur_jax.data.row_images import IMAGES_VARIABLE
     from capcur_jax.models.inputs import Processor
     from capcur_jax.presets import TINY_CHECKPOINT
 
     checkpoint = arguments.checkpoint or TINY_CHECKPOINT
     processor = Processor.from_directory(checkpoint, arguments.min_pixels, arguments.max_pixels)
     builder = PromptBuilder(processor, arguments.instruction, sys.maxsize, sys.maxsize)
-    result = check(
-        arguments.files,
-        builder.measure,
-        arguments.max_tokens,
-        examples=arguments.examples,
-        images=arguments.images,
-        along=lambda rows: terminal.counted(rows, "rows"),
-    )
+    with tempfile.TemporaryDirectory(prefix="capcur-check-") as folder:
+        result = check(
+            arguments.files,
+            builder.measure,
+            arguments.max_tokens,
+            examples=arguments.examples,
+            images=arguments.images or os.environ.get(IMAGES_VARIABLE) or folder,
+            along=lambda rows: terminal.counted(rows, "rows"),
+        )
     result["checkpoint"] = os.path.abspath(checkpoint)
     if not arguments.json:
         _show(result)
@@ -80,6 +84,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _faults(result: dict[str, Any]) -> dict[str, int]:
     """What --strict does not let pass: rows by fault. Equal questions with equal answers are no fault."""
     faults = {
+        "files without a row": len(result["empty_files"]),
         "dropped": sum(result["dropped"].values()),
         "same id in another file": result["duplicates"]["same_id"]["rows"],
         "same question and images, another answer": result["duplicates"]["conflicting_answers"]["rows"],
@@ -94,6 +99,8 @@ def _faults(result: dict[str, Any]) -> dict[str, int]:
 def _show(result: dict[str, Any]) -> None:
     console = terminal.stderr_console()
     rows = {"rows": result["rows"], "kept": result["kept"], "usable": result["usable"], **_faults(result)}
+    if result["flawed_images"]["rows"]:
+        rows["flawed images, as viewers show them"] = result["flawed_images"]["rows"]
     rows["same question and images, equal answer"] = (
         result["duplicates"]["same_question"]["rows"] - result["duplicates"]["conflicting_answers"]["rows"]
     )
@@ -101,13 +108,14 @@ def _show(result: dict[str, Any]) -> None:
     for name, counts in result["counts"].items():
         if set(counts) - {"(none)"}:
             console.print(titled(f"By {name.replace('_', ' ')}", (name.replace("_", " "), "rows"), counts.items()))
-    if result["dropped"]:
-        console.print(titled("Dropped", ("reason", "rows"), result["dropped"].items()))
+    for title in ("dropped", "repaired"):
+        if result.get(title):
+            console.print(titled(title.capitalize(), ("what", "rows"), result[title].items()))
     examples = [(drop["where"], f"{drop['reason']}: {drop['detail']}") for drop in result["dropped_examples"]]
-    for section in (
-        *result["duplicates"].values(),
-        *(result[key] for key in ("broken_images", "unusable_prompts", "overlong_prompts", "unanswerable")),
-    ):
+    examples += [(example["where"], example["detail"]) for example in result.get("repaired_examples", ())]
+    examples += [(file, "no row; give a file with rows") for file in result["empty_files"]]
+    names = ("broken_images", "flawed_images", "unusable_prompts", "overlong_prompts", "unanswerable")
+    for section in (*result["duplicates"].values(), *(result[name] for name in names)):
         examples += [(example["where"], example["detail"]) for example in section["examples"]]
     if examples:
         console.print(titled("Examples", ("where", "what"), examples))

@@ -11,8 +11,13 @@ from capcur_jax.records.tables import titled
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", required=True, metavar="FILE", help="JSONL or Parquet file of rows")
-    add("--output", required=True, metavar="DIR", help="gets train, validation and test, in the format of the input")
+    add("--input", required=True, metavar="FILE", help="file of rows")
+    add(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="gets train, validation and test: .parquet of a Parquet file, else .jsonl",
+    )
     add(
         "--shares",
         nargs=3,
@@ -22,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shares of the images (85 5 10, as in the paper)",
     )
     add("--salt", default="", metavar="TEXT", help="another text gives other splits")
-    add("--images", metavar="DIR", help="folder for images that a Parquet file holds as bytes")
+    add("--images", metavar="DIR", help="folder for images that lie in the rows")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,8 +8,8 @@ DocVQA/{train,validation}-*.parquet. Licence: MIT for the annotations as the cha
 `ucsf_document_page_no`, `answers` and `data_split`; the Parquet has the same columns, `image` with its bytes. The test
 split has no answers, so its rows are dropped.
 
-The first of the accepted answers is the answer. Ids are `questionId`, `kind` the first of the question types, metadata
-`answers`, `question_types`, `split` and `image_id` (document and page).
+All accepted answers count. Ids are `questionId`, `kind` the first of the question types, metadata `question_types`,
+`split` and `image_id` (document and page).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import Drop, Problem
+from capcur_jax.data.problem import BadRow, Drop, Problem
 from capcur_jax.data.sources import published
 from capcur_jax.data.sources.published import Record
 
@@ -52,12 +51,11 @@ def read(directory: Path, images: Path) -> Iterator[Problem | Drop]:
             "docvqa",
             published.text(row, "questionId"),
             published.text(row, "question"),
-            answers[0],
+            *answers,
             capability="visual",
             images=[path],
             kind=types[0] if types else "",
             metadata={
-                "answers": answers,
                 "question_types": types,
                 "split": published.optional_text(row, "data_split"),
                 "image_id": image_id,

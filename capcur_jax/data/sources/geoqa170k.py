@@ -17,8 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import Drop, Problem
+from capcur_jax.data.problem import BadRow, Drop, Problem
 from capcur_jax.data.sources import published, wording
 from capcur_jax.data.sources.published import Record
 

@@ -7,14 +7,14 @@ open brackets takes all memory.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import short
+from capcur_jax.data.problem import BadRow, short
 from capcur_jax.errors import InputError
 
 _PIECE = 1 << 20  # characters that are read at a time, at least
@@ -34,7 +34,8 @@ def items(path: Path, key: str = "") -> Iterator[tuple[int, Any]]:
     Raises:
       InputError: the file holds no such list.
     """
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    with gzip.open(path, "rt", **how) if path.suffix.lower() == ".gz" else path.open(**how) as file:
         text = _Text(file)
         if not text.enter(key):
             wanted = f"a JSON list, or an object with one under {key!r}" if key else "a JSON list"

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from capcur_jax.answers import response
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import Drop, Problem
+from capcur_jax.data.problem import BadRow, Drop, Problem
 from capcur_jax.data.sources import published
 from capcur_jax.data.sources.published import Record
 

@@ -17,8 +17,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import Drop, Problem, short
+from capcur_jax.data.problem import BadRow, Drop, Problem, short
 from capcur_jax.data.sources import published
 from capcur_jax.data.sources.published import Record
 

@@ -14,11 +14,10 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from capcur_jax.answers.kinds import answer_type_of
-from capcur_jax.answers.spelling import ANSWER_LENGTH
-from capcur_jax.data import parquet
-from capcur_jax.data.fields import BadRow, decoded, unpack_image
-from capcur_jax.data.problem import Drop, Problem, short, stable_hash
+from capcur_jax.data import golds, parquet
+from capcur_jax.data.problem import BadRow, Drop, Problem, short, stable_hash
+from capcur_jax.data.row_files import decoded
+from capcur_jax.data.row_images import unpack_image
 from capcur_jax.data.sources import json_stream, wording
 from capcur_jax.errors import InputError
 
@@ -187,8 +186,7 @@ def question(
     source: str,
     row_id: str,
     problem: str,
-    answer: str,
-    *,
+    *accepted: str,
     capability: str,
     images: Sequence[str] = (),
     options: Sequence[str] = (),
@@ -199,29 +197,29 @@ def question(
 
     Args:
       row_id: the published id, or what stands for one; the problem's begins with the source.
-      answer: with options, the letter or text of one.
+      accepted: the answer, or all that count; with options, the letter or text of one.
 
     Raises:
       BadRow: the answer is none of the options or too long to be compared; marks and images differ.
     """
-    answer = answer.strip()
     if options:
         problem, bare = wording.with_options(problem, options)
-        answer = wording.choice(answer, bare)
-    elif len(answer) > ANSWER_LENGTH:
-        raise BadRow("answer too long", f"{len(answer)} characters; up to {ANSWER_LENGTH} can be compared")
-    elif not answer_type_of(answer):
-        raise BadRow("no answer", f"the answer {short(answer)} holds nothing to compare")
+        accepted = tuple(wording.choice(answer, bare) for answer in accepted)
+    answers, repaired = golds.accepted([("answer", one) for one in accepted], problem, "letter" if options else "")
+    if not answers:
+        raise BadRow("no answer", "the answer is empty")
     return Problem(
         id=f"{source}-{row_id}",
         problem=wording.marked(problem, len(images)),
-        answer=answer,
+        answer=answers[0],
+        answers=answers if len(answers) > 1 else (),
         images=tuple(images),
         capability=capability,
         kind=kind,
-        answer_type="letter" if options else answer_type_of(answer),
+        answer_type="letter" if options else "",
         source=source,
         metadata={key: value for key, value in metadata.items() if value not in ("", None, [])},
+        repaired=tuple(repaired),
     )
 
 

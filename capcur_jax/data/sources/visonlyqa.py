@@ -19,8 +19,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import Drop, Problem
+from capcur_jax.data.problem import BadRow, Drop, Problem
 from capcur_jax.data.sources import published, wording
 from capcur_jax.data.sources.published import Record
 

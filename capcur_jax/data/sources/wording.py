@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from capcur_jax.answers import response
 from capcur_jax.answers.kinds import answer_type_of
 from capcur_jax.answers.spelling import ANSWER_LENGTH, long_words
-from capcur_jax.data.fields import BadRow
-from capcur_jax.data.problem import IMAGE_MARK, short
+from capcur_jax.data.problem import IMAGE_MARK, BadRow, short
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST_ANSWER = 60  # characters of a final answer that is taken from a solution: more is prose

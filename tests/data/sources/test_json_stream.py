@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from capcur_jax.data.fields import BadRow
+from capcur_jax.data.problem import BadRow
 from capcur_jax.data.sources import json_stream
 from capcur_jax.errors import InputError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from capcur_jax.data.fields import BadRow
+from capcur_jax.data.problem import BadRow
 from capcur_jax.data.sources import wording
 
 

@@ -1,0 +1,123 @@
+"""Golds of rows: taken out of what they are wrapped in, or refused where no response could equal them."""
+
+import decimal
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from capcur_jax.curation.checking import unanswerable
+from capcur_jax.data.problem import Drop, Problem
+from capcur_jax.data.rows import Tally, read_problems, read_rows, write_rows
+from tests.data.tables import table, written
+
+
+def one(tmp_path, **row):
+    (found,) = read_rows(written(tmp_path / "rows.jsonl", {"problem": "p"} | row))
+    return found
+
+
+def assert_as_told(found, wanted):
+    if wanted.startswith("refused: "):
+        assert isinstance(found, Drop) and found.reason == wanted.removeprefix("refused: "), found
+        assert "; " in found.detail or "? " in found.detail
+    else:
+        accepted = tuple(text.strip("`") for text in wanted.split("`, `"))
+        assert isinstance(found, Problem) and (found.answers or (found.answer,)) == accepted
+        assert unanswerable(found) is None  # in a box, each is graded right
+
+
+@pytest.mark.parametrize(("answer", "wanted"), table("`answer`"))
+def test_the_table_of_golds(tmp_path, answer, wanted):
+    file = written(tmp_path / "rows.jsonl", '{"problem": "p", "answer": ' + answer + "}")
+    (found,) = read_rows(file)
+    assert_as_told(found, wanted)
+    if isinstance(found, Problem):  # what is written is read back, and nothing is left to repair
+        write_rows(tmp_path / "again.jsonl", [found])
+        (again,) = read_rows(tmp_path / "again.jsonl")
+        assert again == found and not again.repaired
+
+
+@pytest.mark.parametrize(("problem", "answer", "wanted"), table("`problem`"))
+def test_the_table_of_choices(tmp_path, problem, answer, wanted):
+    assert_as_told(one(tmp_path, problem=problem, answer=answer), wanted)
+    if answer.isdecimal():
+        assert_as_told(one(tmp_path, problem=problem, answer=int(answer)), wanted)
+
+
+def test_a_declared_letter_may_be_given_by_its_text(tmp_path):
+    question = "Which? A. cat B. dog C. dog"
+    found = one(tmp_path, problem=question, answer="cat", answer_type="letter")
+    assert (found.answer, found.answer_type) == ("A", "letter") and found.repaired
+    for answer in ("dog", "cow"):
+        assert one(tmp_path, problem=question, answer=answer, answer_type="letter").reason == "bad answer_type"
+
+
+def test_words_for_nothing_are_answers_where_the_row_says_so(tmp_path):
+    assert one(tmp_path, answer="None", answer_type="word").answer == "None"
+    assert one(tmp_path, problem="Which? A. null B. void", answer="null").answer == "null"
+    assert one(tmp_path, answer="None").reason == "no answer"
+
+
+def test_every_answer_counts_and_comes_back(tmp_path):
+    rows = [
+        {"id": "1", "problem": "p", "answers": ["Acme Foods", "Acme", "Acme Foods", 4]},
+        {"id": "2", "problem": "p", "answer": "2", "answers": ["two", "2", None, ""]},
+        {"id": "3", "problem": "p", "answers": ["4"]},
+        {"id": "4", "problem": "p", "answers": []},
+        {"id": "5", "problem": "p", "answers": "4"},
+        {"id": "6", "problem": "p", "answer": ["4"], "answers": ["5"]},
+        {"id": "7", "problem": "p", "answers": ["4", "{"]},
+        {"id": "8", "problem": "p", "answers": ["4", ["5"]]},
+        {"id": "9", "problem": "Which? A. x B. y", "answers": ["A", "B"]},
+    ]
+    problems, drops = read_problems(written(tmp_path / "rows.jsonl", *rows))
+    assert {p.id: p.answers for p in problems} == {
+        "1": ("Acme Foods", "Acme", "4"), "2": ("2", "two"), "3": (), "9": ("A", "B"),
+    }  # fmt: skip
+    assert [p.answer for p in problems] == ["Acme Foods", "2", "4", "A"]
+    assert [drop.reason for drop in drops] == [
+        "no answer", "bad answers", "bad answer", "answer can't be boxed", "bad answers",
+    ]  # fmt: skip
+    for name in ("out.jsonl", "out.parquet"):
+        write_rows(tmp_path / name, problems)
+        assert read_problems(tmp_path / name)[0] == problems
+    with pytest.raises(ValueError, match="begin with `answer`"):
+        Problem("1", "p", "4", answers=("5", "4"))
+
+
+def test_columns_of_parquet_are_read_as_they_were_meant(tmp_path):
+    columns = {
+        "problem": pyarrow.array([b"q1", b"q2", b"\xff\xff"]),
+        "single": pyarrow.array([3.3, 0.1, 1e-5], pyarrow.float32()),
+        "decimal": pyarrow.array([decimal.Decimal("1.50"), decimal.Decimal("2.00"), None]),
+        "half": pyarrow.array(np.array([0.1, 2, 3], np.float16)),
+    }
+    wanted = {"single": ["3.3", "0.1"], "decimal": ["1.50", "2.00"], "half": ["0.1", "2"]}
+    for name, golds in wanted.items():
+        table = pyarrow.table({"problem": columns["problem"], "answer": columns[name], "other": columns["single"]})
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        *good, bad = read_rows(tmp_path / "rows.parquet")
+        assert [row.answer for row in good] == golds and good[0].metadata == {"other": 3.3}
+        assert bad.reason == "bad problem" and "row 3" in bad.where
+
+
+def test_repairs_are_counted(tmp_path):
+    rows = [{"problem": "5 \times 2?", "answer": "\\boxed{10}"}, {"problem": "q", "answer": "4"}, {"problem": "r"}]
+    tally = Tally()
+    first, _ = tally.kept(read_rows(written(tmp_path / "rows.jsonl", *rows)))
+    assert first.problem == "5 \\times 2?" and first.answer == "10"
+    assert tally.summary() == {
+        "rows": 3, "kept": 2, "dropped": {"no answer": 1},
+        "repaired": {"lost backslash put back": 1, "answer taken out of its wrapping": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words", ["Options vary", "answer", "The answer", "[A, B]", "f: x -> 2", "'A'", "A####", "1\t2"]
+)
+def test_what_only_looks_wrapped_stays_or_is_refused(tmp_path, words):
+    found = one(tmp_path, answer=words)
+    assert isinstance(found, Drop) or found.answer == words, json.dumps(words)
