@@ -49,7 +49,7 @@ def evaluate(
     """
     processor: Processor = builder.processor
     kinds = sorted({problem.kind for problem in problems if problem.kind})
-    # Right answers, well-formed ones, tokens, answered questions, left out, timed out: of all problems and of each kind.
+    # Right answers, well-formed ones, tokens, answered, left out, timed out: of all problems, and of each kind.
     sums = np.zeros((1 + len(kinds), 6))
 
     def add(problem: Problem, *values: float) -> None:

@@ -20,13 +20,11 @@ _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "capcur_jax")
 
 
-def accuracy_of(
-    evaluations: Iterable[Mapping[str, Any]], key: str = "accuracy"
-) -> dict[str, dict[str, float | None]]:
+def accuracy_of(evaluations: Iterable[Mapping[str, Any]], key: str = "accuracy") -> dict[str, dict[str, float | None]]:
     """Evaluation records, in order, as summary.json's `accuracy`: capability -> moment -> share of right answers.
 
-    Moments are "base", "after_<stage>" and "final", a capability's last evaluation. `key`: what of the records is taken,
-    also `accuracy_answered` or the number `left_out`.
+    Moments are "base", "after_<stage>" and "final", a capability's last evaluation. `key`: what is taken of a record;
+    also `accuracy_answered`, or the number `left_out`.
     """
     accuracy: dict[str, dict[str, float | None]] = {}
     for record in evaluations:
