@@ -184,11 +184,6 @@ def test_the_same_seed_gives_the_same_run(finished, checkpoint, sets, tmp_path):
 # ---------------------------------------------------------------------- the user's own data, bad input
 
 
-def reward_by_length(problem: Problem, response: str) -> float:
-    """A user's reward function."""
-    return 1.0 if len(response) % 2 else 0.0
-
-
 @pytest.fixture(scope="module")
 def own(checkpoint, tmp_path_factory):
     """A user's rows and reward: imitated first, then GRPO of low-rank factors in two updates of two micro-batches, with
@@ -209,7 +204,7 @@ def own(checkpoint, tmp_path_factory):
         file.write('{"problem": "no answer", "answer": ""}\n')
     changes = {f"data.sets.perception.{split}": str(path) for split in ("train", "test", "validation")}
     changes |= {
-        "reward.function": "tests.test_main:reward_by_length", "evaluation.sets": ("perception",),
+        "reward.function": "tests.own_rewards:by_length", "evaluation.sets": ("perception",),
         "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.micro_prompts": 1, "packing.slabs": (2, 1),
         "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 2,
     }  # fmt: skip

@@ -21,8 +21,8 @@ def drawn(problems: Sequence[Problem], count: int, file: str | os.PathLike) -> l
 
     def key(problem: Problem) -> int:
         if by_line(problem.id):
-            return stable_hash("draw", problem.problem, problem.answer, *map(os.path.basename, problem.images))
-        return stable_hash("draw", problem.id)
+            return stable_hash("drawn", problem.problem, problem.answer, *map(os.path.basename, problem.images))
+        return stable_hash("drawn", problem.id)
 
     return sorted(problems, key=key)[: count or None]
 

@@ -9,6 +9,7 @@ import pytest
 from capcur_jax.curation import difficulty
 from capcur_jax.curation.journal import Journal
 from capcur_jax.data.__main__ import main
+from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.rows import read_problems, write_rows
@@ -138,10 +139,12 @@ def files(tmp_path):
 
 
 def test_the_command_and_its_journal(files, tmp_path, capsys):
-    assert main([*files, "--limit", "3"]) == 0
+    assert main([*files, "--limit", "4"]) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first["rows"] == first["kept"] == 3 and sum(first["histogram"]) == 3 and len(first["histogram"]) == 11
-    assert main(files) == 0  # two more
+    drawn_ids = {row.id for row in drawn([Problem(str(n), "", "") for n in range(5)], 4, "rows.jsonl")}
+    assert {row.id for row in read_problems(tmp_path / "out.parquet")[0]} == drawn_ids != set("0123")
+    assert first["rows"] == first["kept"] == 4 and sum(first["histogram"]) == 4 and len(first["histogram"]) == 11
+    assert main(files) == 0  # one more
     rows, _ = read_problems(tmp_path / "out.parquet", images=tmp_path / "images")
     assert [row.id for row in rows] == list("01234")
     assert "always wrong" in capsys.readouterr().err
