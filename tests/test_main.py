@@ -226,6 +226,22 @@ def test_own_data_own_reward_and_bad_rows(own):
     assert rewards and all(reward == float(len(response) % 2) for response, reward in rewards)
 
 
+def test_three_of_nine_questions_are_left_out_of_every_accuracy_and_count_as_wrong(own):
+    workdir, summary, _ = own
+    records = read_jsonl(workdir / "metrics.jsonl")
+    evaluated = [r for r in records if r["type"] == "evaluation"]
+    validated = [r for r in records if r["type"] == "validation"]
+    for record in (*evaluated, *(r["perception"] for r in validated)):
+        assert (record["questions"], record["left_out"]) == (6, 3)
+        assert record["accuracy"] == pytest.approx(record["accuracy_answered"] * 6 / 9)
+    assert summary["best_validation"] == max(r["perception"]["accuracy"] for r in validated)
+    assert set(summary["left_out"]["perception"].values()) == {3}
+    page = (workdir / "report.html").read_text()
+    assert page.count("without 3 left out") == len(summary["accuracy"]["perception"])
+    asked = json.loads((workdir / "questions.json").read_text())["evaluation"]["sets"]["perception"]
+    assert (asked["questions"], asked["of"], len(asked["ids"])) == (9, 9, 9)
+
+
 def test_micro_batches_updates_and_retries_of_a_run(own):
     workdir, summary, _ = own
     steps = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"]

@@ -241,7 +241,7 @@ def test_a_step_s_record(tmp_path, monkeypatch):
 def test_evaluations_and_validations_are_records_of_the_step_that_is_done(tmp_path):
     run = Run(tmp_path)
     found = [
-        {"capability": name, "accuracy": accuracy, "questions": 2, "by_kind": {"k": 1.0}}
+        {"capability": name, "accuracy": accuracy, "accuracy_answered": 1.0, "questions": 2, "by_kind": {"k": 1.0}}
         for name, accuracy in zip(SETS, (0.25, 0.75), strict=True)
     ]
     run.heldout.evaluate = run.heldout.validate = lambda label: found if label == "text" else None
@@ -254,6 +254,6 @@ def test_evaluations_and_validations_are_records_of_the_step_that_is_done(tmp_pa
     assert 0 <= record.pop("seconds_all") < 60
     assert record == {
         "type": "validation", "step": 9, "stage": "text", "accuracy": 0.5,
-        "perception": {"capability": "perception", "accuracy": 0.25, "questions": 2},
-        "text": {"capability": "text", "accuracy": 0.75, "questions": 2},
+        "perception": {"capability": "perception", "accuracy": 0.25, "accuracy_answered": 1.0, "questions": 2},
+        "text": {"capability": "text", "accuracy": 0.75, "accuracy_answered": 1.0, "questions": 2},
     }  # fmt: skip

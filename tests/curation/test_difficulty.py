@@ -57,7 +57,7 @@ def builder(processor):
     return PromptBuilder(processor, "suffix", 256, 64)
 
 
-def measured(path, problems, builder, engine):
+def measured(path, problems, builder, engine, reward=reward):
     seen = []
     with Journal(path, {"samples": SAMPLES}) as journal:
         difficulty.measure(
@@ -80,6 +80,14 @@ def test_a_pass_rate_is_the_mean_of_what_the_reward_says(tmp_path, problems, bui
         assert problem.pass_rate_by["model"] == "base" and problem.pass_rate_by["mean_tokens"] > 0
         assert problem.metadata == {"n": int(problem.id)}
     assert len({problem.pass_rate for problem in rows if isinstance(problem, Problem)}) > 1
+
+
+def test_a_pass_rate_with_verdicts_that_timed_out_says_how_many(tmp_path, problems, builder):
+    def late(problems, responses):
+        return [dataclasses.replace(s, timed_out=i < 2) for i, s in enumerate(reward(problems, responses))]
+
+    rows, _ = measured(tmp_path / "journal", problems[:3], builder, Engine(), late)
+    assert [row.pass_rate_by.get("timed_out") for row in rows] == [2, None, None]
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 2])
