@@ -143,16 +143,18 @@ class Display:
         versus_base = bool(self._base) and after != "base"
         partial = any(record.get("left_out") for record in records)
         columns = ["capability", "accuracy", *(["vs base"] if versus_base else [])]
-        columns += [*(["of answered", "left out"] if partial else []), "format", "length", "questions"]
+        columns += ["left out", "without", "format", "length"] if partial else ["format", "length", "questions"]
         rows = []
         for record in records:
             name = str(record["capability"])
             difference = [_points(accuracies[name], self._base.get(name))] if versus_base else []
             shares = [_share(accuracies[name]), *difference]
+            questions, left_out = record.get("questions", ""), record.get("left_out", 0)
             if partial:
-                shares += [_share(lines.finite(record, "accuracy_answered")), record.get("left_out", "")]
-            shares.append(_share(lines.finite(record, "format")))
-            rows.append([name, *shares, lines.show(record, "response_length", ".1f"), record.get("questions", "")])
+                of = f"{left_out:,} of {questions + left_out:,}"
+                shares += [of, _share(lines.finite(record, "accuracy_answered"))]
+            said = [_share(lines.finite(record, "format")), lines.show(record, "response_length", ".1f")]
+            rows.append([name, *shares, *said, *([] if partial else [questions])])
         moment = "of the base" if after == "base" else f"after {visible(str(after))}"
         moment += f" (step {step:,})" if isinstance(step, int) else ""
         self._print(Text(), Text(f"Held-out accuracy {moment}", style="bold"), tables.table(columns, rows))

@@ -255,9 +255,11 @@ def test_what_was_left_out_stands_beside_each_accuracy():
     assert "left out" not in out.getvalue()
     display.evaluation([evaluation("text", 0.4) | whole, evaluation("visual", 0.5) | partial])
     table = out.getvalue()
-    assert "of answered" in table and "left out" in table
+    assert "left out" in table and "without" in table
     (line,) = [line.split() for line in table.splitlines() if line.startswith("visual") and "200" in line]
-    assert line[:4] == ["visual", "50.0%", "62.5%", "200"] and line[-1] == "800"
+    assert line[:6] == ["visual", "50.0%", "200", "of", "1,000", "62.5%"]
+    wide = {"accuracy_answered": 0.5, "left_out": 1000, "questions": 9000}
+    display.evaluation([evaluation("perception", 0.45, "perception", 90) | wide])
     display.final(
         {
             "accuracy": {"text": {"base": 0.4, "final": 0.6}, "visual": {"base": 0.3, "final": 0.5}},
