@@ -151,7 +151,7 @@ class Display:
             shares = [_share(accuracies[name]), *difference]
             questions, left_out = record.get("questions", ""), record.get("left_out", 0)
             if partial:
-                of = f"{left_out:,} of {questions + left_out:,}"
+                of = f"{left_out:,} of {(questions or 0) + left_out:,}"
                 shares += [of, _share(lines.finite(record, "accuracy_answered"))]
             said = [_share(lines.finite(record, "format")), lines.show(record, "response_length", ".1f")]
             rows.append([name, *shares, *said, *([] if partial else [questions])])
