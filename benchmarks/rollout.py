@@ -82,7 +82,7 @@ def make_prompts(directory: Path, processor: Processor, name: str, count: int) -
     config = presets.get("laptop")
     prompt = config.prompt
     builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
-    problems = Sets(config.data, directory).problems(name, "train")[: 2 * count]
+    problems = Sets(config.data, directory).drawn(name, "train", 2 * count)
     built = [found for found in map(builder.try_build, problems) if found is not None]
     return built[:count]
 

@@ -86,7 +86,7 @@ def make_prompts(directory: Path, processor: Processor, count: int) -> list[Prom
     config = presets.get("laptop")
     prompt, sets = config.prompt, Sets(config.data, directory)
     builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
-    each = [sets.problems(name, "train")[:count] for name in presets.CAPABILITIES]
+    each = [sets.drawn(name, "train", count) for name in presets.CAPABILITIES]
     problems = [problem for turn in zip(*each, strict=True) for problem in turn]
     return [prompt for prompt in map(builder.try_build, problems[: 2 * count]) if prompt is not None][:count]
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax import policy, presets
 from capcur_jax.checkpointing import check_same_config
+from capcur_jax.data.problem import Problem, short
 from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives
@@ -118,12 +119,31 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
         raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
 
 
-def check_curricula(stages: Sequence[Stage], sets: Sets) -> None:
-    """That each curriculum finds what it needs in the data, and epochs come to a step at least. Raises InputError."""
+def check_data(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
+    """That each curriculum finds what it needs in the data, that epochs come to a step at least, and that what is
+    graded has an answer. Raises InputError."""
     for stage in stages:
-        counts = [len(problems) for problems in sets.selected(stage.data, stage.curriculum)]
+        selected = sets.selected(stage.data, stage.curriculum)
         if stage.epochs:
+            counts = [len(problems) for problems in selected]
             stage.curriculum.steps(counts, stage.prompts, stage.epochs, f"config.stages.{stage.name}")
+        if objectives.of_stage(stage).sampled:
+            for name, problems in zip(stage.data, selected, strict=True):
+                _check_answers(f"the {stage.objective} stage '{stage.name}'", sets, name, "train", problems)
+    for split in dict.fromkeys([config.evaluation.split, *(["validation"] if config.validation.every else [])]):
+        for name in config.evaluation.sets:
+            _check_answers("an accuracy", sets, name, split, sets.problems(name, split))
+
+
+def _check_answers(who: str, sets: Sets, name: str, split: str, problems: Sequence[Problem]) -> None:
+    """A row without an answer has reward 0 whatever the response."""
+    without = [problem.id for problem in problems if not problem.answer]
+    if without:
+        raise InputError(
+            f"config.data.sets.{name}.{split}: {sets.path(name, split)}: {who} needs an answer in each row, and "
+            f"{len(without)} of {len(problems)} have none (the first: {', '.join(map(short, without[:3]))}); such rows "
+            "are for stages with objective = 'sft', which imitate `response`: take them out, or give them an answer"
+        )
 
 
 def check_devices(config: ConfigDict) -> None:

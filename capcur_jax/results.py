@@ -32,7 +32,9 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     sizes = {path[0]: 0 for path, _ in nnx.to_flat_state(parameters)}
     for path, leaf in nnx.to_flat_state(parameters):
         sizes[path[0]] += leaf.size
-    count, blind = sum(sizes.values()), _blind(run)
+    count, blind, asked = sum(sizes.values()), _blind(run), run.heldout.composition()
+    if run.owner:
+        jsonl.write_json_atomic(run.workdir / "questions.json", asked)
     devices, rows = jax.devices(), sharding.row_shards(run.mesh)
     run.display.plan(
         {
@@ -52,10 +54,12 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
             f"Held-out questions ({config.evaluation.split})": [
                 {
                     "set": name,
-                    "questions": len(run.heldout.questions(name)),
+                    "questions": found["questions"],
+                    "of": found["of"],
                     "blind guess": f"{blind[name]:.1%}" if name in blind else "",
+                    "kinds and sources": "; ".join(filter(None, map(_shares, (found["kinds"], found["sources"])))),
                 }
-                for name in config.evaluation.sets
+                for name, found in asked["evaluation"]["sets"].items()
             ],
         }
     )
@@ -64,6 +68,12 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     for (name, split), lines in run.sets.skipped_rows.items():
         run.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")
     return {"parameters": count, "blind": blind}
+
+
+def _shares(shares: dict[str, float], shown: int = 5) -> str:
+    """The largest, for people."""
+    said = [f"{name} {share:.0%}" for name, share in list(shares.items())[:shown]]
+    return ", ".join([*said, *([f"{len(shares) - shown} more"] if len(shares) > shown else [])])
 
 
 def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
@@ -156,9 +166,9 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     checkpoint = run.export("final")
     run.checkpoints.close()
     steps, evaluations = run.recorder.steps, run.recorder.evaluations
-    accuracy = metrics.accuracy_of(evaluations)
+    shown = {key: metrics.accuracy_of(evaluations, key) for key in ("accuracy", "accuracy_answered", "left_out")}
     if status != "finished":
-        for values in accuracy.values():
+        for values in (values for found in shown.values() for values in found.values()):
             values.pop("final")
     last = evaluations[-len(run.config.evaluation.sets) :] if status == "finished" else []
     rollout_steps = [step for step in steps if objectives.OBJECTIVES[step["objective"]].sampled]
@@ -172,7 +182,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     }
     summary = {
         "status": status,
-        "accuracy": accuracy,
+        **shown,
         "blind": facts["blind"],
         "seconds": run.seconds(),
         "step_seconds_median": _over(statistics.median, [step["seconds"] for step in steps]),

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax import policy
 from capcur_jax.checkpointing import Checkpoints, go_on, start_anew
-from capcur_jax.checks import check, check_curricula, check_devices, check_same
+from capcur_jax.checks import check, check_data, check_devices, check_same
 from capcur_jax.data.prompts import tokenizer_texts
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
@@ -102,7 +102,7 @@ class Run:
             if self.owner == turn:
                 self.sets.build(names, config.evaluation.split)
             distributed.barrier(f"data-{turn}")
-        check_curricula(self.stages, self.sets)
+        check_data(config, self.stages, self.sets)
 
     def _open_model(self) -> QwenVL:
         config, source = self.config, Path(self.config.checkpoint).expanduser()

@@ -1,6 +1,6 @@
 """Worker processes that untrusted input may hang, bloat or crash: the pool that asks them, and the loop that answers.
 
-A program is started as `python -m MODULE MEMORY_MB TIMEOUT_S` and speaks JSON lines over its pipes:
+A program is started as `python -m MODULE MEMORY_MB TIMEOUT_S ARGUMENT...` and speaks JSON lines over its pipes:
 
     worker: {"ready": true}                          or {"ready": false, "error": "..."} and the end
     parent: any request
@@ -19,12 +19,13 @@ import os
 import queue
 import resource
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ _SETTINGS = {
     "PYTHONUTF8": "1",  # names of files that are no text pass as they are
     "OPENBLAS_NUM_THREADS": "1",  # others would take the address space
 }
+
+
+def _small_environment() -> dict[str, str]:
+    """What Python needs."""
+    return {name: os.environ[name] for name in (*_ENVIRONMENT, "PYTHONPATH") if name in os.environ}
 
 
 class Died(Exception):
@@ -59,26 +65,38 @@ class Worker:
       module: the program, which calls `serve`.
       memory_mb: its address space in MiB.
       timeout_s: seconds for one request.
+      arguments: of the program, after these.
+      environment: of the process; None: what Python needs, and no more.
 
     Raises:
       OSError: no memory, no process left, ...
     """
 
-    def __init__(self, module: str, memory_mb: int, timeout_s: float):
+    def __init__(
+        self,
+        module: str,
+        memory_mb: int,
+        timeout_s: float,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ):
         self._timeout_s = timeout_s
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        path = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = _small_environment() if environment is None else dict(environment)
+        path = [str(_PACKAGE_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
         # A program of its own, not a fork (the trainer has JAX's threads), in a session of its own (Ctrl-C is for the
         # trainer to handle).
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, str(memory_mb), str(timeout_s)],
+            [sys.executable, "-m", module, str(memory_mb), str(timeout_s), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, start_new_session=True,
             env=environment | _SETTINGS | {"PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
         self._buffer = b""
         self._poll = select.poll()
         self._poll.register(self.process.stdout, select.POLLIN)
+        self._room = select.poll()
+        self._room.register(self.process.stdin, select.POLLOUT)
+        os.set_blocking(self.process.stdin.fileno(), False)
 
     def start(self) -> None:
         """Waits until it listens. Raises Died with the last that it said."""
@@ -98,7 +116,10 @@ class Worker:
         """The reply and the bytes that came with it. Raises Died, TimedOut among them."""
         deadline = time.monotonic() + self._timeout_s
         with contextlib.suppress(BrokenPipeError):  # a dead worker shows when it is read
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            rest = memoryview(json.dumps(request).encode() + b"\n")
+            while rest:
+                self._wait(deadline, self._room)
+                rest = rest[os.write(self.process.stdin.fileno(), rest) :]
         reply = self._line(deadline)
         if "bytes" not in reply:
             return reply, None
@@ -131,8 +152,8 @@ class Worker:
             raise Died("wrote what is no reply")
         return reply
 
-    def _wait(self, deadline: float) -> None:
-        if not self._poll.poll(max(deadline - time.monotonic(), 0.0) * 1000):
+    def _wait(self, deadline: float, poll: select.poll | None = None) -> None:
+        if not (poll or self._poll).poll(max(deadline - time.monotonic(), 0.0) * 1000):
             raise TimedOut("took too long")
 
     def _end(self) -> str:
@@ -147,9 +168,15 @@ class Worker:
         self._errors.seek(0)
         return self._errors.read()[-2000:].decode(errors="replace").strip()
 
+    def signal(self) -> None:
+        """Tells the process, and what it has started, to end."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.poll() is None:  # else its number may be another's
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def kill(self) -> None:
         """Ends the process and waits for it."""
-        self.process.kill()
+        self.signal()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self._errors):
             stream.close()
@@ -176,14 +203,26 @@ class Pool:
       name: of a worker, for messages ("the image worker").
       remedy: what to do where a worker can't be started, for messages.
       tries: workers that one request may cost.
+      arguments, environment: of a worker.
 
     `deaths` counts workers that ended, or were ended because their time was over, with a request in hand.
     """
 
     def __init__(
-        self, count: int, module: str, memory_mb: int, timeout_s: float, *, name: str, remedy: str, tries: int = 1
+        self,
+        count: int,
+        module: str,
+        memory_mb: int,
+        timeout_s: float,
+        *,
+        name: str,
+        remedy: str,
+        tries: int = 1,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ):
-        self._program, self._name, self._remedy, self._tries = (module, memory_mb, timeout_s), name, remedy, tries
+        self._program = module, memory_mb, timeout_s, arguments, environment
+        self._name, self._remedy, self._tries = name, remedy, tries
         self._slots = [_Slot() for _ in range(count)]
         self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
         for slot in self._slots:
@@ -255,7 +294,7 @@ class Pool:
         for slot in self._slots:  # a thread that reads from one wakes up and empties the slot itself
             worker = slot.worker
             if worker:
-                worker.process.kill()
+                worker.signal()
         taken = []
         with contextlib.suppress(queue.Empty):
             for _ in self._slots:
@@ -271,12 +310,15 @@ class Pool:
 def serve(
     answer: Callable[[dict[str, Any]], tuple[dict[str, Any], bytes | None]],
     prepare: Callable[[], None] = lambda: None,
+    trusted: bool = False,
 ) -> None:
     """Answers requests until the parent closes the pipe: all that a worker program does.
 
     Args:
       answer: gives the reply to a request, and the bytes that go with it or None. What it raises ends the process.
       prepare: imports and warms up what is slow, under the limits of memory. What it raises is told to the parent.
+      trusted: the program is the user's own: it may write files, take as much memory as it likes to `prepare`, and use
+        every core at once. Its limits hold for what it does about a request.
     """
     memory_mb, timeout_s = int(sys.argv[1]), float(sys.argv[2])
     # Replies leave by a copy of stdout: what a library prints to the real one must not look like a reply.
@@ -294,17 +336,20 @@ def serve(
     with contextlib.suppress(BrokenPipeError):
         try:
             limit(resource.RLIMIT_CORE, 0)
-            if sys.platform != "darwin":
-                limit(resource.RLIMIT_AS, memory_mb * 2**20)
+            if not trusted:
+                limit_memory(memory_mb * 2**20)
             prepare()
-            limit(resource.RLIMIT_FSIZE, 0)
+            if trusted:
+                limit_memory(memory_mb * 2**20, beyond=True)
+            else:
+                limit(resource.RLIMIT_FSIZE, 0)
         except Exception as error:  # whatever it is, the parent reports it with the remedy
             reply({"ready": False, "error": f"{type(error).__name__}: {error}"})
             sys.exit(1)
         os.dup2(devnull, 2)
         reply({"ready": True})
         for line in sys.stdin.buffer:
-            roll_cpu_limit(timeout_s)
+            roll_cpu_limit(timeout_s * (os.cpu_count() or 1) if trusted else timeout_s)
             message, payload = answer(json.loads(line))
             reply(message, payload)
             if message.get("last"):
@@ -316,6 +361,16 @@ def limit(kind: int, value: int) -> None:
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
+
+
+def limit_memory(size: int, beyond: bool = False) -> None:
+    """Limits the address space to so many bytes, or to so many `beyond` what there is now; on Linux alone."""
+    if sys.platform == "darwin":
+        return
+    if beyond:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            size += int(file.read().split()[0]) * resource.getpagesize()
+    limit(resource.RLIMIT_AS, size)
 
 
 def roll_cpu_limit(timeout_s: float) -> None:

@@ -19,11 +19,6 @@ STEPS = 3
 NORM = "model.language_model.norm.weight"
 
 
-def equal_validations(problem, response) -> float:
-    """Every validation question is answered rightly; training questions are not, so that parameters move."""
-    return 1.0 if problem.capability == "perception" or len(response) % 2 else 0.0
-
-
 @pytest.fixture
 def config(checkpoint, sets):
     return tiny.config(
@@ -32,7 +27,7 @@ def config(checkpoint, sets):
         ("text",),
         **{
             "stages.text.steps": STEPS, "validation.every": 1, "validation.questions": 2, "evaluation.questions": 2,
-            "evaluation.sets": ("perception",), "reward.function": "tests.test_best:equal_validations",
+            "evaluation.sets": ("perception",), "reward.function": "tests.own_rewards:equal_validations",
             "export.dtype": "float32", "checkpointing.keep": 1,
         },
     )  # fmt: skip

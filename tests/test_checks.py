@@ -1,8 +1,13 @@
 """Settings that can't work are refused before anything starts."""
 
+import dataclasses
+
 import pytest
 
-from capcur_jax import checks, presets
+from capcur_jax import checks, presets, schedule
+from capcur_jax.data.problem import Problem
+from capcur_jax.data.rows import write_rows
+from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
 
 
@@ -52,3 +57,45 @@ def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
             checks._check_numbers(config, [])
         assert not set(split.mesh.gpus) & set(split.rollout.sglang.gpus) and len(split.mesh.gpus) == 4
         assert turns.mesh.gpus == () and turns.rollout.sglang.servers == 8 and turns.rollout.sglang.colocate
+
+
+ANSWERED = [Problem(f"a{i}", "?", "5") for i in range(3)]
+CAPTIONS = [Problem(f"c{i}", "Describe it.", "", response="A cat.") for i in range(4)]
+
+
+def data(folder, train=ANSWERED, test=ANSWERED, validation=ANSWERED, **changes):
+    """What `check_data` gets: a stage on one set with these rows."""
+    config = presets.get("laptop", order=("text",))
+    for split, rows in (("train", train), ("test", test), ("validation", validation)):
+        write_rows(folder / f"{split}.jsonl", rows)
+        config.data.sets.text[split] = str(folder / f"{split}.jsonl")
+    config.evaluation.sets = ("text",)
+    config.update_from_flattened_dict(changes)
+    return config, schedule.stages(config), Sets(config.data, folder)
+
+
+def test_a_stage_of_rollouts_refuses_rows_without_an_answer_and_names_the_first(tmp_path):
+    with pytest.raises(InputError) as error:
+        checks.check_data(*data(tmp_path, train=ANSWERED + CAPTIONS))
+    said = str(error.value)
+    assert f"config.data.sets.text.train: {tmp_path / 'train.jsonl'}" in said and "grpo stage 'text'" in said
+    assert "4 of 7 have none (the first: 'c0', 'c1', 'c2')" in said and "objective = 'sft'" in said
+    checks.check_data(*data(tmp_path))
+    checks.check_data(*data(tmp_path, train=CAPTIONS, **{"stages.text.objective": "sft"}))
+
+
+def test_what_a_curriculum_leaves_out_needs_no_answer(tmp_path):
+    rated = [dataclasses.replace(row, pass_rate=0.5) for row in ANSWERED]
+    rated += [dataclasses.replace(row, pass_rate=0.0) for row in CAPTIONS]
+    checks.check_data(*data(tmp_path, train=rated, **{"stages.text.curriculum.drop_all_wrong": True}))
+    with pytest.raises(InputError, match="4 of 7 have none"):
+        checks.check_data(*data(tmp_path, train=rated))
+
+
+def test_held_out_questions_need_an_answer_too(tmp_path):
+    sft = {"stages.text.objective": "sft"}
+    with pytest.raises(InputError, match=r"sets\.text\.test: .*an accuracy needs an answer .* 1 of 2 have none"):
+        checks.check_data(*data(tmp_path, train=CAPTIONS, test=[ANSWERED[0], CAPTIONS[0]], **sft))
+    checks.check_data(*data(tmp_path, validation=CAPTIONS))  # nothing is validated
+    with pytest.raises(InputError, match=r"sets\.text\.validation"):
+        checks.check_data(*data(tmp_path, validation=CAPTIONS, **{"validation.every": 1}))

@@ -184,11 +184,6 @@ def test_the_same_seed_gives_the_same_run(finished, checkpoint, sets, tmp_path):
 # ---------------------------------------------------------------------- the user's own data, bad input
 
 
-def reward_by_length(problem: Problem, response: str) -> float:
-    """A user's reward function."""
-    return 1.0 if len(response) % 2 else 0.0
-
-
 @pytest.fixture(scope="module")
 def own(checkpoint, tmp_path_factory):
     """A user's rows and reward: imitated first, then GRPO of low-rank factors in two updates of two micro-batches, with
@@ -209,7 +204,7 @@ def own(checkpoint, tmp_path_factory):
         file.write('{"problem": "no answer", "answer": ""}\n')
     changes = {f"data.sets.perception.{split}": str(path) for split in ("train", "test", "validation")}
     changes |= {
-        "reward.function": "tests.test_main:reward_by_length", "evaluation.sets": ("perception",),
+        "reward.function": "tests.own_rewards:by_length", "evaluation.sets": ("perception",),
         "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.micro_prompts": 1, "packing.slabs": (2, 1),
         "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 2,
     }  # fmt: skip
@@ -229,6 +224,22 @@ def test_own_data_own_reward_and_bad_rows(own):
     rollouts = read_jsonl(workdir / "rollouts.jsonl")
     rewards = {(s["response"], s["reward"]) for r in rollouts for s in r["samples"]}
     assert rewards and all(reward == float(len(response) % 2) for response, reward in rewards)
+
+
+def test_three_of_nine_questions_are_left_out_of_every_accuracy_and_count_as_wrong(own):
+    workdir, summary, _ = own
+    records = read_jsonl(workdir / "metrics.jsonl")
+    evaluated = [r for r in records if r["type"] == "evaluation"]
+    validated = [r for r in records if r["type"] == "validation"]
+    for record in (*evaluated, *(r["perception"] for r in validated)):
+        assert (record["questions"], record["left_out"]) == (6, 3)
+        assert record["accuracy"] == pytest.approx(record["accuracy_answered"] * 6 / 9)
+    assert summary["best_validation"] == max(r["perception"]["accuracy"] for r in validated)
+    assert set(summary["left_out"]["perception"].values()) == {3}
+    page = (workdir / "report.html").read_text()
+    assert page.count("without 3 left out") == len(summary["accuracy"]["perception"])
+    asked = json.loads((workdir / "questions.json").read_text())["evaluation"]["sets"]["perception"]
+    assert (asked["questions"], asked["of"], len(asked["ids"])) == (9, 9, 9)
 
 
 def test_micro_batches_updates_and_retries_of_a_run(own):

@@ -25,7 +25,7 @@ def test_two_processes_are_one_run(checkpoint, sets, tmp_path):
     settings = {
         **tiny.SETTINGS, **sets, "checkpoint": str(checkpoint), "order": ("perception", "text"), "mesh.data": 2,
         "evaluation.questions": 7, "validation.every": 2, "validation.questions": 5, "rollout.dynamic_retries": 1,
-        "reward.workers": 1, "reward.function": "tests.test_main:reward_by_length", "evaluation.blind": False,
+        "reward.workers": 1, "reward.function": "tests.own_rewards:by_length", "evaluation.blind": False,
         **{f"stages.{name}.steps": 2 for name in ("perception", "text")},
         **{f"stages.{name}.prompts": 8 for name in ("perception", "text")},
     }  # fmt: skip

@@ -30,8 +30,11 @@ def step(number, objective="grpo", **values):
 
 
 def evaluations(after, accuracies, form=0.5):
-    kind = {"type": "evaluation", "step": 0, "after": after, "format": form, "by_kind": {}}
-    return [{**kind, "capability": name, "accuracy": value} for name, value in zip(SETS, accuracies, strict=True)]
+    kind = {"type": "evaluation", "step": 0, "after": after, "format": form, "by_kind": {}, "left_out": 2}
+    return [
+        {**kind, "capability": name, "accuracy": value, "accuracy_answered": round(1.2 * value, 9)}
+        for name, value in zip(SETS, accuracies, strict=True)
+    ]
 
 
 class Run:
@@ -64,7 +67,9 @@ class Run:
             problems=lambda name, split: [Problem(str(i), "What?", "red", images[name]) for i in range(3)],
         )
         asked = {name: [Problem("0", "What?", a, images[name]) for a in ("blue", "red", "blue")] for name in SETS}
-        self.heldout = types.SimpleNamespace(questions=asked.__getitem__)
+        described = {"questions": 3, "of": 5, "kinds": {"shape": 2 / 3, "color": 1 / 3}, "sources": {}, "ids": ["0"]}
+        composition = {"evaluation": {"split": "test", "sets": {name: described for name in SETS}}}
+        self.heldout = types.SimpleNamespace(questions=asked.__getitem__, composition=lambda: composition)
         self.reward = types.SimpleNamespace(counters=lambda: {"reward_failures": 3})
         self.engine = types.SimpleNamespace(counters=lambda: {"retries": 2})
         flat = {("visual", "a"): 6, ("visual", "b"): 4, ("text", "c"): 90}
@@ -96,6 +101,11 @@ def test_the_summary_of_a_finished_run(tmp_path):
             "perception": {"base": 0.25, "after_text": 0.5, "final": 0.5},
             "text": {"base": 0.5, "after_text": 0.75, "final": 0.75},
         },
+        "accuracy_answered": {
+            "perception": {"base": 0.3, "after_text": 0.6, "final": 0.6},
+            "text": {"base": 0.6, "after_text": 0.9, "final": 0.9},
+        },
+        "left_out": {name: {"base": 2, "after_text": 2, "final": 2} for name in SETS},
         "blind": {"perception": 0.5},
         "seconds": 12.5,
         "step_seconds_median": 4.0,  # of 1, 4, 16
@@ -118,6 +128,7 @@ def test_a_run_that_did_not_end_has_no_final_figures(tmp_path, status):
     summary = Run(tmp_path).finish(status)
     assert summary["status"] == status and summary["format_reward_final"] is None
     assert summary["accuracy"]["text"] == {"base": 0.5, "after_text": 0.75}
+    assert summary["left_out"]["text"] == {"base": 2, "after_text": 2}
 
 
 def test_a_run_that_was_stopped_before_its_first_step_has_a_summary_too(tmp_path):
@@ -157,10 +168,11 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
     (stage,), held = plan["Stages"], plan["Held-out questions (test)"]
     assert (stage["stage"], stage["data"], stage["problems"], stage["objective"]) == ("text", "text", 7, "grpo")
     assert (stage["steps"], stage["a step"], stage["frozen"]) == (150, "16 x 3", "^visual")
-    assert [(line["set"], line["questions"], line["blind guess"]) for line in held] == [
-        ("perception", 3, ""),
-        ("text", 3, ""),
+    assert held == [
+        {"set": name, "questions": 3, "of": 5, "blind guess": "", "kinds and sources": "shape 67%, color 33%"}
+        for name in SETS
     ]
+    assert json.loads((tmp_path / "questions.json").read_text()) == run.heldout.composition()
     assert warnings == [
         ("warn", "text train: 2 rows skipped, the first: text:3: no answer"),
         ("warn", "text test: 1 rows skipped, the first: x"),
@@ -229,7 +241,7 @@ def test_a_step_s_record(tmp_path, monkeypatch):
 def test_evaluations_and_validations_are_records_of_the_step_that_is_done(tmp_path):
     run = Run(tmp_path)
     found = [
-        {"capability": name, "accuracy": accuracy, "questions": 2, "by_kind": {"k": 1.0}}
+        {"capability": name, "accuracy": accuracy, "accuracy_answered": 1.0, "questions": 2, "by_kind": {"k": 1.0}}
         for name, accuracy in zip(SETS, (0.25, 0.75), strict=True)
     ]
     run.heldout.evaluate = run.heldout.validate = lambda label: found if label == "text" else None
@@ -242,6 +254,6 @@ def test_evaluations_and_validations_are_records_of_the_step_that_is_done(tmp_pa
     assert 0 <= record.pop("seconds_all") < 60
     assert record == {
         "type": "validation", "step": 9, "stage": "text", "accuracy": 0.5,
-        "perception": {"capability": "perception", "accuracy": 0.25, "questions": 2},
-        "text": {"capability": "text", "accuracy": 0.75, "questions": 2},
+        "perception": {"capability": "perception", "accuracy": 0.25, "accuracy_answered": 1.0, "questions": 2},
+        "text": {"capability": "text", "accuracy": 0.75, "accuracy_answered": 1.0, "questions": 2},
     }  # fmt: skip

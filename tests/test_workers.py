@@ -304,3 +304,17 @@ def test_closing_does_not_wait_for_a_slow_start(monkeypatch, tmp_path):
         (pid,) = pool.processes()
         pool.close()
         assert gone(pid) and str(asked.exception(30)) == "the test's workers were closed"
+
+
+def test_a_worker_that_reads_nothing_costs_its_time_however_large_the_request():
+    """More than a pipe holds waits for a reader."""
+    pool = pool_of(timeout_s=2.0)
+    assert_works(pool, 0)
+    (pid,) = pool.processes()
+    os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(workers.TimedOut):
+        pool.ask({"say": "x" * 10**6})
+    assert time.monotonic() - started < 20 and gone(pid)
+    assert_works(pool, 1)
+    pool.close()

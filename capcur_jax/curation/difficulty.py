@@ -53,8 +53,8 @@ def measure(
     images: bool,
     progress: Callable[[str], None] = lambda word: None,
 ) -> None:
-    """Samples and grades what the journal lacks; a record is {"predictions", "correctness", "lengths"} or {"reason",
-    "detail"} of a problem whose image turned out to be broken.
+    """Samples and grades what the journal lacks; a record is {"predictions", "correctness", "lengths", "timed_out"} or
+    {"reason", "detail"} of a problem whose image turned out to be broken.
 
     Batches are cut from the whole list, done or not, and seeded by their number: a killed job ends with
     the figures of an unbroken one.
@@ -83,6 +83,7 @@ def measure(
                 "predictions": [(score.answer or "")[:WORST] for score in mine],
                 "correctness": [score.accuracy for score in mine],
                 "lengths": [len(sample.tokens) for sample in group],
+                "timed_out": sum(score.timed_out for score in mine),
             }
             _add(journal, problem, record, progress)
         for problem, drop in broken:
@@ -100,11 +101,14 @@ def rated(problems: Sequence[Problem], journal: Journal, by: dict[str, Any]) -> 
         if "reason" in record:
             yield Drop(f"row {problem.id}", record["reason"], record["detail"])
             continue
-        correctness = tuple(record["correctness"])
+        correctness, late = tuple(record["correctness"]), record.get("timed_out", 0)
+        of_this = {"mean_tokens": round(sum(record["lengths"]) / len(record["lengths"]), 1)}
+        if late:  # verdicts that depend on the host
+            of_this["timed_out"] = late
         yield dataclasses.replace(
             problem,
             pass_rate=sum(correctness) / len(correctness),
-            pass_rate_by=by | {"mean_tokens": round(sum(record["lengths"]) / len(record["lengths"]), 1)},
+            pass_rate_by=by | of_this,
             predictions=tuple(record["predictions"]),
             correctness=correctness,
         )

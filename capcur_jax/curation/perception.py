@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
 import unicodedata
@@ -21,6 +22,7 @@ from typing import Any
 from capcur_jax.curation.chat import Chat, Failed, ask_all
 from capcur_jax.curation.journal import Journal, key_of
 from capcur_jax.curation.terminal import Progress
+from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem, stable_hash
 
 LETTERS = "ABCD"
@@ -243,6 +245,7 @@ def synthesize(
     journal: Journal,
     chat: Callable[[], Chat],
     *,
+    file: str | os.PathLike,
     model: str,
     temperature: float = 0.0,
     max_tokens: int = 512,
@@ -255,7 +258,8 @@ def synthesize(
     Args:
       journal: of `settings`; what it has is not asked again.
       chat: opens the writer.
-      limit: of usable captions, 0: all.
+      file: that the rows come from.
+      limit: of usable captions, 0: all; see data/draw.py.
       seed: of the options' order.
       counts: is filled.
 
@@ -268,13 +272,12 @@ def synthesize(
     counts = Counts() if counts is None else counts
     captions: list[Problem] = []
     for row in rows:
-        if limit and len(captions) == limit:
-            break
         drop = row if isinstance(row, Drop) else _unusable(row)
         if drop:
             yield drop
         else:
             captions.append(row)
+    captions = drawn(captions, limit, file)
 
     failed: dict[str, Failed] = {}
     _ask(captions, journal, chat, failed, counts, temperature, max_tokens)

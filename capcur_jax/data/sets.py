@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from capcur_jax.data.curriculum import Curriculum
+from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import SPLITS, Problem
 from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
@@ -62,6 +63,10 @@ class Sets:
             if drops:
                 self.skipped_rows[name, split] = [str(drop) for drop in drops]
         return self._read[name, split]
+
+    def drawn(self, name: str, split: str, count: int) -> list[Problem]:
+        """`count` problems of a set's split, 0: all; see draw.py."""
+        return drawn(self.problems(name, split), count, self.path(name, split))
 
     def pool(self, names: Sequence[str], split: str) -> list[Problem]:
         """The problems of several sets, one after the other."""

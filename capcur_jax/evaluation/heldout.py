@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from capcur_jax.data.draw import shares
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sets import Sets
@@ -38,39 +39,51 @@ def evaluate(
     batch: int = 80,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict:
-    """One answer to each problem. Returns accuracy, format, response_length, questions (answered) and by_kind.
+    """One answer to each problem.
 
-    A problem whose prompt can't be built is counted by the builder and left out of the mean.
+    Returns:
+        accuracy: the share that is right of all problems, also of those that are left out because their prompt can't be
+            built: who leaves out what is hard must not look better. `by_kind`: the same of each kind.
+        accuracy_answered, format, response_length: means over the others, `questions`; `left_out`: how many are not.
+        timed_out: answers whose grading took too long, which count as wrong.
     """
     processor: Processor = builder.processor
     kinds = sorted({problem.kind for problem in problems if problem.kind})
-    # Right answers, well-formed ones, tokens and questions, of all problems and of each kind.
-    sums = np.zeros((1 + len(kinds), 4))
+    # Right answers, well-formed ones, tokens, answered, left out, timed out: of all problems, and of each kind.
+    sums = np.zeros((1 + len(kinds), 6))
+
+    def add(problem: Problem, *values: float) -> None:
+        for row in [0, *([1 + kinds.index(problem.kind)] if problem.kind else [])]:
+            sums[row] += values
+
     images = any(problem.images for problem in problems)
     for number, part in enumerate(_parts(problems, batch)):
         # Of several processes each asks its share; all of them sample together.
         mine = part[jax.process_index() :: jax.process_count()]
         with ThreadPoolExecutor() as pool:  # the workers that decode images are kept busy
             built = list(zip(mine, pool.map(builder.try_build, mine), strict=True))
+        for problem in (problem for problem, prompt in built if prompt is None):
+            add(problem, 0, 0, 0, 0, 1, 0)
         built = [(problem, prompt) for problem, prompt in built if prompt is not None]
         groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
         samples, asked = [group[0] for group in groups], [problem for problem, _ in built]
         scores = reward(asked, [processor.decode(sample.tokens) for sample in samples])
         for problem, sample, score in zip(asked, samples, scores, strict=True):
-            row = np.array([score.accuracy, score.format, len(sample.tokens), 1])
-            sums[0] += row
-            if problem.kind:
-                sums[1 + kinds.index(problem.kind)] += row
+            add(problem, score.accuracy, score.format, len(sample.tokens), 1, 0, score.timed_out)
         progress(len(part))
     sums = distributed.exchange(sums).sum(0)
-    means = sums[:, :3] / np.where(sums[:, 3:] > 0, sums[:, 3:], np.nan)
-    accuracy, form, length = means[0].tolist()
+    right, answered, left_out = sums[:, 0], sums[:, 3], sums[:, 4]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan: of nothing
+        accuracy, means = (right / (answered + left_out)).tolist(), (sums[0, :3] / answered[0]).tolist()
     return {
-        "accuracy": accuracy,
-        "format": form,
-        "response_length": length,
-        "questions": int(sums[0, 3]),
-        "by_kind": {kind: float(means[1 + i, 0]) for i, kind in enumerate(kinds) if sums[1 + i, 3]},
+        "accuracy": accuracy[0],
+        "accuracy_answered": means[0],
+        "format": means[1],
+        "response_length": means[2],
+        "questions": int(answered[0]),
+        "left_out": int(left_out[0]),
+        "timed_out": int(sums[0, 5]),
+        "by_kind": dict(zip(kinds, accuracy[1:], strict=True)),
     }
 
 
@@ -99,10 +112,24 @@ class Heldout:
 
     def questions(self, name: str) -> list[Problem]:
         """The held-out questions of a set that are asked."""
-        return self._of(name, self._config.evaluation.split, self._config.evaluation.questions)
+        return self._sets.drawn(name, self._config.evaluation.split, self._config.evaluation.questions)
 
-    def _of(self, name: str, split: str, questions: int) -> list[Problem]:
-        return self._sets.problems(name, split)[: questions or None]
+    def composition(self) -> dict[str, dict[str, Any]]:
+        """What "evaluation" asks, and "validation" if there is one: the split, and of each of its sets how many
+        questions, of how many, the shares of their kinds and sources, and their ids."""
+        config = self._config
+        asked = {"evaluation": (config.evaluation.split, config.evaluation.questions)}
+        if config.validation.every:
+            asked["validation"] = "validation", config.validation.questions
+        found = {}
+        for purpose, (split, count) in asked.items():
+            sets = {}
+            for name in config.evaluation.sets:
+                problems, of = self._sets.drawn(name, split, count), len(self._sets.problems(name, split))
+                ids = [problem.id for problem in problems]
+                sets[name] = {"questions": len(problems), "of": of, **shares(problems), "ids": ids}
+            found[purpose] = {"split": split, "sets": sets}
+        return found
 
     def evaluate(self, label: str) -> list[dict[str, Any]]:
         """A result for each set, see `evaluate` above; `label`: "base", or the stage just done. Raises InputError."""
@@ -118,7 +145,7 @@ class Heldout:
     def warm_up(self) -> None:
         """Compiles what `validate` samples with, so that it does not look like a late compilation."""
         for name in self._config.evaluation.sets:
-            problems, sizes = self._of(name, "validation", self._config.validation.questions), []
+            problems, sizes = self._sets.drawn(name, "validation", self._config.validation.questions), []
             for problem in problems:
                 with contextlib.suppress(BadInput):  # `validate` counts it
                     sizes.append(self._builder.measure(problem))
@@ -129,7 +156,7 @@ class Heldout:
         self, title: str, split: str, questions: int, sampling: Sampling, stop: Callable[[], None]
     ) -> list[dict[str, Any]]:
         results = []
-        sets = {name: self._of(name, split, questions) for name in self._config.evaluation.sets}
+        sets = {name: self._sets.drawn(name, split, questions) for name in self._config.evaluation.sets}
         with self._progress(title, sum(map(len, sets.values()))) as progress:
 
             def advance(count: int) -> None:

@@ -66,6 +66,25 @@ def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
     return places
 
 
+def place_images(prompts: Sequence[Sequence[int]], length: int) -> list[tuple[int, int]]:
+    """(row, offset) of each image of several prompts, given as patches of each, one prompt after the other.
+
+    All images together as in `assign_rows`, or, where that needs fewer rows, each prompt's in rows of their own: so a
+    batch never needs more rows than its prompts do alone, which `Buckets.most_rows` counts on.
+    """
+    together = assign_rows([size for images in prompts for size in images], length)
+    apart: list[tuple[int, int]] = []
+    for images in prompts:
+        first = rows_of(apart)
+        apart += [(first + row, at) for row, at in assign_rows(images, length)]
+    return min(together, apart, key=rows_of)
+
+
+def rows_of(places: Sequence[tuple[int, int]]) -> int:
+    """How many rows images at these places take."""
+    return 1 + max((row for row, _ in places), default=-1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Buckets:
     """The declared shapes of a batch of prompts (`config.prompt`).
@@ -98,16 +117,19 @@ class Buckets:
             return BatchShape(B, T, 0)
         needed = 0
         for part in _parts(sizes, B, shards):
-            patches = [image for size in part for image in size.images]
-            needed = max(needed, 1 + max((row for row, _ in assign_rows(patches, self.patch_row)), default=0))
-        declared = self.patch_row_counts(B // shards)
+            needed = max(needed, rows_of(place_images([size.images for size in part], self.patch_row)))
+        return BatchShape(B, T, shards * min(self._holding(needed, B // shards)))
+
+    def _holding(self, needed: int, prompts: int) -> list[int]:
+        """The declared numbers of rows that are enough for so many prompts. Raises InputError if none is."""
+        declared = self.patch_row_counts(prompts)
         if needed > declared[-1]:
             raise InputError(
-                f"config.prompt.patch_rows = {self.patch_rows} gives {B // shards} prompts at most {declared[-1]} rows "
-                f"of patches, their images need {needed}: "
-                "declare a larger number, or raise config.prompt.patch_row"
+                f"config.prompt.patch_rows = {self.patch_rows} gives {prompts} prompts at most {declared[-1]} rows of "
+                f"patches, their images can need {needed}: declare {math.ceil(100 * needed / prompts) / 100:g} too, or "
+                "raise config.prompt.patch_row"
             )
-        return BatchShape(B, T, shards * min(count for count in declared if count >= needed))
+        return [count for count in declared if count >= needed]
 
     def patch_row_counts(self, prompts: int) -> list[int]:
         """The declared numbers of rows of patches for a batch of prompts, rising."""
@@ -115,19 +137,31 @@ class Buckets:
 
     def shapes(self, sizes: Sequence[PromptSize], images: bool, rows: int, shards: int = 1) -> list[BatchShape]:
         """Every shape that a batch of `rows` prompts drawn from these sizes can take, whichever meet in it."""
-        each = rows // shards
         tokens = sorted({self.shape([size], False).tokens for size in sizes})
         if not images:
             return [BatchShape(rows, T, 0) for T in tokens]
-        largest = sorted(sizes, key=lambda size: -sum(size.images))[:each]
-        self.shape(largest, True, each)  # too few declared rows show themselves now, not in the middle of a run
-        # No bound below these holds: a smaller sum may pack worse, and a prompt may come twice (at an epoch's end). An
-        # image takes a row at most, and of rows no more than half full `assign_rows` leaves one at most.
-        most = each * max(len(size.images) for size in sizes)
-        most = min(most, 1 + 2 * each * max(sum(size.images) for size in sizes) // self.patch_row)
-        declared = self.patch_row_counts(each)
-        most = min((count for count in declared if count >= most), default=declared[-1])
-        return [BatchShape(rows, T, shards * n) for T in tokens for n in declared if n <= most]
+        enough, declared = self.check(sizes, rows // shards), self.patch_row_counts(rows // shards)
+        return [BatchShape(rows, T, shards * n) for T in tokens for n in declared if n <= enough]
+
+    def check(self, sizes: Sequence[PromptSize], prompts: int) -> int:
+        """The smallest declared number of rows of patches that holds any `prompts` prompts of these sizes. Raises
+        InputError where none does: now, and not in the middle of a run."""
+        return min(self._holding(self.most_rows(sizes, prompts), prompts))
+
+    def most_rows(self, sizes: Sequence[PromptSize], prompts: int) -> int:
+        """A bound on the rows of patches of any `prompts` prompts of these sizes, each as often as it likes (one may
+        come twice at an epoch's end). The largest sum of patches is no such bound: a smaller one may pack worse."""
+        P, images = self.patch_row, {size.images for size in sizes if size.images}
+        if not images:
+            return 0
+        alone = prompts * max(rows_of(assign_rows(each, P)) for each in images)
+        patches, count = prompts * max(map(sum, images)), prompts * max(map(len, images))
+        largest = max(map(max, images))
+        # `assign_rows` begins a row for an image that no other has room for. So all rows but one have more than
+        # P - largest patches, and as many images as the largest would be in a row; and all but one are over half full.
+        return min(
+            alone, 1 + (patches - 1) // (P - largest + 1), -(-count // (P // largest)), max(1, -(-2 * patches // P))
+        )
 
     def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
@@ -173,7 +207,7 @@ class Buckets:
         packer = _Packer(batch.vision, config.vision, shape.patch_rows // shards)
         each = shape.prompts // shards
         for shard, part in enumerate(_parts(prompts, shape.prompts, shards)):
-            places = iter(assign_rows([math.prod(grid) for prompt in part for grid in prompt.grids], self.patch_row))
+            places = iter(place_images([PromptSize.of(prompt).images for prompt in part], self.patch_row))
             packer.start(shard)
             for row, prompt in enumerate(part, shard * each):
                 length = len(prompt)

@@ -141,13 +141,20 @@ class Display:
         if after == "base":
             self._base = {name: value for name, value in accuracies.items() if value is not None}
         versus_base = bool(self._base) and after != "base"
-        columns = ["capability", "accuracy", *(["vs base"] if versus_base else []), "format", "length", "questions"]
+        partial = any(record.get("left_out") for record in records)
+        columns = ["capability", "accuracy", *(["vs base"] if versus_base else [])]
+        columns += ["left out", "without", "format", "length"] if partial else ["format", "length", "questions"]
         rows = []
         for record in records:
             name = str(record["capability"])
             difference = [_points(accuracies[name], self._base.get(name))] if versus_base else []
-            shares = [_share(accuracies[name]), *difference, _share(lines.finite(record, "format"))]
-            rows.append([name, *shares, lines.show(record, "response_length", ".1f"), record.get("questions", "")])
+            shares = [_share(accuracies[name]), *difference]
+            questions, left_out = record.get("questions", ""), record.get("left_out", 0)
+            if partial:
+                of = f"{left_out:,} of {(questions or 0) + left_out:,}"
+                shares += [of, _share(lines.finite(record, "accuracy_answered"))]
+            said = [_share(lines.finite(record, "format")), lines.show(record, "response_length", ".1f")]
+            rows.append([name, *shares, *said, *([] if partial else [questions])])
         moment = "of the base" if after == "base" else f"after {visible(str(after))}"
         moment += f" (step {step:,})" if isinstance(step, int) else ""
         self._print(Text(), Text(f"Held-out accuracy {moment}", style="bold"), tables.table(columns, rows))
@@ -253,12 +260,22 @@ def _accuracy_table(summary: Mapping[str, Any]) -> Table:
     rows = []
     for moment, title in moments_of(accuracy).items():
         rows.append([title, *(_share_cell(values, moment) for values in accuracy.values())])
+        beside = [_without_left_out(summary, name, moment) for name in accuracy]
+        if any(beside):
+            rows.append(["  answered alone (left out)", *beside])
     made = tables.table(["held-out accuracy, %", *accuracy], rows)
     if any(lines.finite(blind, name) is not None for name in accuracy):
         cells = [lines.show(blind, name, ".1%").rstrip("%") if name in blind else "-" for name in accuracy]
         made.add_section()
         made.add_row("guessing without the image", *cells, style="dim")
     return made
+
+
+def _without_left_out(summary: Mapping[str, Any], name: str, moment: str) -> str:
+    """The percentage of the answered questions and how many were not, where there are such."""
+    count = ((summary.get("left_out") or {}).get(name) or {}).get(moment)
+    share = lines.finite((summary.get("accuracy_answered") or {}).get(name) or {}, moment)
+    return f"{'-' if share is None else f'{100 * share:.1f}'} ({count:,})" if count else ""
 
 
 def _share_cell(values: Mapping[str, Any], moment: str) -> Text:

@@ -36,6 +36,8 @@ def pace(record: Mapping[str, Any]) -> Pieces:
     for key, label in (("compilations", "compilations"), ("skipped_updates", "skipped updates")):
         if record.get(key):
             pieces.append((label, f"{record[key]}"))
+    if record.get("timed_out"):
+        pieces.append(("without a verdict in time", show(record, "timed_out", ".1%")))
     return pieces
 
 

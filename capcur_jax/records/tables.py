@@ -11,7 +11,7 @@ from rich.text import Text
 
 from capcur_jax.records.text import visible
 
-_NUMERIC = re.compile(r"[-+\d,.% ]*[kMGTPE]?")  # "-" and "" stand where a number is missing
+_NUMERIC = re.compile(r"[-+\d,.%() ]*[kMGTPE]?")  # "-" and "" stand where a number is missing
 
 
 def table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Table:

@@ -103,15 +103,27 @@ def _accuracy(evaluations: Sequence[Record], summary: Record) -> dict[str, Any]:
     if not accuracy:
         return {}
     moments, blind = moments_of(accuracy), summary.get("blind") or {}
-    rows = [_accuracy_row(name, values, moments, blind.get(name)) for name, values in accuracy.items()]
+    answered, left_out = (
+        summary.get(key) or metrics.accuracy_of(evaluations, key) for key in ("accuracy_answered", "left_out")
+    )
+    rows = [
+        _accuracy_row(name, values, moments, blind.get(name), answered.get(name) or {}, left_out.get(name) or {})
+        for name, values in accuracy.items()
+    ]
     note = "Greedy answers to held-out questions. Small figures and change: points against the base. Bold: best."
     if blind:
         note += " Blind: guessing without the image."
+    if any(count for counts in left_out.values() for count in counts.values()):
+        note += " Questions that were left out (too long, a broken image) count as wrong; in brackets: without them."
     if len(accuracy) > 1:
         values = {moment: [found.get(moment) for found in accuracy.values()] for moment in moments}
         mean = {moment: statistics.fmean(v) if all(map(is_number, v)) else None for moment, v in values.items()}
-        rows.append(_accuracy_row("mean", mean, moments, None))
-    counts = [record["questions"] for record in evaluations if is_number(record.get("questions"))]
+        rows.append(_accuracy_row("mean", mean, moments, None, {}, {}))
+    counts = [
+        record["questions"] + (record.get("left_out") or 0)
+        for record in evaluations
+        if is_number(record.get("questions"))
+    ]
     if counts and min(counts) > 0:
         error = f"{50 / math.sqrt(min(counts)):.1f}"
         note += f" With {min(counts):,} questions the standard error of one figure is at most {error} points."
@@ -125,12 +137,16 @@ def _accuracy(evaluations: Sequence[Record], summary: Record) -> dict[str, Any]:
     }
 
 
-def _accuracy_row(name: str, values: Record, moments: Mapping[str, str], blind: Any) -> dict[str, Any]:
+def _accuracy_row(
+    name: str, values: Record, moments: Mapping[str, str], blind: Any, answered: Record, left_out: Record
+) -> dict[str, Any]:
     best = max((value for value in values.values() if is_number(value)), default=None)
     cells = [
         {
             "value": values.get(moment),
             "best": is_number(values.get(moment)) and values.get(moment) == best,
+            "answered": answered.get(moment),
+            "left_out": left_out.get(moment),
             "between": moment not in ("base", "final"),  # the last column has the end's difference
         }
         for moment in moments

@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -13,9 +12,8 @@ from absl import logging
 from capcur_jax.answers import kinds
 from capcur_jax.answers import response as extract
 from capcur_jax.data.problem import Problem
+from capcur_jax.rewards.function import Function, Outcome, result
 from capcur_jax.rewards.grade import Grader
-
-RewardFunction = Callable[[Problem, str], float | dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,31 +24,30 @@ class Score:
     accuracy: float
     format: float
     answer: str | None  # contents of the last \boxed{}, as the response wrote them
+    timed_out: bool = False  # there was no verdict in time, which counts as wrong and depends on the host
 
 
 @functools.lru_cache(65536)
 def gold_of(problem: Problem) -> kinds.Gold:
     """What the grader compares with: the accepted answers, their kind, and what the question says of them."""
-    return kinds.gold_of(problem.answer, getattr(problem, "answers", ()), problem.answer_type, problem.problem)
+    return kinds.gold_of(problem.answer, problem.answers, problem.answer_type, problem.problem)
 
 
 class Reward:
-    """Scores responses by a grader or by the user's function (whose `name` is for messages); see `make_reward`."""
+    """Scores responses by a grader or by the user's function; see `make_reward`."""
 
     def __init__(
         self,
         accuracy_weight: float,
         format_weight: float,
         grader: Grader | None = None,
-        function: RewardFunction | None = None,
-        name: str = "",
+        function: Function | None = None,
     ):
         self._grader = grader
         self._accuracy_weight = accuracy_weight
         self._format_weight = format_weight
         self._function = function
-        self._name = name
-        self._errors = 0
+        self._errors, self._told = 0, set()
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Score]:
         """Scores response i as an answer to problem i.
@@ -64,52 +61,62 @@ class Reward:
         if self._function is not None:
             return self._score_by_function(problems, responses)
         answers = [extract.last_boxed(response) for response in responses]
-        correct = self._grader.grade([(a, gold_of(problem)) for a, problem in zip(answers, problems, strict=True)])
+        verdicts = self._grader.judge([(a, gold_of(problem)) for a, problem in zip(answers, problems, strict=True)])
         scores = []
-        for response, answer, is_correct in zip(responses, answers, correct, strict=True):
-            accuracy, form = float(is_correct), float(extract.is_formatted(response))
+        for response, answer, verdict in zip(responses, answers, verdicts, strict=True):
+            accuracy, form = float(verdict.correct), float(extract.is_formatted(response))
             reward = self._accuracy_weight * accuracy + self._format_weight * form
-            scores.append(Score(reward=reward, accuracy=accuracy, format=form, answer=answer))
+            scores.append(Score(reward, accuracy, form, answer, verdict.timed_out))
         return scores
 
     def counters(self) -> dict[str, int]:
         """Totals since the start: pairs the grader gave up on, and responses the user's function failed on."""
+        function = self._function
+        own = {"reward_timeouts": function.timeouts, "reward_failures": function.failures} if function else {}
         return {
             "grader_timeouts": self._grader.timeouts if self._grader else 0,
             "grader_failures": self._grader.failures if self._grader else 0,
             "reward_errors": self._errors,
+            **own,
         }
 
     def close(self) -> None:
-        """Ends the grader's workers."""
-        if self._grader:
-            self._grader.close()
+        """Ends the workers."""
+        for part in (self._grader, self._function):
+            if part:
+                part.close()
 
     def _score_by_function(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Score]:
-        scores, failures, last_error = [], 0, None
-        for problem, response in zip(problems, responses, strict=True):
+        scores, failed = [], []
+        for problem, response, outcome in zip(problems, responses, self._function(problems, responses), strict=True):
             answer, form = extract.last_boxed(response), float(extract.is_formatted(response))
-            try:
-                score = _read_result(self._function(problem, response), form, answer)
-            except Exception as error:  # one odd response must not end a run of hours; a broken function does, below
-                if self._errors == 0:
-                    logging.exception(
-                        "config.reward.function %s failed for problem %s; the response scores 0. Later failures are "
-                        "only counted (reward_errors).",
-                        self._name,
-                        problem.id,
-                    )
-                self._errors += 1
-                failures += 1
-                last_error = error
-                score = Score(reward=0.0, accuracy=0.0, format=form, answer=answer)
-            scores.append(score)
-        if scores and failures == len(scores):
+            if outcome.values is None:
+                failed.append(outcome.error)
+                self._failed(problem, outcome)
+                scores.append(Score(0.0, 0.0, form, answer, outcome.timed_out))
+            else:
+                scores.append(_read_result(outcome.values, form, answer))
+        if len(failed) == len(scores) > 1:  # one odd response must not end a run of hours; a broken function does
             raise RuntimeError(
-                f"config.reward.function {self._name} failed for all {len(scores)} responses of a batch; the last "
-                f"error: {type(last_error).__name__}: {last_error}"
-            ) from last_error
+                f"config.reward.function {self._function.spec} failed for all {len(scores)} responses of a batch; the "
+                f"last error: {failed[-1]}"
+            )
         return scores
+
+    def _failed(self, problem: Problem, outcome: Outcome) -> None:
+        """Counts a response that has no result. The first of each kind is shown."""
+        kind = "reward_timeouts" if outcome.timed_out else "reward_errors"
+        self._errors += not outcome.timed_out
+        if kind not in self._told:
+            self._told.add(kind)
+            logging.error(
+                "config.reward.function %s failed for problem %s; the response scores 0. Later failures of this kind "
+                "are only counted (%s). %s",
+                self._function.spec,
+                problem.id,
+                kind,
+                outcome.error,
+            )
 
 
 def make_reward(config: ml_collections.ConfigDict) -> Reward:
@@ -117,12 +124,12 @@ def make_reward(config: ml_collections.ConfigDict) -> Reward:
 
     Args:
       config: accuracy_weight and format_weight; function, "" for the project's own reward or "module:function" for
-        the user's; workers, timeout_s and memory_mb of the grader (see `Grader`).
+        the user's; workers, timeout_s and memory_mb of the grader (see `Grader`) or of the function (see `Function`).
 
-    The user's function is called as `function(problem: Problem, response: str)` in this process, one response after
-    the other, and returns the reward as a number or a dict: `reward`, and if it likes `accuracy` (default: the reward)
-    and `format` (default: the project's own, 0 or 1), which are logged. The weights play no part. An exception, or a
-    result that is no finite number, scores 0 and is counted.
+    The user's function is called as `function(problem: Problem, response: str)` in worker processes, and returns the
+    reward as a number or a dict: `reward`, and if it likes `accuracy` (default: the reward) and `format` (default: the
+    project's own, 0 or 1), which are logged. The weights play no part. An exception, a result that is no finite number,
+    or none in time scores 0 and is counted; docs/rewards.md has the rest.
 
     Raises:
       ValueError: a setting is wrong; the message names it.
@@ -133,52 +140,12 @@ def make_reward(config: ml_collections.ConfigDict) -> Reward:
         if not math.isfinite(weight) or weight < 0:
             raise ValueError(f"config.reward.{name} is {weight}; set it to a finite number of 0 or more")
     settings = {name: config[name] for name in ("workers", "timeout_s", "memory_mb")}
-    name = config.function
-    function = _load_function(name) if name else None
-    grader = None if function else Grader(**settings)
-    return Reward(**weights, grader=grader, function=function, name=name)
+    if config.function:
+        return Reward(**weights, function=Function(config.function, **settings))
+    return Reward(**weights, grader=Grader(**settings))
 
 
-def _load_function(spec: str) -> RewardFunction:
-    """The function that "module:function" names."""
-
-    def problem_with(what: str) -> ValueError:
-        return ValueError(f"config.reward.function is {spec!r}: {what}")
-
-    module_name, colon, attribute = spec.partition(":")
-    if not (colon and module_name and attribute):
-        raise problem_with('write it as "module:function", for example "my_rewards:score"')
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module's own code runs here, and may raise anything
-        raise problem_with(
-            f"importing {module_name} failed ({type(error).__name__}: {error}); give the dotted name of a module, and "
-            "add the folder that holds it to PYTHONPATH"
-        ) from error
-    function = getattr(module, attribute, None)
-    if function is None:
-        raise problem_with(
-            f"{module_name} ({getattr(module, '__file__', 'built in')}) has no {attribute}; define it there"
-        )
-    if not callable(function):
-        raise problem_with(f"it is a {type(function).__name__}; name a function of (problem, response)")
-    return function
-
-
-def _read_result(result: Any, form: float, answer: str | None) -> Score:
+def _read_result(found: Any, form: float, answer: str | None) -> Score:
     """The score in what the user's function returned. Raises TypeError or ValueError."""
-    values = result if isinstance(result, dict) else {"reward": result}
-    unknown = values.keys() - {"reward", "accuracy", "format"}
-    if "reward" not in values or unknown:
-        raise ValueError(f"the keys are {list(values)}; return reward and, if you like, accuracy and format")
-    numbers = {key: _number(key, value) for key, value in values.items()}
+    numbers = result(found)
     return Score(**({"accuracy": numbers["reward"], "format": form, "answer": answer} | numbers))
-
-
-def _number(key: str, value: Any) -> float:
-    if not hasattr(type(value), "__float__"):  # text has none, numbers of numpy, jax and torch do
-        raise TypeError(f"{key} is a {type(value).__name__}; return a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{key} is {number}; return a finite number")
-    return number

@@ -107,6 +107,7 @@ class Rollout:
         add("accuracy", [score.accuracy for score in scores])
         add("format", [score.format for score in scores])
         add("response_length", lengths)
+        add("timed_out", [score.timed_out for score in scores])
         add("truncated", [sample.finish == "length" for sample in self.samples])
         add("equal_groups", [group.equal for group in self.groups])
         add("right_groups", [group.equal and group.scores[0].accuracy > 0 for group in self.groups])
@@ -141,6 +142,7 @@ class Rollout:
                     "reward": score.reward,
                     "accuracy": score.accuracy,
                     "format": score.format,
+                    "timed_out": score.timed_out,
                     "advantage": float(advantage),
                     "tokens": len(sample.tokens),
                     "finish": sample.finish,

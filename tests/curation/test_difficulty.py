@@ -9,6 +9,7 @@ import pytest
 from capcur_jax.curation import difficulty
 from capcur_jax.curation.journal import Journal
 from capcur_jax.data.__main__ import main
+from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.rows import read_problems, write_rows
@@ -56,7 +57,7 @@ def builder(processor):
     return PromptBuilder(processor, "suffix", 256, 64)
 
 
-def measured(path, problems, builder, engine):
+def measured(path, problems, builder, engine, reward=reward):
     seen = []
     with Journal(path, {"samples": SAMPLES}) as journal:
         difficulty.measure(
@@ -79,6 +80,14 @@ def test_a_pass_rate_is_the_mean_of_what_the_reward_says(tmp_path, problems, bui
         assert problem.pass_rate_by["model"] == "base" and problem.pass_rate_by["mean_tokens"] > 0
         assert problem.metadata == {"n": int(problem.id)}
     assert len({problem.pass_rate for problem in rows if isinstance(problem, Problem)}) > 1
+
+
+def test_a_pass_rate_with_verdicts_that_timed_out_says_how_many(tmp_path, problems, builder):
+    def late(problems, responses):
+        return [dataclasses.replace(s, timed_out=i < 2) for i, s in enumerate(reward(problems, responses))]
+
+    rows, _ = measured(tmp_path / "journal", problems[:3], builder, Engine(), late)
+    assert [row.pass_rate_by.get("timed_out") for row in rows] == [2, None, None]
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 2])
@@ -138,10 +147,12 @@ def files(tmp_path):
 
 
 def test_the_command_and_its_journal(files, tmp_path, capsys):
-    assert main([*files, "--limit", "3"]) == 0
+    assert main([*files, "--limit", "4"]) == 0
     first = json.loads(capsys.readouterr().out)
-    assert first["rows"] == first["kept"] == 3 and sum(first["histogram"]) == 3 and len(first["histogram"]) == 11
-    assert main(files) == 0  # two more
+    drawn_ids = {row.id for row in drawn([Problem(str(n), "", "") for n in range(5)], 4, "rows.jsonl")}
+    assert {row.id for row in read_problems(tmp_path / "out.parquet")[0]} == drawn_ids != set("0123")
+    assert first["rows"] == first["kept"] == 4 and sum(first["histogram"]) == 4 and len(first["histogram"]) == 11
+    assert main(files) == 0  # one more
     rows, _ = read_problems(tmp_path / "out.parquet", images=tmp_path / "images")
     assert [row.id for row in rows] == list("01234")
     assert "always wrong" in capsys.readouterr().err

@@ -323,12 +323,15 @@ def test_rows_that_are_no_captions_and_servers_that_fail_are_counted(capsys, tmp
         assert len(server.requests) - before == 2 and again["kept"] == 2
 
 
-def test_limit_takes_the_first_usable_captions(capsys, tmp_path):
+def test_limit_draws_usable_captions_whatever_their_order(capsys, tmp_path):
     rows = [Problem("no", "q", "x", images=("/a.jpg",)), *captions(9)]
     with ScriptedServer(lambda body: fenced(GOOD)) as server:
         _, result, _ = synthesize(capsys, tmp_path, server, "--limit", "5", rows=rows)
         assert len(server.requests) == result["kept"] == 5 and result["rows"] == 6
-        # The rest of a set later costs the rest.
+        # The rest of a set later costs the rest, and other rows in front change nothing.
+        (tmp_path / "captions.jsonl").unlink()
+        synthesize(capsys, tmp_path, server, "--limit", "5", rows=rows[::-1])
+        assert len(server.requests) == 5
         synthesize(capsys, tmp_path, server)
         assert len(server.requests) == 9
 

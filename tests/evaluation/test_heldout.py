@@ -1,6 +1,7 @@
 """Held-out accuracy: which questions are asked, how, and what is counted, with an engine that a script stands for."""
 
 import contextlib
+import dataclasses
 import math
 import types
 
@@ -90,7 +91,7 @@ class House:
             for name, images in (("perception", ("a.png",)), ("text", ()))
             for split, count in (("test", 13), ("validation", 6))
         }
-        sets = types.SimpleNamespace(problems=lambda name, split: self.splits[name, split])
+        sets = types.SimpleNamespace(problems=lambda name, split: self.splits[name, split], drawn=self.drawn)
         self.engine, self.bars = Engine(), []
         self.heldout = Heldout(self.config, sets, self.engine, Builder(bad), reward, self._progress, stop)
 
@@ -103,11 +104,15 @@ class House:
     def asked(self):
         return [prompt for call in self.engine.calls for prompt in call.prompts]
 
+    def drawn(self, name, split, count):
+        """Not the first ones; see tests/data/test_draw.py."""
+        return self.splits[name, split][-count:]
+
     def questions(self, split, count):
-        return [problem.problem for name in ("perception", "text") for problem in self.splits[name, split][:count]]
+        return [problem.problem for name in ("perception", "text") for problem in self.drawn(name, split, count)]
 
 
-def test_the_first_test_questions_of_each_set_are_asked_and_counted():
+def test_the_test_questions_that_are_drawn_of_each_set_are_asked_and_counted():
     house = House()
     first, second = house.heldout.evaluate("base")
     assert house.asked() == house.questions("test", 10)
@@ -118,10 +123,11 @@ def test_the_first_test_questions_of_each_set_are_asked_and_counted():
     assert seeds[0] == 7 and seeds[0] != seeds[1] and seeds[:2] == seeds[2:]  # batches of a set share no noise
     assert house.bars == [("evaluating (base)", 20, [8, 2, 8, 2])]
     assert (first["capability"], second["capability"]) == ("perception", "text")
-    # Of ten, numbers 3 and 7 are answered wrongly, 0 and 5 with one token; lengths are 1 to 5, twice.
-    assert (first["accuracy"], first["format"], first["response_length"], first["questions"]) == (0.8, 0.8, 3.0, 10)
-    # Kinds by number modulo 3: 0 3 6 9, 1 4 7, 2 5 8.
-    assert first["by_kind"] == {"kind 0": 3 / 4, "kind 1": 2 / 3, "kind 2": 1.0}
+    # Of ten, numbers 3 to 12, 3, 7 and 11 are answered wrongly, 5 and 10 with one token; lengths are 1 to 5, twice.
+    assert (first["accuracy"], first["format"], first["response_length"], first["questions"]) == (0.7, 0.8, 3.0, 10)
+    assert (first["accuracy_answered"], first["left_out"], first["timed_out"]) == (0.7, 0, 0)
+    # Kinds by number modulo 3: 3 6 9 12, 4 7 10, 5 8 11.
+    assert first["by_kind"] == {"kind 0": 3 / 4, "kind 1": 2 / 3, "kind 2": 2 / 3}
     assert [p.problem for p in house.heldout.questions("text")] == house.questions("test", 10)[10:]
 
 
@@ -162,13 +168,17 @@ def test_a_signal_ends_an_evaluation_between_batches_and_no_validation():
     assert calls == [1, 2]
 
 
-def test_what_does_not_fit_is_left_out_of_the_mean():
-    house = House(bad=[f"perception-test{i}" for i in (0, 2, 3, 5, 8)])
+def test_what_is_left_out_counts_as_wrong_beside_the_accuracy_of_the_answered():
+    house = House(bad=[f"perception-test{i}" for i in (3, 5, 8, 11, 12)])
     first, second = house.heldout.evaluate("base")
-    assert first["questions"] == 5 and first["accuracy"] == 0.8 and first["response_length"] == 3.4
-    assert first["by_kind"] == {"kind 0": 1.0, "kind 1": 2 / 3}  # none of kind 2 was asked
-    assert second["questions"] == 10
-    house = House(bad=[f"text-validation{i}" for i in range(4)])
+    # 4, 6, 9 and 10 are right, 7 is wrong.
+    assert (first["questions"], first["left_out"]) == (5, 5)
+    assert (first["accuracy"], first["accuracy_answered"]) == (0.4, 0.8)
+    assert first["response_length"] == 3.2 and first["format"] == 0.8  # of what was said
+    assert first["by_kind"] == {"kind 0": 2 / 4, "kind 1": 2 / 3, "kind 2": 0.0}  # none of kind 2 was answered
+    assert (second["questions"], second["left_out"], second["accuracy"]) == (10, 0, second["accuracy_answered"])
+    assert house.heldout.validate("text")[0]["left_out"] == 0
+    house = House(bad=[f"text-validation{i}" for i in range(6)])
     with pytest.raises(InputError, match="no validation question of 'text' can be used: too long"):
         house.heldout.validate("text")
 
@@ -194,14 +204,14 @@ def test_problems_without_a_kind_count_in_the_mean_alone():
 
 
 def test_warm_up_measures_what_validation_asks():
-    house = House(bad=["perception-validation1"])
+    house = House(bad=["perception-validation3"])
     house.heldout.warm_up()
     sampling = Sampling(8, 0.5)
     assert house.engine.warmed == [
-        ([PromptSize(0), PromptSize(2), PromptSize(3)], sampling, 1, True),
-        ([PromptSize(i) for i in range(4)], sampling, 1, False),
+        ([PromptSize(2), PromptSize(4), PromptSize(5)], sampling, 1, True),
+        ([PromptSize(i) for i in range(2, 6)], sampling, 1, False),
     ]
-    house = House(bad=[f"text-validation{i}" for i in range(4)])
+    house = House(bad=[f"text-validation{i}" for i in range(6)])
     house.heldout.warm_up()  # `validate` says that none fits
     assert len(house.engine.warmed) == 1
 
@@ -229,3 +239,28 @@ def test_processes_share_the_questions_and_report_the_same(monkeypatch):
         rounds = iter(zip(*sums, strict=True))
         monkeypatch.setattr(heldout.distributed, "exchange", lambda _, rounds=rounds: np.stack(next(rounds)))
         assert House().heldout.evaluate("base") == expected
+
+
+def test_answers_without_a_verdict_in_time_are_counted():
+    def late(asked, responses):
+        return [
+            score if i else dataclasses.replace(score, timed_out=True)
+            for i, score in enumerate(reward(asked, responses))
+        ]
+
+    result = heldout.evaluate(
+        problems("p", 12), engine=Engine(), builder=Builder(), reward=late, sampling=Sampling(8), batch=4
+    )
+    assert result["timed_out"] == 3 and result["left_out"] == 0
+
+
+def test_what_is_asked_is_described_for_evaluation_and_validation():
+    found = House().heldout.composition()
+    assert list(found) == ["evaluation"] and found["evaluation"]["split"] == "test"
+    found = House(**{"validation.every": 1}).heldout.composition()
+    text = found["validation"]["sets"]["text"]
+    assert text == {
+        "questions": 4, "of": 6, "kinds": {"kind 2": 0.5, "kind 0": 0.25, "kind 1": 0.25}, "sources": {},
+        "ids": ["text-validation2", "text-validation3", "text-validation4", "text-validation5"],
+    }  # fmt: skip
+    assert found["evaluation"]["sets"]["perception"]["of"] == 13

@@ -9,7 +9,16 @@ from hypothesis import given, strategies
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import inputs
-from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, assign_rows, padding, smallest_bucket
+from capcur_jax.models.batching import (
+    BatchShape,
+    Buckets,
+    PromptSize,
+    assign_rows,
+    padding,
+    place_images,
+    rows_of,
+    smallest_bucket,
+)
 from capcur_jax.models.inputs import Processor
 
 
@@ -208,6 +217,8 @@ def test_an_image_over_half_a_row_packs_worse_than_its_size_says():
 def test_what_no_batch_can_need_is_not_declared():
     buckets = Buckets((16, 32, 48), patch_row=64, patch_rows=(0.25, 0.5, 1.0))
     assert buckets.shapes([PromptSize(20, (4,))] * 9, True, 8) == [BatchShape(8, 32, 2)]
+    # Two images of half a row share one.
+    assert Buckets((16,), 64, (0.5,)).shapes([PromptSize(9, (32,))] * 8, True, 8) == [BatchShape(8, 16, 4)]
     assert buckets.shapes([PromptSize(9), PromptSize(40)], False, 8) == [BatchShape(8, 16, 0), BatchShape(8, 48, 0)]
     with pytest.raises(InputError, match=r"config\.prompt\.patch_rows .* at most 8 .* need 16"):
         buckets.shapes([PromptSize(9, (64, 64))] * 8, True, 8)
@@ -226,3 +237,44 @@ def test_window_order_equals_transformers(windowed_checkpoint, grid):
     np.testing.assert_array_equal(order, theirs.numpy())
     lengths = np.diff(boundaries.numpy()) // 4
     np.testing.assert_array_equal(windows, np.repeat(np.arange(len(lengths)), lengths))
+
+
+@strategies.composite
+def _stages(draw):
+    """Buckets, prompts of a batch, its parts, the sizes of a stage, and a batch drawn from them."""
+    length = draw(strategies.integers(1, 30))
+    images = strategies.lists(strategies.integers(1, length), max_size=4).map(tuple)
+    sizes = draw(strategies.lists(images.map(lambda patches: PromptSize(9, patches)), min_size=1, max_size=6))
+    shares = draw(strategies.lists(strategies.sampled_from((0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)), min_size=1))
+    each, shards = draw(strategies.integers(1, 8)), draw(strategies.integers(1, 3))
+    drawn = draw(strategies.lists(strategies.sampled_from(sizes), min_size=1, max_size=each * shards))
+    return Buckets((16,), length, tuple(shares)), each * shards, shards, sizes, drawn
+
+
+@given(_stages())
+def test_a_batch_of_sizes_that_passed_the_warm_up_fits_a_shape_that_it_compiled(stage):
+    buckets, rows, shards, sizes, drawn = stage
+    try:
+        declared = buckets.shapes(sizes, True, rows, shards)
+    except InputError:
+        return  # said before the first step
+    assert buckets.shape(drawn, True, rows, shards) in declared
+
+
+def test_images_of_several_prompts_need_no_more_rows_than_the_prompts_alone():
+    """Together 5 4 3 3 3 2 take three rows of ten, each largest first in the fullest row that holds it."""
+    buckets = Buckets((512,), 10, (0.5, 1.0))
+    sizes = [PromptSize(100, (10,)), PromptSize(100, (5, 3, 2)), PromptSize(100, (4, 3, 3))]
+    assert buckets.shapes(sizes, True, 2) == [BatchShape(2, 512, 1), BatchShape(2, 512, 2)]
+    assert buckets.shape(sizes[1:], True, 2) == BatchShape(2, 512, 2)
+    places = place_images([size.images for size in sizes[1:]], 10)
+    assert [row for row, _ in places] == [0, 0, 0, 1, 1, 1] and rows_of(places) == 2
+    assert rows_of(assign_rows([5, 3, 2, 4, 3, 3], 10)) == 3
+
+
+def test_a_batch_that_would_fail_in_a_step_fails_before_the_first_one():
+    """The prompts with most patches fit three rows; four with 70 each need four."""
+    sizes = [PromptSize(100, (50, 25))] * 4 + [PromptSize(100, (70,))] * 4
+    with pytest.raises(InputError, match=r"gives 4 prompts at most 3 rows .* can need 4: declare 1 too"):
+        Buckets((512,), 100, (0.75,)).shapes(sizes, True, 4)
+    assert Buckets((512,), 100, (0.75, 1.0)).shape(sizes[4:], True, 4) == BatchShape(4, 512, 4)

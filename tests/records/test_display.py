@@ -245,3 +245,41 @@ def test_metric_lines_fold_between_metrics_only():
     out.print(display._render())
     lines = [line.rstrip() for line in out.file.getvalue().splitlines()]
     assert "reward 0.613  accuracy 58.1%" in lines and all(len(line) <= 30 for line in lines)
+
+
+def test_what_was_left_out_stands_beside_each_accuracy():
+    display, out = captured()
+    whole = {"accuracy_answered": 0.4, "left_out": 0}
+    partial = {"accuracy_answered": 0.625, "left_out": 200, "questions": 800}
+    display.evaluation([evaluation("text", 0.4) | whole, evaluation("visual", 0.3) | whole])
+    assert "left out" not in out.getvalue()
+    display.evaluation([evaluation("text", 0.4) | whole, evaluation("visual", 0.5) | partial])
+    table = out.getvalue()
+    assert "left out" in table and "without" in table
+    (line,) = [line.split() for line in table.splitlines() if line.startswith("visual") and "200" in line]
+    assert line[:6] == ["visual", "50.0%", "200", "of", "1,000", "62.5%"]
+    wide = {"accuracy_answered": 0.5, "left_out": 1000, "questions": 9000}
+    display.evaluation([evaluation("perception", 0.45, "perception", 90) | wide])
+    display.final(
+        {
+            "accuracy": {"text": {"base": 0.4, "final": 0.6}, "visual": {"base": 0.3, "final": 0.5}},
+            "accuracy_answered": {"text": {"base": 0.4, "final": 0.6}, "visual": {"base": 0.3, "final": 0.625}},
+            "left_out": {"text": {"base": 0, "final": 0}, "visual": {"base": 0, "final": 200}},
+        }
+    )
+    lines = out.getvalue().splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("final"))
+    assert lines[at].split() == ["final", "60.0", "+20.0", "50.0", "+20.0"]
+    assert lines[at + 1].split() == ["answered", "alone", "(left", "out)", "62.5", "(200)"]
+    assert out.getvalue().count("answered alone") == 1  # the base had all
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_step_with_late_verdicts_says_so():
+    display, out = captured()
+    display.stage("text", 100)
+    display.step({**RL_STEP, "timed_out": 0.0})
+    assert "verdict" not in out.getvalue()
+    display.stage("text", 100)
+    display.step({**RL_STEP, "timed_out": 0.0125})
+    assert "without a verdict in time 1.2%" in out.getvalue()

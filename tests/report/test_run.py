@@ -384,3 +384,18 @@ def test_needs_no_jax(tmp_path):
         "import sys; from capcur_jax.report.__main__ import main; main(sys.argv[1:]); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+
+
+def test_what_was_left_out_stands_beside_each_accuracy_and_a_late_verdict_at_its_sample(tmp_path):
+    base = {"type": "evaluation", "step": 0, "after": "base", "capability": "text", "accuracy": 0.5, "questions": 800}
+    with jsonl.JsonLines(tmp_path / "metrics.jsonl") as log:
+        log.write(base | {"accuracy_answered": 0.625, "left_out": 200})
+        log.write(base | {"after": "text", "accuracy": 0.75, "accuracy_answered": 0.75, "left_out": 0})
+    sample = {"response": "r", "reward": 0.0, "accuracy": 0.0, "format": 0.0, "advantage": 0.0, "tokens": 3}
+    with jsonl.JsonLines(tmp_path / "rollouts.jsonl") as log:
+        log.write({"step": 1, "stage": "text", "id": "a", "problem": "p", "answer": "5", "images": []}
+                  | {"samples": [sample | {"timed_out": True}, sample | {"timed_out": False}]})  # fmt: skip
+    text = Page(report.write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert text.count("(62.5% without 200 left out)") == 1 and "count as wrong" in text
+    assert text.count("timed out") == 1
+    assert "With 800 questions" in text  # the smaller of 1,000 and 800

@@ -1,8 +1,11 @@
 """Rewards of whole responses: weights, the user's own function, and its failures."""
 
 import logging
+import os
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import ml_collections
 import numpy as np
@@ -28,6 +31,8 @@ def own(monkeypatch, tmp_path):
     """Writes a module of the user's and returns its name."""
     (tmp_path / "own_rewards.py").write_text(
         textwrap.dedent("""
+        import os, sys, time
+
         import numpy as np
 
         number = 5
@@ -41,6 +46,43 @@ def own(monkeypatch, tmp_path):
         def picky(problem, response):
             return {"crash": 1 / 0 if response == "crash" else 0, "nan": float("nan"), "text": "1.0",
                     "keys": {"reward": 1.0, "speed": 3}, "none": None}.get(response, 1.0)
+
+        def slow(problem, response):
+            while response == "hang":
+                pass
+            return float(problem.answer)
+
+        def dead(problem, response):
+            return os._exit(7) if response == "die" else 1.0
+
+        def hungry(problem, response):
+            return float(len(bytearray(2**30))) if response == "eat" else 1.0
+
+        def process(problem, response):
+            return os.getpid()
+
+        def here(problem, response):
+            return os.getpid()
+
+        here.in_process = True
+
+        def lists(problems, responses):
+            assert isinstance(problems, list) and isinstance(responses, list)
+            if "hang" in responses:
+                time.sleep(60)
+            if "crash" in responses:
+                raise OSError("no server")
+            return [{"reward": len(responses), "accuracy": float(p.answer)} for p in problems]
+
+        lists.batched = True
+
+        def too_few(problems, responses):
+            return [1.0]
+
+        too_few.batched = True
+
+        def asks(problem, response):
+            return float(eval(response, {"problem": problem, "os": os, "sys": sys}))
         """)
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -136,3 +178,113 @@ def test_function_that_always_fails_ends_the_run(own):
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.5), np.array(0.5)])
 def test_numbers_of_any_kind(value):
     assert reward._read_result(value, 1.0, None).reward == float(value)
+
+
+# ---------------------------------------------------------------------- in workers
+
+
+def _scored(own, name, answers, responses, **changes):
+    """Scores, and the counters that are not 0."""
+    score = reward.make_reward(_config(function=f"{own}:{name}", **changes))
+    try:
+        return score(_problems(*answers), responses), {k: v for k, v in score.counters().items() if v}
+    finally:
+        score.close()
+
+
+def test_a_response_that_hangs_an_own_function_costs_its_time_and_is_marked(own):
+    started = time.monotonic()
+    results, counted = _scored(own, "slow", "1234", ["a", "hang", "b", "c"], timeout_s=1.0, workers=2)
+    assert time.monotonic() - started < 20
+    assert [r.reward for r in results] == [1.0, 0.0, 3.0, 4.0]
+    assert [r.timed_out for r in results] == [False, True, False, False]
+    assert counted == {"reward_timeouts": 1}
+
+
+def test_a_pair_that_hangs_the_grader_is_marked():
+    score = reward.make_reward(_config(timeout_s=1.5))
+    results = score(_problems(r"\pi", r"\pi", "5"), [FORMATTED % "9^{9^{9^9}}", FORMATTED % r"\frac{2\pi}{2}", ""])
+    assert [r.timed_out for r in results] == [True, False, False]
+    score.close()
+
+
+@pytest.mark.parametrize(("name", "word"), [("dead", "die"), ("hungry", "eat")])
+def test_a_response_that_ends_the_worker_scores_zero_alone(own, name, word):
+    results, counted = _scored(own, name, "555", ["a", word, "b"], memory_mb=256)
+    assert [r.reward for r in results] == [1.0, 0.0, 1.0] and not results[1].timed_out
+    assert counted == {"reward_failures": 1, "reward_errors": 1}
+
+
+def test_workers_are_several_processes_and_none_of_them_is_ours_unless_the_function_asks(own):
+    results, _ = _scored(own, "process", ["5"] * 40, ["a"] * 40, workers=2, timeout_s=20.0)
+    assert 1 <= len({r.reward for r in results}) <= 2 and os.getpid() not in {r.reward for r in results}
+    results, _ = _scored(own, "here", "55", ["a", "b"])
+    assert [r.reward for r in results] == [os.getpid()] * 2
+
+
+def test_a_batched_function_gets_lists_one_for_each_worker(own):
+    results, counted = _scored(own, "lists", "12345", ["a"] * 5, workers=2, timeout_s=20.0)
+    assert [(r.reward, r.accuracy) for r in results] == [(3, 1), (3, 2), (3, 3), (2, 4), (2, 5)] and not counted
+    # A call that fails is repeated response by response: one of them costs no other its verdict.
+    results, counted = _scored(own, "lists", "1234", ["a", "crash", "b", "hang"], workers=1, timeout_s=1.0)
+    assert [r.accuracy for r in results] == [1, 0, 3, 0] and counted == {"reward_timeouts": 1, "reward_errors": 1}
+    results, _ = _scored(own, "too_few", "12", ["a", "b"], workers=1)  # each alone gets its one
+    assert [r.reward for r in results] == [1, 1]
+
+
+def test_a_large_batch_goes_through_the_pipe_both_ways(own):
+    results, _ = _scored(own, "lists", ["1"] * 3000, ["a" * 200] * 3000, workers=1, timeout_s=30.0)
+    assert [r.accuracy for r in results] == [1.0] * 3000
+
+
+def test_what_a_function_in_a_worker_sees(own, monkeypatch, tmp_path):
+    """The problem as it is, the environment and the path of the trainer, and no accelerator."""
+    monkeypatch.setenv("MY_KEY", "3")
+    problem = Problem(
+        "7", "?", "5", ("/a/\udcff.png",), "text", "kind", "response", source="s", pass_rate=0.5,
+        pass_rate_by={"model": "m"}, predictions=("a",), correctness=(1.0,), metadata={"options": ["x", {"y": None}]},
+    )  # fmt: skip
+    file = tmp_path / "written"
+    asked = {
+        f"problem == __import__('capcur_jax.data.problem', fromlist=['Problem']).{problem!r}": 1.0,
+        "isinstance(problem.images, tuple) and hash(problem) != 0": 1.0,
+        "os.environ['MY_KEY']": 3.0,
+        "(os.environ['JAX_PLATFORMS'], os.environ['CUDA_VISIBLE_DEVICES']) == ('cpu', '')": 1.0,
+        f"{str(tmp_path)!r} in sys.path": 1.0,
+        f"open({str(file)!r}, 'w').write('four')": 4.0,
+    }
+    score = reward.make_reward(_config(function=f"{own}:asks", timeout_s=20.0))
+    results = score([problem] * len(asked), list(asked))
+    score.close()
+    assert dict(zip(asked, (r.reward for r in results), strict=True)) == asked
+    assert file.read_text() == "four"
+
+
+def test_what_an_own_function_started_ends_with_its_time(own, tmp_path):
+    file = tmp_path / "pid"
+    script = f"import os,time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    call = f"__import__('subprocess').call([sys.executable, '-c', {script!r}])"
+    results, _ = _scored(own, "asks", "5", [call], timeout_s=3.0)
+    assert results[0].timed_out
+    for _ in range(100):
+        try:
+            os.kill(int(file.read_text()), 0)
+        except ProcessLookupError:
+            return
+        if "Z" in Path(f"/proc/{file.read_text()}/stat").read_text().rpartition(")")[2].split()[0]:
+            return  # whoever adopts it has not waited for it yet
+        time.sleep(0.1)
+    raise AssertionError("what the function started is still there")
+
+
+def test_settings_of_workers_are_checked(own):
+    for name, value in (("workers", 0), ("timeout_s", 0.0), ("memory_mb", 1)):
+        with pytest.raises(ValueError, match=rf"config\.reward\.{name}"):
+            reward.make_reward(_config(function=f"{own}:length", **{name: value}))
+
+
+def test_a_module_that_only_the_trainer_can_import_is_an_error_with_the_remedy(own, monkeypatch):
+    score = reward.make_reward(_config(function=f"{own}:length"))
+    Path(sys.modules[own].__file__).unlink()
+    with pytest.raises(RuntimeError, match=r"own_rewards:length .* can't start: .*own_rewards.* in_process = True"):
+        score(_problems("5"), ["abc"])

@@ -26,7 +26,7 @@ def group(number, rewards, lengths=(3, 1, 4, 1), capability="text", images=(), v
         )
         for length in lengths
     ]
-    scores = [Score(reward, float(reward > 0.5), float(reward > 0), str(reward)) for reward in rewards]
+    scores = [Score(reward, float(reward > 0.5), float(reward > 0), str(reward), reward == 0.9) for reward in rewards]
     centred = np.float32(rewards) - np.float32(rewards).mean()
     problem = Problem(str(number), f"question {number}", "1", images, capability=capability)
     return Group(Example(problem, None, None), samples, [f"r{i}" for i in range(G)], scores, centred)
@@ -125,6 +125,7 @@ def test_metrics_are_those_of_numpy(rollout):
         "response_length/text": lengths[[0, 2]].mean(),
         "response_length/visual": lengths[[1, 3]].mean(),
         "truncated": (lengths == 4).mean(),
+        "timed_out": 1 / 16,
         "equal_groups": 0.5,
         "right_groups": 0.25,
         "drawn_groups": 12,
@@ -171,5 +172,6 @@ def test_shown_groups_are_plain_records_with_images_from_the_work_directory(roll
     samples = lines[0]["samples"]
     assert [s["reward"] for s in samples] == [0.0, 0.1, 0.9, 1.0] and [s["tokens"] for s in samples] == [3, 1, 4, 1]
     assert [s["finish"] for s in samples] == ["stop", "stop", "length", "stop"]
+    assert [s["timed_out"] for s in samples] == [False, False, True, False]
     assert [s["response"] for s in samples] == ["r0", "r1", "r2", "r3"]
     assert sum(s["advantage"] for s in samples) == pytest.approx(0, abs=1e-6)

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", choices=published.NAMES, help=", ".join(published.NAMES))
     parser.add_argument("--input", metavar="DIR", required=True, help="folder with the set's files as published")
     parser.add_argument("--output", metavar="FILE", required=True, help=f"{' or '.join(FORMATS)}; replaced as a whole")
-    parser.add_argument("--limit", metavar="N", type=int, help="stop after N kept rows")
+    parser.add_argument("--limit", metavar="N", type=int, help="stop after N kept rows, the published set's "
+        "first: to try a set, not to test on, since many are sorted by source or kind")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

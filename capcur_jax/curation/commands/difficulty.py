@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from capcur_jax.curation.commands.options import at_least, journal_file, output_
 from capcur_jax.curation.filter_models import fingerprint
 from capcur_jax.curation.journal import Journal
 from capcur_jax.curation.terminal import Progress, kept_and_dropped, stderr_console
+from capcur_jax.data.draw import drawn
+from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.records.tables import titled
@@ -37,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P", help="default: %(default)s")
     add("--max-new-tokens", type=at_least(1), default=1024, metavar="N", help="default: %(default)s, as in the paper")
     add("--seed", type=at_least(0), default=0, metavar="N")
-    add("--limit", type=at_least(0), default=0, metavar="N", help="measure only the first N rows; 0: all")
+    add("--limit", type=at_least(0), default=0, metavar="N", help="measure only N rows, drawn by the hash of "
+        "their ids; 0: all")  # fmt: skip
 
 
 def read_config(name: str, overrides: list[str]) -> ConfigDict:
@@ -59,6 +62,15 @@ def read_config(name: str, overrides: list[str]) -> ConfigDict:
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
     return config
+
+
+def _chosen(rows: Iterable[Problem | Drop], limit: int, file: str) -> Iterable[Problem | Drop]:
+    """The rows that are measured, and those that can't be read, in the order of the file."""
+    if not limit:
+        return rows
+    rows = list(rows)
+    taken = {row.id for row in drawn([row for row in rows if isinstance(row, Problem)], limit, file)}
+    return [row for row in rows if isinstance(row, Drop) or row.id in taken]
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -85,8 +97,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     source = Path(config.checkpoint).expanduser()
     model, opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))
     tally = Tally()
-    rows = itertools.islice(read_rows(arguments.input), arguments.limit or None)
-    found = list(tally.passed(difficulty.measurable(tally.kept(rows), opened.builder)))
+    rows = tally.kept(_chosen(read_rows(arguments.input), arguments.limit, arguments.input))
+    found = list(tally.passed(difficulty.measurable(rows, opened.builder)))
     problems, sizes = [problem for problem, _ in found], [size for _, size in found]
     if tally.rows and not problems:
         stderr_console().print(kept_and_dropped(tally.summary(), tally.told()))

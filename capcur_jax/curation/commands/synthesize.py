@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="NAME", help="the name under which the server has the model")
     add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
     add("--max-tokens", type=at_least(1), default=512, metavar="N", help="of a reply (default: %(default)s)")
-    add("--limit", type=at_least(0), default=0, metavar="N", help="take the first N captions (default: all)")
+    add("--limit", type=at_least(0), default=0, metavar="N", help="take N captions, drawn by the hash of their ids "
+        "(default: all)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the options' order (default: %(default)s)")
     add_server(parser)
 
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             read_rows(Path(arguments.input)),
             journal,
             chat,
+            file=arguments.input,
             model=model,
             temperature=temperature,
             max_tokens=tokens,

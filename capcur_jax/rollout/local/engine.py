@@ -111,7 +111,9 @@ class LocalEngine:
         seed: int = 0,
         images: bool | None = None,
     ) -> list[list[Sample]]:
-        """See engine.Engine."""
+        """See engine.Engine. Raises InputError where too few rows of patches are declared for the prompts, whichever of
+        them would meet in a prefill."""
+        self.buckets.check([PromptSize.of(prompt) for prompt in prompts], self.work(n, sampling).prompts)
         call = _Call(self, sampling, prompts, n, seed, images)
         while distributed.agree(call.unfinished()):
             while distributed.agree(call.worthwhile()):
