@@ -188,6 +188,11 @@ class Run:
         """Raises Interrupted, in all processes, if one of them got a signal."""
         self.interruption.check(distributed.agree)
 
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the trainer's parameters are those of `progress`: the base's are, until a checkpoint is restored."""
+        return self.restored is None or self.trainer.learner is not None
+
     def seconds(self) -> float:
         """That the run has taken, those before it was stopped included."""
         return time.monotonic() - self._started
