@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with opened.images, Journal(journal_file(output), known) as journal:
         todo = [problem for problem in problems if difficulty.key(problem) not in journal.done]
         if todo:
-            engine = policy.open_engine(config, model, opened, output.parent, mesh)
+            engine = policy.open_engine(config, model, opened, output.parent)
             try:
                 from flax import nnx
 
