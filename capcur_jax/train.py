@@ -69,7 +69,7 @@ def train(
         try:
             if config.validation.every:  # whose best is exported between steps
                 run.warm_up_export()
-            if not at.evaluated:
+            if run.restored is None:
                 results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):
                 train_stage(run, stage, number, measured.pop(stage.name, None), tracer)
