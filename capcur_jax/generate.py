@@ -122,6 +122,7 @@ def answer(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
+    from capcur_jax.devices.drivers import without_drivers_cpu
     from capcur_jax.models import huggingface
     from capcur_jax.models.batching import Buckets, PromptSize
     from capcur_jax.models.inputs import Processor
@@ -132,6 +133,7 @@ def answer(options: argparse.Namespace) -> None:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     except ValueError as error:
         raise InputError(f"--{error}") from None
+    without_drivers_cpu()
     _tell(f"reading {checkpoint}")
     processor = Processor.from_directory(checkpoint, options.min_pixels, options.max_pixels)
     prompt = build(options, processor)

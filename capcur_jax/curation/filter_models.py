@@ -208,10 +208,11 @@ class LocalModel:
         import jax
         import jax.numpy as jnp
 
-        from capcur_jax.devices import sharding
+        from capcur_jax.devices import drivers, sharding
         from capcur_jax.models import huggingface
         from capcur_jax.models.inputs import Processor
 
+        drivers.without_drivers_cpu()
         dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         self._processor = Processor.from_directory(self._directory)
         mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if policy.engine_kind(config).shares_devices(config):
         raise InputError("config.rollout.sglang.colocate: nothing is trained here; set it to False")
     from capcur_jax.curation import difficulty
-    from capcur_jax.devices import sharding  # here: JAX comes with them
+    from capcur_jax.devices import drivers, sharding  # here: JAX comes with them
     from capcur_jax.rewards.reward import make_reward
     from capcur_jax.rollout.engine import Sampling
 
@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         reward = make_reward(config.reward)
     except ValueError as error:
         raise InputError(str(error)) from None
+    drivers.without_drivers_cpu()
     mesh = sharding.make_mesh(config.mesh)
     source = Path(config.checkpoint).expanduser()
     model, opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))
