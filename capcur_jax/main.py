@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -110,12 +109,9 @@ def _parse(arguments: list[str]) -> list[str]:
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-            raise  # a mistake inside the config file: its own line helps more than ours
         from capcur_jax import presets
 
-        unknown = f"the config has no such key, or it holds another type of value: {error}"
-        sys.exit(f"error: {presets.deleted(error) or unknown}")
+        sys.exit(f"error: {presets.explained(error)}")
 
 
 if __name__ == "__main__":

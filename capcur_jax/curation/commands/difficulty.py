@@ -51,11 +51,10 @@ def read_config(name: str, overrides: list[str]) -> ConfigDict:
         config = values.config
     except flags.UnrecognizedFlagError as error:
         raise InputError(f"unknown argument --{error.flagname}; settings look like --config.checkpoint=DIR") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        said = error.args[0] if isinstance(error, AttributeError) and error.args else error
-        if isinstance(said, KeyError):  # a key that is none; its own text is the message in quotes
-            said = f"no key {said.args[0]}".replace("\n", "; ")
-        raise InputError(f"--config {name}: {presets.deleted(error) or said}") from None
+    except (flags.Error, OSError) as error:
+        raise InputError(f"--config {name}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--config {name}: {presets.explained(error)}") from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
     return config
