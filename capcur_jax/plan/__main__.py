@@ -68,7 +68,7 @@ def render(plan: dict[str, Any]) -> None:
     console = Console(width=120 if not sys.stdout.isatty() else None, highlight=False)
     say = console.print
     say(f"[bold]{plan['config']}[/bold] on {plan['topology']}: {plan['devices']} x {plan['device_kind']}")
-    if plan["rollout_engine"] != "local":
+    if not plan["samples_in_process"]:
         say(f"{plan['training_devices']} of them train; servers sample: their memory and time are not in this plan.")
     if plan["chip"]:
         say(
