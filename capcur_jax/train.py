@@ -53,8 +53,7 @@ def train(
         started: time.monotonic() when the process began, if known.
         profile: global steps to trace, such as "10-12"; "": none.
 
-    Raises InputError for what the user has to mend. Whatever ends the run, what was learned so far
-    is exported (of one process).
+    Raises InputError for what the user has to mend. Whatever ends a run of one process, what it learned is exported.
     """
     stages = schedule.stages(config)
     quiet = quiet or not distributed.is_owner()
