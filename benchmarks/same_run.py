@@ -5,14 +5,17 @@
 Each side runs `capcur_jax.main` from the shipped base checkpoint in two stages of four steps, with two updates a
 rollout batch, validation, checkpoints and KL; and once more with targets to imitate. Compared bit for bit are losses
 and gradient norms (metrics.jsonl without seconds), samples (rollouts.jsonl), the exported checkpoints, the arrays of
-the last state (parameters, moments, counters), and the report that each side makes of REV's records. A side that lies
-in DIR already is not run again. Exit code 0: all the same. A minute a side.
+the last state (parameters, moments, counters). Of the reports that each side makes of REV's records, what a browser
+shows is compared: how characters are escaped and the footer, which names the command, may differ. A side that lies in
+DIR already is not run again. Exit code 0: all the same. A minute a side.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -70,6 +73,11 @@ def state(workdir: Path) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in store.arrays(store.latest()).items()}
 
 
+def shown(report: str) -> str:
+    """A report's text without its footer, characters as they are shown."""
+    return html.unescape(re.sub(r"<footer>.*?</footer>", "", report, flags=re.DOTALL))
+
+
 def differences(base: Path, ours: Path) -> Iterator[str]:
     """What is not the same in two work directories, and a line for what was compared."""
     before, after = records(base), records(ours)
@@ -106,14 +114,15 @@ def main(arguments: list[str]) -> None:
                 run(tree, workdir, config, settings)
             found += [f"{name}: {line}" for line in differences(*sides)]
             report = sides[0] / "report.html"
-            before = report.read_bytes()
+            before = report.read_text(encoding="utf-8")
             python(ROOT, "-m", "capcur_jax.report", str(sides[0]))
-            if report.read_bytes() != before:
-                (sides[0] / "report.base.html").write_bytes(before)
-                found.append(f"{name}: the report of the same records differs ({report}, report.base.html)")
-                report.with_name("report.ours.html").write_bytes(report.read_bytes())
-            report.write_bytes(before)
-    print("\n".join(found) or f"{arguments[1]} and the working tree: the same, bit for bit")
+            after = report.read_text(encoding="utf-8")
+            if shown(after) != shown(before):
+                for side, text in (("base", before), ("ours", after)):
+                    report.with_name(f"report.{side}.html").write_text(text, encoding="utf-8")
+                found.append(f"{name}: reports of the same records differ: {report.parent}/report.[base, ours].html")
+            report.write_text(before, encoding="utf-8")
+    print("\n".join(found) or f"{arguments[1]} and the working tree: bit for bit the same; reports show the same")
     sys.exit(bool(found))
 
 

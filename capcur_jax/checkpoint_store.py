@@ -90,10 +90,6 @@ class Store:
     def latest(self) -> int | None:
         return max(self._manager.all_steps(), default=None)
 
-    def best(self) -> tuple[int, float] | None:
-        step = self._manager.best_step()
-        return None if step is None else (step, self._manager.metrics(step)["metric"])
-
     def save(self, step: int, tree: Any, document: dict, metric: float | None = None) -> None:
         arrays = {name: _savable(leaf) for name, leaf in _named(tree).items()}
         kinds = {name: _kind(array) for name, array in arrays.items()}

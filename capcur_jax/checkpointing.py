@@ -25,7 +25,6 @@ class Progress:
     stage: int = 0  # number in config.order
     stage_step: int = 0  # steps of it that are done
     batches: int = 0  # rollout batches of it that were consumed
-    evaluated: bool = False  # the base was
     step: int = 0  # steps of the whole run
     version: int = 0  # of the weights: updates of the whole run
     skipped: int = 0  # updates left out in the stages before; the state counts those of this one
@@ -34,11 +33,12 @@ class Progress:
 
     @property
     def number(self) -> int:
-        """Of its checkpoint: a stage's start has one of its own beside the end of the stage before."""
+        """The number of the checkpoint that holds this. It counts stages, too: a stage's start and the end of the stage
+        before are at the same step, and each has a checkpoint."""
         return self.step + self.stage
 
     def begin_stage(self, number: int, skipped: int) -> Progress:
-        return dataclasses.replace(self, stage=number, stage_step=0, batches=0, evaluated=True, skipped=skipped)
+        return dataclasses.replace(self, stage=number, stage_step=0, batches=0, skipped=skipped)
 
     def after_step(self, updates: int, batches: int) -> Progress:
         """One step further, which made so many updates from so many rollout batches."""
@@ -62,15 +62,13 @@ class Checkpoints:
     Args:
       directory: where they lie, one directory a step; made if it does not exist.
       keep: how many of the last ones are kept, besides the best by metric.
-      config: the resolved config of the run in plain JSON types, written with each.
       timeout: seconds that writing one may take. When one process of several fails, the others learn of it then.
     """
 
-    def __init__(self, directory: Path, *, keep: int, config: dict, timeout: int = 1200):
+    def __init__(self, directory: Path, *, keep: int, timeout: int = 1200):
         if keep < 1:
             raise InputError(f"checkpointing.keep = {keep}: at least the last checkpoint has to be kept")
         self.directory = Path(directory).absolute()
-        self._config = plain(config)
         self._steps = Store(self.directory, keep, timeout)
         self._references = Store(self.directory / "reference", None, timeout)
         self._reference: int | None = None  # the number of the one in use
@@ -99,8 +97,7 @@ class Checkpoints:
                 f"{self.directory} has a checkpoint of step {last}, and step {step} is to be saved. Delete what is not "
                 f"before it to go on from there, or use another --workdir."
             )
-        document = {"position": position, "config": self._config, "reference": self._reference}
-        self._steps.save(step, state, document, metric)
+        self._steps.save(step, state, {"position": position, "reference": self._reference}, metric)
         if wait:
             self._settle()
 
@@ -136,20 +133,10 @@ class Checkpoints:
         self._settle()
         return self._steps.latest()
 
-    def best(self) -> tuple[int, float] | None:
-        """The step with the highest metric, the earliest of equals, and the metric."""
-        self._settle()
-        return self._steps.best()
-
     def position(self, step: int) -> dict:
         """What was saved as `position`; nothing else is read."""
         self._settle()
         return self._steps.document(step)["position"]
-
-    def config(self, step: int) -> dict:
-        """The config with which the step was saved."""
-        self._settle()
-        return self._steps.document(step)["config"]
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The state of a step, bit for bit.
@@ -253,6 +240,7 @@ def start_anew(workdir: Path, owner: bool) -> Progress:
             f"{workdir} holds the records of a run but no checkpoint in {workdir / 'state'}: put them back, or give "
             f"another --workdir"
         )
+    distributed.barrier("read")  # no process reads a file that the owner has deleted
     if owner:
         for name in RECORDS:
             (workdir / name).unlink(missing_ok=True)

@@ -122,8 +122,9 @@ def answer(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
+    from capcur_jax.devices.drivers import without_drivers_cpu
     from capcur_jax.models import huggingface
-    from capcur_jax.models.batching import Buckets, PromptSize
+    from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
     from capcur_jax.models.inputs import Processor
     from capcur_jax.rollout.engine import Sampling
     from capcur_jax.rollout.local.engine import LocalEngine
@@ -132,17 +133,18 @@ def answer(options: argparse.Namespace) -> None:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     except ValueError as error:
         raise InputError(f"--{error}") from None
+    without_drivers_cpu()
     _tell(f"reading {checkpoint}")
     processor = Processor.from_directory(checkpoint, options.min_pixels, options.max_pixels)
     prompt = build(options, processor)
     tokens, images = len(prompt), PromptSize.of(prompt).images
-    row = _rounded_up(max(images, default=0), math.lcm(BUCKET, processor.config.vision.merge_size**2))
+    row = rounded_up(max(images, default=0), math.lcm(BUCKET, processor.config.vision.merge_size**2))
     dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     engine = LocalEngine(
         huggingface.load(checkpoint, dtype=dtype, param_dtype=dtype),
         processor,
         slots=1,
-        buckets=Buckets((_rounded_up(tokens, BUCKET),), patch_row=row, patch_rows=tuple(range(1, len(images) + 1))),
+        buckets=Buckets((rounded_up(tokens, BUCKET),), patch_row=row, patch_rows=tuple(range(1, len(images) + 1))),
     )
     device = jax.devices()[0].device_kind
     _tell(f"{tokens} prompt tokens, {sum(images)} image patches, {dtype.name} on {device}; compiling")
@@ -172,10 +174,6 @@ def answer(options: argparse.Namespace) -> None:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _rounded_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -58,21 +57,14 @@ def finished(workdir: Path, config: ConfigDict) -> dict | None:
     return summary if summary.get("status") == "finished" else None
 
 
-# What a driver of an accelerator makes; a TPU's is vfio on new hosts, a GPU's dxg under Windows.
-_DRIVERS = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd", "accel*", "vfio/*")
-
-
 def _take_devices(config: ConfigDict) -> None:
     """Tells JAX which of this host's devices the trainer takes, before JAX looks for them."""
     import jax
 
     from capcur_jax import policy
+    from capcur_jax.devices.drivers import without_drivers_cpu
 
-    # Compilers for accelerators may be installed where there is none (the extras plan and test). JAX would try each and
-    # print its traceback. Where there is a driver, that traceback is wanted.
-    there = any(next(Path("/dev").glob(pattern), None) for pattern in _DRIVERS)
-    if sys.platform == "linux" and jax.config.jax_platforms is None and not there:
-        jax.config.update("jax_platforms", "cpu")
+    without_drivers_cpu()
     if config.mesh.gpus:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.mesh.gpus)))
     if policy.engine_kind(config).shares_devices(config):
@@ -117,12 +109,9 @@ def _parse(arguments: list[str]) -> list[str]:
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-            raise  # a mistake inside the config file: its own line helps more than ours
         from capcur_jax import presets
 
-        unknown = f"the config has no such key, or it holds another type of value: {error}"
-        sys.exit(f"error: {presets.deleted(error) or unknown}")
+        sys.exit(f"error: {presets.explained(error)}")
 
 
 if __name__ == "__main__":

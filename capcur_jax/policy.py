@@ -26,7 +26,9 @@ from capcur_jax.rollout.sglang.settings import Settings
 
 
 class Policy(NamedTuple):
-    """What is asked of a model and how; the parameters are whoever trains it."""
+    """How a model is asked, without its parameters: its checkpoint's files, its prompts and their declared shapes.
+
+    Trainer and engine hold the parameters."""
 
     source: Path  # the checkpoint directory
     lora: LoRA | None
@@ -81,12 +83,12 @@ class EngineKind(NamedTuple):
 
     open: starts it.
     check: raises InputError for settings that do not go together.
-    missing: what it needs from outside and has not, a line each.
+    missing: lists what the engine needs and this machine lacks, one line each.
     in_process: it samples from the trainer's own parameters, with nothing to send.
     shares_devices: whether the trainer and it take turns on the same devices.
     """
 
-    open: Callable[[ConfigDict, QwenVL, Policy, Path, Mesh], Engine]
+    open: Callable[[ConfigDict, QwenVL, Policy, Path], Engine]
     check: Callable[[ConfigDict], None]
     missing: Callable[[ConfigDict], list[str]]
     in_process: bool
@@ -101,13 +103,13 @@ def engine_kind(config: ConfigDict) -> EngineKind:
     return ENGINES[name]
 
 
-def open_engine(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
+def open_engine(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path) -> Engine:
     """Starts the config's engine, with the model's parameters; `update_weights` must follow. Of several processes all
     call this together. Raises InputError."""
-    return engine_kind(config).open(config, model, policy, workdir, mesh)
+    return engine_kind(config).open(config, model, policy, workdir)
 
 
-def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
+def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path) -> Engine:
     from capcur_jax.rollout.local.engine import LocalEngine
 
     rollout = config.rollout
@@ -123,7 +125,7 @@ def _check_local(config: ConfigDict) -> None:
         )
 
 
-def _sglang(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path, mesh: Mesh) -> Engine:
+def _sglang(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path) -> Engine:
     from capcur_jax.rollout.sglang.engine import SGLangEngine  # here: a run with the local engine needs no HTTP
 
     settings = Settings.from_config(config.rollout.sglang)

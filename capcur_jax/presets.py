@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import operator
 import re
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,22 @@ def deleted(error: Exception) -> str:
     """What to use instead, where ml_collections refused a config for a key that was deleted; "" for any other error."""
     words = re.findall(r"\w+", str(error))[:2]  # it begins with the last part of the key, or with the word Key and that
     return "\n".join(f"config.{key} was removed: {DELETED[key]}" for key in DELETED if key.rpartition(".")[2] in words)
+
+
+def explained(error: Exception) -> str:
+    """What is wrong where ml_collections refused a config, in one line, or a line for each deleted key.
+
+    Raises `error` again where the config file itself has the mistake: its own line helps more than ours.
+    """
+    if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+        raise error
+    said = error
+    while said.args and isinstance(said.args[0], Exception):
+        said = said.args[0]
+    # Without the whole config, which it may repeat.
+    text = re.sub(r"\. Other fields present: .*?(?=\nDid you mean|\Z)", "", str(said.args[0]), flags=re.DOTALL)
+    text = text.replace("\n", "; ")
+    return deleted(error) or f"the config has no such key, or it holds another type of value: {text}"
 
 
 def check_deleted(config: ConfigDict) -> None:

@@ -163,6 +163,7 @@ def validate(run: Run, stage: str) -> float:
 
 def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Saves the checkpoint, summary.json and report.html; prints the closing table. `facts`: what `plan` returned."""
+    run.recorder.complete()  # where the run failed, a step may be pending
     checkpoint = run.export("final")
     run.checkpoints.close()
     steps, evaluations = run.recorder.steps, run.recorder.evaluations
@@ -171,7 +172,6 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         for values in (values for found in shown.values() for values in found.values()):
             values.pop("final")
     last = evaluations[-len(run.config.evaluation.sets) :] if status == "finished" else []
-    rollout_steps = [step for step in steps if objectives.OBJECTIVES[step["objective"]].sampled]
     builder = run.policy.builder
     skipped = {
         "rows": sum(map(len, run.sets.skipped_rows.values())),
@@ -187,7 +187,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         "seconds": run.seconds(),
         "step_seconds_median": _over(statistics.median, [step["seconds"] for step in steps]),
         "compilations_after_warmup": sum(step["compilations"] for step in steps),
-        "logprob_difference_mean": _over(statistics.fmean, [step["logprob_difference_mean"] for step in rollout_steps]),
+        "logprob_difference_mean": _over(statistics.fmean, [step.get("logprob_difference_mean") for step in steps]),
         "format_reward_final": _over(statistics.fmean, [record["format"] for record in last]),
         "steps": run.progress.step,
         "best_validation": run.progress.best,

@@ -76,7 +76,7 @@ class Run:
         check_devices(config)
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
         plain = check_same(workdir, config)
-        self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep, config=plain)
+        self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep)
         self.restored = self.checkpoints.latest()
         if self.restored is None:
             self.progress = start_anew(workdir, self.owner)
@@ -140,7 +140,7 @@ class Run:
         config = self.config
         self.sampling = sampling_of(config, "rollout")
         with self.display.progress(f"rollout engine ({config.rollout.engine})"):
-            self.engine = policy.open_engine(config, model, self.policy, self.workdir, self.mesh)
+            self.engine = policy.open_engine(config, model, self.policy, self.workdir)
             self._closing.callback(self.engine.close)
             if self.restored is None:  # else a stage's state comes from the checkpoint, and its weights with it
                 self.engine.update_weights(self.trainer.parameters(), self.progress.version)
@@ -188,8 +188,13 @@ class Run:
         """Raises Interrupted, in all processes, if one of them got a signal."""
         self.interruption.check(distributed.agree)
 
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the trainer's parameters are those of `progress`: the base's are, until a checkpoint is restored."""
+        return self.restored is None or self.trainer.learner is not None
+
     def seconds(self) -> float:
-        """That the run has taken, those before it was stopped included."""
+        """Seconds that the run has taken so far; where it was stopped and goes on, those before that count, too."""
         return time.monotonic() - self._started
 
     def export(self, name: str) -> Path:

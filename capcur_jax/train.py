@@ -53,7 +53,7 @@ def train(
         started: time.monotonic() when the process began, if known.
         profile: global steps to trace, such as "10-12"; "": none.
 
-    Raises InputError for what the user has to mend. Whatever ends the run, what was learned so far is saved.
+    Raises InputError for what the user has to mend. Whatever ends a run of one process, what it learned is exported.
     """
     stages = schedule.stages(config)
     quiet = quiet or not distributed.is_owner()
@@ -68,7 +68,7 @@ def train(
         try:
             if config.validation.every:  # whose best is exported between steps
                 run.warm_up_export()
-            if not at.evaluated:
+            if run.restored is None:
                 results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):
                 train_stage(run, stage, number, measured.pop(stage.name, None), tracer)
@@ -80,7 +80,9 @@ def train(
             display.warn(f"{signal}: stopping here; the same command with --workdir={workdir} goes on")
             status = "interrupted"
         except Exception:
-            if distributed.process_count() == 1:  # an export needs all processes; the others end when this one does
+            # An export needs all processes, and the others end when this one does. Before its checkpoint is restored a
+            # run has learned nothing: what it exported before stays.
+            if distributed.process_count() == 1 and run.up_to_date:
                 try:
                     results.finish(run, "failed", facts)
                 except Exception as second:  # what went wrong first is what the user has to know

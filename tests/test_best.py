@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 
 import pytest
@@ -9,13 +10,14 @@ from safetensors.numpy import load_file
 
 from capcur_jax import train as loop
 from capcur_jax.checkpoint_store import Store
-from capcur_jax.checkpointing import Checkpoints
+from capcur_jax.errors import InputError
 from capcur_jax.records.jsonl import read_jsonl
 from tests import tiny
 
 pytestmark = pytest.mark.e2e
 
 STEPS = 3
+FINAL = "checkpoints/final/model.safetensors"
 NORM = "model.language_model.norm.weight"
 
 
@@ -33,9 +35,13 @@ def config(checkpoint, sets):
     )  # fmt: skip
 
 
-def best_and_last(workdir):
-    with Checkpoints(workdir / "state", keep=1, config={}) as checkpoints:
-        return checkpoints.best(), checkpoints.latest()
+def kept(workdir) -> list[int]:
+    """The numbers of the checkpoints that stay: that of the best validation and the last."""
+    store = Store(workdir / "state", None, 60)
+    try:
+        return store.all()
+    finally:
+        store.close()
 
 
 def arrays(workdir, step) -> set[bytes]:
@@ -46,13 +52,13 @@ def test_of_equal_validations_the_first_is_the_best_in_the_store_and_in_the_expo
     summary = loop.train(config, tmp_path, quiet=True)
     records = read_jsonl(tmp_path / "metrics.jsonl")
     assert [record["accuracy"] for record in records if record["type"] == "validation"] == [1.0] * STEPS
-    assert summary["best_validation"] == 1.0 and best_and_last(tmp_path) == ((1, 1.0), STEPS)
+    assert summary["best_validation"] == 1.0 and kept(tmp_path) == [1, STEPS]
     for name, step, other in (("best", 1, STEPS), ("final", STEPS, 1)):
         exported = load_file(tmp_path / "checkpoints" / name / "model.safetensors")[NORM].tobytes()
         assert exported in arrays(tmp_path, step) and exported not in arrays(tmp_path, other)
 
 
-def test_a_stop_before_the_first_step_of_a_resumed_run_forgets_no_validation(config, tmp_path, monkeypatch):
+def test_a_resumed_run_that_stops_or_fails_before_its_first_step_forgets_nothing(config, tmp_path, monkeypatch):
     real = loop.stop_if_asked
 
     def stop(run):
@@ -65,7 +71,14 @@ def test_a_stop_before_the_first_step_of_a_resumed_run_forgets_no_validation(con
         patch.setattr(loop, "stop_if_asked", stop)
         for _ in range(2):  # the second goes on from the checkpoint of the first, and stops at once
             assert loop.train(config, tmp_path, quiet=True)["status"] == "interrupted"
-            assert best_and_last(tmp_path) == ((1, 1.0), 1)
+            assert kept(tmp_path) == [1]
+    stopped = {name: (tmp_path / name).read_bytes() for name in ("summary.json", FINAL)}
+    (tmp_path / "state" / "reference").rename(tmp_path / "lost")
+    with pytest.raises(InputError, match="holds no reference policy"):
+        loop.train(config, tmp_path, quiet=True)
+    assert stopped == {name: (tmp_path / name).read_bytes() for name in stopped}, "the base overwrote what was learned"
+    shutil.rmtree(tmp_path / "state" / "reference")
+    (tmp_path / "lost").rename(tmp_path / "state" / "reference")
     summary = loop.train(config, tmp_path, quiet=True)
     assert (summary["status"], summary["steps"], summary["best_validation"]) == ("finished", STEPS, 1.0)
-    assert best_and_last(tmp_path) == ((1, 1.0), STEPS)
+    assert kept(tmp_path) == [1, STEPS]

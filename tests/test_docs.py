@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from capcur_jax import checks
 from tests.test_layers import LAYERS, PACKAGE
 
 ROOT = PACKAGE.parent
@@ -57,6 +58,12 @@ def test_what_a_page_names_is_there(page):
 ])  # fmt: skip
 def test_what_is_not_there_is_found(text):
     assert len(faults(ROOT / "README.md", text)) == 1
+
+
+def test_what_a_run_that_goes_on_may_change_is_told():
+    text = (ROOT / "docs" / "training.md").read_text()
+    told = re.search(r"may change: (.*?)\. Any other changed key", text, re.DOTALL)[1]
+    assert sorted(re.findall(r"`([\w.]+)`", told)) == sorted(checks.MAY_CHANGE)
 
 
 def test_the_readme_stays_short():

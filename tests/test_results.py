@@ -47,7 +47,7 @@ class Run:
         )
         self.workdir, self.owner, self.stages = workdir, owner, schedule.stages(self.config)
         self.progress = Progress(step=9, stage_step=4, version=18, best=0.75)
-        self.shown, self.closed, self.written, self.evaluated = [], [], [], []
+        self.shown, self.closed, self.written, self.evaluated, self.pending = [], [], [], [], []
         names = ("plan", "table", "warn", "final")
         self.display = types.SimpleNamespace(**{n: lambda *a, n=n: self.shown.append((n, *a)) for n in names})
         self.checkpoints = types.SimpleNamespace(close=lambda: self.closed.append("checkpoints"))
@@ -55,6 +55,7 @@ class Run:
             steps=[step(n) for n in (1, 2, 4)], skipped=4,
             evaluations=[*evaluations("base", (0.25, 0.5), 0.0), *evaluations("text", (0.5, 0.75))],
             write=self.written.append, evaluation=lambda *given: self.evaluated.append(given),
+            complete=lambda: self.recorder.steps.extend(self.pending),
         )  # fmt: skip
         long = Problem("long", "word", "1")
         builder = types.SimpleNamespace(counts={"images": 2, "prompts": 1}, skipped={long: "too long"})
@@ -141,10 +142,17 @@ def test_a_run_that_was_stopped_before_its_first_step_has_a_summary_too(tmp_path
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
-def test_steps_whose_update_was_skipped_and_those_that_imitate_are_left_out_of_a_mean(tmp_path):
+def test_a_step_that_is_pending_where_a_run_fails_is_recorded(tmp_path):
     run = Run(tmp_path)
-    values = [math.nan, 0.5, None, 1.0]
-    run.recorder.steps = [step(n, logprob_difference_mean=value) for n, value in enumerate(values)] + [step(5, "sft")]
+    run.pending = [step(9)]
+    assert run.finish("failed")["step_seconds_median"] == 10.0  # of 1, 4, 16, 81
+
+
+def test_steps_without_a_figure_are_left_out_of_its_mean(tmp_path):
+    run = Run(tmp_path)
+    values = [math.nan, 0.5, None, 1.0]  # an update that was skipped has none
+    run.recorder.steps = [step(n, logprob_difference_mean=value) for n, value in enumerate(values)]
+    run.recorder.steps += [step(5, "sft"), step(6, "an objective whose loss does not tell it")]
     assert run.finish()["logprob_difference_mean"] == 0.75
 
 

@@ -38,7 +38,7 @@ def step_records(workdir):
 
 def open_with(engine):
     """What stands for `policy.open_engine`."""
-    return lambda config, model, opened, workdir, mesh: engine(
+    return lambda config, model, opened, workdir: engine(
         model, opened.processor, slots=4, prefill=2, buckets=opened.buckets
     )
 

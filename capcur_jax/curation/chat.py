@@ -22,6 +22,7 @@ import httpx2
 from PIL import Image
 
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.rollout.sglang.client import error_message
 
 MAX_BODY = 8 << 20  # bytes of an answer; nobody's few hundred tokens are longer
 MAX_TEXT = 100_000  # characters of a reply that are kept
@@ -189,7 +190,8 @@ class Chat:
         return _reply(raw)
 
     def _refusal(self, server: _Server, path: str, status: int, raw: bytes, wait: str) -> Exception:
-        said = f"{server.address}: HTTP {status} {self._clean(_message(raw))}".rstrip()
+        message = error_message(raw[:10_000].decode("utf-8", "replace"))
+        said = f"{server.address}: HTTP {status} {self._clean(message)}".rstrip()
         if status in (401, 403):
             return InputError(f"{said}; name the variable that holds the API key (--api-key-variable)")
         if status in (404, 405) or 300 <= status < 400:
@@ -289,20 +291,3 @@ def _reply(raw: bytes | bytearray) -> Reply:
     if not isinstance(text, str) or not isinstance(finish, str):
         raise _Try("an answer that is none of this interface (its text is no text)")
     return Reply(text[:MAX_TEXT], finish)
-
-
-def _message(raw: bytes) -> str:
-    """What an error body says, without the request that some of them repeat."""
-    text = raw[:10_000].decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-        for key in ("error", "message", "detail"):
-            if isinstance(found, dict) and key in found:
-                found = found[key]
-        if isinstance(found, dict):
-            found = found.get("message", "")
-        if isinstance(found, list):
-            found = "; ".join(str(one.get("msg", "")) if isinstance(one, dict) else "" for one in found)
-    except (ValueError, RecursionError):
-        return text
-    return str(found)

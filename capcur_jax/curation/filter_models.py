@@ -208,10 +208,11 @@ class LocalModel:
         import jax
         import jax.numpy as jnp
 
-        from capcur_jax.devices import sharding
+        from capcur_jax.devices import drivers, sharding
         from capcur_jax.models import huggingface
         from capcur_jax.models.inputs import Processor
 
+        drivers.without_drivers_cpu()
         dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         self._processor = Processor.from_directory(self._directory)
         mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
@@ -254,18 +255,18 @@ class LocalModel:
     def _engine(self, sizes: Sequence[Any]) -> tuple[Any, Any]:
         """The engine and how it samples: one program decodes, and at most four read prompts."""
         from capcur_jax.devices import sharding
-        from capcur_jax.models.batching import Buckets
+        from capcur_jax.models.batching import Buckets, rounded_up
         from capcur_jax.rollout.engine import Sampling
         from capcur_jax.rollout.local.engine import LocalEngine
 
         lengths = sorted(size.tokens for size in sizes)
-        tokens = {_rounded_up(lengths[len(lengths) // 2], _ROUND), _rounded_up(lengths[-1], _ROUND)}
+        tokens = {rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
         most = max(len(size.images) for size in sizes)
         largest = max((patches for size in sizes for patches in size.images), default=0)
-        row = _rounded_up(max(1, largest), math.lcm(_ROUND, self._processor.config.vision.merge_size**2))
+        row = rounded_up(max(1, largest), math.lcm(_ROUND, self._processor.config.vision.merge_size**2))
         buckets = Buckets(tuple(sorted(tokens)), row, (most / 2, float(most)) if most else ())
         rows = sharding.row_shards(self._model.mesh)
-        slots = _rounded_up(min(self._how.batch, len(sizes)), rows)
+        slots = rounded_up(min(self._how.batch, len(sizes)), rows)
         engine = LocalEngine(self._model, self._processor, slots=slots, buckets=buckets, prefill=slots // rows)
         return engine, Sampling(self._how.max_new_tokens, temperature=0.0)
 
@@ -321,10 +322,6 @@ class LocalModel:
             return _bad(asked, error)
         except ValueError as error:  # transformers' own words for an image that is too narrow
             return Drop(f"row {asked.name}", "broken image", str(error)[:300])
-
-
-def _rounded_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
 
 
 def parts_of(text: str, images: Sequence[str]) -> list[str | Path]:

@@ -20,7 +20,7 @@ from capcur_jax.schedule import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Of this process's device rows; `of` makes it."""
+    """How a stage's batches lie on the device rows of this process. `of` makes it from a stage and a config."""
 
     buckets: Buckets
     processor: Processor

@@ -46,7 +46,8 @@ class Slab:
         old_logprobs: Float[np.ndarray, "R T"] | None = None,
         reference_logprobs: Float[np.ndarray, "R T"] | None = None,
     ) -> Slab:
-        """Of arrays on the host, as every slab starts (JAX makes others of it, with anything in the fields)."""
+        """Makes a slab from arrays on the host and checks their shapes. The constructor checks none: JAX calls it, too,
+        with tracers, shapes or shardings in the fields."""
         return cls(tokens, lengths, weights, advantages, sampler_logprobs, old_logprobs, reference_logprobs)
 
 

@@ -25,8 +25,11 @@ class Turns:
             self._trainer.enter()
 
     def hand_over(self, version: int) -> dict[str, float]:
-        """They are the engine's, with the present weights under this version; what is on them of the trainer goes to
-        the host. Seconds of the weights' way by phase."""
+        """Gives the devices and the present weights to the engine, which samples under `version` from now on.
+
+        Where the devices are shared, the trainer's arrays go to the host first. Returns the seconds that the weights
+        took, by phase.
+        """
         if self.shared:
             self._trainer.leave()
             self._engine.resume()

@@ -46,6 +46,11 @@ def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
     return min(fitting)
 
 
+def rounded_up(length: int, multiple: int) -> int:
+    """The next multiple: where nothing is declared, sizes that are nearly alike share a program."""
+    return -(-length // multiple) * multiple
+
+
 def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
     """(row, offset) of each image in rows of `length` patches.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import traceback
 from typing import Any
 
 from absl import flags, logging
@@ -69,7 +68,7 @@ def render(plan: dict[str, Any]) -> None:
     console = Console(width=120 if not sys.stdout.isatty() else None, highlight=False)
     say = console.print
     say(f"[bold]{plan['config']}[/bold] on {plan['topology']}: {plan['devices']} x {plan['device_kind']}")
-    if plan["rollout_engine"] != "local":
+    if not plan["samples_in_process"]:
         say(f"{plan['training_devices']} of them train; servers sample: their memory and time are not in this plan.")
     if plan["chip"]:
         say(
@@ -162,10 +161,7 @@ def _parse(values: flags.FlagValues, arguments: list[str]) -> None:
     except (flags.Error, OSError) as error:
         raise InputError(str(error)) from None
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-            raise  # a mistake inside the config file: its own line helps more than ours
-        unknown = f"the config has no such key, or it holds another type of value: {error}"
-        raise InputError(presets.deleted(error) or unknown) from None
+        raise InputError(presets.explained(error)) from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.seed=1")
     for name, example in (("config", "configs/staged.py:qwen3_vl_8b"), ("topology", "cuda:h200:1x1x8")):

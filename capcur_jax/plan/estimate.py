@@ -85,6 +85,7 @@ def report(
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """The plan as plain JSON types. `tell` is told what is being compiled. Raises InputError."""
+    from capcur_jax import policy
     from capcur_jax.plan import programs as plan_programs
     from capcur_jax.records import metrics
 
@@ -129,6 +130,7 @@ def report(
         "devices": len(devices),
         "training_devices": variants[0].mesh.size,
         "rollout_engine": config.rollout.engine,
+        "samples_in_process": policy.engine_kind(config).in_process,
         "device_kind": devices[0].device_kind,
         "chip": chip._asdict() if chip else None,
         "headroom": assumed.headroom,

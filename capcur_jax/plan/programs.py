@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capcur_jax import schedule
+from capcur_jax import policy, schedule
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner.layout import Layout
@@ -152,7 +152,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
     kept = 0 if reference is None or config.reference.memory != "device" else on_device(reference)
     ahead = on_device(batch)  # the next one is on its way while a batch is being worked on
     engine = None
-    if layout.sampled and config.rollout.engine == "local":
+    if layout.sampled and policy.engine_kind(config).in_process:
         engine = _engine(config, processor, buckets, mesh)
         if config.rollout.gathered:  # the sampler's copy stays
             kept, ahead = kept + on_device(engine.parameters), ahead + on_device(engine.parameters)

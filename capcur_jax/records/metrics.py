@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "capcur_jax")
 
 
@@ -101,8 +100,6 @@ class CompilationCounter:
 
     Attributes:
       count: executables made, compiled or read from the cache.
-      from_cache: those of them that the persistent cache held.
-      seconds: wall seconds spent on all of them.
     """
 
     def __init__(self):
@@ -112,17 +109,12 @@ class CompilationCounter:
         self._lock = threading.Lock()  # a program may be compiled in another thread
         self._open = True
         self.count = 0
-        self.from_cache = 0
-        self.seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
     def _on_duration(self, event: str, duration: float, **unused) -> None:
         with self._lock:
             if event == _COMPILE_EVENT:
                 self.count += 1
-                self.seconds += duration
-            elif event == _CACHE_HIT_EVENT:
-                self.from_cache += 1
 
     def close(self) -> None:
         """Stops counting."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +30,15 @@ class _Pending(NamedTuple):
     done: Future[float]  # when it was done
 
 
+_Dispatched = tuple[Sequence[Mapping[str, Any]], Future[float]]
+
+
 class StepRecorder:
     """Completes and writes the record of a step when the next one has been drawn: nothing waits for the devices.
 
     A waiting thread notes when an update was done, so that the seconds of a phase are its own although the next step's
-    host work ran beside it. A context manager.
+    host work ran beside it. It is a daemon: whoever presses Ctrl-C twice does not wait for an update that hangs. A
+    context manager.
 
     Args:
         file: metrics.jsonl; what it holds already are the records of the run that goes on here.
@@ -54,7 +60,8 @@ class StepRecorder:
         self.evaluations = [record for record in earlier if record["type"] == "evaluation"]
         self._lines = JsonLines(file) if owner else Nowhere()
         self._combined, self._counter, self._display, self._sinks = combined, counter, display, sinks
-        self._waiting = ThreadPoolExecutor(1, "update")
+        self._dispatched: queue.SimpleQueue[_Dispatched | None] = queue.SimpleQueue()
+        threading.Thread(target=_note_ends, args=(self._dispatched,), name="update", daemon=True).start()
         self._pending: _Pending | None = None
         self._between: dict[str, float] = {}
         self.begin_stage()
@@ -63,7 +70,7 @@ class StepRecorder:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._waiting.shutdown(wait=False, cancel_futures=True)
+        self._dispatched.put(None)
         self._lines.close()
 
     @property
@@ -103,7 +110,8 @@ class StepRecorder:
         self.complete()
         record["compilations"] = self._counter.count - self._compiled
         self._compiled = self._counter.count
-        self._pending = _Pending(record, updates, skipped, timer, dispatched, self._waiting.submit(_done, updates))
+        self._pending = _Pending(record, updates, skipped, timer, dispatched, Future())
+        self._dispatched.put((updates, self._pending.done))
 
     @contextlib.contextmanager
     def between(self, name: str) -> Iterator[None]:
@@ -135,6 +143,13 @@ class StepRecorder:
         self._display.step(record)
 
 
-def _done(updates: Sequence[Mapping[str, Any]]) -> float:
-    jax.block_until_ready(updates)
-    return time.perf_counter()
+def _note_ends(dispatched: queue.SimpleQueue[_Dispatched | None]) -> None:
+    """Gives each future the moment when its updates were done, or what went wrong; None is the end."""
+    while (waiting := dispatched.get()) is not None:
+        updates, done = waiting
+        try:
+            jax.block_until_ready(updates)
+        except Exception as error:  # the step's record is completed with it
+            done.set_exception(error)
+        else:
+            done.set_result(time.perf_counter())

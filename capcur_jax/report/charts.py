@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,12 +33,7 @@ class Panel(NamedTuple):
     labels: tuple[str, ...] = ("",)
     scale: float = 1.0
     log: bool = False
-    objective: str = ""  # only steps of this objective: losses of different ones have nothing in common
-
-
-def _loss(objective: str) -> Panel:
-    unit = "nats per token" if objective == "sft" else "mean over tokens"
-    return Panel(f"{objective.upper()} loss", unit, ("loss",), objective=objective)
+    by_objective: bool = False  # a chart for each: losses of different objectives have nothing in common
 
 
 PANELS = (
@@ -48,9 +43,8 @@ PANELS = (
     Panel("Response length", "tokens", ("response_length",)),
     Panel("KL to the stage's start", "nats per token", ("kl",)),
     Panel("Entropy", "nats per token", ("entropy",)),
-    _loss("grpo"),
-    _loss("sft"),
-    Panel("SFT token accuracy", "%", ("token_accuracy",), scale=100),
+    Panel("loss", "mean of the step", ("loss",), by_objective=True),
+    Panel("Token accuracy", "%", ("token_accuracy",), scale=100),
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
     Panel(
         "Groups, truncation, clipping",
@@ -127,11 +121,23 @@ def curves(steps: Sequence[Record], stages: Sequence[Stage]) -> tuple[list[str],
     """SVG texts, one for each panel that has data, and the window of their running means in steps."""
     window = max(5, len(steps) // 30) | 1
     with rc_context(_STYLE):
-        others = {step["objective"] for step in steps if "objective" in step} - {panel.objective for panel in PANELS}
-        panels = (*PANELS, *map(_loss, sorted(others)))
-        charts = [_panel_chart(panel, steps, stages, window) for panel in panels]
+        charts = [_panel_chart(panel, shown, stages, window) for panel, shown in _panels(steps)]
         charts.insert(-1, _phases_chart(steps, stages))
     return [chart for chart in charts if chart], window
+
+
+def _panels(steps: Sequence[Record]) -> Iterator[tuple[Panel, Sequence[Record]]]:
+    """Every panel in its order and the steps that it draws."""
+    objectives: dict[str, list[Record]] = {}
+    for step in steps:
+        if "objective" in step:
+            objectives.setdefault(step["objective"], []).append(step)
+    for panel in PANELS:
+        if panel.by_objective:
+            for name in sorted(objectives):
+                yield panel._replace(title=f"{name.upper()} {panel.title}"), objectives[name]
+        else:
+            yield panel, steps
 
 
 def accuracy_chart(accuracy: Mapping[str, Record], moments: Mapping[str, str]) -> str:
@@ -169,7 +175,6 @@ def bar_chart(title: str, unit: str, heights: Mapping[str, float], below: str = 
 
 def _panel_chart(panel: Panel, steps: Sequence[Record], stages: Sequence[Stage], window: int) -> str:
     """SVG of one panel, or "" where no step has a number for it."""
-    steps = [step for step in steps if not panel.objective or step.get("objective") == panel.objective]
     keys = [(key, label) for key, label in zip(panel.keys, panel.labels, strict=True) if _has(steps, key)]
     if not keys:
         return ""

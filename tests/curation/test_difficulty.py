@@ -165,7 +165,7 @@ def test_the_command_and_its_journal(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--config.prompt.max_token=1"], "no key 'max_token'; Did you mean \"max_tokens\""),
+        (["--config.prompt.max_token=1"], "no such key, or it holds another type of value: 'max_token'; Did you mean"),
         (["--config.rollout.sglang.router=python"], "config.rollout.sglang.addresses"),
         (["--config.prompt.max_tokens=3"], "none of 5 rows can be measured"),
         (["--sample", "4"], "unknown argument --sample;"),

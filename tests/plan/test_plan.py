@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from capcur_jax import presets
+from capcur_jax import policy, presets
 from capcur_jax.models.config import from_directory
 from capcur_jax.plan import __main__ as plan
 from capcur_jax.plan import estimate, topologies
@@ -116,13 +116,22 @@ def test_parameters_are_gathered_and_gradients_scattered(tiny):
     assert programs(tiny)["gradient"]["sent_bytes"] > 0
 
 
-def test_servers_sample_on_their_own_and_the_trainer_takes_its_gpus():
+@pytest.mark.parametrize(("kind", "sampling"), [("sglang", ()), ("local", plan_programs.SAMPLING)])
+def test_servers_sample_on_their_own_and_the_trainer_takes_its_gpus(kind, sampling, monkeypatch):
+    monkeypatch.setitem(policy.ENGINES, "another", policy.ENGINES[kind])
     config = presets.get("laptop")
     with config.unlocked():
-        config.rollout.engine, config.mesh.gpus = "sglang", (0,)
+        config.rollout.engine, config.mesh.gpus = "another", (0,)
     (variant, *_) = plan_programs.variants(config, jax.devices() * 2, ())
-    assert [program.name for program in variant.programs] == ["reference log-probs", "gradient", "update"]
+    assert [program.name for program in variant.programs] == ["reference log-probs", "gradient", "update", *sampling]
     assert variant.mesh.size == 1
+
+
+def test_where_others_sample_the_plan_says_what_it_leaves_out(tiny, capsys):
+    assert tiny["samples_in_process"]
+    for here in (True, False):
+        plan.render(tiny | {"rollout_engine": "another", "samples_in_process": here})
+        assert ("servers sample" in capsys.readouterr().out) != here
 
 
 def test_a_cpu_gets_no_verdict_and_says_what_it_is_good_for(tiny, capsys):

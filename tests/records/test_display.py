@@ -165,15 +165,14 @@ def test_best_accuracy_is_bold():
     assert "\x1b[1m50.0" not in console.file.getvalue()
 
 
-def test_progress_note_and_warning_without_a_terminal():
+def test_progress_and_warning_without_a_terminal():
     display, out = captured(line_seconds=0.0)
     with display.progress("evaluating [text]", 100) as advance:
         advance(40)
         advance(60)
     assert "evaluating [text]: 40/100" in out.getvalue() and "evaluating [text]: 100 in 0.0 s" in out.getvalue()
-    display.note("a note\x1b[2J")
-    display.warn("row [3]" + " long" * 40)
-    assert "a note\\u001b[2J\n" in out.getvalue() and "warning: row [3]" + " long" * 40 + "\n" in out.getvalue()
+    display.warn("row\x1b[2J [3]" + " long" * 40)
+    assert "warning: row\\u001b[2J [3]" + " long" * 40 + "\n" in out.getvalue()
 
 
 def test_quiet_shows_warnings_only():
@@ -184,7 +183,6 @@ def test_quiet_shows_warnings_only():
         advance()
         display.step({**RL_STEP, "step": 10})
         display.evaluation([evaluation("text", 0.4)])
-        display.note("a note")
         display.final(SUMMARY)
     assert out.getvalue() == ""
     display.warn("careful")

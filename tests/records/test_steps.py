@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import threading
 import types
 
@@ -187,6 +189,33 @@ def test_processes_that_own_no_file_keep_what_they_need(tmp_path, monkeypatch):
         loop.recorder.evaluation([{"type": "evaluation", "capability": "a"}], 1.0)
         assert loop.recorder.skipped == 1 and len(loop.recorder.evaluations) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_went_wrong_in_an_update_ends_its_step(loop, monkeypatch):
+    def wrong(updates):
+        raise ArithmeticError("out of memory")
+
+    monkeypatch.setattr(steps.jax, "block_until_ready", wrong)
+    update = Update()
+    loop.put(update.done(), 101.0)
+    with pytest.raises(ArithmeticError, match="out of memory"):
+        loop.recorder.complete()
+    assert not loop.recorder.steps
+
+
+def test_a_process_does_not_wait_at_its_end_for_an_update_that_hangs(tmp_path):
+    code = f"""if True:
+        import threading, types
+        from capcur_jax.records import steps
+        steps.jax.block_until_ready = lambda updates: threading.Event().wait()
+        counter = types.SimpleNamespace(count=0)
+        recorder = steps.StepRecorder(steps.Path({str(tmp_path / "metrics.jsonl")!r}), None, counter, None)
+        with recorder:
+            recorder.put({{}}, [{{}}], 0, None, 0.0)
+            raise KeyboardInterrupt
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
 
 
 def test_closing_waits_for_no_update_and_leaves_no_thread(tmp_path, monkeypatch):

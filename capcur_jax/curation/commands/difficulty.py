@@ -54,11 +54,10 @@ def read_config(name: str, overrides: list[str]) -> ConfigDict:
         config = values.config
     except flags.UnrecognizedFlagError as error:
         raise InputError(f"unknown argument --{error.flagname}; settings look like --config.checkpoint=DIR") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        said = error.args[0] if isinstance(error, AttributeError) and error.args else error
-        if isinstance(said, KeyError):  # a key that is none; its own text is the message in quotes
-            said = f"no key {said.args[0]}".replace("\n", "; ")
-        raise InputError(f"--config {name}: {presets.deleted(error) or said}") from None
+    except (flags.Error, OSError) as error:
+        raise InputError(f"--config {name}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--config {name}: {presets.explained(error)}") from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
     return config
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if policy.engine_kind(config).shares_devices(config):
         raise InputError("config.rollout.sglang.colocate: nothing is trained here; set it to False")
     from capcur_jax.curation import difficulty
-    from capcur_jax.devices import sharding  # here: JAX comes with them
+    from capcur_jax.devices import drivers, sharding  # here: JAX comes with them
     from capcur_jax.rewards.reward import make_reward
     from capcur_jax.rollout.engine import Sampling
 
@@ -93,6 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         reward = make_reward(config.reward)
     except ValueError as error:
         raise InputError(str(error)) from None
+    drivers.without_drivers_cpu()
     mesh = sharding.make_mesh(config.mesh)
     source = Path(config.checkpoint).expanduser()
     model, opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with opened.images, Journal(journal_file(output), known) as journal:
         todo = [problem for problem in problems if difficulty.key(problem) not in journal.done]
         if todo:
-            engine = policy.open_engine(config, model, opened, output.parent, mesh)
+            engine = policy.open_engine(config, model, opened, output.parent)
             try:
                 from flax import nnx
 

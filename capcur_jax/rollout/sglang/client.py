@@ -33,20 +33,21 @@ class Refused(ServerError):
         self.status = status
 
 
-def _message(text: str) -> str:
-    """What an error body says, without the request that some of them repeat: that may hold whole images."""
+def error_message(text: str) -> str:
+    """What an error body says, without the request that some of them repeat: that may hold whole images.
+    As long as it is: what must not be shown can be found only in the whole text."""
     try:
         found = json.loads(text)
-    except ValueError:
-        return text[:300]
-    for key in ("message", "error", "detail"):
-        if isinstance(found, dict) and key in found:
-            found = found[key]
-    if isinstance(found, dict):
-        found = found.get("message", "")
-    if isinstance(found, list):
-        found = "; ".join(str(one.get("msg", "")) if isinstance(one, dict) else str(one) for one in found)
-    return str(found)[:600]
+        for key in ("message", "error", "detail"):
+            if isinstance(found, dict) and key in found:
+                found = found[key]
+        if isinstance(found, dict):
+            found = found.get("message", "")
+        if isinstance(found, list):
+            found = "; ".join(str(one.get("msg", "")) if isinstance(one, dict) else str(one) for one in found)
+        return str(found)
+    except (ValueError, RecursionError):  # no JSON, or some that is made to hurt
+        return text
 
 
 class Client:
@@ -71,7 +72,7 @@ class Client:
         except (httpx2.TransportError, OSError) as error:
             raise Unreachable(f"{path}: {type(error).__name__} {error}") from None
         if not answer.is_success:
-            raise Refused(answer.status_code, f"{path}: {_message(answer.text)}")
+            raise Refused(answer.status_code, f"{path}: {error_message(answer.text)[:600]}")
         if not answer.content:
             return None
         try:

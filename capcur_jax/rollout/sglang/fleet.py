@@ -258,7 +258,7 @@ class Fleet:
             await self.each(lambda server: server.client.release(self.settings.update_timeout_s))
 
     async def resume(self) -> None:
-        """They take it back, without what was in it."""
+        """The servers take GPU memory again. The weights and the cache that were in it are lost."""
         async with self.undisturbed:
             await self.each(lambda server: server.client.resume(self.settings.update_timeout_s))
             self._asleep = False
