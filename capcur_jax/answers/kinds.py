@@ -22,7 +22,7 @@ KINDS = {
 ANSWER_TYPES = tuple(KINDS)
 
 _LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
-_LABELLED = re.compile(r"[(\[]?(?P<letter>[A-J])(?:[)\]][.:]?|[.:、])\s*(?P<text>\S.*)", re.DOTALL)
+_LABELLED = re.compile(r"[(\[]?(?P<letter>[A-J])(?:[)\]][.:]?|[.:、]|,(?=[\u4e00-\u9fff]))\s*(?P<text>\S.*)", re.DOTALL)
 _RATIO = re.compile(r"\b(?:ratio|proportion|odds|scale)\b|比", re.IGNORECASE)
 _FRACTION = re.compile(
     r"\b(?:fraction|simplif|simplest|probability|portion of|what part|how much of)\w*|分数|概率", re.IGNORECASE
@@ -116,6 +116,8 @@ def answer_type_of(answer: str, hint: str = "") -> str:
     text = normalize(answer)
     if not text:
         return ""
+    if len(letters.letters_of(text)) > 1:
+        return "letters"
     if _LETTER.fullmatch(text) or labelled(text):
         return "letter"
     code = codes.read(text)
@@ -124,12 +126,10 @@ def answer_type_of(answer: str, hint: str = "") -> str:
         return "code"
     if number is not None:
         return "code" if hint == "code" and "/" in text and "\\" not in text else "number"
-    if code and code.sort in ("date", "range", "size", "ratio"):
+    if code and code.sort in ("date", "range", "size", "ratio", "times", "ordinal"):
         return "code"
     if units.quantity(text) is not None:
         return "quantity"
-    if len(letters.letters_of(text)) > 1:
-        return "letters"
     if words(text) is not None and text not in ("e", "i"):
         return "word"
     if structure.parse(text).is_collection:

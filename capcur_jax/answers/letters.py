@@ -22,7 +22,7 @@ _OPTION = re.compile(r"(?<![A-Za-z0-9_])[(（\[【]?(?P<letter>[A-Za-z])\s?[.):\
 
 # What may stand before a letter that is the answer, besides nothing.
 _KEYWORD = re.compile(
-    r"(?:\b(?:answers?|options?|choices?|letters?|correct|right|is|be|choose|select|pick)|\b(?:it|that)['’]s|答案|选项?|是"
+    r"(?:\b(?:answers?|options?|choices?|letters?|correct|right|is|be|choose|select|pick)|\b(?:it|that)['’]s|答案(?:是|为)?|选项?|选择|是"
     r"|\\boxed|\\text)\s*[:：=→]?" + _OPEN + r"\Z|[:：=→]" + _OPEN + r"\Z",
     re.IGNORECASE,
 )
@@ -36,7 +36,8 @@ _DENIED = re.compile(
     r"[\s,]+(?:(?:is|was|can)(?:\s+not\b|n['’]t\b|not\b)|(?:is|was)\s+(?:wrong|incorrect|false)\b)", re.IGNORECASE
 )
 _JOINED = re.compile(
-    rf"{_CLOSE},?\s*(?:or|and|nor)\b|{_CLOSE}[,;/&]?{_OPEN}(?:(?:or|maybe|perhaps)\s+)*{_ALONE}", re.IGNORECASE
+    rf"{_CLOSE},?\s*(?:(?:or|and|nor|not|vs)\b|[或和及与∪?]|-+>|→)|{_CLOSE}[,;/&|]?{_OPEN}(?:(?:or|maybe|perhaps)\s+)*{_ALONE}",
+    re.IGNORECASE,
 )
 # "A" (and "I") before a word is an article, unless the word says something of the letter itself.
 _NOUN = re.compile(r"[ \t]+(?!(?:or|and|nor|is|was|because|since|as|but|if|vs|not)\b)[^\W\d_]{2}")
@@ -123,7 +124,7 @@ def letters_of(text: str) -> tuple[str, ...]:
     text = re.sub(r"['\"\[\]{}]", "", text)
     if re.fullmatch("[A-Z]{2,10}", text) and list(text) == sorted(set(text)):
         return tuple(text)
-    parts = re.split(r"(?: ?[,;&] ?(?:and |or )?| and | )", text)
+    parts = re.split(r"(?: ?[,;] ?(?:and |or )?| and | & | )", text)
     parts = [re.sub(r"\A\(?([A-Z])[).]?\Z", r"\1", part) for part in parts]
     if len(parts) < 2 or len(set(parts)) < len(parts) or not all(re.fullmatch("[A-Z]", part) for part in parts):
         return ()

@@ -3,6 +3,8 @@ r"""Plain numbers as people write them, read exactly: 1,000, 1 1/2, 3 \times 10^
 English number words are text2num's, Chinese numerals cn2an's and Unicode's; what is ours is the grammar around digits.
 """
 
+import contextlib
+import decimal
 import functools
 import re
 import struct
@@ -40,7 +42,8 @@ _BODY = (
     r"(?P<sign>[-+]?) ?(?:"
     rf"(?P<whole>\d+)? ?\\frac ?{_SIGNED % ('top', 'top_1')} ?{_SIGNED % ('bottom', 'bottom_1')}"
     r"|(?:(?P<whole_2>\d+)(?: |-| and ))?(?P<top_2>\d+) ?(?:/|:|\\div) ?(?P<bottom_2>-?\d+)"
-    r"|(?P<start>\d*\.\d*)(?:\\overline ?\{ ?(?P<cycle>\d+) ?\}|\\dot ?\{? ?(?P<cycle_1>\d) ?\}?)"
+    r"|(?P<start>\d*\.\d*)"
+    r"(?:\\overline ?\{ ?(?P<cycle>\d+) ?\}|\\(?:dot|bar) ?\{? ?(?P<cycle_1>\d+) ?\}?|\((?P<cycle_2>\d+)\))"
     rf"|(?P<decimal>{_DECIMAL})"
     rf"(?:(?: ?(?:\\times|\\cdot|\*|x) ?{_TEN % ('power', 'power_2')})|[eE](?P<exponent>[-+]?\d{{1,3}}))?"
     rf"|{_TEN % ('power_3', 'power_4')}"
@@ -48,8 +51,13 @@ _BODY = (
 )
 _PLAIN = re.compile(rf"(?:{_BODY})(?: ?(?P<scale>[A-Za-z]+|[十百千万萬亿億]+))? ?(?P<percent>%)?", re.ASCII)
 PREFIX = re.compile(_BODY, re.ASCII)  # the number that a text begins with
+_DOTS = re.compile(r"(?P<start>-?\d*\.\d*?)(?P<cycle>\d+?)(?P=cycle)+(?: ?\\ldots|\.\.+)")
+_PARTS = {
+    "half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
+    "ninth": 9, "tenth": 10,
+}  # fmt: skip
 _CHINESE = re.compile(r"[零〇一二两三四五六七八九十百千万亿点]+")
-_SPELLED = re.compile(r"(?:minus |negative )?[a-z]+(?:[ -][a-z]+){0,11}")
+_SPELLED = re.compile(r"(?:minus |negative )?[a-z]{2,}(?:[ -][a-z]+){0,11}")
 _NOT_ALONE = {"hundred", "thousand", "million", "billion", "trillion", "and", "a", "an", "point", "second"}
 
 
@@ -61,8 +69,12 @@ def plain_number(text: str) -> Number | None:
     repeating decimals, powers of ten (`3 \times 10^8`), with a scale ("1.2 million", "5k") or a percent sign or none;
     number words, English and Chinese.
     """
-    if text.startswith("(") and text.endswith(")"):
+    if (minus := re.match(r"(?:minus|negative) (?=\d)", text, re.IGNORECASE)) is not None:
+        text = "-" + text[minus.end() :]
+    if text[:1] in "([" and text[-1:] in ")]":
         text = text[1:-1].strip()
+    if cycle := _DOTS.fullmatch(text):  # 0.333...
+        text = rf"{cycle['start']}\overline{{{cycle['cycle']}}}"
     match = _PLAIN.fullmatch(text)
     if match:
         return _of_match(match)
@@ -99,14 +111,13 @@ def read(match: re.Match) -> Number | None:
             return None
         value = int(first("whole", "whole_2") or 0) + Fraction(int(top), bottom)
         return Number(-value if negative else value, "fraction")
-    if (cycle := first("cycle", "cycle_1")) is not None:
+    if (cycle := first("cycle", "cycle_1", "cycle_2")) is not None:
         start = group["start"]
         digits = len(start.partition(".")[2])
         value = Fraction(f"0{start}0") + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10**digits)
         return Number(-value if negative else value, "fraction")
     power = int(first("power", "power_2", "power_3", "power_4", "exponent") or 0)
-    digits = re.sub("[, ']", "", group.get("decimal", "1"))
-    digits = _without_noise(digits)
+    digits = _without_noise(re.sub("[, ']", "", group.get("decimal", "1")), power)
     value = Fraction(digits) * Fraction(10) ** power
     whole, point, places = digits.partition(".")
     step = Fraction(10) ** (power - len(places)) if point and places else Fraction(0)
@@ -115,43 +126,65 @@ def read(match: re.Match) -> Number | None:
     return Number(-value if negative else value, form, False, step, len(shown))
 
 
-def _without_noise(digits: str) -> str:
-    """Shorter digits that a computer's float was written from: "3.299999952316284" is the 32-bit float of 3.3."""
-    if len(digits) < 14 or "." not in digits:
+def _without_noise(digits: str, power: int) -> str:
+    """Without digits that a computer's float can't have meant: "3.299999952316284" is the 32-bit float of 3.3.
+
+    Of a number with 14 digits or more that is a 32-bit float seven are left, of any other with 16 or more fifteen.
+    """
+    shown = digits.replace(".", "").lstrip("0")
+    if len(shown) < 14 or "." not in digits:
         return digits
-    value = float(digits)
-    if len(digits.replace(".", "").lstrip("0")) >= 16:
-        near = f"{value:.15g}"
-        if len(near) < len(digits) - 3 and "e" not in near:
-            return near
-    try:
-        single = struct.pack("f", value)
-    except OverflowError:
-        return digits
-    if struct.unpack("f", single)[0] == value:
-        for places in range(1, 9):
-            near = f"{value:.{places}g}"
-            if struct.pack("f", float(near)) == single and "e" not in near:
-                return near
-    return digits
+    value, kept = float(f"{digits}e{power}"), 15 if len(shown) >= 16 else len(shown)
+    with contextlib.suppress(OverflowError):
+        kept = 7 if struct.unpack("f", struct.pack("f", value))[0] == value else kept
+    return format(decimal.Context(prec=kept).create_decimal(digits), "f")
 
 
 def _spelled(text: str) -> Number | None:
     """Number words."""
+    if text.startswith("负") and (number := plain_number(text[1:])):
+        return number._replace(value=-number.value)
     if _CHINESE.fullmatch(text):
         return _chinese(text)
+    if "分之" in text:  # 三分之一, 百分之五十
+        bottom, _, top = text.partition("分之")
+        top = plain_number(top)
+        bottom = Number(Fraction(100), "integer") if bottom == "百" else plain_number(bottom)
+        if not top or not bottom or not bottom.value:
+            return None
+        return Number(top.value / bottom.value, "fraction") if bottom.value != 100 else top._replace(percent=True)
     words = text.casefold()
+    if fraction := _spelled_fraction(words):
+        return fraction
     if len(words) > 120 or not _SPELLED.fullmatch(words) or words in _NOT_ALONE:
         return None
     negative = words.startswith(("minus ", "negative "))
     words = words.split(" ", 1)[1] if negative else words
     from text_to_num import text2num  # here: most answers need none
 
+    words, point, places = words.partition(" point ")
     try:
         value = Fraction(text2num(words, "en"))
+        if point:
+            places = "".join(str(text2num(place, "en")) for place in places.split())
+            return Number(
+                (-1 if negative else 1) * (value + Fraction(f"0.{places}")), "decimal", digits=len(places) + 1
+            )
     except ValueError:
         return None
     return Number(-value if negative else value, "integer", digits=len(str(abs(value))))
+
+
+def _spelled_fraction(words: str) -> Number | None:
+    """ "half", "two thirds", "a dozen"."""
+    if words in ("a dozen", "one dozen", "dozen"):
+        return Number(Fraction(12), "integer", digits=2)
+    count, _, part = words.replace("-", " ").rpartition(" ")
+    bottom = _PARTS.get(part) or _PARTS.get(part.removesuffix("s"))
+    if not bottom or (not count and bottom != 2):
+        return None
+    top = Number(Fraction(1), "integer") if count in ("", "a", "one") else plain_number(count)
+    return Number(top.value / bottom, "fraction") if top and top.form == "integer" else None
 
 
 def _chinese(text: str) -> Number | None:

@@ -10,15 +10,17 @@ import unicodedata
 ANSWER_LENGTH = 512  # characters; a longer answer can't be graded
 
 _SYMBOLS = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'", "″": '"',
-    "°": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
-    "÷": r"\div ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "≦": r"\le ", "≧": r"\ge ", "⩽": r"\le ",
-    "⩾": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "±": r"\pm ", "∓": r"\mp ", "∈": r"\in ", "∪": r"\cup ",
-    "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ", "∥": r"\parallel ", "⊥": r"\perp ", "△": r"\triangle ",
-    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "√": r"\sqrt", "∛": r"\sqrt[3]", "⁄": "/", "∶": ":",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "’": "'", "‘": "'", "“": '"', "”": '"', "′": "'",
+    "″": '"', "°": r"^\circ ", "℃": r"^\circ C", "℉": r"^\circ F", "×": r"\times ", "·": r"\cdot ",
+    "⋅": r"\cdot ", "÷": r"\div ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
+    "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "±": r"\pm ", "∓": r"\mp ", "∈": r"\in ",
+    "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ", "∥": r"\parallel ", "⊥": r"\perp ",
+    "△": r"\triangle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "√": r"\sqrt",
+    "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∧": r"\land ", "∨": r"\lor ", "≡": r"\equiv ", "⁄": "/", "∶": ":",
     "µ": r"\mu ", "Ω": r"\Omega ", "。": ".", "、": ",", "【": "(", "】": ")", "「": '"', "」": '"', "『": '"',
     "』": '"', "《": '"', "》": '"', "〈": "<", "〉": ">", "…": r"\ldots ", "⋯": r"\ldots ", "∕": "/", "﹣": "-",
-    "∙": r"\cdot ", "•": r"\cdot ",
+    "∙": r"\cdot ", "•": r"\cdot ", "≅": r"\cong ", "≌": r"\cong ", "∽": r"\sim ", "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∴": "", "⇒": r"\Rightarrow ", "→": r"\to ", "～": "~",
 }  # fmt: skip
 
 
@@ -41,7 +43,7 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n", 
 _RAISED_RUN, _LOWERED_RUN = re.compile(f"[{''.join(_RAISED)}]+"), re.compile(f"[{''.join(_LOWERED)}]+")
 
 _DOUBLED = re.compile(r"\\\\(?=(?:[dtc]?frac|sqrt|text|math|pi|cdot|times|left|right|circ|boxed|begin)(?![a-z]))")
-_SPACE = re.compile(r"(?<!\\)(?:\\[,;: >]|\\q?quad(?![a-z])|~)")
+_SPACE = re.compile(r"(?<!\\)(?:\\[,;: >]|\\q?quad(?![a-z])|~(?!\d)|(?<!\d)~)")
 _MATH_MARK = re.compile(r"(?<!\\)\\[()\[\]]")
 _SWITCH = re.compile(
     r"\\(?:(?:display|text|script)style|(?:tiny|scriptsize|footnotesize|small|normalsize|[lL]arge|LARGE|[hH]uge)"
@@ -49,7 +51,7 @@ _SWITCH = re.compile(
 )
 _SIDE = re.compile(r"\\(?:left|right)(?![a-z])\s*(?:\.(?!\d))?")
 _WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:bf|it|rm|sf|tt|normal)|mbox|hbox|boxed|fbox|emph|underline"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|md|up)?|math(?:bf|it|rm|sf|tt|normal)|mbox|hbox|ce|boxed|fbox|emph|underline"
     r"|boldsymbol|bm|ensuremath|phantom|(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}(?=\s*\{))\s*\{"
 )
 _COLOR_SWITCH = re.compile(r"\\color\s*\{[^{}]*\}")
@@ -57,10 +59,17 @@ _FRACTION = re.compile(r"\\(?:[dtc]frac|[sn]frac|nicefrac)(?![a-z])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}")
 _SIMPLE_OVER = re.compile(r"^([^{}=,]*)\\over(?![a-z])([^{}=,]*)$")
 _DEGREE = re.compile(r"\s*(?:\^ ?\{? ?\\circ(?![a-z]) ?\}?|\\degree(?![a-z])|\\textdegree(?![a-z]))\s*")
+_RELATIONS = (
+    (re.compile(r"<=|=<"), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
+    (re.compile(r"!="), r"\\ne "),
+    (re.compile(r"(?<=\d) !"), "!"),
+    (re.compile(r"\+ ?/ ?-|\+-(?=\s*\d)"), r"\\pm "),
+)
 _SAME = (
-    (re.compile(r"\\(?:leqslant|leqq|leq)(?![a-z])|<=|=<"), r"\\le "),
-    (re.compile(r"\\(?:geqslant|geqq|geq)(?![a-z])|>="), r"\\ge "),
-    (re.compile(r"\\neq(?![a-z])|!=|\\not\s*="), r"\\ne "),
+    (re.compile(r"\\(?:leqslant|leqq|leq)(?![a-z])"), r"\\le "),
+    (re.compile(r"\\(?:geqslant|geqq|geq)(?![a-z])"), r"\\ge "),
+    (re.compile(r"\\neq(?![a-z])|\\not\s*="), r"\\ne "),
     (re.compile(r"\\lt(?![a-z])"), "<"),
     (re.compile(r"\\gt(?![a-z])"), ">"),
     (re.compile(r"\\varnothing(?![a-z])|\\\{\s*\\\}"), r"\\emptyset "),
@@ -71,6 +80,18 @@ _SAME = (
     (re.compile(r"\\(?:ast)(?![a-z])"), "*"),
     (re.compile(r"\\(?:mid|vert|lvert|rvert)(?![a-z])"), "|"),
     (re.compile(r"\\(?:colon)(?![a-z])"), ":"),
+    (re.compile(r"\\langle(?![a-z])"), "("),
+    (re.compile(r"\\rangle(?![a-z])"), ")"),
+    (re.compile(r"\\backslash(?![a-z])"), r"\\setminus "),
+    (re.compile(r"\\surd(?![a-z])"), r"\\sqrt "),
+    (re.compile(r"\\bigtriangleup(?![a-z])"), r"\\triangle "),
+    (re.compile(r"\\rightarrow(?![a-z])"), r"\\to "),
+    (re.compile(r"\\p?mod\s*\{(\w+)\}"), r"(mod \1)"),
+    (re.compile(r"\{\s*(\w+)\s*\\choose\s*(\w+)\s*\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"\\var(epsilon|phi|theta|rho|sigma)(?![a-z])"), r"\\\1 "),
+    (re.compile(r"\\log_\{?e\}?(?![a-z])"), r"\\ln "),
+    (re.compile(r"\\(?:therefore|because)(?![a-z])|&(?=\s*=)|\\(?=[&#_])"), ""),
+    (re.compile(r"\A(?:\s*\\\\)+(?=[\s\d])|(?:\\\\\s*)+\Z"), ""),
     (re.compile(r"\\sim(?:eq)?(?![a-z])|\\thickapprox(?![a-z])"), r"\\approx "),
     (re.compile(r"\\operatorname\*?\s*\{(sin|cos|tan|log|ln|exp|arcsin|arccos|arctan)\}"), r"\\\1 "),
     (re.compile(r"\\(?:overline|overrightarrow|overleftrightarrow|vec|widehat|bar)\s*\{\s*([A-Z]{2,4})\s*\}"), r"\1"),
@@ -80,9 +101,25 @@ _PROGRAM = (
     (re.compile(r"(?<=[\w)\]}])\s?\*\*\s?(?=[\w({\\+-])"), "^"),
     (re.compile(r"(?<![a-zA-Z\\])sqrt(?=\s*[({\d])"), r"\\sqrt"),
     (re.compile(r"(?<![a-zA-Z\\])cbrt(?=\s*[({\d])"), r"\\sqrt[3]"),
-    (re.compile(r"(?<![a-zA-Z\\])(exp|ln|log|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan)(?=\s*[({])"), r"\\\1"),
+    (
+        re.compile(
+            r"(?<![a-zA-Z\\])(exp|ln|log|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan)(?![a-zA-Z\d])"
+            r"(?=\s*[({\\_]|\s*\d|\s+[a-z](?![a-z]))"
+        ),
+        r"\\\1",
+    ),
+    (re.compile(r"(?<![a-zA-Z\\])abs\s*\(([^()]*)\)"), r"|\1|"),
+    (re.compile(r"(?<![a-zA-Z\\])frac(?=\{)"), r"\\frac"),
+    (re.compile(r"(?<![a-zA-Z\\])a(sin|cos|tan)(?=\s*\()"), r"\\arc\1"),
+    (re.compile(r"(?<![a-zA-Z\\])ln(?=\d)"), r"\\ln "),
+    (re.compile(r"(?<![a-zA-Z])C_\{?(\w+)\}?\^\{?(\w+)\}?(?!\w)"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<=[\d*)])\s?\*?\s?I(?![a-zA-Z])"), "i"),
+    (re.compile(r"\^ ?\( ?(-?\w+) ?\)"), r"^{\1}"),
+    (re.compile(r"(?<=[A-Z]) ?// ?(?=[A-Z])"), r"\\parallel "),
+    (re.compile(r"(?<![\^_\w}])\{(\d+)\} ?/ ?\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"(?<=[\d)}\]])\s*[或和及]\s*(?=[-\d(\[\\a-z])"), r", "),
     (re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi "),
-    (re.compile(r"(?<![a-zA-Z\\])(?:inf|infinity)(?![a-zA-Z])", re.IGNORECASE), r"\\infty "),
+    (re.compile(r"(?<![a-zA-Z\\])(?:inf|infinity|oo)(?![a-zA-Z])", re.IGNORECASE), r"\\infty "),
 )
 _ROOT = re.compile(r"\\sqrt\s*(\[\d+\])?\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-z](?![a-z])))")
 _PERCENT = re.compile(r"\s*\\?%|(?<=[\d} ])\s*(?:percent|per cent|pct)\b\.?(?! ?age)", re.IGNORECASE)
@@ -101,6 +138,9 @@ def normalize(text: str) -> str:
     text = _undollared(text)
     if "\\" in text:
         text = _one_latex(text)
+    text = re.sub(r"\.{3,}", r"\\ldots ", text)
+    for pattern, new in _RELATIONS:
+        text = pattern.sub(new, text)
     text = _PERCENT.sub("%", text)
     text = " ".join(_SPACE.sub(" ", text).split())
     text = _trimmed(text)
@@ -131,7 +171,7 @@ def _character(character: str) -> str:
     if kind == "<fraction>":  # "¾"
         top, _, bottom = "".join(chr(int(code, 16)) for code in parts.split()).partition("⁄")
         return rf"\frac{{{top}}}{{{bottom}}}" if bottom else character
-    if kind == "<circle>":  # "②", "Ⓑ"
+    if kind == "<circle>" or "\u3300" <= character <= "\u33ff":  # "②", "Ⓑ", "㎡"
         return unicodedata.normalize("NFKC", character)
     return character
 
@@ -199,8 +239,12 @@ def _trimmed(text: str) -> str:
     """Without bold marks, bare braces around the whole, and what ends a sentence."""
     while True:
         stripped = text.strip("* `").rstrip(
-            ".,;: !?！？" if not text.endswith("!") or not _is_factorial(text) else ".,;: "
+            ".,;: !！" if not text.endswith("!") or not _is_factorial(text) else ".,;: "
         )
+        if stripped.endswith(")") and "(" not in stripped and "[" not in stripped:
+            stripped = stripped[:-1]
+        if stripped.startswith('"') and stripped.endswith('"') and stripped.count('"') == 2:
+            stripped = stripped[1:-1]
         if stripped.startswith("{") and _closing(stripped, 1) == len(stripped) - 1:
             stripped = stripped[1:-1]
         if stripped == text:
@@ -218,23 +262,26 @@ _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z*]+\}|\\[a-zA-Z]+")
 _WORDS = re.compile(r"[^\W\d_]+(?:(?: ?[,;&/] ?|[ '\-])[^\W\d_]+)*")
 _ARTICLE = re.compile(r"\A(?:the|an?) (?=\w{2})")
-_INITIALS = re.compile(r"(?<=\b[^\W\d_])/(?=[^\W\d_]\b)")  # "n/a"
+_INITIALS = re.compile(r"(?<=\b[A-Z])/(?=[A-Z]\b)|(?<=\bn)/(?=a\b)")  # "N/A"
 _POINT = re.compile(r"(?<=[^\W\d_])\.(?=[^\W\d_]|\s|\Z)")
 
 
 def words(text: str) -> tuple[str, ...] | None:
     """The case-folded words of a normalized answer that is made of nothing else ("(B)", "top-left"), or None.
 
-    Without a leading article, the points of abbreviations, and the "and" of a list.
+    Without a leading article and the points of abbreviations; "," stands between the items of a list, for "and" too.
     """
-    text = text.replace("{", "").replace("}", "").strip("()[]<>\"'`*.,:;!? ").casefold()
-    text = _ARTICLE.sub("", _INITIALS.sub("", _POINT.sub("", text)), count=1).strip(" \"'")
+    text = _INITIALS.sub("", text).replace("{", "").replace("}", "").strip('()[]<>"`*.,:;!? ').casefold()
+    if text.startswith("'") and text.endswith("'"):
+        text = text[1:-1]
+    text = _ARTICLE.sub("", _POINT.sub("", text), count=1).strip(' "')
     if not _WORDS.fullmatch(text):
         return None
-    parts = tuple(part for part in re.split(r"[ ,;&/\-]+", text) if part)
-    if len(parts) > 1 and len(max(parts, key=len)) == 1:
-        return None if "-" in text else parts  # x-y is a difference
-    return tuple(part for part in parts if part != "and") or parts
+    items = [tuple(filter(None, re.split(r"[ /\-]+", item))) for item in re.split(r" ?[,;&] ?(?:and )?| and ", text)]
+    parts = [word.replace("'", "") for item in items for word in (*item, ",")][:-1]
+    if len(parts) > 1 and all(len(part) == 1 for part in parts):
+        return None if "-" in text or "/" in text else tuple(parts)  # x-y is a difference
+    return tuple(parts)
 
 
 def long_words(text: str) -> set[str]:

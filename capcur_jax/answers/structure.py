@@ -14,7 +14,8 @@ class Node(NamedTuple):
     """A piece of an answer.
 
     `sort`: "text" (a formula, in `text`), "list" (bare values), "set", "tuple" (in parentheses), "bracket" (in square
-    brackets), "half" (an interval, one end of which is open), "union", "chain" (texts and the relations between them).
+    brackets), "half" (an interval, one end of which is open), "union", "ratio" (of three or more),
+    "chain" (texts and the relations between them).
     """
 
     sort: str
@@ -29,12 +30,19 @@ class Node(NamedTuple):
             return any(mark in _ORDER for mark in self.marks) or any(node.is_collection for node in self.items[1:])
         return self.sort != "text" or self.text in _NAMED_SETS
 
+    @property
+    def is_collection_name(self) -> bool:
+        return self.text in _NAMED_SETS
+
 
 _ORDER = {"<", ">", r"\le", r"\ge", r"\ne", r"\in"}
 _NAMED_SETS = {r"\emptyset", r"\mathbb{R}", r"\mathbb{Z}", r"\mathbb{N}"}
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv|parallel|perp|cong|notin)(?![a-zA-Z])|[<>=]")
-_SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)?(?![a-zA-Z])|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*")
-_CUP = re.compile(r"\s*(?:\\cup(?![a-z])|(?<=[)\]}])\s*(?:U|or|and)\s*(?=[(\[\\]))\s*")
+_SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:(?:and|or)(?![a-zA-Z]))?|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*")
+_CUP = re.compile(r"\s*(?:\\cup(?![a-z])|(?<=[)\]}])\s*U\s*(?=[(\[\\]))\s*")
+_BUILDER = re.compile(r"\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*[^|:]+)?\s*[|:]\s*(?P<condition>.+)")
+_CASES = re.compile(r"(?:\\\{)?\s*\\begin\{(cases|array|aligned|gathered)\}(?:\{[lcr]+\})?(?P<rows>.*)\\end\{\1\}\s*")
+_POINT = re.compile(r"[A-Z]'?\s*(?=\(.*,.*\)\Z)")
 _PAIRS = {"(": ")", "[": "]"}
 _PM = re.compile(r"\\(?:pm|mp)(?![a-z])")
 _DEEP = 12
@@ -45,6 +53,10 @@ def parse(text: str, depth: int = 0) -> Node:
     text = text.strip()
     if depth > _DEEP:
         return Node("text", text)
+    if cases := _CASES.fullmatch(text):
+        text = re.sub(r"\s*\\\\\s*", ", ", cases["rows"].replace("&", "")).strip(" ,")
+    if point := _POINT.match(text):  # the point A(1, 2)
+        text = text[point.end() :]
     parts = split(text, _CUP)
     if len(parts) > 1 and all(_is_bracketed(part) for part, _ in _with_marks(parts)):
         return Node("union", text, tuple(parse(part, depth + 1) for part, _ in _with_marks(parts)))
@@ -60,6 +72,9 @@ def parse(text: str, depth: int = 0) -> Node:
         return Node("text", text)
     if bracketed := _bracketed(text, depth):
         return bracketed
+    parts = [part.strip() for part in split(text, re.compile(":"))[::2]]
+    if len(parts) > 2 and all(parts):
+        return Node("ratio", text, tuple(parse(part, depth + 1) for part in parts))
     signs = list(_PM.finditer(text))
     if len(signs) == 1:
         plus, minus = (text[: signs[0].start()] + sign + text[signs[0].end() :] for sign in "+-")
@@ -116,6 +131,8 @@ def _bracketed(text: str, depth: int) -> Node | None:
         return None
     if not _whole(text, len(first)):
         return None
+    if sort == "set" and (builder := _BUILDER.fullmatch(inner)):
+        return parse(builder["condition"], depth + 1)
     values = [value.strip() for value in split(inner, re.compile(r"[,;]"))[::2]]
     if not all(values) or (sort == "half" and len(values) != 2):
         return None
@@ -151,4 +168,6 @@ _NAME = re.compile(
 def is_name(text: str) -> bool:
     r"""Whether the left side of `... = 5` only names what is 5: x, f(x), S_n, \angle ABC, "the area"."""
     text = text.strip().strip("|").strip()
+    if re.fullmatch(r"\([a-zA-Z](?:, ?[a-zA-Z]){1,3}\)|[A-Z](?:\s*\\(?:cap|cup)\s*[A-Z])+", text):
+        return True
     return bool(_NAME.fullmatch(text)) and text not in ("e", "i", "\\pi", "\\infty", "\\emptyset")

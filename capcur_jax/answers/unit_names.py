@@ -28,7 +28,10 @@ MORE = {  # what neither pint nor CLDR calls so
     "立方米": "meter^3", "平方厘米": "centimeter^2", "平方米": "meter^2", "平方千米": "kilometer^2",
     "平方公里": "kilometer^2", "平方分米": "decimeter^2", "立方分米": "decimeter^3", "平方毫米": "millimeter^2",
     "吨": "metric_ton", "亩": "hectare/15", "摄氏度": "degree_Celsius", "华氏度": "degree_Fahrenheit",
-    "千米/时": "kilometer/hour", "千米/小时": "kilometer/hour", "米/秒": "meter/second", "米每秒": "meter/second",
+    "岁": "year", "伏": "volt", "伏特": "volt", "欧": "ohm", "欧姆": "ohm", "瓦": "watt", "安": "ampere",
+    "安培": "ampere", "牛": "newton", "牛顿": "newton", "焦": "joule", "焦耳": "joule", "帕": "pascal",
+    "赫兹": "hertz", "千米/时": "kilometer/hour", "千米/小时": "kilometer/hour", "米/秒": "meter/second",
+    "米每秒": "meter/second",
 }  # fmt: skip
 BOTH = {
     "c": ("coulomb", "degree_Celsius"), "f": ("farad", "degree_Fahrenheit"), "C": ("coulomb", "degree_Celsius"),
@@ -38,8 +41,9 @@ MONEY = {  # words of everyday; symbols, codes and full names are CLDR's
     "$": ("USD", "AUD", "CAD", "SGD", "HKD"), "dollar": ("USD", "AUD", "CAD", "SGD", "HKD"), "buck": ("USD",),
     "euro": ("EUR",), "pound": ("GBP",), "quid": ("GBP",), "rupee": ("INR",), "rs": ("INR",), "yen": ("JPY",),
     "yuan": ("CNY",), "rmb": ("CNY",), "¥": ("JPY", "CNY"), "元": ("CNY",), "块": ("CNY",), "块钱": ("CNY",),
-    "peso": ("MXN",), "won": ("KRW",), "ruble": ("RUB",), "franc": ("CHF",), "us$": ("USD",), "美元": ("USD",),
-    "欧元": ("EUR",), "英镑": ("GBP",), "日元": ("JPY",), "人民币": ("CNY",),
+    "peso": ("MXN",), "won": ("KRW",), "ruble": ("RUB",), "franc": ("CHF",), "us$": ("USD",), "c$": ("CAD",),
+    "a$": ("AUD",), "hk$": ("HKD",), "美元": ("USD",), "欧元": ("EUR",), "英镑": ("GBP",), "日元": ("JPY",),
+    "人民币": ("CNY",),
 }  # fmt: skip
 HUNDREDTHS = {
     "cent": ("USD", "EUR", "AUD", "CAD"), "¢": ("USD",), "penny": ("USD", "GBP"), "pence": ("GBP",),
@@ -47,11 +51,12 @@ HUNDREDTHS = {
 }  # fmt: skip
 # Words that change a number's value or join it to another: "5 dozen", "5 or six", "5 cubed" are not a 5 with a unit.
 _NO_NOUN = (
-    "hundred hundreds thousand thousands million millions billion billions trillion dozen dozens score lakh crore "
-    "half halves third thirds quarter quarters fourth fourths fifth fifths sixth eighth tenth tenths hundredths "
-    "thousandths one two three four five six seven eight nine ten eleven twelve zero twenty thirty forty fifty "
-    "plus minus times over divided multiplied by squared cubed factorial root percent mod power or and to through "
-    "nor not versus vs but than if is are equals equal from until between except maybe k pi e i x y z n"
+    "hundred hundreds thousand thousands million millions billion billions trillion dozen dozens score lakh "
+    "crore half halves third thirds quarter quarters fourth fourths fifth fifths sixth eighth tenth tenths "
+    "thousandth hundredth millionth st nd rd th hundredths thousandths one two three four five six seven eight "
+    "nine ten eleven twelve zero twenty thirty forty fifty plus minus times over divided multiplied by squared "
+    "cubed factorial root percent mod power or and to through nor not versus vs but than if is are equals "
+    "equal from until between except maybe k pi e i x y z n"
 )
 NO_NOUN = frozenset(_NO_NOUN.split())
 # CLDR's key of a unit -> pint's name, where they differ.
@@ -61,3 +66,5 @@ PINT_NAMES = {
     "foodcalorie": "kilocalorie", "nautical-mile": "nautical_mile", "light-year": "light_year",
     "fluid-ounce": "fluid_ounce", "astronomical-unit": "astronomical_unit",
 }  # fmt: skip
+# Chinese counters: three of anything.
+COUNTERS = frozenset("个個只隻头匹条张本支枝件台辆架艘棵朵颗粒片双对套位名人次")

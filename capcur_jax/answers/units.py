@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from capcur_jax.answers import numbers
 from capcur_jax.answers.numbers import Number
-from capcur_jax.answers.unit_names import BOTH, HUNDREDTHS, KNOWN, MONEY, MORE, NO_NOUN, PINT_NAMES
+from capcur_jax.answers.unit_names import BOTH, COUNTERS, HUNDREDTHS, KNOWN, MONEY, MORE, NO_NOUN, PINT_NAMES
 
 
 class Unit(NamedTuple):
@@ -30,16 +30,17 @@ class Quantity(NamedTuple):
     unit: str
 
 
-_ANGLE = Unit(("angle",))
+ANGLE = Unit(("angle",))
 _RADIAN = Unit(("radian",))
 _ANGLES = {"^\\circ", "degree", "degrees", "deg", "degs", "angle"}
+_SINGLE = frozenset("mgshLlNJWVAKCFTtd")  # letters that are units; another after a number is a variable
 _TAIL = re.compile(r" (?:old|long|tall|high|wide|deep|away|in (?:total|all|length|area))\Z")
 _NOUN = re.compile(r"(?:[^\W\d_]{2,}|[\u4e00-\u9fff])(?:[ '-][^\W\d_]{1,}){0,4}")
 _FACTOR = re.compile(
     r"\s*(?P<over>/)?\s*(?P<name>[^\W\d_]+|[\"'°$])\s*(?:(?:\^|\*\*)?\s*\{?(?P<power>-?[1-9])\}?(?!\d))?"
 )
 _NO_MONEY = re.compile("[a-z]{1,2}|min|sec|all|top|cup|try|bob|mop|gel|pen|lac")
-_POWERED = re.compile(r"\b(?P<power>square|sq\.?|cubic|cu\.?) ?(?P<name>[a-zA-Z]+)")
+_POWERED = re.compile(r"\b(?P<power>(?:square|cubic)(?= )|(?:sq|cu)\b\.?) ?(?P<name>[a-zA-Z]+)")
 _AFTER = re.compile(r"(?P<name>[a-zA-Z]+) (?P<power>squared|cubed)\b")
 
 
@@ -135,7 +136,7 @@ def _in_base_units(name: str) -> Any:
 
 def _known(name: str) -> str:
     """pint's whole name of a unit, "" of one that is not read. Of short names the case counts: mW is not MW."""
-    for case_sensitive in (True, False)[: 1 + (len(name) > 2)]:
+    for case_sensitive in (True, False)[: 1 + (len(name) > 1)]:
         for prefix, base, _ in _registry().parse_unit_name(name, case_sensitive=case_sensitive):
             if base in KNOWN:
                 return prefix + base
@@ -151,17 +152,26 @@ def _temperature(name: str) -> Unit | None:
 
 
 @functools.lru_cache(2048)
-def units_of(text: str) -> tuple[Unit, ...]:
-    """What the text after (or before) a number may be as a unit: () where it is none."""
+def units_of(text: str, attached: bool = False) -> tuple[Unit, ...]:
+    """What the text after (or before) a number may be as a unit: () where it is none.
+
+    Args:
+      attached: it follows the number without a space, as variables do: "2xy" are no two of something.
+    """
     text = text.strip(" .").replace("\\mu ", "µ").replace("\\mu", "µ").replace("\\Omega", "ohm").strip()
-    text = _TAIL.sub("", text)
+    text = _TAIL.sub("", re.sub(r"\\frac ?\{([a-zA-Z]+)\} ?\{([a-zA-Z]+(?:\^\d)?)\}", r"\1/\2", text))
+    text = text[1:-1].strip() if text.startswith("(") and text.endswith(")") else text
+    if text in COUNTERS:
+        return (Unit(("noun", "counter")),)
     if not text or len(text) > 60:
         return ()
     name = text.casefold()
     if text in _ANGLES or name in _ANGLES:
-        return (_ANGLE,)
+        return (ANGLE,)
     if name in ("rad", "radian", "radians", "弧度"):
         return (_RADIAN,)
+    if len(text) == 1 and text.isascii() and text.isalpha() and text not in _SINGLE:
+        return ()
     found = [Unit(("currency", code)) for code in _money_codes(name)]
     found += [Unit(("currency", code), Fraction(1, 100)) for code in HUNDREDTHS.get(_singular(name), ())]
     if text in BOTH:
@@ -169,10 +179,10 @@ def units_of(text: str) -> tuple[Unit, ...]:
     expression = _expression(text)
     known = _unit(expression) if expression and expression != "angle" else None
     if expression == "angle":
-        found.append(_ANGLE)
+        found.append(ANGLE)
     elif known:
         found.append(known)
-    elif not found and (noun := _noun(name)):
+    elif not found and (attached is False or len(name) > 3 or not name.isascii()) and (noun := _noun(name)):
         found.append(Unit(("noun", noun)))
     return tuple(found)
 
@@ -227,7 +237,7 @@ def _expression(text: str) -> str:
 
 def _noun(name: str) -> str:
     name = re.sub(r" ?\^ ?\{? ?[23] ?\}?\Z", "", name)
-    name = re.sub(r"\A(?:of|the|a|an) ", "", name)
+    name = re.sub(r"\A(?:of|the|a|an) |\A(?:square|sq\.?|cubic) (?=units?\Z)", "", name)
     words = name.split()
     if not _NOUN.fullmatch(name) or any(word in NO_NOUN for word in words):
         return ""
@@ -246,7 +256,8 @@ _MONEY_FIRST = re.compile(
     r"(?=[-+]?[\d.])"
 )
 _SCALE = re.compile(
-    r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn|[十百千万萬亿億]+)(?![a-z])"
+    r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn|"
+    r"[十百千万萬亿億]+(?<!千(?=[米克瓦卡帕]))(?<!百(?=帕)))(?![a-z])"
     r"|[kKMB](?![a-zA-Z\\]))"
 )
 
@@ -278,8 +289,39 @@ def quantity(text: str) -> Quantity | None:
     return _sum(parts)
 
 
+_FORMULA_UNIT = re.compile(
+    r"(?P<formula>.*?(?:[\d})\]!]|\\pi|[a-z]))(?P<space>\s*)"
+    r"(?P<unit>(?:square |sq\.? |cubic )?[a-zA-Z\u4e00-\u9fff]{1,12}"
+    r"(?:\s*/\s*[a-zA-Z]{1,6})?(?: ?\^ ?\{?[23]\}?)?)"
+)
+
+
+def split_unit(text: str) -> tuple[str, tuple[Unit, ...]]:
+    r"""A formula and the known unit behind it: of `2\sqrt{3} cm` both, of `2x` the whole and ()."""
+    match = _FORMULA_UNIT.fullmatch(text)
+    if not match or not re.search(r"\\(?:sqrt|pi|frac|ln|log)", match["formula"]):
+        return text, ()
+    units = (
+        units_of(match["unit"])
+        if match["space"] or match["formula"].endswith("}") or not match["unit"].isascii()
+        else ()
+    )
+    name = match["unit"].casefold()
+    known = [
+        one
+        for one in units
+        if one.measures[0] != "noun" or name.removesuffix("s") in ("unit", "square unit", "cubic unit")
+    ]
+    if not known or (len(name) == 1 and not match["space"]):
+        return text, ()
+    return match["formula"].strip(), tuple(known)
+
+
 def _with_digits(text: str) -> str:
-    """ "three apples" as "3 apples"."""
+    """Of "three apples" it is "3 apples", of 三个 3个."""
+    if (chinese := re.match("[零一二两三四五六七八九十百千万]+", text)) and chinese.end() < len(text):
+        number = numbers.plain_number(chinese[0])
+        return text if number is None else f"{number.value}{text[chinese.end() :]}"
     words = text.split(" ")
     for count in range(min(4, len(words) - 1), 0, -1):
         number = numbers.plain_number(" ".join(words[:count]).rstrip("-"))
@@ -302,7 +344,7 @@ def _part(text: str, place: int) -> tuple[Quantity, int] | None:
         return None
     following = _UNIT_TEXT.match(text, end)
     unit = re.sub(r"(?:,| and)\s*\Z", "", text[end : following.end()]).strip()
-    units = units_of(unit)
+    units = units_of(unit, text[end : end + 1] != " ")
     if not units or (unit.startswith("^") and not unit.startswith("^\\circ")):
         return None
     return Quantity(number, units, unit), following.end()

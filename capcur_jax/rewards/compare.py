@@ -20,7 +20,22 @@ Verdict = bool | list[tuple[Job, ...]]  # right or wrong, or right if all jobs o
 
 _EQUAL = re.compile(r"=|\\approx(?![a-z])")
 _CONSTANT = re.compile(r"\\(?:pi|sqrt|ln|log|exp|sin|cos|tan)(?![a-z])|(?<![a-zA-Z])e(?![a-zA-Z])")
-_CHOSEN = re.compile(r"(?:answer|option|choice|select|选项?|答案)", re.IGNORECASE)
+_CHOSEN = re.compile(r"(?:(?:answer|option|choice|select)s?|both|选项?|选择|答案)", re.IGNORECASE)
+_PRODUCT = re.compile(r"\w(?:(?: | ?\\cdot ?| ?\* ?)\w)+")
+_LABEL = re.compile(r"(?<![A-Za-z])([A-J])[)\].:](?=\s*\S)")
+_PRIME = re.compile("[A-Z]'+")
+_SAID = re.compile(
+    r"\s*(?:\\text\s*\{)?\s*(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?"
+    r"(?:answer(?: is\b ?:?| ?:)|答案[是为]?[:：]?)"
+    r"|\s*(?:(?:about|around|approximately|approx\.?|roughly|约|大约)(?= ?[\d$\\])|\\approx(?![a-z])|[≈=](?!=))",
+    re.IGNORECASE,
+)
+_SETS = {
+    "empty set": r"\emptyset", "the empty set": r"\emptyset", "空集": r"\emptyset", "all real numbers": r"\mathbb{R}",
+    "all reals": r"\mathbb{R}", "全体实数": r"\mathbb{R}",
+}  # fmt: skip
+_GREEK = re.compile(r"(?<![a-zA-Z\\])(alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|sigma|omega)(?![a-zA-Z])")
+_WORDLIKE = frozenset(re.findall(r"\w+", "no on in is it an as at be by do go he if me my of or so to up us we"))
 
 
 def decide(predicted: str | None, gold: str | Gold) -> Verdict:
@@ -31,7 +46,14 @@ def decide(predicted: str | None, gold: str | Gold) -> Verdict:
     gold = Gold((gold,)) if isinstance(gold, str) else gold
     if not predicted or len(predicted) > ANSWER_LENGTH:
         return False
-    text = normalize(predicted)
+    said = _SAID.match(predicted)
+    text = normalize(
+        predicted[said.end() :].strip("} ")
+        if said and "{" in said[0]
+        else predicted[said.end() :]
+        if said
+        else predicted
+    )
     if not text:
         return False
     open_: list[tuple[Job, ...]] = []
@@ -49,6 +71,7 @@ def decide(predicted: str | None, gold: str | Gold) -> Verdict:
 def _by_kind(text: str, gold: str, kind: str, row: Gold) -> Verdict:
     if not gold:
         return False
+    text, gold = _SETS.get(text.casefold(), text), _SETS.get(gold.casefold(), gold)
     if text == gold:
         return True
     options = dict(row.options)
@@ -68,7 +91,7 @@ def _by_kind(text: str, gold: str, kind: str, row: Gold) -> Verdict:
         return _quantity(text, gold, row.unit)
     if kind == "code":
         code = codes.read(gold)
-        return codes.same(text, code) if code else _squeezed(text) == _squeezed(gold)
+        return _squeezed(text) == _squeezed(gold) or (code is not None and codes.same(text, code))
     if kind == "word":
         return _word(text, gold)
     return _formula(text, gold)
@@ -92,14 +115,16 @@ def _letter(text: str, gold: str, options: dict[str, str]) -> Verdict:
         letter, option = named[0], gold
     if option and _same_text(text, option):
         return True
-    if letters.letter_in(text, "".join(options or letters.LETTERS) + letter) == letter:
-        return True
-    return len(text) == 1 and text == letter
+    others = [label[1] for label in _LABEL.finditer(text) if label[1] != letter]
+    if others or _PRIME.fullmatch(text):
+        return False
+    return letters.letter_in(text, "".join(options or letters.LETTERS) + letter) == letter
 
 
 def _letters(text: str, gold: str, row: Gold) -> bool:
     """Several letters, in any order where they are written as a list or the question asks for all."""
-    text = _CHOSEN.sub("", text).strip(" :")
+    text = re.sub(r"\)\s*\(", ",", _CHOSEN.sub("", text).replace("/", ",")).strip(" :")
+    text = text.upper() if re.fullmatch(r"[a-j](?:[ ,;]*[a-j])*", text) else text
     found, expected = letters.letters_of(text), letters.letters_of(gold)
     if not found and row.any_order and re.fullmatch("[A-Z]{2,10}", text) and len(set(text)) == len(text):
         found = tuple(text)
@@ -150,8 +175,15 @@ def _number(text: str, gold: str) -> Verdict:
     expected = numbers.plain_number(gold)
     if expected is None:  # declared a number
         return _formula(text, gold) if units.quantity(gold) is None else _quantity(text, gold, False)
+    if ":" in gold:
+        text = re.sub(r"(\d) to (\d)", r"\1:\2", text)
+    if "." in gold and re.fullmatch(r"-?\d+,\d{1,2}", text):  # a decimal comma
+        text = text.replace(",", ".")
+    text = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
     claim, others, rounded = _claim(text)
     number = _amount(claim)
+    if expected.percent and number is not None and numbers.plain_number(claim) is None:
+        return False  # 60 cm are no 60 %
     if number is None and expected.step and _CONSTANT.search(claim):
         return [((claim, gold),)]  # 3.14 is met by \pi
     if number is None or not numbers.equal_numbers(number, expected):
@@ -186,18 +218,24 @@ def _quantity(text: str, gold: str, unit_asked: bool) -> Verdict:
     expected = units.quantity(gold)
     if expected is None:  # declared a quantity
         return _formula(text, gold)
-    claim, others, rounded = _claim(text)
-    if others or rounded:
-        claim = claim if not others else others[0] if units.quantity(others[0]) else claim
+    claim, others, _ = _claim(text)
     found = units.quantity(claim)
+    if any((amount := units.quantity(other)) and not units.same_quantity(amount, expected) for other in others):
+        return False  # 5 cm = 6 cm
     if found:
-        return units.same_quantity(found, expected)
+        return units.same_quantity(found, expected) or _same_degrees(found, expected)
     number = numbers.plain_number(claim)
     if number is not None:
-        return not unit_asked and numbers.equal_numbers(number, expected.number)
+        return not unit_asked and not number.percent and numbers.equal_numbers(number, expected.number)
     if any(unit.measures == ("angle",) for unit in expected.units) and "\\pi" in claim:
-        return [((claim, _radians(expected)),)]
+        return [((units.split_unit(claim)[0], _radians(expected)),)]
     return False
+
+
+def _same_degrees(found: units.Quantity, expected: units.Quantity) -> bool:
+    """Whether "30 degrees" are said of 30 °C."""
+    temperature = any(unit.measures[0] == ("[temperature]", 1) for unit in expected.units)
+    return temperature and found.units == (units.ANGLE,) and numbers.equal_numbers(found.number, expected.number)
 
 
 def _radians(angle: units.Quantity) -> str:
@@ -214,12 +252,18 @@ def _word(text: str, gold: str) -> bool:
         return _squeezed(text) == _squeezed(gold)
     if said == expected:
         return True
-    # "a b c" is abc; "N, O" is not "no".
-    return (
-        len(expected) == 1
-        and bool(re.fullmatch(r"\w(?: ?(?:\\cdot|\*)? ?\w)+", text))
-        and _squeezed(text.replace("\\cdot", "").replace("*", "")) == gold
-    )
+    code = codes.read(gold)
+    if code is not None and codes.same(text, code):  # the third, 3rd
+        return True
+    if "." in text + gold and _unpointed(text) == _unpointed(gold):  # J. K. Rowling, J.K. Rowling
+        return True
+    # "a b c" is the product abc, letters in the order of the alphabet; "n o" is not "no".
+    product = gold not in _WORDLIKE and list(gold) == sorted(gold) and _PRODUCT.fullmatch(text)
+    return bool(product) and _squeezed(text.replace("\\cdot", "").replace("*", "")) == gold
+
+
+def _unpointed(text: str) -> str:
+    return re.sub(r"[.\s]", "", text).casefold()
 
 
 def _squeezed(text: str) -> str:
@@ -227,7 +271,18 @@ def _squeezed(text: str) -> str:
 
 
 def _formula(text: str, gold: str) -> Verdict:
-    """For a worker, unless both contain words and these differ."""
+    """For a worker, unless both contain words and these differ, or a unit of one is not the other's."""
+    text, gold = _GREEK.sub(r"\\\1 ", text), _GREEK.sub(r"\\\1 ", gold)
+    node = structure.parse(gold)
+    if node.sort == "chain" and node.marks == ("=",) and structure.is_name(node.items[0].text):
+        value, claim = node.items[1].text, structure.parse(text)
+        if claim.sort != "chain" and units.quantity(value):
+            return _quantity(text, value, False)
+        if claim.sort != "chain" and numbers.plain_number(value):
+            return _number(text, value)
+    (text, mine), (gold, its) = units.split_unit(text), units.split_unit(gold)
+    if mine and its and not set(mine) & set(its):
+        return False
     said, expected = long_words(text), long_words(gold)
     if said and expected and said != expected:
         return False

@@ -13,9 +13,12 @@ from typing import Any
 
 from capcur_jax.answers import numbers
 
-_DIGITS = 40  # of numeric evaluation
-_CLOSE = Fraction(1, 10**25)  # relative difference of equal numbers
+_DIGITS = 60  # of numeric evaluation
+_CLOSE = Fraction(1, 10**45)  # relative difference of equal numbers
 _BASE = re.compile(r"(?P<digits>[0-9A-F]+)_\{?\(?(?P<base>\d{1,2})\)?\}?")
+_QUOTIENT = re.compile(r"(?<![\w}/^_.])(\d+) ?/ ?(\d+)(?= ?[a-zA-Z\\(])")
+_CAPITAL = re.compile(r"\\(?:Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega)(?![a-z])")
+_CHEMICAL = re.compile(r"(?:[A-Z][a-z]?(?:_?\{?\d+\}?)?)+")
 _IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
 _INDEX = re.compile(r"\\(?:sum|prod)|_\{?i\b")  # i counts something
 
@@ -34,12 +37,22 @@ def read(text: str) -> Any:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
     )
     text = re.sub(r"\+\s*-", "-", text)
+    text = _QUOTIENT.sub(r"\\frac{\1}{\2}", text)  # 4/3 \pi is four thirds of it
+    text = re.sub(r"\^ ?\\circ ?", r" \\frac{\\pi}{180} ", text)
     latex = normalize_latex(text, config)
     is_complex = bool(_IMAGINARY.search(latex)) and not _INDEX.search(latex)
     formula = latex2sympy(latex, is_real=not is_complex, convert_degrees=False, normalization_config=None)
     if isinstance(formula, list):
         raise ValueError("several formulas")
+    if is_complex:
+        formula = formula.subs({one: sympy.I for one in formula.free_symbols if one.name == "i"})
     return formula.xreplace({one: sympy.Rational(str(one)) for one in formula.atoms(sympy.Float)})
+
+
+def same_marks(predicted: str, gold: str) -> bool:
+    """Whether two texts have the same capital Greek letters and primes: the parser reads \\Pi as \\pi, and f' as f."""
+    primes = [text.replace("\\prime", "'").count("'") for text in (predicted, gold)]
+    return sorted(_CAPITAL.findall(predicted)) == sorted(_CAPITAL.findall(gold)) and primes[0] == primes[1]
 
 
 def fraction(text: str) -> Fraction | None:
@@ -74,6 +87,10 @@ def leaf_equal(predicted: str, gold: str) -> bool:
         if found:
             return int(found["digits"], int(found["base"])) == int(expected["digits"], int(expected["base"]))
         return predicted == expected["digits"]
+    if _CHEMICAL.fullmatch(predicted) and _CHEMICAL.fullmatch(gold) and any(map(str.isdigit, gold)):
+        return re.sub(r"[_{}]", "", predicted) == re.sub(r"[_{}]", "", gold)
+    if not same_marks(predicted, gold):
+        return False
     number, known = numbers.plain_number(predicted), numbers.plain_number(gold)
     if number is not None and known is not None:
         return numbers.equal_numbers(number, known)
@@ -99,9 +116,11 @@ def equal_values(a: Any, b: Any) -> bool:
         return all(matrices) and a.shape == b.shape and all(map(equal_values, a, b))
     if not all(isinstance(one, sympy.Expr) for one in (a, b)):
         return False
+    if a.has(sympy.Derivative) or b.has(sympy.Derivative):
+        return False
     a, b = (one.doit() for one in (a, b))
-    if a == b:
-        return True
+    if a == b or (a.is_Rational and b.is_Rational):
+        return bool(a == b)
     if a.is_infinite or b.is_infinite:
         return False
     if a.free_symbols != b.free_symbols and not (a.free_symbols and b.free_symbols):

@@ -13,7 +13,7 @@ from typing import Any
 
 from capcur_jax.answers import numbers, structure
 from capcur_jax.answers.structure import Node, is_name
-from capcur_jax.rewards.formulas import equal_values, fraction, leaf_equal, number_at, points, read
+from capcur_jax.rewards.formulas import equal_values, fraction, leaf_equal, number_at, points, read, same_marks
 
 _ORDER = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 _MOST = 24  # members of a set that are matched
@@ -37,9 +37,11 @@ def _same(p: Node, g: Node) -> bool:
     if p.sort == "chain":
         return _claims(p, g)
     if p.sort == "set" and len(p.items) == 1 and g.sort in ("text", "tuple"):
-        return _same(p.items[0], g)
+        return not g.is_collection_name and _same(p.items[0], g)
     if g.sort == "set" and len(g.items) == 1 and p.sort != "set":
         return p.sort in ("text", "tuple") and _same(p, g.items[0])
+    if "ratio" in (p.sort, g.sort):
+        return p.sort == g.sort and _in_order(p.items, g.items)
     if "text" in (p.sort, g.sort):
         if p.sort == g.sort:
             return leaf_equal(p.text, g.text)
@@ -58,7 +60,11 @@ def _same_values(p: Node, g: Node) -> bool:
     if _inequalities(p) or _inequalities(g):
         return _same_set(p, g)
     (mine, names), (expected, known) = _values(p), _values(g)
+    if "set" in (p.sort, g.sort):
+        mine, expected = _distinct(mine), _distinct(expected)
     if len(mine) != len(expected) or len(mine) > _MOST:
+        return False
+    if p.sort == "tuple" and len(set(known)) == 1 and known[0]:  # x = -1, x = 2 are no point
         return False
     if len(set(filter(None, known))) > 1 or len(set(filter(None, names))) > 1:  # x = 1, y = 2
         if all(names) and all(known):
@@ -76,17 +82,40 @@ def _same_values(p: Node, g: Node) -> bool:
     return _in_order(mine, expected)
 
 
+def _distinct(values: list[Node]) -> list[Node]:
+    kept: list[Node] = []
+    for value in values[:_MOST]:
+        if not any(_same(value, other) for other in kept):
+            kept.append(value)
+    return kept
+
+
+def _is_named(chain: Node) -> bool:
+    """Whether the first member of `x = 5` only names the others: x = x + 1 names nothing."""
+    name = chain.items[0].text
+    letter = re.match(r"\\?[A-Za-z]+", name)
+    if not is_name(name):
+        return False
+    token = re.compile(rf"(?<![a-zA-Z\\]){re.escape(letter[0] if letter else name)}(?![a-zA-Z])")
+    return not any(token.search(item.text) for item in chain.items[1:])
+
+
 def _values(node: Node) -> tuple[list[Node], list[str]]:
     """The members of a collection, and the names that they are given ("x" of "x = 1"), "" of none."""
     values, names = [], []
-    for item in node.items:
+    for item in _flat(node):
         if item.sort == "chain" and set(item.marks) == {"="} and len(item.items) == 2 and is_name(item.items[0].text):
             values.append(item.items[1])
-            names.append(_compact(item.items[0].text))
+            names.append(re.sub(r"_\{?\d+\}?\Z", "", _compact(item.items[0].text)))
         else:
             values.append(item)
             names.append("")
     return values, names
+
+
+def _flat(node: Node) -> list[Node]:
+    """The members, with both values of "0, \\pm 1"."""
+    return [one for item in node.items for one in (item.items if item.sort == "list" and "pm" in item.text else [item])]
 
 
 def _in_order(mine: Any, expected: Any) -> bool:
@@ -113,7 +142,7 @@ def _claims(p: Node, g: Node) -> bool:
     """A chain, compared with a gold that is none: `x = 5`, `y = 2x + 1`, `x \\in S`, `1 < x < 2`."""
     if set(p.marks) <= {"=", r"\approx"}:
         values = list(zip(p.items, ("=", *p.marks), strict=True))
-        if is_name(p.items[0].text) and p.marks[0] == "=":
+        if _is_named(p) and p.marks[0] == "=":
             values = values[1:]
         exact = [value for value, mark in values if mark == "="]
         return (
@@ -144,6 +173,9 @@ def _same_chain(p: Node, g: Node) -> bool:
         return is_name(g.items[0].text) and g.marks[0] == "=" and _same(p, g.items[-1 if g.marks[-1] == "=" else 1])
     if p.sort == "chain" and p.marks == g.marks and _in_order(p.items, g.items):
         return True
+    turned = tuple(_ORDER.get(mark, mark) for mark in p.marks[::-1])
+    if p.sort == "chain" and turned == g.marks and _in_order(p.items[::-1], g.items):  # c > b > a
+        return True
     if p.sort == "chain" and p.marks == g.marks and len(g.marks) == 1 and g.marks[0] not in _ORDER:
         return _in_order(p.items[::-1], g.items)  # AB is parallel to CD, 2 is not x
     return _same_set(p, g)
@@ -152,11 +184,11 @@ def _same_chain(p: Node, g: Node) -> bool:
 def _same_equation(p: Node, g: Node) -> bool:
     names = [node.items[0].text if is_name(node.items[0].text) else "" for node in (p, g)]
     if all(names):
-        if _compact(names[0]) == _compact(names[1]):
+        if _compact(names[0]) == _compact(names[1]) or {re.sub(r"\(\w\)", "", name) for name in names} == {"f", "y"}:
             return all(_same(value, g.items[1]) for value in p.items[1:])
         if not any(character.isalpha() for character in p.items[-1].text + g.items[-1].text):
             return False  # x = 5 is not y = 5
-    if len(p.items) != 2 or len(g.items) != 2:
+    if len(p.items) != 2 or len(g.items) != 2 or not same_marks(p.text, g.text):
         return False
     mine, expected = (read(a.text) - read(b.text) for a, b in (p.items, g.items))
     return _is_constant(mine, expected)
@@ -249,7 +281,7 @@ def _set(node: Node) -> tuple[Any, str]:
     if node.sort == "chain":
         return _solutions(node)
     if node.sort == "text":
-        whole, _, out = node.text.partition("\\setminus")
+        whole, _, out = re.sub(r"(?<=\}) ?- ?(?=\\\{)", r"\\setminus", node.text).partition("\\setminus")
         whole = {r"\mathbb{R}": sympy.S.Reals, r"\emptyset": sympy.S.EmptySet}.get(whole.strip())
         if whole is not None and out:
             out, _ = _set(structure.parse(out))
