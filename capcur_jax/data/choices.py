@@ -34,9 +34,10 @@ def chosen(answer: str, question: str, declared: str, key: str) -> tuple[str, li
       BadRow: no option can be meant, or one of several.
     """
     options = options_of(question)
+    a_letter = bool(letters_of(answer)) or answer_type_of(answer) == "letter"  # "B. cat" too
     if not options:
         _refuse_number(answer, question, key)
-        if declared == "letter" and answer_type_of(answer) != "letter" and not letters_of(answer):
+        if declared == "letter" and not a_letter:
             detail = f"`answer_type` is letter, `{key}` looks like a {answer_type_of(answer)}; correct one of them"
             raise BadRow("bad answer_type", detail)
         return answer, []
@@ -49,7 +50,7 @@ def chosen(answer: str, question: str, declared: str, key: str) -> tuple[str, li
     letters = letters_of(answer)
     if answer.islower() and letters in options and not same:
         return letters, ["option's letter made a capital"]
-    if declared == "letter" and not letters:
+    if declared == "letter" and not a_letter:
         if len(same) == 1:
             return same[0], ["option's text replaced by its letter"]
         detail = f"`answer_type` is letter, and `{key}` is {short(answer)}, which {len(same)} options are; correct it"

@@ -6,8 +6,6 @@ could equal costs the row, so that it is not taken for a hard question.
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import decimal
 import re
 from collections.abc import Iterable
@@ -33,6 +31,7 @@ _BOX = re.compile(r"\\boxed\s*\{")
 # What may stand before a box that is the whole answer: words, "=" and marks of math; no digit and no sign.
 _BEFORE_BOX = re.compile(r"(?:^|[^\W\d_]|[:=,.;>≈]|\\approx)[\s$*]*(?:\\[(\[])?[\s$]*$")
 _AFTER_BOX = re.compile(r"[\s$*.。]*(?:\\[)\]])?[\s$*.。]*")
+_QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _LONG_DECIMAL = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?", re.IGNORECASE)
 
 
@@ -164,14 +163,9 @@ def _something(text: str, key: str, where: str) -> str:
 
 def _list_as_text(text: str, key: str) -> str:
     """ "A, C" of "['A', 'C']"; "" of what is no list of texts."""
-    if not re.fullmatch(r"\[\s*(['\"]).*\1\s*,?\s*\]", text, re.DOTALL):
+    parts = ["".join(found).strip() for found in _QUOTED.findall(text[: 4 * ANSWER_LENGTH])]
+    if not all(parts) or not parts or not re.fullmatch(r"\[[\s,]*\]", _QUOTED.sub("", text)):
         return ""
-    found: Any = None
-    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        found = ast.literal_eval(text[: 4 * ANSWER_LENGTH])
-    if not isinstance(found, list) or not all(isinstance(part, str) and part.strip() for part in found):
-        return ""
-    parts = [part.strip() for part in found]
     if len(parts) == 1:
         return parts[0]
     if not all(re.fullmatch("[A-Z]", part) for part in parts):

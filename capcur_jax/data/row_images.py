@@ -144,11 +144,11 @@ class RowImages:
         if isinstance(data, bytes) and _suffix(data) not in (None, ".bmp"):
             digest = hashlib.sha256(data).digest()
             return not any(_digest(image) == digest for image in images)
-        if not isinstance(value, str) or not _PATH_LIKE.fullmatch(value.strip()) or value.count(" ") > 4:
+        if not isinstance(value, str) or not _PATH_LIKE.fullmatch(value.strip()):
             return False
-        if not images:
-            return True
         path = "" if "://" in value else self._located(value.strip())
+        if not images and (os.path.isfile(path) or " " not in value):  # with spaces it may be a sentence
+            return True
         return os.path.isfile(path) and not any(_same((path,), (image,)) for image in images)
 
     def _path(self, image: Any, key: str) -> str:
@@ -204,7 +204,9 @@ def _given(row: dict) -> Iterator[tuple[str, list]]:
         match = _spelled(key)
         values = _listed(value) if match else []
         if values and match[1]:
-            numbered[int(match[1])] = (key, values)
+            other, before = numbered.setdefault(int(match[1]), (key, values))
+            if before != values:
+                raise BadRow("images differ", f"`{other}` and `{key}` give different images; keep one of the keys")
         elif values:
             yield key, values
     if numbered:

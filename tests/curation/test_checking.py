@@ -185,6 +185,29 @@ def test_strict_fails_on_rows_that_a_run_would_leave_out(folder, capsys, row):
     assert run(capsys, "check", file)[0] == 0
 
 
+READ = [
+    '{"problem": "5 \\times 2?", "answer": "\\frac{20}{2}"}', '{"problem": "2 + 2?", "answer": "<answer> 4 </answer>"}',
+    '{"problem": "What color?", "answer": "red", "img": "a.png"}', '{"problem": "n", "answer": 0.30000000000000004}',
+    '{"problem": "Which? A. cat B. dog", "answer": "A. cat"}', '{"problem": "Say hi<|im_end|>", "answer": "hi"}',
+    '{"problem": "m", "answer": ["4", "four"]}',
+]  # fmt: skip
+FAULTY = [
+    '{"problem": "color?", "answer": "red", "scan": "a.png"}', '{"problem": "n", "answer": true}',
+    '{"problem": "x", "answer": "None"}', '{"problem": "Which? A. cat B. dog", "answer": "C"}',
+    '{"problem": "Which one? A. cat B. dog", "answer": 0}', '{"problem": "nu?", "answer": "\\nu"}',
+]  # fmt: skip
+
+
+def test_strict_names_each_faulty_row_and_passes_what_is_read(folder, capsys):
+    (folder / "read.jsonl").write_text("\n".join(READ))
+    code, result, _ = run(capsys, "check", folder / "read.jsonl", "--strict")
+    assert code == 0 and result["usable"] == len(READ) and sum(result["repaired"].values()) == 4
+    (folder / "faulty.jsonl").write_text("\n".join(FAULTY))
+    code, result, _ = run(capsys, "check", folder / "faulty.jsonl", "--strict")
+    named = [drop["where"].rpartition(":")[2] for drop in result["dropped_examples"]]
+    assert code == 1 and named == [str(number) for number in range(1, len(FAULTY) + 1)]
+
+
 def test_strict_fails_on_an_empty_file_and_says_so(folder, capsys):
     file = write(folder / "empty.jsonl", [])
     code, result, err = run(capsys, "check", file, "--strict")

@@ -2,6 +2,7 @@
 
 import decimal
 import json
+import random
 
 import numpy as np
 import pyarrow
@@ -113,6 +114,26 @@ def test_repairs_are_counted(tmp_path):
         "rows": 3, "kept": 2, "dropped": {"no answer": 1},
         "repaired": {"lost backslash put back": 1, "answer taken out of its wrapping": 1},
     }  # fmt: skip
+
+
+PIECES = r"""A B cat 5 3.50 1e-05 \frac{1}{2} \boxed{ } { <answer> </answer> #### Answer: 答案： [ ] ' " , - $ \$ % None
+nan or and cm ° \text{ ( ) x = \pi ^2 ² ½ ① / 1990-05-12 : \ \left \right | < > \le 1,000 5米 ; 。 … “ é ٣ _ & # ~ `
+*"""
+QUESTIONS = ("p", "Which? A. cat B. dog", "Which?\n(A) cat\n(B) dog\n(C) 5", "Which? 1) cat 2) dog", "What time?",
+             "Select all that apply. A. x B. y C. z", "What is the ratio?")  # fmt: skip
+
+
+def test_of_two_thousand_odd_golds_each_is_refused_or_graded_right_in_a_box(tmp_path):
+    draw = random.Random(0)
+    rows = []
+    for _ in range(2000):
+        pieces = draw.choices([*PIECES.split(), " ", "\n", "\t"], k=draw.choice((1, 1, 2, 2, 3, 4, 6, 10)))
+        rows.append({"problem": draw.choice(QUESTIONS), "answer": "".join(pieces)})
+    problems, drops = read_problems(written(tmp_path / "rows.jsonl", *rows))
+    assert len(problems) > 800 and len(drops) > 200
+    assert not [(problem.answer, why) for problem in problems if (why := unanswerable(problem))]
+    write_rows(tmp_path / "again.jsonl", problems)
+    assert read_problems(tmp_path / "again.jsonl") == (problems, [])
 
 
 @pytest.mark.parametrize(

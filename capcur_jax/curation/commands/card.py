@@ -11,7 +11,7 @@ from capcur_jax.curation.commands.options import at_least
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="JSONL or Parquet files of rows")
+    add("--input", nargs="+", required=True, metavar="FILE", help="files of rows")
     add("--output", required=True, metavar="PATH", help="a folder (gets card.html), or FILE.html")
     add("--title", default="", metavar="TEXT", help="the page's heading (default: the first file's name)")
     add("--examples", type=at_least(0), default=12, metavar="N", help="rows shown with their pictures (%(default)s)")

@@ -17,8 +17,8 @@ _SHOWN = 10  # pairs of the JSON line; --output has the others
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--train", nargs="+", required=True, metavar="FILE", help="JSONL or Parquet files of training rows")
-    add("--against", nargs="+", required=True, metavar="FILE", help="JSONL or Parquet files of evaluation rows")
+    add("--train", nargs="+", required=True, metavar="FILE", help="files of training rows")
+    add("--against", nargs="+", required=True, metavar="FILE", help="files of evaluation rows")
     add(
         "--threshold",
         type=float,
