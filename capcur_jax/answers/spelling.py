@@ -149,7 +149,7 @@ def normalize(text: str) -> str:
     if "sqrt" in text:
         text = _ROOT.sub(lambda root: rf"\sqrt{root[1] or ''}{{{root[2] or root[3] or ''}}}", text)
     text = _trimmed(" ".join(text.split()))
-    return "" if set(text) <= set("$.,;:*% ") else text
+    return "" if set(text.replace("\\ldots", "")) <= set("$.,;:*% ") else text
 
 
 def _ascii(text: str) -> str:

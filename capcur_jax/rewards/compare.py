@@ -46,16 +46,12 @@ def decide(predicted: str | None, gold: str | Gold) -> Verdict:
     gold = Gold((gold,)) if isinstance(gold, str) else gold
     if not predicted or len(predicted) > ANSWER_LENGTH:
         return False
-    said = _SAID.match(predicted)
-    text = normalize(
-        predicted[said.end() :].strip("} ")
-        if said and "{" in said[0]
-        else predicted[said.end() :]
-        if said
-        else predicted
-    )
-    if not text:
+    whole = normalize(predicted)
+    if not whole:
         return False
+    if whole in map(normalize, gold.texts):
+        return True
+    text = normalize(_unannounced(predicted)) or whole
     open_: list[tuple[Job, ...]] = []
     for place, accepted in enumerate(gold.texts):
         if not accepted or len(accepted) > ANSWER_LENGTH:
@@ -66,6 +62,14 @@ def decide(predicted: str | None, gold: str | Gold) -> Verdict:
             return True
         open_ += verdict or []
     return open_ or False
+
+
+def _unannounced(text: str) -> str:
+    """Without "The answer is" and "about" before it."""
+    said = _SAID.match(text)
+    if not said:
+        return text
+    return text[said.end() :].strip("} ") if "{" in said[0] else text[said.end() :]
 
 
 def _by_kind(text: str, gold: str, kind: str, row: Gold) -> Verdict:
