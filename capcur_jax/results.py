@@ -67,6 +67,9 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
         run.display.table("Where parameters lie", sharding.described(run.mesh, parameters))
     for (name, split), lines in run.sets.skipped_rows.items():
         run.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")
+    for (name, split), rows in run.sets.repaired_rows.items():
+        first = f"{rows[0].id}: {', '.join(rows[0].repaired)}"
+        run.display.warn(f"{name} {split}: {len(rows)} rows put right, the first: {first} (`data check` shows them)")
     return {"parameters": count, "blind": blind}
 
 
@@ -194,6 +197,10 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         "parameters": facts["parameters"],
         "checkpoint": str(checkpoint),
         "skipped": skipped,
+        "put_right": {
+            "rows": sum(map(len, run.sets.repaired_rows.values())),
+            "flawed images": run.policy.images.counters()["flawed"],
+        },
     }
     if not run.owner:
         return summary

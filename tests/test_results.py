@@ -59,10 +59,12 @@ class Run:
         )  # fmt: skip
         long = Problem("long", "word", "1")
         builder = types.SimpleNamespace(counts={"images": 2, "prompts": 1}, skipped={long: "too long"})
-        self.policy = types.SimpleNamespace(builder=builder, source="checkpoint", lora=None)
+        store = types.SimpleNamespace(counters=lambda: {"flawed": 1})
+        self.policy = types.SimpleNamespace(builder=builder, source="checkpoint", lora=None, images=store)
         images = {"perception": ("a.png",), "text": ()}
         self.sets = types.SimpleNamespace(
             skipped_rows={("text", "train"): ["text:3: no answer", "text:5: no answer"], ("text", "test"): ["x"]},
+            repaired_rows={("text", "train"): [Problem("7", "2+2?", "4", repaired=("float noise taken off",))]},
             selected=lambda data, curriculum: [["p"] * 3, ["p"] * 4],
             # What all of training has is right once in the test.
             problems=lambda name, split: [Problem(str(i), "What?", "red", images[name]) for i in range(3)],
@@ -117,6 +119,7 @@ def test_the_summary_of_a_finished_run(tmp_path):
         "best_validation": 0.75,
         "parameters": 100,
         "checkpoint": str(tmp_path / "checkpoints" / "final"),
+        "put_right": {"rows": 1, "flawed images": 1},
         "skipped": {"rows": 3, "images": 2, "prompts": 1, "updates": 4, "reward_failures": 3},
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary and run.closed == ["checkpoints"]
@@ -184,6 +187,7 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
     assert warnings == [
         ("warn", "text train: 2 rows skipped, the first: text:3: no answer"),
         ("warn", "text test: 1 rows skipped, the first: x"),
+        ("warn", "text train: 1 rows put right, the first: 7: float noise taken off (`data check` shows them)"),
     ]
 
 

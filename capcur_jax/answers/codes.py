@@ -50,13 +50,14 @@ _RANGE = re.compile(
     rf"[$€£¥₹]?(?P<high>-?{_NUMBER}) ?(?P<unit>%|[^\W\d].*)?"
 )
 _BETWEEN = re.compile(r" ?(?:-|~|\bto\b|\bthrough\b|\band\b|至|到) ?")
-_SIZE = re.compile(rf"{_NUMBER} ?\w*(?: ?(?:x|\\times|\*|by) ?{_NUMBER} ?\w*)+")
+_SIZE = re.compile(rf"{_NUMBER}(?: ?[^\W\dx_]+)?(?: ?(?:x|\\times|\*|by) ?{_NUMBER}(?: ?[^\W\dx_]+)?)+")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?: ?: ?\d+(?:\.\d+)?)+")
 _DIGIT_GROUPS = re.compile(r"\+?\(?\d+\)?(?:[-. ]\(?\d+\)?)+")
 _LABEL = re.compile(r"(?=.*\d)(?=.*(?:[^\W\d_]|#))[\w#&'.:/@?=~%\-+(), ]+", re.ASCII)
 _MARKED = re.compile(r"[A-Za-z]+(?:\+\+|#)|\d+\+|[A-F][+-]|\d+(?:\.\d+){2,}")
 _ALGEBRA = re.compile(r"[+*/()_]|\d ?[a-zA-Z]\Z|\A\d+[a-z]\b|[a-z] ?- ?\d|\d ?- ?[a-z]")
 _ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"]
+_ERA = re.compile(r"\d+ ?(?:bce?|b\.c\.?)")
 _POINT = re.compile(r"(?<=[^\W\d_])\.(?=[^\W\d_]|\s|\Z)")
 _WEB = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
 
@@ -64,6 +65,11 @@ _WEB = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
 def read(text: str) -> Code | None:
     """The code that a normalized answer is, or None where it is none."""
     return next(_readings(text), None)
+
+
+def is_era(text: str) -> bool:
+    """Whether it is a year with its era, "500 BC"."""
+    return bool(_ERA.fullmatch(text.casefold()))
 
 
 def _readings(text: str) -> Iterator[Code]:
@@ -160,13 +166,13 @@ def _label(text: str, plain: str) -> Code | None:
     text = text.removeprefix("the ")
     if decade := re.fullmatch(r"(\d{2,3}0)'?s", text):
         return Code("ordinal", (decade[1], "s"))
-    if _WEB.fullmatch(plain) or _MARKED.fullmatch(plain):
+    if _WEB.fullmatch(plain) or _MARKED.fullmatch(plain) or _ERA.fullmatch(text):
         return Code("label", (text.rstrip("/"),))
     if text in _ORDINALS:
         return Code("ordinal", (str(_ORDINALS.index(text) + 1), "th"))
     if ordinal := re.fullmatch(r"(\d+)(?:st|nd|rd|th)", text):
         return Code("ordinal", (ordinal[1], "th"))
-    if re.fullmatch(r"[0-9a-f]{1,4}(?:[-:./][0-9a-f]{1,4}){2,}", text):
+    if re.fullmatch(r"(?=.*\d)[0-9a-f]{1,4}(?:[-:./][0-9a-f]{1,4}){2,}", text):
         return Code("label", tuple(re.split(r"[-:./]", text)))
     if not _LABEL.fullmatch(plain) or re.search(r"[=<>^]|\\", plain):
         return None
@@ -176,6 +182,8 @@ def _label(text: str, plain: str) -> Code | None:
     tokens = re.findall(r"[^\W\d_]+|\d+(?:\.\d+)*|[+#%&@]", text)
     words = [token for token in tokens if token.isalpha()]
     # A product of single letters and numbers ("2x", "3a + 4b", "x_1") is algebra; so is a sum of them.
+    if re.fullmatch(r"\d+[a-z]{2,3}", plain):
+        return None
     single = all(len(word) == 1 for word in words)
     if single and _ALGEBRA.search(plain) and not re.fullmatch(r"\d[A-Z]|[A-Z]\d+(?:-[A-Z]\d+)*", plain):
         return None

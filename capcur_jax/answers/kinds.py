@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from capcur_jax.answers import codes, letters, numbers, structure, units
+from capcur_jax.answers import codes, letters, numbers, quantities, structure
 from capcur_jax.answers.spelling import ANSWER_LENGTH, normalize, words
 
 KINDS = {
@@ -22,7 +22,12 @@ KINDS = {
 ANSWER_TYPES = tuple(KINDS)
 
 _LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
-_LABELLED = re.compile(r"[(\[]?(?P<letter>[A-J])(?:[)\]][.:]?|[.:、]|,(?=[\u4e00-\u9fff]))\s*(?P<text>\S.*)", re.DOTALL)
+_LABELLED = re.compile(
+    r"[(\[]?(?P<letter>[A-J])(?:[)\]][.:]?|[.、]|:(?=\s)|,(?=[\u4e00-\u9fff]))\s*(?P<text>\S.*)", re.DOTALL
+)
+_SPECIES = re.compile(
+    r"[A-Z]\. (?:coli|elegans|sapiens|erectus|melanogaster|thaliana|cerevisiae|musculus)"
+)  # no options
 _RATIO = re.compile(r"\b(?:ratio|proportion|odds|scale)\b|比", re.IGNORECASE)
 _FRACTION = re.compile(
     r"\b(?:fraction|simplif|simplest|probability|portion of|what part|how much of)\w*|分数|概率", re.IGNORECASE
@@ -35,8 +40,11 @@ _DATE = re.compile(
     re.IGNORECASE,
 )
 _ALL = re.compile(
-    r"\b(?:all|select|choose|which of the following are|which ones|that apply|statements|multiple|options are|both)\b"
-    r"|哪些|多选|所有|选项有",
+    r"\b(?:select|choose|mark|check|pick|list|name|give) all\b"
+    r"|\ball (?:that|of the following that|correct|the correct|true)\b"
+    r"|\bthat apply\b|\bwhich (?:ones|of the following are|of these are|statements are|options are)\b"
+    r"|\b(?:one or more|more than one|multiple) (?:answers?|options?|choices?)\b"
+    r"|哪些|多选|所有选项|选出所有|选项有",
     re.IGNORECASE,
 )
 _WITH_UNIT = re.compile(
@@ -101,6 +109,8 @@ def labelled(text: str) -> tuple[str, str] | None:
     match = _LABELLED.fullmatch(text)
     if not match or (match["text"][:1].isupper() and text[1:2] == "." and not match["text"].isupper()):
         return None
+    if _SPECIES.fullmatch(text):
+        return None
     return match["letter"], match["text"]
 
 
@@ -126,9 +136,9 @@ def answer_type_of(answer: str, hint: str = "") -> str:
         return "code"
     if number is not None:
         return "code" if hint == "code" and "/" in text and "\\" not in text else "number"
-    if code and code.sort in ("date", "range", "size", "ratio", "times", "ordinal"):
+    if code and (code.sort in ("date", "range", "size", "ratio", "times", "ordinal") or codes.is_era(text)):
         return "code"
-    if units.quantity(text) is not None:
+    if quantities.quantity(text) is not None:
         return "quantity"
     if words(text) is not None and text not in ("e", "i"):
         return "word"

@@ -35,6 +35,8 @@ _LABEL = re.compile(r"[*_]*[.):、]")
 _DENIED = re.compile(
     r"[\s,]+(?:(?:is|was|can)(?:\s+not\b|n['’]t\b|not\b)|(?:is|was)\s+(?:wrong|incorrect|false)\b)", re.IGNORECASE
 )
+_WORDY = re.compile(r" +(?!(?:is|was|because|since|as)\b)[^\W\d_]{2,}")
+_NEGATED = re.compile(r"\bnot\b|n['’]t\b|不|非|\bexcept\b", re.IGNORECASE)
 _JOINED = re.compile(
     rf"{_CLOSE},?\s*(?:(?:or|and|nor|not|vs)\b|[或和及与∪?]|-+>|→)|{_CLOSE}[,;/&|]?{_OPEN}(?:(?:or|maybe|perhaps)\s+)*{_ALONE}",
     re.IGNORECASE,
@@ -64,6 +66,20 @@ def letter_in(text: str, letters: str = "ABCD") -> str | None:
             return None
         found.add(letter)
     return found.pop() if len(found) == 1 else None
+
+
+def boxed_letter(text: str, letters: str) -> str | None:
+    """`letter_in` of an answer that should be a letter and little more: "B", "(B) 5", not "P(B)", "5 (B)", "B cat"."""
+    letter = letter_in(text, letters)
+    if letter is None:
+        return None
+    for match in _CANDIDATE.finditer(text):
+        before = text[: match.start()]
+        if match[1].upper() == letter and (_NOTHING.fullmatch(before) or _KEYWORD.search(before)):
+            after = " " + text[match.end() :].lstrip(")]} ")
+            wordy = _WORDY.match(text, match.end())
+            return None if _NEGATED.search(before) or _DENIED.match(after) or wordy else letter
+    return None
 
 
 def _counts(letter: str, before: str, after: str) -> bool:

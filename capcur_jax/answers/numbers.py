@@ -28,7 +28,7 @@ class Number(NamedTuple):
 
 
 _SCALES = {
-    "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "mn": 10**6, "mln": 10**6, "mil": 10**6,
+    "hundred": 10**2, "thousand": 10**3, "k": 10**3, "million": 10**6, "mln": 10**6,
     "m": 10**6, "billion": 10**9, "bn": 10**9, "b": 10**9, "trillion": 10**12, "tn": 10**12, "dozen": 12,
     "lakh": 10**5, "lac": 10**5, "crore": 10**7, "十": 10, "百": 100, "千": 1000, "万": 10**4, "萬": 10**4,
     "亿": 10**8, "億": 10**8,

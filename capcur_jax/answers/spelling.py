@@ -253,7 +253,8 @@ def _trimmed(text: str) -> str:
 
 
 def _is_factorial(text: str) -> bool:
-    return bool(re.search(r"[\d)a-z]!+\Z", text)) and not re.search(r"[A-Za-z]{2,}!+\Z", text)
+    """Whether what the mark at the end stands behind is no word."""
+    return not re.search(r"(?:(?<![\\a-zA-Z])[A-Za-z]{2,}|[\u4e00-\u9fff])[!！ ]+\Z", text)
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -261,7 +262,7 @@ def _is_factorial(text: str) -> bool:
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")
 _COMMAND = re.compile(r"\\(?:begin|end)\s*\{[a-zA-Z*]+\}|\\[a-zA-Z]+")
 _WORDS = re.compile(r"[^\W\d_]+(?:(?: ?[,;&/] ?|[ '\-])[^\W\d_]+)*")
-_ARTICLE = re.compile(r"\A(?:the|an?) (?=\w{2})")
+_ARTICLE = re.compile(r"\A(?:the (?=\w)|an? (?=\w{2}))")
 _INITIALS = re.compile(r"(?<=\b[A-Z])/(?=[A-Z]\b)|(?<=\bn)/(?=a\b)")  # "N/A"
 _POINT = re.compile(r"(?<=[^\W\d_])\.(?=[^\W\d_]|\s|\Z)")
 
@@ -271,6 +272,8 @@ def words(text: str) -> tuple[str, ...] | None:
 
     Without a leading article and the points of abbreviations; "," stands between the items of a list, for "and" too.
     """
+    if re.search(r"(?<![^\W\d_])[^\W\d_]!", text):
+        return None  # a factorial
     text = _INITIALS.sub("", text).replace("{", "").replace("}", "").strip('()[]<>"`*.,:;!? ').casefold()
     if text.startswith("'") and text.endswith("'"):
         text = text[1:-1]

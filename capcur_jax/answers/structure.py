@@ -168,6 +168,8 @@ _NAME = re.compile(
 def is_name(text: str) -> bool:
     r"""Whether the left side of `... = 5` only names what is 5: x, f(x), S_n, \angle ABC, "the area"."""
     text = text.strip().strip("|").strip()
+    if re.match(r"not\b", text):
+        return False
     if re.fullmatch(r"\([a-zA-Z](?:, ?[a-zA-Z]){1,3}\)|[A-Z](?:\s*\\(?:cap|cup)\s*[A-Z])+", text):
         return True
     return bool(_NAME.fullmatch(text)) and text not in ("e", "i", "\\pi", "\\infty", "\\emptyset")

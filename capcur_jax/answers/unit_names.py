@@ -54,11 +54,22 @@ _NO_NOUN = (
     "hundred hundreds thousand thousands million millions billion billions trillion dozen dozens score lakh "
     "crore half halves third thirds quarter quarters fourth fourths fifth fifths sixth eighth tenth tenths "
     "thousandth hundredth millionth st nd rd th hundredths thousandths one two three four five six seven eight "
-    "nine ten eleven twelve zero twenty thirty forty fifty plus minus times over divided multiplied by squared "
+    "nine ten eleven twelve zero twenty thirty forty fifty plus minus over divided multiplied by squared "
     "cubed factorial root percent mod power or and to through nor not versus vs but than if is are equals "
     "equal from until between except maybe k pi e i x y z n"
 )
-NO_NOUN = frozenset(_NO_NOUN.split())
+NO_NOUN = (
+    frozenset(_NO_NOUN.split())
+    | frozenset(
+        ("square", "cube", "negative", "positive", "less", "more", "gross", "mill", "alpha", "beta", "gamma", "theta")
+    )
+    | frozenset("成折")
+)
+PREFIXES = ("", "nano", "micro", "milli", "centi", "deci", "hecto", "kilo", "mega", "giga", "tera")
+# Short names that people write in any case; of others the case counts.
+ANY_CASE = frozenset(
+    ("cm", "mm", "km", "kg", "mg", "ml", "dm", "nm", "hz", "khz", "ghz", "kwh", "kpa", "kj", "min", "ft", "lb")
+)
 # CLDR's key of a unit -> pint's name, where they differ.
 PINT_NAMES = {
     "celsius": "degree_Celsius", "fahrenheit": "degree_Fahrenheit", "tonne": "metric_ton", "angle": "",
@@ -68,3 +79,9 @@ PINT_NAMES = {
 }  # fmt: skip
 # Chinese counters: three of anything.
 COUNTERS = frozenset("个個只隻头匹条张本支枝件台辆架艘棵朵颗粒片双对套位名人次")
+# Short names that may stand right behind a number; others there are variables: "12cm", but 4ac and 2xy.
+_ATTACHED = (
+    "sec mins hr hrs yr yrs kgs cms lbs mph kph kmh rpm deg rad cal kcal bar atm gal psi oz yd mi in gb mb kb tb cc "
+    "mol ohm hp mwh usd eur rmb cny yuan ms cl"
+)
+ATTACHED = ANY_CASE | frozenset(_ATTACHED.split())

@@ -1,4 +1,4 @@
-r"""Numbers with a unit: 5 cm, $5, 9.8 m/s^2, 37 ^\circ C, 5米, 3 apples, 1 h 30 min.
+r"""Units: what the text behind a number measures, and on which scale.
 
 Units and their factors are pint's, exact in fractions. Names in English and Chinese and the currencies are CLDR's
 (Babel). What is no unit of theirs and reads as a noun is a unit by its name: three apples are not three oranges.
@@ -6,12 +6,23 @@ Units and their factors are pint's, exact in fractions. Names in English and Chi
 
 import functools
 import re
+import threading
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from capcur_jax.answers import numbers
-from capcur_jax.answers.numbers import Number
-from capcur_jax.answers.unit_names import BOTH, COUNTERS, HUNDREDTHS, KNOWN, MONEY, MORE, NO_NOUN, PINT_NAMES
+from capcur_jax.answers.unit_names import (
+    ANY_CASE,
+    ATTACHED,
+    BOTH,
+    COUNTERS,
+    HUNDREDTHS,
+    KNOWN,
+    MONEY,
+    MORE,
+    NO_NOUN,
+    PINT_NAMES,
+    PREFIXES,
+)
 
 
 class Unit(NamedTuple):
@@ -22,20 +33,14 @@ class Unit(NamedTuple):
     offset: Fraction = Fraction(0)
 
 
-class Quantity(NamedTuple):
-    """A number and the units that it may be in ("pounds" are money or mass); `unit` as it was written."""
-
-    number: Number
-    units: tuple[Unit, ...]
-    unit: str
-
-
 ANGLE = Unit(("angle",))
 _RADIAN = Unit(("radian",))
 _ANGLES = {"^\\circ", "degree", "degrees", "deg", "degs", "angle"}
+_ASKING = threading.RLock()  # pint's registry is one thread's at a time
 _SINGLE = frozenset("mgshLlNJWVAKCFTtd")  # letters that are units; another after a number is a variable
-_TAIL = re.compile(r" (?:old|long|tall|high|wide|deep|away|in (?:total|all|length|area))\Z")
-_NOUN = re.compile(r"(?:[^\W\d_]{2,}|[\u4e00-\u9fff])(?:[ '-][^\W\d_]{1,}){0,4}")
+_SHORT = re.compile(r"[a-z]{2,4}(?: ?\^ ?\{?\d\}?|[23])?")
+_TAIL = re.compile(r" (?:AD|CE|old|long|tall|high|wide|deep|away|in (?:total|all|length|area))\Z")
+_NOUN = re.compile(r"(?:[^\W\d_]{3,}|[\u4e00-\u9fff])(?:[ '-][^\W\d_]{1,}){0,4}")
 _FACTOR = re.compile(
     r"\s*(?P<over>/)?\s*(?P<name>[^\W\d_]+|[\"'°$])\s*(?:(?:\^|\*\*)?\s*\{?(?P<power>-?[1-9])\}?(?!\d))?"
 )
@@ -103,6 +108,13 @@ def _money() -> dict[str, tuple[str, ...]]:
 @functools.lru_cache(1024)
 def _unit(expression: str) -> Unit | None:
     """The unit of a product of pint's names with powers ("kilogram*meter/second^2"), or None where one is unknown."""
+    try:
+        return _product(expression)
+    except Exception:  # pint raises its own and more on odd products, such as squares of degrees Celsius
+        return None
+
+
+def _product(expression: str) -> Unit | None:
     if temperature := _temperature(expression):
         return temperature
     total, byte = _registry().Quantity(Fraction(1), ""), False
@@ -136,9 +148,9 @@ def _in_base_units(name: str) -> Any:
 
 def _known(name: str) -> str:
     """pint's whole name of a unit, "" of one that is not read. Of short names the case counts: mW is not MW."""
-    for case_sensitive in (True, False)[: 1 + (len(name) > 1)]:
+    for case_sensitive in (True, False)[: 1 + (len(name) > 3 or name.casefold() in ANY_CASE)]:
         for prefix, base, _ in _registry().parse_unit_name(name, case_sensitive=case_sensitive):
-            if base in KNOWN:
+            if base in KNOWN and prefix in PREFIXES:
                 return prefix + base
     return ""
 
@@ -158,6 +170,11 @@ def units_of(text: str, attached: bool = False) -> tuple[Unit, ...]:
     Args:
       attached: it follows the number without a space, as variables do: "2xy" are no two of something.
     """
+    with _ASKING:
+        return _units_of(text, attached)
+
+
+def _units_of(text: str, attached: bool) -> tuple[Unit, ...]:
     text = text.strip(" .").replace("\\mu ", "µ").replace("\\mu", "µ").replace("\\Omega", "ohm").strip()
     text = _TAIL.sub("", re.sub(r"\\frac ?\{([a-zA-Z]+)\} ?\{([a-zA-Z]+(?:\^\d)?)\}", r"\1/\2", text))
     text = text[1:-1].strip() if text.startswith("(") and text.endswith(")") else text
@@ -170,6 +187,8 @@ def units_of(text: str, attached: bool = False) -> tuple[Unit, ...]:
         return (ANGLE,)
     if name in ("rad", "radian", "radians", "弧度"):
         return (_RADIAN,)
+    if attached and _SHORT.fullmatch(text) and re.sub(r" ?\^.*|[23]\Z", "", name) not in ATTACHED:
+        return ()
     if len(text) == 1 and text.isascii() and text.isalpha() and text not in _SINGLE:
         return ()
     found = [Unit(("currency", code)) for code in _money_codes(name)]
@@ -217,14 +236,24 @@ def _expression(text: str) -> str:
             return ""
         one = match["name"]
         one = MORE.get(one, MORE.get(one.casefold(), one) if len(one) > 1 else one)
-        if one == "angle" or not one or _unit(one) is None:
+        if (
+            one == "angle"
+            or not one
+            or _unit(one) is None
+            or (
+                len(match["name"]) == 1
+                and match["name"].isascii()
+                and match["name"].isalpha()
+                and match["name"] not in _SINGLE
+            )
+        ):
             return ""
         power = match["power"]
         if power and "^" in one:
             return ""
-        side = below if match["over"] else above
+        side, other = (below, above) if match["over"] else (above, below)
         if power and int(power) < 0:
-            side, power = below, power[1:]
+            side, power = other, power[1:]
         if "/" in one:  # km/h of "kmh"
             top, _, bottom = one.partition("/")
             above.append(top)
@@ -236,12 +265,16 @@ def _expression(text: str) -> str:
 
 
 def _noun(name: str) -> str:
-    name = re.sub(r" ?\^ ?\{? ?[23] ?\}?\Z", "", name)
-    name = re.sub(r"\A(?:of|the|a|an) |\A(?:square|sq\.?|cubic) (?=units?\Z)", "", name)
+    """The name of what is no unit of pint's, in the singular, with its power: "unit^2" of "square units"."""
+    power = re.search(r" ?\^ ?\{? ?([23]) ?\}?\Z", name)
+    name = re.sub(r"\A(?:of|the|a|an) ", "", name[: power.start()] if power else name)
+    square = re.match(r"(square|sq\.?|cubic) (?=\w)", name)
+    name = name[square.end() :] if square else name
     words = name.split()
     if not _NOUN.fullmatch(name) or any(word in NO_NOUN for word in words):
         return ""
-    return " ".join(_singular(word) for word in words)
+    raised = power[1] if power else "" if not square else "3" if square[1] == "cubic" else "2"
+    return " ".join(_singular(word) for word in words) + ("^" + raised if raised else "")
 
 
 def _singular(name: str) -> str:
@@ -249,133 +282,3 @@ def _singular(name: str) -> str:
         if name.endswith(ending) and len(name) > len(ending) + 2 and not name.endswith("ss"):
             return name[: -len(ending)] + instead
     return {"feet": "foot", "men": "man", "women": "woman", "children": "child", "people": "person"}.get(name, name)
-
-
-_MONEY_FIRST = re.compile(
-    r"(?P<sign>[-+]?) ?(?P<unit>(?:[A-Z]{1,3} ?)?[^\w\s\\^{}()\[\]<>=*/+.,;:!?'\"|&%#@~_-]|[A-Z]{3}|Rs\.?) ?"
-    r"(?=[-+]?[\d.])"
-)
-_SCALE = re.compile(
-    r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn|"
-    r"[十百千万萬亿億]+(?<!千(?=[米克瓦卡帕]))(?<!百(?=帕)))(?![a-z])"
-    r"|[kKMB](?![a-zA-Z\\]))"
-)
-
-
-_UNIT_TEXT = re.compile(r"(?:\^ ?\{? ?-?\d ?\}?|(?<=[a-zA-Z])[23](?![\d.])|\{ ?-?\d ?\}|[^\d])*")
-
-
-@functools.lru_cache(4096)
-def quantity(text: str) -> Quantity | None:
-    """A normalized answer that is one number with a unit, or several of one measure ("5 ft 3 in"), else None."""
-    money = _MONEY_FIRST.match(text)
-    if money:
-        units = units_of(money["unit"].strip())
-        number = numbers.plain_number(money["sign"] + text[money.end() :].strip())
-        if not (units and number and units[0].measures[0] == "currency"):
-            return None
-        return Quantity(number, tuple(unit for unit in units if unit.measures[0] == "currency"), money["unit"])
-    if text[:1].isalpha():
-        text = _with_digits(text)
-    parts, place = [], 0
-    while place < len(text):
-        part = _part(text, place)
-        if part is None:
-            return None
-        one, place = part
-        parts.append(one)
-        if len(parts) > 3:
-            return None
-    return _sum(parts)
-
-
-_FORMULA_UNIT = re.compile(
-    r"(?P<formula>.*?(?:[\d})\]!]|\\pi|[a-z]))(?P<space>\s*)"
-    r"(?P<unit>(?:square |sq\.? |cubic )?[a-zA-Z\u4e00-\u9fff]{1,12}"
-    r"(?:\s*/\s*[a-zA-Z]{1,6})?(?: ?\^ ?\{?[23]\}?)?)"
-)
-
-
-def split_unit(text: str) -> tuple[str, tuple[Unit, ...]]:
-    r"""A formula and the known unit behind it: of `2\sqrt{3} cm` both, of `2x` the whole and ()."""
-    match = _FORMULA_UNIT.fullmatch(text)
-    if not match or not re.search(r"\\(?:sqrt|pi|frac|ln|log)", match["formula"]):
-        return text, ()
-    units = (
-        units_of(match["unit"])
-        if match["space"] or match["formula"].endswith("}") or not match["unit"].isascii()
-        else ()
-    )
-    name = match["unit"].casefold()
-    known = [
-        one
-        for one in units
-        if one.measures[0] != "noun" or name.removesuffix("s") in ("unit", "square unit", "cubic unit")
-    ]
-    if not known or (len(name) == 1 and not match["space"]):
-        return text, ()
-    return match["formula"].strip(), tuple(known)
-
-
-def _with_digits(text: str) -> str:
-    """Of "three apples" it is "3 apples", of 三个 3个."""
-    if (chinese := re.match("[零一二两三四五六七八九十百千万]+", text)) and chinese.end() < len(text):
-        number = numbers.plain_number(chinese[0])
-        return text if number is None else f"{number.value}{text[chinese.end() :]}"
-    words = text.split(" ")
-    for count in range(min(4, len(words) - 1), 0, -1):
-        number = numbers.plain_number(" ".join(words[:count]).rstrip("-"))
-        if number is not None and number.value.denominator == 1:
-            return f"{number.value} {' '.join(words[count:])}"
-    return text
-
-
-def _part(text: str, place: int) -> tuple[Quantity, int] | None:
-    """One number and the text up to the next number."""
-    match = numbers.PREFIX.match(text, place)
-    if not match or match.end() == place:
-        return None
-    number, end = numbers.read(match), match.end()
-    scale = _SCALE.match(text, end)
-    if scale and number:
-        number = numbers.plain_number(text[place : scale.end()].strip())
-        end = scale.end()
-    if number is None:
-        return None
-    following = _UNIT_TEXT.match(text, end)
-    unit = re.sub(r"(?:,| and)\s*\Z", "", text[end : following.end()]).strip()
-    units = units_of(unit, text[end : end + 1] != " ")
-    if not units or (unit.startswith("^") and not unit.startswith("^\\circ")):
-        return None
-    return Quantity(number, units, unit), following.end()
-
-
-def _sum(parts: list[Quantity]) -> Quantity | None:
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    first = parts[0]
-    unit = first.units[0]
-    value = first.number.value
-    for part, before in zip(parts[1:], parts, strict=False):
-        same = [other for other in part.units if other.measures == unit.measures and not other.offset]
-        if not same or same[0].factor >= before.units[0].factor or unit.measures[0] == "noun":
-            return None
-        value += part.number.value * same[0].factor / unit.factor
-    return Quantity(Number(value, "decimal"), (unit,), first.unit)
-
-
-def same_quantity(predicted: Quantity, gold: Quantity) -> bool:
-    """Whether both are equal, in one unit or after conversion."""
-    for mine in predicted.units:
-        for other in gold.units:
-            if mine.measures != other.measures:
-                continue
-            if mine == other:
-                equal = numbers.equal_numbers(predicted.number, gold.number)
-            else:
-                value = (predicted.number.value * mine.factor + mine.offset - other.offset) / other.factor
-                step = predicted.number.step * mine.factor / other.factor
-                equal = numbers.meets(predicted.number._replace(value=value, step=step), gold.number)
-            if equal:
-                return True
-    return False

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.answers import spelling, units
+from capcur_jax.answers import quantities, spelling
 from capcur_jax.answers.kinds import ANSWER_TYPES, gold_of
 from capcur_jax.answers.spelling import ANSWER_LENGTH
 from capcur_jax.data import golds, row_files
@@ -157,7 +157,7 @@ def _answer_type(row: dict, answer: str, problem: str) -> str:
         "letter": found in ("letter", "word"),  # a word: the text of an option
         "letters": found in ("letters", "letter", "word"),
         "number": found in ("number", "quantity"),
-        "quantity": units.quantity(text) is not None,
+        "quantity": quantities.quantity(text) is not None,
         "word": any(character.isalpha() for character in text),
     }.get(given, True)
     if not possible:

@@ -26,6 +26,7 @@ class Sets:
         self._built: dict[str, dict[str, Path]] = {}
         self._read: dict[tuple[str, str], list[Problem]] = {}
         self.skipped_rows: dict[tuple[str, str], list[str]] = {}
+        self.repaired_rows: dict[tuple[str, str], list[Problem]] = {}  # read otherwise than they are written
 
     def path(self, name: str, split: str) -> Path:
         """The file of a set's split. Raises InputError naming the config key and the remedy."""
@@ -52,7 +53,7 @@ class Sets:
         return f"name a .jsonl or .parquet file of problems ({flag}; rows have problem, answer, images)"
 
     def problems(self, name: str, split: str) -> list[Problem]:
-        """The good rows of a set's split; the others are kept in `skipped_rows`."""
+        """The good rows of a set's split; the others are in `skipped_rows`, mended ones in `repaired_rows` too."""
         if (name, split) not in self._read:
             try:
                 rows, drops = read_problems(self.path(name, split), name, images=self._directory / "unpacked")
@@ -62,6 +63,8 @@ class Sets:
             self._read[name, split] = [dataclasses.replace(row, predictions=()) for row in rows]
             if drops:
                 self.skipped_rows[name, split] = [str(drop) for drop in drops]
+            if repaired := [row for row in self._read[name, split] if row.repaired]:
+                self.repaired_rows[name, split] = repaired
         return self._read[name, split]
 
     def drawn(self, name: str, split: str, count: int) -> list[Problem]:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capcur_jax.records import lines, tables
-from capcur_jax.records.text import moments_of, visible
+from capcur_jax.records.text import counted, moments_of, visible
 
 
 class Display:
@@ -210,9 +210,8 @@ class Display:
             "compilations after warm-up": summary.get("compilations_after_warmup"),
             "log-prob difference, mean": lines.show(summary, "logprob_difference_mean", ".2e", " nats"),
             "format reward at the end": lines.show(summary, "format_reward_final", ".3f"),
-            "skipped": ", ".join(
-                f"{count:,} {what}" for what, count in (summary.get("skipped") or {}).items() if count
-            ),
+            "skipped": counted(summary.get("skipped")),
+            "put right": counted(summary.get("put_right")),
         }
         self._print(tables.pairs({label: value for label, value in facts.items() if value not in (None, "")}), Text())
         for label, path in {"checkpoint": summary.get("checkpoint"), **(files or {})}.items():

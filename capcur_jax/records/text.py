@@ -36,3 +36,10 @@ def moments_of(accuracy: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     moments = dict.fromkeys(moment for values in accuracy.values() for moment in values)
     order = sorted(moments, key=lambda moment: (moment == "final") - (moment == "base"))
     return {moment: moment_title(moment) for moment in order}
+
+
+def counted(counts: Any) -> str:
+    """The counts that are not 0, for people: "3 rows, 1 images"; "" of what is no mapping."""
+    return (
+        ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) if isinstance(counts, Mapping) else ""
+    )

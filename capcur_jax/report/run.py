@@ -18,7 +18,7 @@ from typing import Any
 import PIL.Image
 
 from capcur_jax.records import jsonl, metrics
-from capcur_jax.records.text import is_number, moment_title, moments_of, number
+from capcur_jax.records.text import counted, is_number, moment_title, moments_of, number
 from capcur_jax.report import charts, pictures
 from capcur_jax.report.page import duration, render
 
@@ -84,7 +84,6 @@ def _facts(steps: Sequence[Record], summary: Record) -> dict[str, str]:
     """What the tiles say; those without a value are left out."""
     seconds = [record["seconds"] for record in steps if is_number(record.get("seconds"))]
     median = summary.get("step_seconds_median", statistics.median(seconds) if seconds else None)
-    skipped = (summary.get("skipped") or {}).items()
     return {
         "steps": f"{len(steps):,}",
         "wall time": duration(summary.get("seconds")),
@@ -93,7 +92,8 @@ def _facts(steps: Sequence[Record], summary: Record) -> dict[str, str]:
         "compilations after warm-up": number(summary.get("compilations_after_warmup"), ",.0f"),
         "log-prob difference, nats": number(summary.get("logprob_difference_mean"), ".1e"),
         "final format reward": number(summary.get("format_reward_final"), ".3f"),
-        "skipped": ", ".join(f"{count:,} {what}" for what, count in skipped if count),
+        "skipped": counted(summary.get("skipped")),
+        "put right": counted(summary.get("put_right")),
     }
 
 

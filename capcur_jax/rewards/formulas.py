@@ -18,6 +18,7 @@ _CLOSE = Fraction(1, 10**45)  # relative difference of equal numbers
 _BASE = re.compile(r"(?P<digits>[0-9A-F]+)_\{?\(?(?P<base>\d{1,2})\)?\}?")
 _QUOTIENT = re.compile(r"(?<![\w}/^_.])(\d+) ?/ ?(\d+)(?= ?[a-zA-Z\\(])")
 _CAPITAL = re.compile(r"\\(?:Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega)(?![a-z])")
+_VARIABLE = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])")
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?(?:_?\{?\d+\}?)?)+")
 _IMAGINARY = re.compile(r"(?<![a-zA-Z\\])i(?![a-zA-Z])")
 _INDEX = re.compile(r"\\(?:sum|prod)|_\{?i\b")  # i counts something
@@ -89,8 +90,11 @@ def leaf_equal(predicted: str, gold: str) -> bool:
         return predicted == expected["digits"]
     if _CHEMICAL.fullmatch(predicted) and _CHEMICAL.fullmatch(gold) and any(map(str.isdigit, gold)):
         return re.sub(r"[_{}]", "", predicted) == re.sub(r"[_{}]", "", gold)
-    if not same_marks(predicted, gold):
+    if not same_marks(predicted, gold) or "\\{" in predicted + gold:
         return False
+    variables = [set(_VARIABLE.findall(text)) for text in (predicted, gold)]
+    if variables[0] != variables[1] and {*map(str.casefold, variables[0])} == {*map(str.casefold, variables[1])}:
+        return False  # x + Y and X + y
     number, known = numbers.plain_number(predicted), numbers.plain_number(gold)
     if number is not None and known is not None:
         return numbers.equal_numbers(number, known)

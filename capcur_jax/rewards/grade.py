@@ -86,7 +86,7 @@ class Grader:
         Raises:
           RuntimeError: a worker can't be started.
         """
-        verdicts = [decide(predicted, gold) for predicted, gold in pairs]
+        verdicts = [self._decide(predicted, gold) for predicted, gold in pairs]
         jobs = list(dict.fromkeys(
             job for verdict in verdicts if isinstance(verdict, list) for one in verdict for job in one
         ))  # fmt: skip
@@ -95,6 +95,14 @@ class Grader:
             with self._lock:
                 compared = dict(zip(jobs, self._compare(jobs), strict=True))
         return [_joined(verdict, compared) for verdict in verdicts]
+
+    def _decide(self, predicted: str | None, gold: str | Gold) -> Verdict:
+        """`decide`; what it can't take is wrong and counted, so that one odd answer does not end a run."""
+        try:
+            return decide(predicted, gold)
+        except Exception:
+            self.failures += 1
+            return False
 
     def _renew(self) -> None:
         """A pool that starts workers when they are needed."""

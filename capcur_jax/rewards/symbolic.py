@@ -21,7 +21,12 @@ _MOST = 24  # members of a set that are matched
 
 def equal(predicted: str, gold: str) -> bool:
     """Whether two normalized answers are equal. Raises whatever sympy raises on odd input."""
-    return _same(structure.parse(predicted), structure.parse(gold))
+    p, g = structure.parse(predicted), structure.parse(gold)
+    if p.sort == "set" and len(p.items) == 1 and g.sort in ("text", "tuple") and not g.is_collection_name:
+        p = p.items[0]
+    elif g.sort == "set" and len(g.items) == 1 and p.sort in ("text", "tuple") and not p.is_collection_name:
+        g = g.items[0]
+    return _same(p, g)
 
 
 def _compact(text: str) -> str:
@@ -36,14 +41,10 @@ def _same(p: Node, g: Node) -> bool:
         return _same_chain(p, g)
     if p.sort == "chain":
         return _claims(p, g)
-    if p.sort == "set" and len(p.items) == 1 and g.sort in ("text", "tuple"):
-        return not g.is_collection_name and _same(p.items[0], g)
-    if g.sort == "set" and len(g.items) == 1 and p.sort != "set":
-        return p.sort in ("text", "tuple") and _same(p, g.items[0])
     if "ratio" in (p.sort, g.sort):
         return p.sort == g.sort and _in_order(p.items, g.items)
     if "text" in (p.sort, g.sort):
-        if p.sort == g.sort:
+        if p.sort == g.sort and not (p.text.startswith(r"\mathbb") or g.text.startswith(r"\mathbb")):
             return leaf_equal(p.text, g.text)
         return _same_set(p, g)
     if g.sort in ("list", "set") or p.sort in ("list", "set"):
@@ -58,7 +59,7 @@ def _same(p: Node, g: Node) -> bool:
 def _same_values(p: Node, g: Node) -> bool:
     """Of which at least one is a bare list or a set."""
     if _inequalities(p) or _inequalities(g):
-        return _same_set(p, g)
+        return (p.sort == g.sort and _matched(p.items, g.items)) or _same_set(p, g)
     (mine, names), (expected, known) = _values(p), _values(g)
     if "set" in (p.sort, g.sort):
         mine, expected = _distinct(mine), _distinct(expected)
@@ -274,7 +275,10 @@ def _set(node: Node) -> tuple[Any, str]:
         names = {name for _, name in parts if name}
         if any(part is None for part, _ in parts) or len(names) > 1:
             return None, ""
-        joined = sympy.Union if node.sort == "union" or " and " not in node.text else sympy.Intersection
+        either = node.sort == "union" or re.search(r"(?<![a-z])or(?![a-z])", node.text) or _all_intervals(node)
+        # x < -1, x > 1 can't hold together
+        either = either or (" and " not in node.text and sympy.Intersection(*(part for part, _ in parts)).is_empty)
+        joined = sympy.Union if either else sympy.Intersection
         return joined(*(part for part, _ in parts)), next(iter(names), "")
     if node.sort == "set":
         return sympy.FiniteSet(*(read(item.text) for item in node.items)), ""
@@ -288,6 +292,10 @@ def _set(node: Node) -> tuple[Any, str]:
             whole = None if out is None else whole - out
         return whole, ""
     return None, ""
+
+
+def _all_intervals(node: Node) -> bool:
+    return all(item.sort in ("tuple", "bracket", "half") for item in node.items)
 
 
 def _solutions(node: Node) -> tuple[Any, str]:
