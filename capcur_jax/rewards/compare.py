@@ -242,6 +242,8 @@ def _quantity(text: str, gold: str, unit_asked: bool) -> Verdict:
             return False
         if number and not numbers.equal_numbers(number._replace(form="decimal"), expected.number):
             return False
+        if not amount and not number and not re.search(r"[-+*/^\\]", other):
+            return False
     if found:
         return quantities.same_quantity(found, expected) or _same_degrees(found, expected)
     number = numbers.plain_number(claim)
