@@ -35,6 +35,7 @@ from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.records import metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.jsonl import JsonLines, Nowhere
+from capcur_jax.records.lock import Lock
 from capcur_jax.records.sinks import Sinks
 from capcur_jax.records.steps import StepRecorder
 from capcur_jax.rewards.reward import make_reward
@@ -72,11 +73,15 @@ class Run:
 
     def _open(self) -> None:
         config, workdir, display = self.config, self.workdir, self.display
+        self._lock = self._take_workdir()
         self._open_data()
         check_devices(config)
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
         plain = check_same(workdir, config)
         self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep)
+        self._closing.push(self._close_checkpoints)
+        for line in self.checkpoints.set_aside:
+            display.warn(line)
         self.restored = self.checkpoints.latest()
         if self.restored is None:
             self.progress = start_anew(workdir, self.owner)
@@ -90,6 +95,18 @@ class Run:
         self._open_reward()
         self._open_engine(model)  # last of what may fail: servers take minutes to start
         self._open_records(plain)
+
+    def _take_workdir(self) -> Lock | None:
+        """Process 0's lock, for all; given up last. Raises InputError, in all processes, if another run has it."""
+        lock = refused = None
+        if self.owner:
+            try:
+                lock = self._closing.enter_context(Lock(self.workdir))
+            except InputError as error:
+                refused = error
+        if distributed.agree(refused is not None):
+            raise refused or InputError(f"{self.workdir} is another run's; process 0 says whose")
+        return lock
 
     def _open_data(self) -> None:
         """What the data lacks is said before the start; the owner builds the sets that are built on first use, and the
@@ -165,8 +182,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
-        self._closing.close()
+    def __exit__(self, *exception) -> None:
+        self._closing.__exit__(*exception)
+
+    def _close_checkpoints(self, kind: type[BaseException] | None, *unused) -> None:
         if kind is None or distributed.process_count() == 1:  # closing meets the other processes, which are elsewhere
             self.checkpoints.close()
 
@@ -185,13 +204,17 @@ class Run:
         return lora_lib.pattern() if self.policy.lora else stage.freeze
 
     def stop_if_asked(self) -> None:
-        """Raises Interrupted, in all processes, if one of them got a signal."""
+        """Raises Interrupted, in all processes, if one of them got a signal; InputError if the lock is lost."""
+        if self._lock:
+            self._lock.check()
         self.interruption.check(distributed.agree)
 
     @property
-    def up_to_date(self) -> bool:
-        """Whether the trainer's parameters are those of `progress`: the base's are, until a checkpoint is restored."""
-        return self.restored is None or self.trainer.learner is not None
+    def may_finish(self) -> bool:
+        """Whether what the trainer holds may be written as what the run came to: its parameters are those of
+        `progress` (the base's are, until a checkpoint is restored), and the directory is still this run's."""
+        up_to_date = self.restored is None or self.trainer.learner is not None
+        return up_to_date and not (self._lock and self._lock.lost)
 
     def seconds(self) -> float:
         """Seconds that the run has taken so far; where it was stopped and goes on, those before that count, too."""

@@ -82,7 +82,7 @@ def train(
         except Exception:
             # An export needs all processes, and the others end when this one does. Before its checkpoint is restored a
             # run has learned nothing: what it exported before stays.
-            if distributed.process_count() == 1 and run.up_to_date:
+            if distributed.process_count() == 1 and run.may_finish:
                 try:
                     results.finish(run, "failed", facts)
                 except Exception as second:  # what went wrong first is what the user has to know
@@ -108,6 +108,7 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
             recorder.complete()  # the step before: the devices have done with it by now
             with timer("pack"):
                 minis = minibatches(items, layout, config)
+            trainer.check(recorder.idle, False, minis, layout.old)
             dispatched, rates = time.perf_counter(), learning_rates(stage, step, layout.updates)
             with timer("update"):
                 run.turns.begin_update()
@@ -125,6 +126,8 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
                     run.rollouts.write({"step": run.progress.step, "stage": stage.name, **line})
             tracer.after(run.progress.step)
             end_of_step(run, stage, step, last)
+            if last:
+                trainer.check(recorder.idle, last, minis, layout.old)
     recorder.complete()
 
 

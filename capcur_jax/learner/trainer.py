@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -15,10 +16,13 @@ from ml_collections import ConfigDict
 
 from capcur_jax.checkpointing import Checkpoints
 from capcur_jax.devices import sharding
+from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import Learner, Sums, TrainState, token_means
 from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.learner.residence import AT_HOME, Offload, Residence
 from capcur_jax.models.config import dtype_of
+
+IDLE_STEPS = 5  # a step without a finite update is an accident, five in a row are none
 
 
 @dataclasses.dataclass
@@ -136,6 +140,33 @@ class Trainer:
             results.append(metrics)
         return results
 
+    def check(self, idle: int, last: bool, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> None:
+        """Ends a stage that learns nothing: `idle` steps in a row had every update left out, none of them finite.
+
+        Args:
+            last: whether the stage has no further step, which might do better.
+            minibatches, old: of a step; what is not finite is looked for in its gradient.
+
+        Raises:
+            InputError: naming the tensors.
+        """
+        if idle < IDLE_STEPS and not (idle and last):
+            return
+        found = _not_finite(self.parameters())
+        where = "Parameters that are NaN or infinite"
+        if not found:
+            scored, where = self._scored(minibatches, old), "Gradients that are NaN or infinite"
+            for batch in (batch for mini in minibatches for batch in mini):
+                placed = _with(sharding.put(self.mesh, batch), next(scored, {}))
+                self.sums = self.learner.accumulate(self.state.trained, self.frozen, self.sums, placed)
+            found = _not_finite(self.sums.gradients)
+        named = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        raise InputError(
+            f"every update of the last {idle} steps was left out: loss or gradient was not finite, and nothing was "
+            f"learned. {where}: {named or 'none now'}. Is the checkpoint sound in config.model.dtype, are "
+            "rewards and learning rate moderate? docs/training.md#memory has dtypes, #objectives the clips"
+        )
+
     def _scored(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> Iterator[dict[str, list[jax.Array]]]:
         """Log-probs of other passes for each micro-batch, by field. Patches are put on the devices once more for the
         gradient: those of a whole step at once would take gigabytes."""
@@ -152,6 +183,13 @@ class Trainer:
                 placed = sharding.put(self.mesh, batch)
                 scores.append({f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()})
         return iter(scores)
+
+
+def _not_finite(tree: Any) -> list[str]:
+    """The paths of the arrays with a number that is NaN or infinite."""
+    flat = nnx.to_flat_state(tree)
+    bad = jax.device_get([jnp.logical_not(jnp.isfinite(leaf[...]).all()) for _, leaf in flat])
+    return [".".join(map(str, path)) for (path, _), found in zip(flat, bad, strict=True) if found]
 
 
 def _start(frozen: Any, reference: Any, number: Any) -> dict[str, Any]:
