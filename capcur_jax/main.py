@@ -9,7 +9,6 @@ same command in each, started by Slurm, Kubernetes, on TPU VMs, or with --coordi
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import sys
 import time
@@ -45,18 +44,6 @@ def prepare_workdir(path: str | None, config_file: str) -> Path:
     return workdir
 
 
-def finished(workdir: Path, config: ConfigDict) -> dict | None:
-    """The summary of the run that the directory holds, if it came to its end. Raises InputError if it was another."""
-    from capcur_jax.checks import check_same
-
-    check_same(workdir, config)
-    try:
-        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("status") == "finished" else None
-
-
 def _take_devices(config: ConfigDict) -> None:
     """Tells JAX which of this host's devices the trainer takes, before JAX looks for them."""
     import jax
@@ -86,9 +73,10 @@ def main(arguments: list[str]) -> None:
         if distributed.process_count() > 1 and not _WORKDIR.value:
             raise InputError("a run of several processes needs --workdir, one that all of them see")
         workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))
+        from capcur_jax.checks import finished
         from capcur_jax.train import train
 
-        if done := finished(workdir, _CONFIG.value):
+        if done := finished(workdir, _CONFIG.value, lambda line: print(line, file=sys.stderr)):
             print(f"{workdir} holds a finished run: {done['steps']} steps, checkpoint {done['checkpoint']}")
             return
         summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value)

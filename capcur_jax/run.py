@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax import policy
 from capcur_jax.checkpointing import Checkpoints, go_on, start_anew
-from capcur_jax.checks import check, check_data, check_devices, check_same
+from capcur_jax.checks import check, check_data, check_devices, goes_on_from
 from capcur_jax.data.prompts import tokenizer_texts
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
@@ -32,7 +32,7 @@ from capcur_jax.models import fresh
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.config import dtype_of
 from capcur_jax.models.qwen_vl import QwenVL
-from capcur_jax.records import metrics
+from capcur_jax.records import jsonl, metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.jsonl import JsonLines, Nowhere
 from capcur_jax.records.lock import Lock
@@ -77,12 +77,11 @@ class Run:
         self._open_data()
         check_devices(config)
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
-        plain = check_same(workdir, config)
         self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep)
         self._closing.push(self._close_checkpoints)
         for line in self.checkpoints.set_aside:
             display.warn(line)
-        self.restored = self.checkpoints.latest()
+        self.restored = goes_on_from(workdir, config, self.checkpoints)
         if self.restored is None:
             self.progress = start_anew(workdir, self.owner)
         else:
@@ -94,7 +93,7 @@ class Run:
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
         self._open_reward()
         self._open_engine(model)  # last of what may fail: servers take minutes to start
-        self._open_records(plain)
+        self._open_records()
 
     def _take_workdir(self) -> Lock | None:
         """Process 0's lock, for all; given up last. Raises InputError, in all processes, if another run has it."""
@@ -168,10 +167,11 @@ class Run:
             config, self.sets, self.engine, self.policy.builder, self.reward, self.display.progress, self.stop_if_asked
         )
 
-    def _open_records(self, plain: dict) -> None:
+    def _open_records(self) -> None:
         config, sinks = self.config, None
         if self.owner:
             kinds = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
+            plain = jsonl.plain(config.to_dict())
             sinks = Sinks(self.workdir, **kinds, config=plain, resume_step=self.progress.step, warn=self.display.warn)
             self._closing.callback(sinks.close)
         recorder = StepRecorder(self.workdir / "metrics.jsonl", combined, self.counter, self.display, sinks, self.owner)

@@ -177,8 +177,8 @@ class Reader(contextlib.AbstractContextManager):
         found = np.frombuffer(data, tensor.dtype).reshape(end - first, -1)
         if not finite(found):
             raise CheckpointError(
-                f"{tensor.file}: the tensor {tensor.name} holds NaN or infinities (rows {first} to {end - 1}): the "
-                "file is damaged, or the training that wrote it had diverged; copy it again, or take an earlier checkpoint"
+                f"{tensor.file}: the tensor {tensor.name} holds NaN or infinities (rows {first} to {end - 1}): it is "
+                "damaged, or the training that wrote it had diverged; copy it again, or take an earlier checkpoint"
             )
         return found
 

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from capcur_jax import presets
+from capcur_jax import bounds, presets
 from capcur_jax.errors import InputError
 from capcur_jax.plan import topologies
 from capcur_jax.plan.estimate import Assumptions, report
@@ -126,6 +126,7 @@ def main(arguments: list[str]) -> int:
     values = options()
     try:
         _parse(values, arguments)
+        bounds.check(values.config)
         topology = topologies.parse(values.topology)
         plan = {
             "config": config_flags.get_config_filename(values["config"]),
