@@ -58,11 +58,7 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     missing = []
     if not config.checkpoint and not config.create:
         missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
-    needed = {(name, "train") for stage in stages for name in stage.data}
-    needed |= {(name, config.evaluation.split) for name in config.evaluation.sets}
-    if config.validation.every:
-        needed |= {(name, "validation") for name in config.evaluation.sets}
-    for name, split in sorted(needed):
+    for name, split in sorted(splits(config, stages)):
         if name not in config.data.sets:
             missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")
             continue
@@ -77,6 +73,15 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     if missing:
         raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
     _check_together(config, stages)
+
+
+def splits(config: ConfigDict, stages: Sequence[Stage]) -> set[tuple[str, str]]:
+    """The (set, split) that a run reads."""
+    read = {(name, "train") for stage in stages for name in stage.data}
+    read |= {(name, config.evaluation.split) for name in config.evaluation.sets}
+    if config.validation.every:
+        read |= {(name, "validation") for name in config.evaluation.sets}
+    return read
 
 
 def _check_together(config: ConfigDict, stages: Sequence[Stage]) -> None:
@@ -152,19 +157,17 @@ def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
 def goes_on_from(workdir: Path, config: ConfigDict, checkpoints: Checkpoints) -> int | None:
     """The number of the checkpoint that a run with this config goes on from; None: there is none, it starts anew.
 
-    Before its first step a run has learned nothing: with another config, a corrected one, it starts anew as well. Of
-    several processes all call this. Raises InputError if it was another config that the run has learned with.
+    Before its first step a run has learned nothing, and starts anew as well: with another config or other data, too.
+    Of several processes all call this. Raises InputError if it was another config that the run has learned with.
     """
     last = checkpoints.latest()
-    if last is not None and not checkpoints.progress(last)[0].step:
-        try:
-            check_same(workdir, config)
-        except InputError:
-            distributed.barrier("other config")  # all have read what is there
-            checkpoints.clear()
-            return None
-    elif last is not None:
-        check_same(workdir, config)
+    if last is None:
+        return None
+    if not checkpoints.progress(last)[0].step:
+        distributed.barrier("nothing learned")  # all have read what is there
+        checkpoints.clear()
+        return None
+    check_same(workdir, config)
     return last
 
 

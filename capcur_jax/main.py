@@ -25,6 +25,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all files of the run; default: a dated folder in runs/.")
 _PROFILE = flags.DEFINE_string("profile", "", "Steps to trace, such as 10-12; Perfetto reads WORKDIR/profile.")
+_ACCEPT = flags.DEFINE_bool(
+    "accept_changed_inputs", False, "Go on though data, weights, reward or packages are no longer those of the start."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, in a run of several processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes the run has.")
@@ -79,7 +82,7 @@ def main(arguments: list[str]) -> None:
         if done := finished(workdir, _CONFIG.value, lambda line: print(line, file=sys.stderr)):
             print(f"{workdir} holds a finished run: {done['steps']} steps, checkpoint {done['checkpoint']}")
             return
-        summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value)
+        summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value, accept=_ACCEPT.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     except RolloutError as error:  # of a run that began: what it learned is in its work directory

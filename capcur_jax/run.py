@@ -6,8 +6,9 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 
 from capcur_jax import policy
 from capcur_jax.checkpointing import Checkpoints, go_on, start_anew
-from capcur_jax.checks import check, check_data, check_devices, goes_on_from
+from capcur_jax.checks import check, check_data, check_devices, goes_on_from, splits
+from capcur_jax.data import identity
 from capcur_jax.data.prompts import tokenizer_texts
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
@@ -47,6 +49,9 @@ from capcur_jax.schedule import Stage
 class Run:
     """Opens everything; `stages` are labelled uniquely in their order. A context manager.
 
+    Args:
+        accept: whether a run that goes on may read other data, weights, rewards or packages; see data/identity.py.
+
     Attributes:
         progress: where the run stands; train.py replaces it.
         restored: the number of the checkpoint that the run goes on from; None for a new run.
@@ -61,19 +66,21 @@ class Run:
         display: Display,
         interruption: Interruption,
         started: float | None = None,
+        accept: bool = False,
     ):
         self._started = time.monotonic() if started is None else started
         self.config, self.workdir, self.stages = config, workdir, stages
         self._export_dtype = dtype_of(config.export.dtype, "config.export.dtype")
         self.display, self.interruption = display, interruption
-        self.owner = distributed.is_owner()
+        self.owner, self._accept = distributed.is_owner(), accept
         with contextlib.ExitStack() as self._closing:  # an error on the way leaves no server and no worker behind
             self._open()
             self._closing = self._closing.pop_all()
 
     def _open(self) -> None:
         config, workdir, display = self.config, self.workdir, self.display
-        self._lock = self._take_workdir()
+        # Given up last: process 0's, for all.
+        self._lock: Lock | None = self._by_owner(lambda: self._closing.enter_context(Lock(workdir)))
         self._open_data()
         check_devices(config)
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
@@ -84,7 +91,9 @@ class Run:
         self.restored = goes_on_from(workdir, config, self.checkpoints)
         if self.restored is None:
             self.progress = start_anew(workdir, self.owner)
+            self._check_inputs(None)
         else:
+            self._check_inputs(self.checkpoints.progress(self.restored)[0].step)
             self.progress = go_on(workdir, self.owner, self.checkpoints, self.restored)
             if self.owner:
                 display.warn(f"{workdir}: going on after step {self.progress.step}")
@@ -95,17 +104,26 @@ class Run:
         self._open_engine(model)  # last of what may fail: servers take minutes to start
         self._open_records()
 
-    def _take_workdir(self) -> Lock | None:
-        """Process 0's lock, for all; given up last. Raises InputError, in all processes, if another run has it."""
-        lock = refused = None
+    def _by_owner(self, act: Callable[[], Any]) -> Any:
+        """What `act` gives in process 0; None in the others. An InputError of its is one of all processes."""
+        given = refused = None
         if self.owner:
             try:
-                lock = self._closing.enter_context(Lock(self.workdir))
+                given = act()
             except InputError as error:
                 refused = error
         if distributed.agree(refused is not None):
-            raise refused or InputError(f"{self.workdir} is another run's; process 0 says whose")
-        return lock
+            raise refused or InputError(f"process 0 refuses {self.workdir}, and says why")
+        return given
+
+    def _check_inputs(self, step: int | None) -> None:
+        """That a run that goes on after `step` reads what it read when it began (None). Raises InputError."""
+
+        def compare() -> None:
+            now = identity.of_run(self.config, self.sets, splits(self.config, self.stages))
+            identity.check(self.workdir, now, step, self._accept, self.display.warn)
+
+        self._by_owner(compare)
 
     def _open_data(self) -> None:
         """What the data lacks is said before the start; the owner builds the sets that are built on first use, and the

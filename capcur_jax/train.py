@@ -45,13 +45,19 @@ Usable = tuple[list[list[Problem]], list[PromptSize]]  # what loader.usable foun
 
 
 def train(
-    config: ConfigDict, workdir: Path, quiet: bool = False, started: float | None = None, profile: str = ""
+    config: ConfigDict,
+    workdir: Path,
+    quiet: bool = False,
+    started: float | None = None,
+    profile: str = "",
+    accept: bool = False,
 ) -> dict[str, Any]:
     """Runs the schedule, or what is left of it, and returns the summary.
 
     Args:
         started: time.monotonic() when the process began, if known.
         profile: global steps to trace, such as "10-12"; "": none.
+        accept: whether a run that goes on may read other data, weights, rewards or packages than when it began.
 
     Raises InputError for what the user has to mend. Whatever ends a run of one process, what it learned is exported.
     """
@@ -59,7 +65,11 @@ def train(
     quiet = quiet or not distributed.is_owner()
     display = Display(quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
-    with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
+    with (
+        display,
+        Interruption() as interruption,
+        Run(config, workdir, stages, display, interruption, started, accept) as run,
+    ):
         measured = {stage.name: usable(run, stage) for stage in stages if stage.epochs}
         stages = [with_steps(stage, measured) for stage in stages]
         display.whole_run(sum(stage.steps for stage in stages))
