@@ -28,10 +28,12 @@ from capcur_jax.data import loader
 from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
 from capcur_jax.devices import distributed
+from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.minibatches import Item, minibatches, sampled_item, target_item
+from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.records.display import Display
 from capcur_jax.records.metrics import PhaseTimer
@@ -41,6 +43,7 @@ from capcur_jax.rollout.groups import Rollout
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
 
+IDLE_STEPS = 5  # a step without a finite update is an accident, five in a row are none
 Usable = tuple[list[list[Problem]], list[PromptSize]]  # what loader.usable found of a stage
 
 
@@ -118,7 +121,7 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
             recorder.complete()  # the step before: the devices have done with it by now
             with timer("pack"):
                 minis = minibatches(items, layout, config)
-            trainer.check(recorder.idle, False, minis, layout.old)
+            end_if_idle(run, minis, layout, IDLE_STEPS)
             dispatched, rates = time.perf_counter(), learning_rates(stage, step, layout.updates)
             with timer("update"):
                 run.turns.begin_update()
@@ -137,7 +140,7 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
             tracer.after(run.progress.step)
             end_of_step(run, stage, step, last)
             if last:
-                trainer.check(recorder.idle, last, minis, layout.old)
+                end_if_idle(run, minis, layout, 1)
     recorder.complete()
 
 
@@ -231,6 +234,18 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> None:
         run.recorder.complete()
         with run.recorder.between("seconds_checkpoint"):
             save(run, metric)
+
+
+def end_if_idle(run: Run, minis: Sequence[Sequence[UpdateBatch]], layout: Layout, most: int) -> None:
+    """Raises InputError where the last `most` steps or more left every update out: the stage learns nothing."""
+    idle = run.recorder.idle
+    if idle >= most:
+        run.turns.begin_update()
+        raise InputError(
+            f"every update of the last {idle} steps was left out, as its loss or gradient was not finite; "
+            f"{run.trainer.not_finite(minis, layout.old)}. Is the checkpoint one for config.model.dtype, are rewards "
+            "and learning rate moderate? docs/training.md says more (Batches)"
+        )
 
 
 def save(run: Run, metric: float | None = None, wait: bool = False) -> None:

@@ -148,7 +148,7 @@ def test_a_run_that_learned_nothing_exports_no_base_as_its_end(tmp_path, status)
     run.recorder.skipped = run.progress.version  # every update was left out
     run.export = lambda name: run.written.append(name) or tmp_path / name
     summary = run.finish(status)
-    wanted = status == "finished"  # of a stage that ends so there is none: see test_trainer.py
+    wanted = status == "finished"  # such a run has failed: see test_main.py
     assert run.written == ["final"] * wanted and (summary["checkpoint"] is not None) == wanted
 
 

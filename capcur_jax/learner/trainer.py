@@ -16,13 +16,10 @@ from ml_collections import ConfigDict
 
 from capcur_jax.checkpointing import Checkpoints
 from capcur_jax.devices import sharding
-from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import Learner, Sums, TrainState, token_means
 from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.learner.residence import AT_HOME, Offload, Residence
 from capcur_jax.models.config import dtype_of
-
-IDLE_STEPS = 5  # a step without a finite update is an accident, five in a row are none
 
 
 @dataclasses.dataclass
@@ -140,32 +137,18 @@ class Trainer:
             results.append(metrics)
         return results
 
-    def check(self, idle: int, last: bool, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> None:
-        """Ends a stage that learns nothing: `idle` steps in a row had every update left out, none of them finite.
-
-        Args:
-            last: whether the stage has no further step, which might do better.
-            minibatches, old: of a step; what is not finite is looked for in its gradient.
-
-        Raises:
-            InputError: naming the tensors.
-        """
-        if idle < IDLE_STEPS and not (idle and last):
-            return
-        found = _not_finite(self.parameters())
-        where = "Parameters that are NaN or infinite"
+    def not_finite(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> str:
+        """Names the parameters that are NaN or infinite, or, where none is, what of a step's gradient is. It looks at
+        all of them, and leaves the sums of that gradient: for a run that ends."""
+        found, where = _not_finite(self.parameters()), "parameters"
         if not found:
-            scored, where = self._scored(minibatches, old), "Gradients that are NaN or infinite"
+            scored, where = self._scored(minibatches, old), "gradients"
             for batch in (batch for mini in minibatches for batch in mini):
                 placed = _with(sharding.put(self.mesh, batch), next(scored, {}))
                 self.sums = self.learner.accumulate(self.state.trained, self.frozen, self.sums, placed)
             found = _not_finite(self.sums.gradients)
-        named = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        raise InputError(
-            f"every update of the last {idle} steps was left out: loss or gradient was not finite, and nothing was "
-            f"learned. {where}: {named or 'none now'}. Is the checkpoint sound in config.model.dtype, are "
-            "rewards and learning rate moderate? docs/training.md#memory has dtypes, #objectives the clips"
-        )
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        return f"{where} that are NaN or infinite: {', '.join(found[:5]) or 'none'}{more}"
 
     def _scored(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> Iterator[dict[str, list[jax.Array]]]:
         """Log-probs of other passes for each micro-batch, by field. Patches are put on the devices once more for the
