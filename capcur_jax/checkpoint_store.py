@@ -1,6 +1,7 @@
 """Numbered pytrees of arrays, each with a JSON document, in a directory: Orbax's manager and what it lacks.
 
 They are written while the training goes on. A tree is complete or not there at all, and can be restored on any mesh.
+Each has the sums of its files beside them, so that what a disk did to it later is found before it is used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,15 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from capcur_jax.errors import InputError
+from capcur_jax.files import write_atomically
 
 _ARRAYS, _DOCUMENT = "arrays", "document"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+_SUMS = "sums.json"  # of a step's files: bytes and CRC-32 by name
+_CHANGED = "_CHECKPOINT_METADATA"  # Orbax writes it once more when the tree has its name; nothing here reads it
+_DOCUMENT_FILE = "metadata"
+_PIECE = 1 << 22  # bytes that are summed at once
+_SMALL = 1 << 16  # bytes of what is read at once
 # What a full disk, a quota or a file-size limit looks like, from Python and from TensorStore.
 _FULL = ("no space left", "quota exceeded", "file too large")
 
@@ -65,7 +73,8 @@ class Store:
             create=False,
             cleanup_tmp_directories=True,
             multiprocessing_options=sharing,
-            async_options=ocp.AsyncOptions(timeout_secs=timeout),
+            # In the thread that writes, before the tree gets its name: nothing waits for it, and no tree is without.
+            async_options=ocp.AsyncOptions(timeout_secs=timeout, post_finalization_callback=self._write_sums),
         )
         # Replicated arrays are written by one replica: sharing them out would compile a slice for every shape and hold
         # the slices on the device. Weights hardly compress, and compression takes the cores from a run on a CPU.
@@ -76,7 +85,7 @@ class Store:
         arrays = ocp.PyTreeCheckpointHandler(
             use_compression=False, multiprocessing_options=sharing, type_handler_registry=types
         )
-        document = ocp.JsonCheckpointHandler(multiprocessing_options=sharing)
+        document = ocp.JsonCheckpointHandler(_DOCUMENT_FILE, multiprocessing_options=sharing)
         registry = ocp.DefaultCheckpointHandlerRegistry()
         for arguments in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
             registry.add(_ARRAYS, arguments, arrays)
@@ -141,6 +150,12 @@ class Store:
             shapes[name] = jax.ShapeDtypeStruct(tuple(int(size) for size in shape.split(",") if size), dtype)
         return {name: np.asarray(array) for name, array in self.restore(step, shapes).items()}
 
+    def _write_sums(self) -> None:
+        (folder,) = self.directory.glob(_TEMPORARY)
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != _CHANGED)
+        sums = {path.relative_to(folder).as_posix(): (path.stat().st_size, _sum(path)) for path in files}
+        write_atomically(folder / _SUMS, json.dumps(sums).encode())
+
     def delete(self, step: int) -> None:
         self._manager.delete(step)
 
@@ -174,6 +189,44 @@ class Store:
             ) from error
 
 
+def steps_in(directory: Path) -> list[int]:
+    """The numbers of the complete trees of a store that is not open, in their order."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal()) if directory.is_dir() else []
+
+
+def damage(folder: Path, whole: bool = True) -> str:
+    """What is wrong with the files of the tree in `folder`, by their sums; "" for nothing. It reads all of them, or,
+    where not `whole`, the small ones alone: document and metric, without which the store can't be opened."""
+    try:
+        sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
+        for name, (size, crc) in sums.items():
+            now = (folder / name).stat().st_size
+            if now != size:
+                return f"{folder / name} has {now:,} bytes, and {size:,} were written"
+            if (whole or size < _SMALL) and _sum(folder / name) != crc:
+                return f"{folder / name} does not hold the bytes that were written"
+        document_of(folder)
+    except OSError as error:
+        return f"{error.filename or folder} can't be read ({error.strerror})"
+    except (ValueError, TypeError, AttributeError):
+        return f"{folder} has a broken {_SUMS} or document"
+    return ""
+
+
+def document_of(folder: Path) -> dict:
+    """The document of the tree in `folder`. Raises OSError, ValueError."""
+    return json.loads((folder / _DOCUMENT / _DOCUMENT_FILE).read_text(encoding="utf-8"))
+
+
+def _sum(file: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with open(file, "rb", buffering=0) as opened:
+        while piece := opened.read(_PIECE):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
 def _rank(metrics: dict) -> tuple[float, int]:
     """The highest metric is the best, and the earlier step of equal ones."""
     return metrics["metric"], -metrics["step"]
@@ -193,8 +246,8 @@ def _reason(error: BaseException | None) -> str:
 
 
 def plain(value: Any) -> Any:
-    """As it comes back from JSON; a copy."""
-    return json.loads(json.dumps(value))
+    """As it comes back from JSON, which has no NaN; a copy."""
+    return json.loads(json.dumps(value, allow_nan=False))
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.checkpoint_store import CheckpointFailed, Store, difference, plain
+from capcur_jax.checkpoint_store import CheckpointFailed, Store, damage, difference, document_of, plain, steps_in
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.records.jsonl import read_jsonl
@@ -57,21 +59,66 @@ class Checkpoints:
 
     A checkpoint holds a pytree of arrays and a JSON document. Its directory gets its name when all of it is written, so
     that a killed run leaves nothing that looks like one; leftovers go when the next run opens the directory. For a
-    moment one checkpoint more than `keep` lies on the disk.
+    moment one checkpoint more than `keep` lies on the disk. Where the last one, or its reference policy, is not as it
+    was written, it is set aside, and the one before it is the last.
 
     Args:
       directory: where they lie, one directory a step; made if it does not exist.
       keep: how many of the last ones are kept, besides the best by metric.
       timeout: seconds that writing one may take. When one process of several fails, the others learn of it then.
+
+    Attributes:
+      set_aside: what was found damaged, a line each, and where it lies now.
+
+    Raises:
+      InputError: there are checkpoints, and all of them are damaged; they stay where they are.
     """
 
     def __init__(self, directory: Path, *, keep: int, timeout: int = 1200):
         if keep < 1:
             raise InputError(f"checkpointing.keep = {keep}: at least the last checkpoint has to be kept")
         self.directory = Path(directory).absolute()
+        self._keep = keep
+        self.set_aside = self._set_aside_damaged()
+        # Of each checkpoint the number of its reference, as far as it is known: an old one may be damaged, too.
+        self._references_of: dict[int, int | None] = {}
+        for step in steps_in(self.directory):
+            with contextlib.suppress(OSError, ValueError):
+                self._references_of[step] = document_of(self.directory / str(step))["reference"]
         self._steps = Store(self.directory, keep, timeout)
         self._references = Store(self.directory / "reference", None, timeout)
         self._reference: int | None = None  # the number of the one in use
+
+    def _set_aside_damaged(self) -> list[str]:
+        found: dict[int, str] = {}  # the damage of each step, the last one first
+        steps, sound = steps_in(self.directory) if distributed.is_owner() else [], False
+        for step in reversed(steps):  # all bytes of the one that is taken; of older ones what opening the store reads
+            if wrong := self._damage(self.directory / str(step), whole=not sound):
+                found[step] = wrong
+            else:
+                sound = True
+        lost = bool(steps) and not sound
+        if distributed.agree(lost):
+            listed = "\n".join(f"  {step}: {wrong}" for step, wrong in found.items())
+            raise InputError(
+                f"no checkpoint in {self.directory} is as it was written:\n{listed}\n"
+                "Put the files back, or start anew with another --workdir."
+            )
+        lines = []
+        for step, wrong in found.items():
+            aside = self.directory / f"damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+            lines.append(f"checkpoint {step} is damaged: {wrong}. It lies in {aside} now, and is not used")
+        distributed.barrier("damaged")
+        return lines
+
+    def _damage(self, folder: Path, whole: bool) -> str:
+        """What is wrong with a checkpoint, or with the reference policy that it needs; see `damage`."""
+        if wrong := damage(folder, whole):
+            return wrong
+        reference = document_of(folder)["reference"] if whole else None
+        return "" if reference is None else damage(self.directory / "reference" / str(reference))
 
     def save(self, step: int, state: Any, position: dict, *, metric: float | None = None, wait: bool = False) -> None:
         """Writes a checkpoint in the background; returns when the arrays are copied, so they may be donated then.
@@ -97,6 +144,7 @@ class Checkpoints:
                 f"{self.directory} has a checkpoint of step {last}, and step {step} is to be saved. Delete what is not "
                 f"before it to go on from there, or use another --workdir."
             )
+        self._references_of[step] = self._reference
         self._steps.save(step, state, {"position": position, "reference": self._reference}, metric)
         if wait:
             self._settle()
@@ -154,7 +202,7 @@ class Checkpoints:
 
     def save_reference(self, name: str, parameters: Any) -> None:
         """Writes a stage's reference policy and waits for it, before the stage's first checkpoint is saved. That of the
-        stage before goes when that checkpoint is complete: until then a continuation may need it.
+        stage before goes with the last of the `keep` checkpoints that a continuation would need it for.
 
         Raises:
           CheckpointFailed: it could not be written.
@@ -173,13 +221,19 @@ class Checkpoints:
                 return self._references.restore(number, abstract)
         raise InputError(f"{self._references.directory} holds no reference policy {name!r}")
 
+    def clear(self) -> None:
+        """Removes the checkpoints."""
+        self._settle()
+        for step in self._steps.all():
+            self._steps.delete(step)
+
     def _settle(self) -> None:
-        """Waits for what is being written, then deletes the references that the latest checkpoint does without."""
+        """Waits for what is being written, then deletes the references that the last checkpoints do without."""
         self._steps.wait()
-        last = self._steps.latest()
-        if last is None:
+        last = self._steps.all()[-self._keep :]
+        if not last:
             return
-        needed = {self._reference, self._steps.document(last)["reference"]}
+        needed = {self._reference, *(self._references_of.get(step) for step in last)}
         for number in self._references.all():
             if number not in needed:
                 self._references.delete(number)
@@ -244,6 +298,7 @@ def start_anew(workdir: Path, owner: bool) -> Progress:
     if owner:
         for name in RECORDS:
             (workdir / name).unlink(missing_ok=True)
+        shutil.rmtree(workdir / "skeleton", ignore_errors=True)  # a corrected config may want another one
     distributed.barrier("anew")
     return Progress()
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from capcur_jax import policy, presets
-from capcur_jax.checkpointing import check_same_config
+from capcur_jax import bounds, policy, presets
+from capcur_jax.checkpointing import Checkpoints, check_same_config
 from capcur_jax.data.problem import Problem, short
 from capcur_jax.data.sets import Sets
+from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives
 from capcur_jax.learner.residence import MEMORIES
+from capcur_jax.models import config as model_config
+from capcur_jax.models import weight_files
 from capcur_jax.models.config import DTYPES
 from capcur_jax.records import jsonl
 from capcur_jax.schedule import Stage
@@ -49,16 +52,13 @@ CHOICES = {
 def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     """Everything the run needs from outside, missing things named all at once. Raises InputError."""
     presets.check_deleted(config)
+    bounds.check(config)
     for stage in stages:
         objectives.of_stage(stage)
     missing = []
     if not config.checkpoint and not config.create:
         missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
-    needed = {(name, "train") for stage in stages for name in stage.data}
-    needed |= {(name, config.evaluation.split) for name in config.evaluation.sets}
-    if config.validation.every:
-        needed |= {(name, "validation") for name in config.evaluation.sets}
-    for name, split in sorted(needed):
+    for name, split in sorted(splits(config, stages)):
         if name not in config.data.sets:
             missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")
             continue
@@ -72,40 +72,28 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     missing += policy.engine_kind(config).missing(config)
     if missing:
         raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
-    _check_numbers(config, stages)
+    _check_together(config, stages)
 
 
-def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
-    """Values that would otherwise fail hours later, or quietly train nothing."""
-    least = {
-        "seed": 0, "prompt.max_tokens": 1, "rollout.slots": 1, "rollout.prefill": 1, "rollout.top_k": 0,
-        "objective.updates_per_batch": 1,
-        "log.rollouts_every": 1, "log.rollout_prompts": 0, "evaluation.questions": 0, "rollout.dynamic_retries": 0,
-        "packing.micro_prompts": 0, "checkpointing.every": 1, "checkpointing.keep": 1, "validation.every": 0,
-        "validation.questions": 0, "data.workers": 0, "data.image_cache_mb": 0,
-    }  # fmt: skip
-    if any(objectives.of_stage(stage).sampled for stage in stages):
-        least["rollout.group"] = 2  # an advantage is a comparison inside the group
-    for key, value in least.items():
-        section, _, name = key.rpartition(".")
-        if (config[section] if section else config)[name] < value:
-            raise InputError(f"config.{key} must be at least {value}")
+def splits(config: ConfigDict, stages: Sequence[Stage]) -> set[tuple[str, str]]:
+    """The (set, split) that a run reads."""
+    read = {(name, "train") for stage in stages for name in stage.data}
+    read |= {(name, config.evaluation.split) for name in config.evaluation.sets}
+    if config.validation.every:
+        read |= {(name, "validation") for name in config.evaluation.sets}
+    return read
+
+
+def _check_together(config: ConfigDict, stages: Sequence[Stage]) -> None:
+    """Values that do not go together: they would fail hours later, or quietly train nothing."""
     for key, choices in CHOICES.items():
         section, _, name = key.rpartition(".")
         if (value := config[section][name]) not in choices:
             raise InputError(f"config.{key} = {value!r}; choose one of {', '.join(choices)}")
-    if 0 < config.objective.clip_dual <= 1:
-        raise InputError(f"config.objective.clip_dual = {config.objective.clip_dual}: above 1, or 0 for none")
-    if config.rollout.async_steps not in (0, 1):
-        raise InputError(f"config.rollout.async_steps = {config.rollout.async_steps}; choose 0 (on-policy) or 1")
     policy.engine_kind(config).check(config)
-    if config.objective.sampler_cap < 1:
-        raise InputError("config.objective.sampler_cap must be at least 1")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("config.log.wandb needs Weights & Biases: pip install -e '.[wandb]', or leave it empty")
     for stage in stages:
-        if stage.prompts < 1:
-            raise InputError(f"config.stages.{stage.name}.prompts must be at least 1")
         if not objectives.of_stage(stage).sampled:
             continue
         if stage.prompts % config.objective.updates_per_batch:
@@ -113,6 +101,8 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
                 f"config.stages.{stage.name}.prompts = {stage.prompts} can't be split into "
                 f"config.objective.updates_per_batch = {config.objective.updates_per_batch} equal updates"
             )
+        if config.rollout.group < 2:
+            raise InputError("config.rollout.group = 1: an advantage is a comparison inside the group; set at least 2")
         if config.rollout.temperature <= 0:
             raise InputError("config.rollout.temperature must be above 0: greedy groups are all equal")
     if max(config.prompt.token_buckets, default=0) < config.prompt.max_tokens:
@@ -158,7 +148,45 @@ def check_devices(config: ConfigDict) -> None:
 
 def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     """The config in plain JSON types; raises InputError if the directory holds a run with another one."""
-    plain, stored = json.loads(jsonl.to_json(config.to_dict())), workdir / "config.json"
+    plain, stored = jsonl.plain(config.to_dict()), workdir / "config.json"
     if stored.exists():
         check_same_config(json.loads(stored.read_text(encoding="utf-8")), plain, MAY_CHANGE)
     return plain
+
+
+def goes_on_from(workdir: Path, config: ConfigDict, checkpoints: Checkpoints) -> int | None:
+    """The number of the checkpoint that a run with this config goes on from; None: there is none, it starts anew.
+
+    Before its first step a run has learned nothing, and starts anew as well: with another config or other data, too.
+    Of several processes all call this. Raises InputError if it was another config that the run has learned with.
+    """
+    last = checkpoints.latest()
+    if last is None:
+        return None
+    if not checkpoints.progress(last)[0].step:
+        distributed.barrier("nothing learned")  # all have read what is there
+        checkpoints.clear()
+        return None
+    check_same(workdir, config)
+    return last
+
+
+def finished(workdir: Path, config: ConfigDict, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The summary of the run that the directory holds, if it came to its end and what it exported is there.
+
+    Raises InputError if it was a run with another config.
+    """
+    try:
+        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if summary.get("status") != "finished":
+        return None
+    check_same(workdir, config)
+    try:
+        model_config.from_directory(workdir / "checkpoints" / "final")
+        weight_files.find(workdir / "checkpoints" / "final")
+    except InputError as error:
+        warn(f"{workdir / 'summary.json'} is of a finished run, but {error}. What is left of the run is done again")
+        return None
+    return summary

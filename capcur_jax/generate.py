@@ -6,7 +6,6 @@ python -m capcur_jax.generate [--checkpoint=DIR] [--image=FILE ...] --prompt=TEX
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.errors import InputError
 from capcur_jax.presets import TINY_CHECKPOINT
+from capcur_jax.records.jsonl import to_json
 
 if TYPE_CHECKING:  # what costs seconds to import waits until the options are known to be good
     from capcur_jax.models.inputs import Processor, Prompt
@@ -166,7 +166,7 @@ def answer(options: argparse.Namespace) -> None:
         if not options.json:
             print(piece, end="", flush=True)
     done = {"prompt_ids": prompt.tokens.tolist(), "ids": ids, "logprobs": logprobs, "text": text}
-    print(json.dumps(done) if options.json else "", flush=True)
+    print(to_json(done) if options.json else "", flush=True)
     rate = f", {(len(ids) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(ids) > 1 else ""
     cut = "" if ids[-1] in processor.end_tokens else f"; cut off at --max_new_tokens={sampling.max_new_tokens}"
     _tell(f"{len(ids)} tokens{rate}{cut}")

@@ -9,7 +9,6 @@ same command in each, started by Slurm, Kubernetes, on TPU VMs, or with --coordi
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import sys
 import time
@@ -26,6 +25,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all files of the run; default: a dated folder in runs/.")
 _PROFILE = flags.DEFINE_string("profile", "", "Steps to trace, such as 10-12; Perfetto reads WORKDIR/profile.")
+_ACCEPT = flags.DEFINE_bool(
+    "accept_changed_inputs", False, "Go on though data, weights, reward or packages are no longer those of the start."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, in a run of several processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes the run has.")
@@ -43,18 +45,6 @@ def prepare_workdir(path: str | None, config_file: str) -> Path:
     except OSError as error:
         raise InputError(f"--workdir={workdir} can't be made ({error.strerror}); give another one") from None
     return workdir
-
-
-def finished(workdir: Path, config: ConfigDict) -> dict | None:
-    """The summary of the run that the directory holds, if it came to its end. Raises InputError if it was another."""
-    from capcur_jax.checks import check_same
-
-    check_same(workdir, config)
-    try:
-        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("status") == "finished" else None
 
 
 def _take_devices(config: ConfigDict) -> None:
@@ -86,12 +76,13 @@ def main(arguments: list[str]) -> None:
         if distributed.process_count() > 1 and not _WORKDIR.value:
             raise InputError("a run of several processes needs --workdir, one that all of them see")
         workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))
+        from capcur_jax.checks import finished
         from capcur_jax.train import train
 
-        if done := finished(workdir, _CONFIG.value):
+        if done := finished(workdir, _CONFIG.value, lambda line: print(line, file=sys.stderr)):
             print(f"{workdir} holds a finished run: {done['steps']} steps, checkpoint {done['checkpoint']}")
             return
-        summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value)
+        summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value, accept=_ACCEPT.value)
     except InputError as error:
         sys.exit(f"error: {error}")
     except RolloutError as error:  # of a run that began: what it learned is in its work directory

@@ -165,9 +165,13 @@ def validate(run: Run, stage: str) -> float:
 
 
 def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Saves the checkpoint, summary.json and report.html; prints the closing table. `facts`: what `plan` returned."""
+    """Saves the checkpoint, summary.json and report.html; prints the closing table. `facts`: what `plan` returned.
+
+    A run that ended early without having learned anything exports nothing: its parameters are those of the base.
+    """
     run.recorder.complete()  # where the run failed, a step may be pending
-    checkpoint = run.export("final")
+    learned = status == "finished" or run.progress.version > run.recorder.skipped
+    checkpoint = run.export("final") if learned else None
     run.checkpoints.close()
     steps, evaluations = run.recorder.steps, run.recorder.evaluations
     shown = {key: metrics.accuracy_of(evaluations, key) for key in ("accuracy", "accuracy_answered", "left_out")}
@@ -195,7 +199,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         "steps": run.progress.step,
         "best_validation": run.progress.best,
         "parameters": facts["parameters"],
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint) if checkpoint else None,
         "skipped": skipped,
         "put_right": {
             "rows": sum(map(len, run.sets.repaired_rows.values())),

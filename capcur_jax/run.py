@@ -6,8 +6,9 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -16,7 +17,8 @@ from ml_collections import ConfigDict
 
 from capcur_jax import policy
 from capcur_jax.checkpointing import Checkpoints, go_on, start_anew
-from capcur_jax.checks import check, check_data, check_devices, check_same
+from capcur_jax.checks import check, check_data, check_devices, goes_on_from, splits
+from capcur_jax.data import identity
 from capcur_jax.data.prompts import tokenizer_texts
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
@@ -32,9 +34,10 @@ from capcur_jax.models import fresh
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.config import dtype_of
 from capcur_jax.models.qwen_vl import QwenVL
-from capcur_jax.records import metrics
+from capcur_jax.records import jsonl, metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.jsonl import JsonLines, Nowhere
+from capcur_jax.records.lock import Lock
 from capcur_jax.records.sinks import Sinks
 from capcur_jax.records.steps import StepRecorder
 from capcur_jax.rewards.reward import make_reward
@@ -45,6 +48,9 @@ from capcur_jax.schedule import Stage
 
 class Run:
     """Opens everything; `stages` are labelled uniquely in their order. A context manager.
+
+    Args:
+        accept: whether a run that goes on may read other data, weights, rewards or packages; see data/identity.py.
 
     Attributes:
         progress: where the run stands; train.py replaces it.
@@ -60,27 +66,34 @@ class Run:
         display: Display,
         interruption: Interruption,
         started: float | None = None,
+        accept: bool = False,
     ):
         self._started = time.monotonic() if started is None else started
         self.config, self.workdir, self.stages = config, workdir, stages
         self._export_dtype = dtype_of(config.export.dtype, "config.export.dtype")
         self.display, self.interruption = display, interruption
-        self.owner = distributed.is_owner()
+        self.owner, self._accept = distributed.is_owner(), accept
         with contextlib.ExitStack() as self._closing:  # an error on the way leaves no server and no worker behind
             self._open()
             self._closing = self._closing.pop_all()
 
     def _open(self) -> None:
         config, workdir, display = self.config, self.workdir, self.display
+        # Given up last: process 0's, for all.
+        self._lock: Lock | None = self._by_owner(lambda: self._closing.enter_context(Lock(workdir)))
         self._open_data()
         check_devices(config)
         self.mesh: Mesh = sharding.make_mesh(config.mesh)
-        plain = check_same(workdir, config)
         self.checkpoints = Checkpoints(workdir / "state", keep=config.checkpointing.keep)
-        self.restored = self.checkpoints.latest()
+        self._closing.push(self._close_checkpoints)
+        for line in self.checkpoints.set_aside:
+            display.warn(line)
+        self.restored = goes_on_from(workdir, config, self.checkpoints)
         if self.restored is None:
             self.progress = start_anew(workdir, self.owner)
+            self._check_inputs(None)
         else:
+            self._check_inputs(self.checkpoints.progress(self.restored)[0].step)
             self.progress = go_on(workdir, self.owner, self.checkpoints, self.restored)
             if self.owner:
                 display.warn(f"{workdir}: going on after step {self.progress.step}")
@@ -89,7 +102,28 @@ class Run:
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
         self._open_reward()
         self._open_engine(model)  # last of what may fail: servers take minutes to start
-        self._open_records(plain)
+        self._open_records()
+
+    def _by_owner(self, act: Callable[[], Any]) -> Any:
+        """What `act` gives in process 0; None in the others. An InputError of its is one of all processes."""
+        given = refused = None
+        if self.owner:
+            try:
+                given = act()
+            except InputError as error:
+                refused = error
+        if distributed.agree(refused is not None):
+            raise refused or InputError(f"process 0 refuses {self.workdir}, and says why")
+        return given
+
+    def _check_inputs(self, step: int | None) -> None:
+        """That a run that goes on after `step` reads what it read when it began (None). Raises InputError."""
+
+        def compare() -> None:
+            now = identity.of_run(self.config, self.sets, splits(self.config, self.stages))
+            identity.check(self.workdir, now, step, self._accept, self.display.warn)
+
+        self._by_owner(compare)
 
     def _open_data(self) -> None:
         """What the data lacks is said before the start; the owner builds the sets that are built on first use, and the
@@ -151,10 +185,11 @@ class Run:
             config, self.sets, self.engine, self.policy.builder, self.reward, self.display.progress, self.stop_if_asked
         )
 
-    def _open_records(self, plain: dict) -> None:
+    def _open_records(self) -> None:
         config, sinks = self.config, None
         if self.owner:
             kinds = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
+            plain = jsonl.plain(config.to_dict())
             sinks = Sinks(self.workdir, **kinds, config=plain, resume_step=self.progress.step, warn=self.display.warn)
             self._closing.callback(sinks.close)
         recorder = StepRecorder(self.workdir / "metrics.jsonl", combined, self.counter, self.display, sinks, self.owner)
@@ -165,8 +200,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
-        self._closing.close()
+    def __exit__(self, *exception) -> None:
+        self._closing.__exit__(*exception)
+
+    def _close_checkpoints(self, kind: type[BaseException] | None, *unused) -> None:
         if kind is None or distributed.process_count() == 1:  # closing meets the other processes, which are elsewhere
             self.checkpoints.close()
 
@@ -185,13 +222,17 @@ class Run:
         return lora_lib.pattern() if self.policy.lora else stage.freeze
 
     def stop_if_asked(self) -> None:
-        """Raises Interrupted, in all processes, if one of them got a signal."""
+        """Raises Interrupted, in all processes, if one of them got a signal; InputError if the lock is lost."""
+        if self._lock:
+            self._lock.check()
         self.interruption.check(distributed.agree)
 
     @property
-    def up_to_date(self) -> bool:
-        """Whether the trainer's parameters are those of `progress`: the base's are, until a checkpoint is restored."""
-        return self.restored is None or self.trainer.learner is not None
+    def may_finish(self) -> bool:
+        """Whether what the trainer holds may be written as what the run came to: its parameters are those of
+        `progress` (the base's are, until a checkpoint is restored), and the directory is still this run's."""
+        up_to_date = self.restored is None or self.trainer.learner is not None
+        return up_to_date and not (self._lock and self._lock.lost)
 
     def seconds(self) -> float:
         """Seconds that the run has taken so far; where it was stopped and goes on, those before that count, too."""

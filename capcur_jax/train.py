@@ -28,10 +28,12 @@ from capcur_jax.data import loader
 from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
 from capcur_jax.devices import distributed
+from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.minibatches import Item, minibatches, sampled_item, target_item
+from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.records.display import Display
 from capcur_jax.records.metrics import PhaseTimer
@@ -41,17 +43,24 @@ from capcur_jax.rollout.groups import Rollout
 from capcur_jax.run import Run
 from capcur_jax.schedule import Stage
 
+IDLE_STEPS = 5  # a step without a finite update is an accident, five in a row are none
 Usable = tuple[list[list[Problem]], list[PromptSize]]  # what loader.usable found of a stage
 
 
 def train(
-    config: ConfigDict, workdir: Path, quiet: bool = False, started: float | None = None, profile: str = ""
+    config: ConfigDict,
+    workdir: Path,
+    quiet: bool = False,
+    started: float | None = None,
+    profile: str = "",
+    accept: bool = False,
 ) -> dict[str, Any]:
     """Runs the schedule, or what is left of it, and returns the summary.
 
     Args:
         started: time.monotonic() when the process began, if known.
         profile: global steps to trace, such as "10-12"; "": none.
+        accept: whether a run that goes on may read other data, weights, rewards or packages than when it began.
 
     Raises InputError for what the user has to mend. Whatever ends a run of one process, what it learned is exported.
     """
@@ -59,7 +68,11 @@ def train(
     quiet = quiet or not distributed.is_owner()
     display = Display(quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
-    with display, Interruption() as interruption, Run(config, workdir, stages, display, interruption, started) as run:
+    with (
+        display,
+        Interruption() as interruption,
+        Run(config, workdir, stages, display, interruption, started, accept) as run,
+    ):
         measured = {stage.name: usable(run, stage) for stage in stages if stage.epochs}
         stages = [with_steps(stage, measured) for stage in stages]
         display.whole_run(sum(stage.steps for stage in stages))
@@ -82,7 +95,7 @@ def train(
         except Exception:
             # An export needs all processes, and the others end when this one does. Before its checkpoint is restored a
             # run has learned nothing: what it exported before stays.
-            if distributed.process_count() == 1 and run.up_to_date:
+            if distributed.process_count() == 1 and run.may_finish:
                 try:
                     results.finish(run, "failed", facts)
                 except Exception as second:  # what went wrong first is what the user has to know
@@ -108,6 +121,7 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
             recorder.complete()  # the step before: the devices have done with it by now
             with timer("pack"):
                 minis = minibatches(items, layout, config)
+            end_if_idle(run, minis, layout, IDLE_STEPS)
             dispatched, rates = time.perf_counter(), learning_rates(stage, step, layout.updates)
             with timer("update"):
                 run.turns.begin_update()
@@ -125,6 +139,8 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
                     run.rollouts.write({"step": run.progress.step, "stage": stage.name, **line})
             tracer.after(run.progress.step)
             end_of_step(run, stage, step, last)
+            if last:
+                end_if_idle(run, minis, layout, 1)
     recorder.complete()
 
 
@@ -218,6 +234,18 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> None:
         run.recorder.complete()
         with run.recorder.between("seconds_checkpoint"):
             save(run, metric)
+
+
+def end_if_idle(run: Run, minis: Sequence[Sequence[UpdateBatch]], layout: Layout, most: int) -> None:
+    """Raises InputError where the last `most` steps or more left every update out: the stage learns nothing."""
+    idle = run.recorder.idle
+    if idle >= most:
+        run.turns.begin_update()
+        raise InputError(
+            f"every update of the last {idle} steps was left out, as its loss or gradient was not finite; "
+            f"{run.trainer.not_finite(minis, layout.old)}. Is the checkpoint one for config.model.dtype, are rewards "
+            "and learning rate moderate? docs/training.md says more (Batches)"
+        )
 
 
 def save(run: Run, metric: float | None = None, wait: bool = False) -> None:

@@ -471,6 +471,64 @@ def test_no_process_reads_what_the_owner_has_deleted(tmp_path, monkeypatch):
     assert met == {"read": True, "anew": False}
 
 
+FAULTS = {"flipped": lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:], "cut": lambda data: data[:-1]}
+
+
+def spoil(folder: Path, fault: str, part: str = "ocdbt") -> Path:
+    """Damages the largest file below `folder` whose path has that part."""
+    files = [path for path in folder.rglob("*") if part in str(path) and path.is_file()]
+    file = max(files, key=lambda path: path.stat().st_size)
+    if fault == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(FAULTS[fault](file.read_bytes()))
+    return file
+
+
+def saved(directory: Path, keep: int = 2) -> State:
+    """Checkpoints 1 and 2 of a first stage and 3 of a second, each stage with its reference policy."""
+    with Checkpoints(directory, keep=keep) as checkpoints:
+        for step, stage in ((1, "first"), (2, ""), (3, "second")):
+            if stage:
+                checkpoints.save_reference(stage, {"a": jnp.arange(9) + step})
+            checkpoints.save(step, make_state(step), {"at": step}, metric=1 / step)
+    return make_state(2)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("part", ["3/arrays", "3/document", "3/metrics", "reference/2/arrays"])
+def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, fault, part):
+    state = saved(tmp_path)
+    file = spoil(tmp_path, fault, part)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        (line,) = checkpoints.set_aside
+        assert line.startswith("checkpoint 3 is damaged: ") and str(file) in line and "damaged-3" in line
+        assert checkpoints.latest() == 2 and checkpoints.position(2) == {"at": 2}
+        assert bits(checkpoints.restore(2, shapes(state))) == bits(state)
+        first = checkpoints.restore_reference("first", {"a": jax.ShapeDtypeStruct((9,), np.int32)})
+        assert first["a"].tolist() == list(range(1, 10))
+        checkpoints.save(3, state, {}, wait=True)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert not checkpoints.set_aside and checkpoints.latest() == 3
+        assert (tmp_path / "damaged-3").is_dir()
+
+
+def test_where_no_checkpoint_is_sound_all_are_named_and_stay(tmp_path):
+    saved(tmp_path)
+    files = [spoil(tmp_path / str(step), "flipped") for step in (1, 2, 3)]  # 1 is the best
+    before = listed(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint in") as caught:
+        Checkpoints(tmp_path, keep=2)
+    assert all(str(file) in str(caught.value) for file in files[1:]) and listed(tmp_path) == before
+
+
+def test_a_damaged_metric_of_an_old_checkpoint_does_not_end_a_run(tmp_path):
+    saved(tmp_path)
+    spoil(tmp_path, "cut", "1/metrics")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() == 3 and "checkpoint 1 is damaged" in checkpoints.set_aside[0]
+
+
 def test_a_run_that_goes_on_has_the_records_of_its_checkpoint(tmp_path):
     metrics, rollouts = tmp_path / "metrics.jsonl", tmp_path / "rollouts.jsonl"
     metrics.write_text('{"type": "step", "step": 1}\n')

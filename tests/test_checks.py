@@ -1,20 +1,23 @@
 """Settings that can't work are refused before anything starts."""
 
 import dataclasses
+import shutil
 
+import numpy as np
 import pytest
 
 from capcur_jax import checks, presets, schedule
+from capcur_jax.checkpointing import Checkpoints, Progress
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
 from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
+from capcur_jax.records import jsonl
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout.async_steps": 2}, "async_steps = 2; choose 0"),
         ({"rollout.async_steps": 1}, "needs config.rollout.engine = 'sglang'"),
         ({"rollout.engine": "sglang"}, "config.rollout.sglang.python"),
         ({"rollout.engine": "sglang", "rollout.sglang.python": "p"}, "the trainer would take GPUs"),
@@ -45,7 +48,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
     config = presets.laptop()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=message):
-        checks._check_numbers(config, [])
+        checks._check_together(config, [])
 
 
 def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
@@ -54,7 +57,7 @@ def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
         for config in (split, turns):
             with config.unlocked():
                 config.rollout.sglang.python = "python"
-            checks._check_numbers(config, [])
+            checks._check_together(config, [])
         assert not set(split.mesh.gpus) & set(split.rollout.sglang.gpus) and len(split.mesh.gpus) == 4
         assert turns.mesh.gpus == () and turns.rollout.sglang.servers == 8 and turns.rollout.sglang.colocate
 
@@ -99,3 +102,51 @@ def test_held_out_questions_need_an_answer_too(tmp_path):
     checks.check_data(*data(tmp_path, validation=CAPTIONS))  # nothing is validated
     with pytest.raises(InputError, match=r"sets\.text\.validation"):
         checks.check_data(*data(tmp_path, validation=CAPTIONS, **{"validation.every": 1}))
+
+
+# ---------------------------------------------------------------------- a work directory that holds a run
+
+
+def left(workdir, step, status=""):
+    """What a run of the laptop's config leaves after so many steps."""
+    config = presets.laptop()
+    jsonl.write_json_atomic(workdir / "config.json", config.to_dict())
+    with Checkpoints(workdir / "state", keep=1) as checkpoints:
+        checkpoints.save_run(Progress(step=step), {"a": np.int32([3])}, {}, wait=True)
+    if status:
+        jsonl.write_json_atomic(workdir / "summary.json", {"status": status})
+    return config
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_corrected_config_is_refused_only_if_something_was_learned(tmp_path, step):
+    config = left(tmp_path, step)
+    with Checkpoints(tmp_path / "state", keep=1) as checkpoints:
+        if step:
+            assert checks.goes_on_from(tmp_path, config, checkpoints) == step
+        config.stages.text.learning_rate = 1e-5
+        if step:
+            with pytest.raises(InputError, match=r"stages\.text\.learning_rate: 0\.0001 -> 1e-05"):
+                checks.goes_on_from(tmp_path, config, checkpoints)
+            assert checkpoints.latest() == step
+        else:
+            assert checks.goes_on_from(tmp_path, config, checkpoints) is None
+            assert checkpoints.latest() is None
+
+
+def test_a_finished_run_has_its_checkpoint_too(tmp_path, checkpoint):
+    config, warned = left(tmp_path, 3, "finished"), []
+    assert checks.finished(tmp_path, config, warned.append) is None  # there is no checkpoint
+    final = shutil.copytree(checkpoint, tmp_path / "checkpoints" / "final")
+    assert checks.finished(tmp_path, config, warned.append) == {"status": "finished"}
+    weights = (final / "model.safetensors").read_bytes()
+    (final / "model.safetensors").write_bytes(weights[:-1])
+    assert checks.finished(tmp_path, config, warned.append) is None
+    assert len(warned) == 2 and "config.json" in warned[0] and "is of a finished run, but" in warned[1]
+    (final / "model.safetensors").write_bytes(weights)
+    config.seed = 5
+    with pytest.raises(InputError, match="seed: 0 -> 5"):
+        checks.finished(tmp_path, config, warned.append)
+    config.seed = 0
+    jsonl.write_json_atomic(tmp_path / "summary.json", {"status": "failed"})
+    assert checks.finished(tmp_path, config, warned.append) is None

@@ -23,6 +23,7 @@ LAYERS = """
     checkpointing report
     devices records checkpoint_store
     workers files interruption
+    bounds
     errors axes
 """  # CONTRIBUTING.md explains them
 HEIGHT = {room: -number for number, line in enumerate(LAYERS.split("\n")) for room in line.split()}

@@ -21,8 +21,10 @@ from capcur_jax import presets
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.learner import objectives
 from capcur_jax.models import huggingface
 from capcur_jax.records.jsonl import read_jsonl
+from capcur_jax.records.lock import Lock
 from capcur_jax.train import train
 from tests import tiny
 from tests.conftest import random_image
@@ -327,7 +329,7 @@ def test_servers_that_are_gone_are_one_clear_message_too(monkeypatch, tmp_path):
 
     for name, value in (("CONFIG", presets.get("laptop")), ("WORKDIR", str(tmp_path)), ("PROFILE", "")):
         monkeypatch.setattr(main, f"_{name}", types.SimpleNamespace(value=value))
-    for name in ("COORDINATOR", "PROCESS_ID", "PROCESS_COUNT"):
+    for name in ("COORDINATOR", "PROCESS_ID", "PROCESS_COUNT", "ACCEPT"):
         monkeypatch.setattr(main, f"_{name}", types.SimpleNamespace(value="" if name == "COORDINATOR" else None))
     monkeypatch.setattr(main.config_flags, "get_config_filename", lambda _: "staged.py")
     monkeypatch.setattr("capcur_jax.train.train", gone)
@@ -380,6 +382,26 @@ def test_running_again_does_what_is_left(finished, checkpoint, sets, unfinished)
             for d in (unfinished, finished[0])
         )
         assert now == then
+
+
+def test_a_work_directory_of_a_run_that_lives_is_refused_and_left_alone(checkpoint, sets, tmp_path):
+    with Lock(tmp_path):
+        before = [path.name for path in tmp_path.iterdir()]
+        with pytest.raises(InputError, match=rf"is another run's: process {os.getpid()} on"):
+            train(tiny.config(checkpoint, sets), tmp_path, quiet=True)
+        assert [path.name for path in tmp_path.iterdir()] == before
+
+
+def test_a_run_whose_every_update_is_left_out_ends_with_the_tensors_and_exports_nothing(
+    checkpoint, sets, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(objectives, "group_advantages", lambda rewards, **_: rewards * np.nan)
+    with pytest.raises(InputError, match=r"every update of the last 2 steps was left out(?s:.*)gradients that are NaN"):
+        train(tiny.config(checkpoint, sets), tmp_path, quiet=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["checkpoint"] is None and summary["skipped"]["updates"] == 2
+    assert not (tmp_path / "checkpoints").exists() and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert not (tmp_path / "run.lock").exists()
 
 
 def test_ctrl_c_leaves_a_loadable_checkpoint_and_a_summary(checkpoint, sets, tmp_path):

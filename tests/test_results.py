@@ -145,6 +145,16 @@ def test_a_run_that_was_stopped_before_its_first_step_has_a_summary_too(tmp_path
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
+@pytest.mark.parametrize("status", ["interrupted", "failed", "finished"])
+def test_a_run_that_learned_nothing_exports_no_base_as_its_end(tmp_path, status):
+    run = Run(tmp_path)
+    run.recorder.skipped = run.progress.version  # every update was left out
+    run.export = lambda name: run.written.append(name) or tmp_path / name
+    summary = run.finish(status)
+    wanted = status == "finished"  # such a run has failed: see test_main.py
+    assert run.written == ["final"] * wanted and (summary["checkpoint"] is not None) == wanted
+
+
 def test_a_step_that_is_pending_where_a_run_fails_is_recorded(tmp_path):
     run = Run(tmp_path)
     run.pending = [step(9)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -136,6 +137,19 @@ class Trainer:
             results.append(metrics)
         return results
 
+    def not_finite(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> str:
+        """Names the parameters that are NaN or infinite, or, where none is, what of a step's gradient is. It looks at
+        all of them, and leaves the sums of that gradient: for a run that ends."""
+        found, where = _not_finite(self.parameters()), "parameters"
+        if not found:
+            scored, where = self._scored(minibatches, old), "gradients"
+            for batch in (batch for mini in minibatches for batch in mini):
+                placed = _with(sharding.put(self.mesh, batch), next(scored, {}))
+                self.sums = self.learner.accumulate(self.state.trained, self.frozen, self.sums, placed)
+            found = _not_finite(self.sums.gradients)
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        return f"{where} that are NaN or infinite: {', '.join(found[:5]) or 'none'}{more}"
+
     def _scored(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> Iterator[dict[str, list[jax.Array]]]:
         """Log-probs of other passes for each micro-batch, by field. Patches are put on the devices once more for the
         gradient: those of a whole step at once would take gigabytes."""
@@ -152,6 +166,13 @@ class Trainer:
                 placed = sharding.put(self.mesh, batch)
                 scores.append({f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()})
         return iter(scores)
+
+
+def _not_finite(tree: Any) -> list[str]:
+    """The paths of the arrays with a number that is NaN or infinite."""
+    flat = nnx.to_flat_state(tree)
+    bad = jax.device_get([jnp.logical_not(jnp.isfinite(leaf[...]).all()) for _, leaf in flat])
+    return [".".join(map(str, path)) for (path, _), found in zip(flat, bad, strict=True) if found]
 
 
 def _start(frozen: Any, reference: Any, number: Any) -> dict[str, Any]:

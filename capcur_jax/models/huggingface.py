@@ -309,6 +309,9 @@ def save(
     most `shard_bytes` (a tensor larger than that has a file to itself); the host holds one file's tensors at a time.
     Low-rank factors are merged into their kernels in float32; `lora` is what the model was made with. Of several
     processes all call this; the first one writes.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinities; what lay in `directory` stays.
     """
     directory, source = Path(directory), Path(source)
     if jax.process_index():
@@ -327,7 +330,7 @@ def save(
     (partial / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
 
     shards, total = _shards(parameters, config, jnp.dtype(dtype).itemsize, shard_bytes)
-    tensors = published_tensors(parameters, config, dtype, lora)
+    tensors = weight_files.sound(published_tensors(parameters, config, dtype, lora), directory)
     for file, names in shards.items():
         weight_files.write(partial / file, dict(itertools.islice(tensors, len(names))))
     if len(shards) > 1:

@@ -151,6 +151,13 @@ class Processor:
         self._control_ids = frozenset(self._ids(sorted(controls)))
         if not self.end_tokens:
             raise InputError(f"the tokenizer knows none of the end tokens {END_TOKENS}: not a Qwen tokenizer")
+        token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if number >= config.text.vocabulary:
+            raise InputError(
+                f"the tokenizer's token {token!r} has the id {number}, but the embedding has {config.text.vocabulary} "
+                "rows (vocab_size in config.json): a token was added and the model not resized. Resize its embeddings "
+                "(transformers' resize_token_embeddings) and save it again, or take the token out of tokenizer.json"
+            )
 
     def _ids(self, names: Sequence[str]) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()

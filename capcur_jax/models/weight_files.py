@@ -17,7 +17,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,8 @@ from capcur_jax.errors import InputError
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FLOATS = {"BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
+# The exponent's bits by width and kind of number: all of them set is NaN or an infinity.
+_EXPONENT = {"BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00), "F32": np.uint32(0x7F800000)}
 BLOCK = 64  # rows read at once: few enough to be still in the processor's cache when they are copied on
 RUN = 32 * BLOCK  # rows of one thread's task
 THREADS = min(16, os.cpu_count() or 1)
@@ -162,14 +164,23 @@ class Reader(contextlib.AbstractContextManager):
         self._closing.close()
 
     def rows(self, tensor: Tensor, first: int, end: int) -> np.ndarray:
-        """[end - first, columns] of its matrix, in its own dtype. Raises CheckpointError if the file got shorter."""
+        """[end - first, columns] of its matrix, in its own dtype.
+
+        Raises CheckpointError if the file got shorter, and for NaN and infinities, which no training gets rid of.
+        """
         width = tensor.matrix[1] * tensor.dtype.itemsize
         data = os.pread(self._files[tensor.file], (end - first) * width, tensor.start + first * width)
         if len(data) != (end - first) * width:
             raise CheckpointError(
                 f"{tensor.file}: the tensor {tensor.name} was cut off while it was read; copy it again"
             )
-        return np.frombuffer(data, tensor.dtype).reshape(end - first, -1)
+        found = np.frombuffer(data, tensor.dtype).reshape(end - first, -1)
+        if not finite(found):
+            raise CheckpointError(
+                f"{tensor.file}: the tensor {tensor.name} holds NaN or infinities (rows {first} to {end - 1}): it is "
+                "damaged, or the training that wrote it had diverged; copy it again, or take an earlier checkpoint"
+            )
+        return found
 
     def open(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -209,6 +220,23 @@ class Reader(contextlib.AbstractContextManager):
             tasks += [(tensor, parts, row, min(row + RUN, last)) for row in range(first, last, RUN)]
         for _ in self._pool.map(run, tasks):
             pass
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether no number of it is NaN or infinite; for the dtypes of `FLOATS`, several times faster than NumPy."""
+    mask = _EXPONENT[KINDS[array.dtype]]
+    return not array.size or bool((array.view(mask.dtype) & mask).max() != mask)
+
+
+def sound(tensors: Iterable[tuple[str, np.ndarray]], directory: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that are about to be written to `directory`. Raises CheckpointError for one that is not finite."""
+    for name, tensor in tensors:
+        if not finite(np.ascontiguousarray(tensor)):
+            raise CheckpointError(
+                f"{directory} was not written: the tensor {name} holds NaN or infinities. The training diverged: lower "
+                "the learning rate, and go on from an earlier checkpoint"
+            )
+        yield name, tensor
 
 
 def transposed(matrix: np.ndarray, dtype) -> np.ndarray:

@@ -8,7 +8,6 @@ capcur_jax/plan/topologies.py lists the topologies and what each needs installed
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from typing import Any
@@ -16,10 +15,11 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
-from capcur_jax import presets
+from capcur_jax import bounds, presets
 from capcur_jax.errors import InputError
 from capcur_jax.plan import topologies
 from capcur_jax.plan.estimate import Assumptions, report
+from capcur_jax.records.jsonl import to_json
 
 
 def options() -> flags.FlagValues:
@@ -126,6 +126,7 @@ def main(arguments: list[str]) -> int:
     values = options()
     try:
         _parse(values, arguments)
+        bounds.check(values.config)
         topology = topologies.parse(values.topology)
         plan = {
             "config": config_flags.get_config_filename(values["config"]),
@@ -143,7 +144,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if values.json:
-        print(json.dumps(plan, indent=1))
+        print(to_json(plan, indent=1))
     else:
         render(plan)
     return 0 if plan.get("fits", True) else 1

@@ -51,6 +51,11 @@ def to_json(value: Any, **options) -> str:
     return json.dumps(to_jsonable(value), allow_nan=False, **options)
 
 
+def plain(value: Any) -> Any:
+    """As it comes back from a file; a copy."""
+    return json.loads(to_json(value))
+
+
 class JsonLines:
     """Appends one JSON object a line to `path`; each line is flushed, so that a killed run keeps its records.
 

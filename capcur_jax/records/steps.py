@@ -44,6 +44,9 @@ class StepRecorder:
         file: metrics.jsonl; what it holds already are the records of the run that goes on here.
         combined: turns an update batch's fetched metrics into the record's values.
         owner: whether this process writes; the others keep what they need in memory.
+
+    Attributes:
+        idle: complete steps of this stage, in a row up to the last, whose every update was left out.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class StepRecorder:
 
     def begin_stage(self) -> None:
         """A stage begins to step: what came before is no part of its first step."""
-        self._compiled, self._ended = self._counter.count, time.perf_counter()
+        self._compiled, self._ended, self.idle = self._counter.count, time.perf_counter(), 0
 
     def put(
         self,
@@ -133,7 +136,9 @@ class StepRecorder:
             seconds["rollout"] -= max(0.0, self._ended - timer.starts["rollout"])
         seconds["update"] = done - dispatched
         total, self._ended = done - self._ended, done
-        record |= values | {"skipped_updates": skipped + values["skipped_updates"], "seconds": total}
+        left_out = skipped + values["skipped_updates"]  # of the whole run
+        self.idle = self.idle + 1 if left_out - self.skipped >= len(updates) else 0
+        record |= values | {"skipped_updates": left_out, "seconds": total}
         record |= {f"seconds_{phase}": value for phase, value in seconds.items()} | self._between
         record["tokens_per_second"] = record["trained_tokens"] / max(total - sum(self._between.values()), 1e-9)
         self._between.clear()

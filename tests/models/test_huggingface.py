@@ -324,6 +324,28 @@ def test_a_file_cut_off_while_it_is_read(copy):
             reader.rows(last, 0, last.matrix[0])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_number_that_is_none_ends_the_load(copy, value, dtype):
+    """One NaN in one tensor made every update of a run a skipped one, up to a "finished" run."""
+    tensors = {name: np.array(tensor, dtype) for name, tensor in stored(copy).items()}
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+    tensors[name][3, 5] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: the tensor {name} holds NaN or infin.*rows 0 to"):
+        huggingface.load(copy)
+
+
+def test_what_is_not_finite_is_not_written(copy, checkpoint, model):
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    (path,) = [path for path in flat if path[0] == "text" and path[-2:] == ("down", "kernel")]
+    flat[path] = flat[path].replace(flat[path][...].at[1, 2, 3].set(jnp.nan))
+    before = stored(copy)
+    with pytest.raises(CheckpointError, match=r"copy was not written: the tensor \S*layers\.1\.mlp\.down_proj\.weight"):
+        huggingface.save(copy, nnx.from_flat_state(list(flat.items())), model.config, checkpoint)
+    assert all((bits(before[name]) == bits(tensor)).all() for name, tensor in stored(copy).items())
+
+
 def test_a_missing_tensor(copy):
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.visual.blocks.1.attn.qkv.bias"]

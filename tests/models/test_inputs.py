@@ -183,6 +183,17 @@ def test_what_a_checkpoint_lacks_is_named(checkpoint, tmp_path):
         Processor.from_directory(bare)
 
 
+def test_a_token_without_a_row_in_the_embedding_is_named(checkpoint, processor, tmp_path):
+    """It would read some other token's row, or none."""
+    added = shutil.copytree(checkpoint, tmp_path / "added")
+    tokens, rows = json.loads((added / "tokenizer.json").read_text("utf-8")), processor.config.text.vocabulary
+    token = {key: False for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    tokens["added_tokens"].append({"id": rows, "content": "<mytool>", **token})
+    (added / "tokenizer.json").write_text(json.dumps(tokens), "utf-8")
+    with pytest.raises(InputError, match=rf"token '<mytool>' has the id \d+, but the embedding has {rows} rows"):
+        Processor.from_directory(added)
+
+
 def test_the_template_of_the_processor_counts_before_the_tokenizer_s(windowed_checkpoint, tmp_path):
     """As published for Qwen2.5-VL: the tokenizer's own template knows of texts alone, chat_template.json of images."""
     published = shutil.copytree(windowed_checkpoint, tmp_path / "published")

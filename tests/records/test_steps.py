@@ -149,6 +149,19 @@ def test_skipped_updates_are_those_of_the_whole_run(loop):
         assert loop.recorder.skipped == (1, 2, 3)[at]
 
 
+def test_idle_steps_are_those_in_a_row_that_left_every_update_out(loop):
+    told = []
+    for at, skipped in enumerate([1, 2, 2, 3, 4]):
+        update = Update(skipped)
+        loop.put(update, 101.0 + at)
+        loop.finish(update, 102.0 + at)
+        loop.recorder.complete()
+        told.append(loop.recorder.idle)
+    assert told == [1, 2, 0, 1, 2]
+    loop.recorder.begin_stage()
+    assert loop.recorder.idle == 0
+
+
 def test_evaluations_are_written_shown_and_kept(loop, tmp_path):
     both = [{"type": "evaluation", "capability": name, "accuracy": 0.5} for name in ("a", "b")]
     loop.recorder.evaluation(both, 3.0)

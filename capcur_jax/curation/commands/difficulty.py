@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from capcur_jax import presets
+from capcur_jax import bounds, presets
 from capcur_jax.curation.commands.options import at_least, journal_file, output_file
 from capcur_jax.curation.filter_models import fingerprint
 from capcur_jax.curation.journal import Journal
@@ -60,6 +60,7 @@ def read_config(name: str, overrides: list[str]) -> ConfigDict:
         raise InputError(f"--config {name}: {presets.explained(error)}") from None
     if len(rest) > 1:
         raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
+    bounds.check(config)
     return config
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from capcur_jax import bounds
 from capcur_jax.errors import InputError
 
 DEVICES = ("cuda", "cpu")
@@ -61,15 +62,7 @@ class Settings:
 
         need(self.device in DEVICES, "device", f"must be one of {', '.join(DEVICES)}")
         need(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
-        for key, least in (
-            ("servers", 1), ("tensor_parallel", 1), ("concurrency", 1), ("file_mb", 1), ("retries", 0), ("restarts", 0),
-            ("port", 0),
-        ):  # fmt: skip
-            value = getattr(self, key)
-            need(isinstance(value, int) and value >= least, key, f"must be a whole number from {least} on")
-        for key in ("request_timeout_s", "start_timeout_s", "update_timeout_s"):
-            need(getattr(self, key) > 0, key, "must be more than 0 seconds")
-        need(0 <= self.memory_fraction < 1, "memory_fraction", "must be 0 (the server's choice) or a share below 1")
+        bounds.check(dataclasses.asdict(self), WHERE.removeprefix("config."))
         need(all("=" in one for one in self.environment), "environment", "each must be NAME=VALUE")
         for address in self.addresses:
             need(address.startswith(("http://", "https://")), "addresses", "each must be http://HOST:PORT")
