@@ -18,6 +18,8 @@ _ALONE = (
 )
 _CANDIDATE = re.compile(_ALONE)
 _OPEN, _CLOSE = r"[\s(\[{<*_\"'`“‘$]*", r"[\s)\]}>*_\"'`”’$]*"
+_MARK = r"\s?[.):\]、．：）】]"
+_FIRST_TWO = re.compile(rf"[Aa]{_MARK}"), re.compile(rf"[Bb]{_MARK}")  # a quick look: most questions have no options
 _OPTION = re.compile(r"(?<![A-Za-z0-9_])[(（\[【]?(?P<letter>[A-Za-z])\s?[.):\]、．：）】]\**[ \t]*(?=\S)")
 
 # What may stand before a letter that is the answer, besides nothing.
@@ -107,8 +109,24 @@ def options_of(text: str) -> dict[str, str]:
 
     An option ends where the next one begins, the last one at the end of its line.
     """
+    run = _labels(text)
+    ends = [match.start() for match in run[1:]]
+    last = text.find("\n", run[-1].end()) if run else -1
+    ends.append(len(text) if last < 0 else last)
+    texts = [text[match.end() : end].strip().rstrip(",;，；").strip() for match, end in zip(run, ends, strict=False)]
+    return {match["letter"].upper(): text for match, text in zip(run, texts, strict=True)}
+
+
+def option_starts(text: str) -> list[int]:
+    """Where each option of `options_of` begins in the text, at its letter or the bracket before it."""
+    return [match.start() for match in _labels(text)]
+
+
+def _labels(text: str) -> list[re.Match]:
     longest: list[re.Match] = []
     run: list[re.Match] = []
+    if not all(label.search(text) for label in _FIRST_TWO):
+        return []
     for match in _OPTION.finditer(text):
         letter = match["letter"].upper()
         if letter == "A":
@@ -117,13 +135,7 @@ def options_of(text: str) -> dict[str, str]:
             continue
         run.append(match)
         longest = max(longest, run, key=len).copy()
-    if len(longest) < 2:
-        return {}
-    ends = [match.start() for match in longest[1:]]
-    last = text.find("\n", longest[-1].end())
-    ends.append(len(text) if last < 0 else last)
-    texts = [text[match.end() : end].strip().rstrip(",;，；").strip() for match, end in zip(longest, ends, strict=True)]
-    return {match["letter"].upper(): text for match, text in zip(longest, texts, strict=True)}
+    return longest if len(longest) > 1 else []
 
 
 def option_letters(problem: str) -> str:

@@ -54,7 +54,7 @@ def restored(text: str, key: str, gold: bool = False) -> str:
     # White space before a word is only white space, unless the text has lost other backslashes.
     if doubtful and (gold or found != text or any(lost[1] == "b" for lost in doubtful)):
         detail = f"`{key}` may have lost the backslash of {short(doubtful[0])}; in JSON write it as two backslashes"
-        raise BadRow("lost backslash", detail)
+        raise BadRow("lost backslash" if gold else "lost backslash or line break", detail)
     if gold and _CONTROL.search(found):
         raise BadRow("control character", f"`{key}` holds a control character; write the text anew")
     return found

@@ -45,14 +45,14 @@ def accepted(given: Iterable[tuple[str, Any]], question: str, declared: str) -> 
     Raises:
       BadRow: one of them holds no answer, or none that a response could equal.
     """
-    found, done = [], []
+    found, done, options = [], [], options_of(question)
     for key, value in given:
-        kept = declared == "word" or value in options_of(question).values()
+        kept = declared == "word" or value in options.values()
         text, what = unwrapped(value, key, kept)
         if not text:
             continue
         refuse_half_pair(text, key)
-        text, more = choices.chosen(text, question, declared, key)
+        text, more = choices.chosen(text, question, options, declared, key)
         refuse_unboxable(text, key)
         found, done = [*found, text], [*done, *what, *more]
     return tuple(dict.fromkeys(found)), list(dict.fromkeys(done))

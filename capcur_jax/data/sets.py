@@ -25,6 +25,7 @@ class Sets:
         self._config, self._directory = config, directory
         self._built: dict[str, dict[str, Path]] = {}
         self._read: dict[tuple[str, str], list[Problem]] = {}
+        self._drawn: dict[tuple[str, str, int], list[Problem]] = {}
         self.skipped_rows: dict[tuple[str, str], list[str]] = {}
         self.repaired_rows: dict[tuple[str, str], list[Problem]] = {}  # read otherwise than they are written
 
@@ -69,7 +70,11 @@ class Sets:
 
     def drawn(self, name: str, split: str, count: int) -> list[Problem]:
         """`count` problems of a set's split, 0: all; see draw.py."""
-        return drawn(self.problems(name, split), count, self.path(name, split))
+        found = self._drawn.get((name, split, count))
+        if found is None:  # each evaluation asks, and ordering hashes every row
+            found = drawn(self.problems(name, split), count, self.path(name, split))
+            self._drawn[name, split, count] = found
+        return list(found)
 
     def pool(self, names: Sequence[str], split: str) -> list[Problem]:
         """The problems of several sets, one after the other."""

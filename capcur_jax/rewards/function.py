@@ -24,6 +24,7 @@ from capcur_jax.workers import Died, Pool, TimedOut
 
 RewardFunction = Callable[..., Any]  # (Problem, response) -> result, or of lists where it is `batched`
 
+_LATE_IN_A_ROW = 3  # calls; then what is left of a failed batch is not asked
 _LEAST = {"workers": 1, "timeout_s": 0.1, "memory_mb": 16}
 # A worker sees no accelerator: the trainer has them.
 _NO_DEVICES = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -48,7 +49,8 @@ class Function:
 
     Args:
       timeout_s: wall-clock seconds for one call. A call that takes longer is ended with its process. One of a batch is
-        then repeated response by response, as where it raises, so that one response costs no other its verdict.
+        then repeated response by response, as where it raises, so that one response costs no other its verdict. After
+        three in a row that take too long the function hangs, not a response: the rest is marked timed out, unasked.
       memory_mb: address space in MiB that calls may take in a worker, beyond what importing the module took.
 
     Attributes:
@@ -113,11 +115,26 @@ class Function:
             return self._call(asked)
         except _CallFailed as failure:
             if len(asked) > 1:
-                return [outcome for one in asked for outcome in self._part([one])]
+                return self._singly(asked)
             with self._counting:
                 self.timeouts += failure.outcome.timed_out
                 self.failures += failure.lost
             return [failure.outcome]
+
+    def _singly(self, asked: Sequence[tuple[Problem, str]]) -> list[Outcome]:
+        """The outcomes of a batch that failed, of each response in a call of its own; bounded in time."""
+        outcomes: list[Outcome] = []
+        late = 0
+        for one in asked:
+            if late == _LATE_IN_A_ROW:
+                break
+            outcomes += self._part([one])
+            late = late + 1 if outcomes[-1].timed_out else 0
+        rest = len(asked) - len(outcomes)
+        said = f"not asked: the batch and then {late} calls in a row took longer than config.reward.timeout_s"
+        with self._counting:
+            self.timeouts += rest
+        return outcomes + [Outcome(None, said, timed_out=True)] * rest
 
     def _call(self, asked: Sequence[tuple[Problem, str]]) -> list[Outcome]:
         problems, responses = map(list, zip(*asked, strict=True))

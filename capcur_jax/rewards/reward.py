@@ -27,10 +27,12 @@ class Score:
     timed_out: bool = False  # there was no verdict in time, which counts as wrong and depends on the host
 
 
-@functools.lru_cache(65536)
+_gold_of = functools.lru_cache(4096)(kinds.gold_of)  # by texts: a Problem as the key would be kept, with all it holds
+
+
 def gold_of(problem: Problem) -> kinds.Gold:
     """What the grader compares with: the accepted answers, their kind, and what the question says of them."""
-    return kinds.gold_of(problem.answer, problem.answers, problem.answer_type, problem.problem)
+    return _gold_of(problem.answer, problem.answers, problem.answer_type, problem.problem)
 
 
 class Reward:

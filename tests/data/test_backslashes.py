@@ -35,3 +35,9 @@ def test_what_is_in_doubt_is_refused(text, gold):
     with pytest.raises(BadRow) as caught:
         restored(text, "answer", gold)
     assert "; " in caught.value.args[1]
+
+
+def test_a_question_that_may_only_have_line_breaks_is_counted_by_itself():
+    with pytest.raises(BadRow) as caught:
+        restored("Let x = 2\times y.\nu is a number.", "problem")
+    assert caught.value.args[0] == "lost backslash or line break"

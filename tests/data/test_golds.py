@@ -56,6 +56,31 @@ def test_a_declared_letter_may_be_given_by_its_text(tmp_path):
         assert one(tmp_path, problem=question, answer=answer, answer_type="letter").reason == "bad answer_type"
 
 
+KEPT = [
+    ("What is 2+3? Follow these rules:\n1. Think first\n2. Be brief", "5"),
+    ("Which number is 2+3? Follow these rules:\n1. Think first\n2. Be brief", "5"),
+    ("How many steps? 1. boil 2. cut 3. eat", "5"),
+    ("A. <image>\nB. <image>", "B"),
+    ("Train A: 5 km, train B: 7 km. What grade did the slower one get?", "C"),
+    ("(a) Find x. (b) Find y.", "C"), ("(a) Find x.\n(b) Find y.", "C"),
+    ("A segment has the vertices A. (0,0), B. (1,0). What is its middle called?", "M"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("problem", "answer"), KEPT)
+def test_prose_steps_and_pictures_are_no_list_of_options(tmp_path, problem, answer):
+    assert_as_told(one(tmp_path, problem=problem, answer=answer, images=["a.png"] * problem.count("<image>")), answer)
+
+
+@pytest.mark.parametrize(("problem", "answer", "reason"), [
+    ("Pick.\n(A) cat\n(B) dog", "C", "letter"), ("Pick. A. cat B. dog C. cow", "D", "letter"),
+    ("选哪个？ A、猫 B、狗", "C", "letter"), ("Which, it or that?\n1) it\n2) that", "3", "number"),
+    ("Pick one: ① cat ② dog", "③", "number"),
+])  # fmt: skip
+def test_no_option_can_be_meant(tmp_path, problem, answer, reason):
+    assert_as_told(one(tmp_path, problem=problem, answer=answer), f"refused: {reason} not among the options")
+
+
 def test_words_for_nothing_are_answers_where_the_row_says_so(tmp_path):
     assert one(tmp_path, answer="None", answer_type="word").answer == "None"
     assert one(tmp_path, problem="Which? A. null B. void", answer="null").answer == "null"

@@ -99,6 +99,18 @@ def test_a_set_is_built_on_first_use_into_the_directory(config, tmp_path):
     assert sets.problems("text", "test") is problems  # read once
 
 
+def test_questions_are_drawn_once(config, tmp_path, monkeypatch):
+    write_rows(tmp_path / "mine.jsonl", PROBLEMS)
+    config.data.sets.text.test = str(tmp_path / "mine.jsonl")
+    sets, asked, drawn = pipeline.Sets(config.data, tmp_path), [], pipeline.drawn
+    monkeypatch.setattr(pipeline, "drawn", lambda *what: asked.append(what[1]) or drawn(*what))
+    for count in (3, 5, 3, 5):
+        found = sets.drawn("text", "test", count)
+        assert ids(found) == ids(drawn(PROBLEMS, count, tmp_path / "mine.jsonl"))
+        found.clear()  # it is the caller's
+    assert asked == [3, 5]
+
+
 def test_a_set_with_one_file_of_the_user_s_is_the_user_s_in_all_splits(config, tmp_path):
     write_rows(tmp_path / "mine.jsonl", PROBLEMS)
     config.data.sets.text.train = str(tmp_path / "mine.jsonl")

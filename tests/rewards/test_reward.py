@@ -1,10 +1,12 @@
 """Rewards of whole responses: weights, the user's own function, and its failures."""
 
+import gc
 import logging
 import os
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import ml_collections
@@ -230,6 +232,24 @@ def test_a_batched_function_gets_lists_one_for_each_worker(own):
     assert [r.accuracy for r in results] == [1, 0, 3, 0] and counted == {"reward_timeouts": 1, "reward_errors": 1}
     results, _ = _scored(own, "too_few", "12", ["a", "b"], workers=1)  # each alone gets its one
     assert [r.reward for r in results] == [1, 1]
+
+
+def test_a_batch_whose_function_hangs_is_given_up_after_three_in_a_row(own):
+    started = time.monotonic()
+    responses = ["a", "hang", "b", *["hang"] * 40]
+    results, counted = _scored(own, "lists", "1" * 43, responses, workers=1, timeout_s=0.5)
+    assert time.monotonic() - started < 15  # six calls, not 43, and their workers
+    assert [r.timed_out for r in results] == [False, True, False, *[True] * 40]
+    assert counted == {"reward_timeouts": 41}
+
+
+def test_golds_are_kept_by_their_texts_and_keep_no_problem():
+    first, second = (Problem(str(i), "Which? A. x B. y", "B", metadata={"big": "x"}) for i in range(2))
+    assert reward.gold_of(first) is reward.gold_of(second)
+    held = weakref.ref(first)
+    del first
+    gc.collect()
+    assert held() is None
 
 
 def test_a_large_batch_goes_through_the_pipe_both_ways(own):
