@@ -91,7 +91,7 @@ def _refuse_missing(letters: str, answer: str, question: str, options: dict[str,
 
 
 def _are_listed(question: str, options: dict[str, str]) -> bool:
-    """Whether what looks like options is a list to choose from: "Train A: 5 km, train B: 7 km" is not, nor are tasks."""
+    """Whether what looks like options is a list to choose from: "Train A: 5 km, train B: 7 km" and tasks are none."""
     starts = letters_lib.option_starts(question)
     if any(_TASK.match(text) for text in options.values()):
         return False
