@@ -197,6 +197,8 @@ def steps_in(directory: Path) -> list[int]:
 def damage(folder: Path, whole: bool = True) -> str:
     """What is wrong with the files of the tree in `folder`, by their sums; "" for nothing. It reads all of them, or,
     where not `whole`, the small ones alone: document and metric, without which the store can't be opened."""
+    if folder.is_dir() and not (folder / _SUMS).exists():
+        return f"{folder} has no {_SUMS}: an earlier version of this program wrote it, or a file is lost"
     try:
         sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
         for name, (size, crc) in sums.items():

@@ -522,6 +522,14 @@ def test_where_no_checkpoint_is_sound_all_are_named_and_stay(tmp_path):
     assert all(str(file) in str(caught.value) for file in files[1:]) and listed(tmp_path) == before
 
 
+def test_a_checkpoint_without_sums_is_one_clear_message(tmp_path):
+    saved(tmp_path, keep=1)
+    for file in tmp_path.glob("*/sums.json"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"no checkpoint(?s:.*)3 has no sums\.json: an earlier version"):
+        Checkpoints(tmp_path, keep=1)
+
+
 def test_a_damaged_metric_of_an_old_checkpoint_does_not_end_a_run(tmp_path):
     saved(tmp_path)
     spoil(tmp_path, "cut", "1/metrics")

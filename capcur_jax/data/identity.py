@@ -20,6 +20,7 @@ NAME = "inputs.json"
 FLAG = "--accept_changed_inputs"
 _LARGE = 1 << 28  # bytes of a file from which on its ends stand for it
 _END = 1 << 20
+_NO_PACKAGE = ("platform", "commit", "dirty")  # versions.json has them
 _OF_CHECKPOINT = (".json", ".jinja", ".txt", ".model", ".safetensors")
 
 
@@ -43,7 +44,7 @@ def of_run(config: ConfigDict, sets: Sets, splits: Iterable[tuple[str, str]]) ->
     if config.reward.function:
         found["reward.function"] = _of_module(config.reward.function.partition(":")[0])
     versions = metrics.versions()
-    return found | {f"versions: {name}": str(versions[name]) for name in versions if name not in ("platform", "dirty")}
+    return found | {f"versions: {name}": str(versions[name]) for name in versions if name not in _NO_PACKAGE}
 
 
 def of_file(file: Path) -> str:

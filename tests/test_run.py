@@ -1,0 +1,37 @@
+"""What process 0 decides is decided for all."""
+
+import types
+from pathlib import Path
+
+import pytest
+
+from capcur_jax import run
+from capcur_jax.errors import InputError
+
+
+def by_owner(monkeypatch, act, owner, refused):
+    """Run._by_owner in a process of several; `refused`: whether process 0 met an InputError."""
+    told = []
+    monkeypatch.setattr(run.distributed, "agree", lambda flag: told.append(flag) or refused)
+    stand_in = types.SimpleNamespace(owner=owner, workdir=Path("runs/here"))
+    try:
+        return run.Run._by_owner(stand_in, act), told
+    except InputError as error:
+        return str(error), told
+
+
+def refuse():
+    raise InputError("another run's")
+
+
+@pytest.mark.parametrize(
+    ("owner", "act", "refused", "given"),
+    [
+        (True, lambda: "lock", False, ("lock", [False])),
+        (False, refuse, False, (None, [False])),  # it is not asked
+        (True, refuse, True, ("another run's", [True])),
+        (False, refuse, True, ("process 0 refuses runs/here, and says why", [False])),
+    ],
+)
+def test_a_refusal_of_process_0_ends_all_of_them(monkeypatch, owner, act, refused, given):
+    assert by_owner(monkeypatch, act, owner, refused) == given
