@@ -99,6 +99,13 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
     if config.rollout.async_steps not in (0, 1):
         raise InputError(f"config.rollout.async_steps = {config.rollout.async_steps}; choose 0 (on-policy) or 1")
     policy.engine_kind(config).check(config)
+    rollout, correction = config.rollout, config.objective.sampler_correction
+    if correction != "none" and (rollout.top_p < 1 or rollout.top_k):
+        raise InputError(
+            f"config.objective.sampler_correction = {correction!r} with config.rollout.top_p = {rollout.top_p}, top_k "
+            f"= {rollout.top_k}: engines report log-probs of the full softmax, not of the part that was drawn from, so "
+            "the weights would be wrong by the mass that was cut off; set top_p = 1 and top_k = 0, or no correction"
+        )
     if config.objective.sampler_cap < 1:
         raise InputError("config.objective.sampler_cap must be at least 1")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:

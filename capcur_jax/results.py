@@ -110,6 +110,11 @@ def step_record(
 ) -> dict[str, Any]:
     """What is known of the step that `run.progress` counts last, before its update is done. `sync`: seconds of the
     weights' way to the engine by phase."""
+    if rollout and rollout.refused:
+        run.display.warn(
+            f"step {run.progress.step}: the rollout engine refused {len(rollout.refused)} prompts, others took their "
+            f"places (the first: {rollout.refused[0]}): {run.engine.health().refusal}"
+        )
     batches = [batch for mini in minibatches for batch in mini]
     counts = distributed.exchange(packing.slots(batches)).sum(0)
     return {
@@ -177,6 +182,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         "rows": sum(map(len, run.sets.skipped_rows.values())),
         "images": builder.counts["images"],
         "prompts": builder.counts["prompts"],
+        "refused_prompts": int(sum(step.get("refused_prompts", 0) for step in steps)),
         "updates": run.recorder.skipped,
         **run.reward.counters(),
     }

@@ -43,7 +43,7 @@ def evaluate(
 
     Returns:
         accuracy: the share that is right of all problems, also of those that are left out because their prompt can't be
-            built: who leaves out what is hard must not look better. `by_kind`: the same of each kind.
+            built or is refused: who leaves out what is hard must not look better. `by_kind`: the same of each kind.
         accuracy_answered, format, response_length: means over the others, `questions`; `left_out`: how many are not.
         timed_out: answers whose grading took too long, which count as wrong.
     """
@@ -66,7 +66,11 @@ def evaluate(
             add(problem, 0, 0, 0, 0, 1, 0)
         built = [(problem, prompt) for problem, prompt in built if prompt is not None]
         groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
-        samples, asked = [group[0] for group in groups], [problem for problem, _ in built]
+        for (problem, _), group in zip(built, groups, strict=True):
+            if not group:  # refused by the engine
+                add(problem, 0, 0, 0, 0, 1, 0)
+        asked = [problem for (problem, _), group in zip(built, groups, strict=True) if group]
+        samples = [group[0] for group in groups if group]
         scores = reward(asked, [processor.decode(sample.tokens) for sample in samples])
         for problem, sample, score in zip(asked, samples, scores, strict=True):
             add(problem, score.accuracy, score.format, len(sample.tokens), 1, 0, score.timed_out)

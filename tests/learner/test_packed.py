@@ -238,7 +238,9 @@ def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoin
     """Two programs round differently; the policy's log-probs against themselves don't. Off by a rounding, tokens beside
     a clip's bound would be clipped (verl #6280)."""
     config = copy.deepcopy(scene.config)
-    config.objective.update({"kl_coefficient": 0.0, "clip_low": 0.0, "clip_high": 0.0})  # every ratio but 1 is clipped, on one side at least
+    config.objective.update(
+        {"kl_coefficient": 0.0, "clip_low": 0.0, "clip_high": 0.0}
+    )  # every ratio but 1 is clipped, on one side at least
     graph, parameters = nnx.split(huggingface.load(checkpoint, mesh=scene.mesh, dtype=jnp.bfloat16))
     kinds = dict(objective="grpo", freeze="", temperature=1.0, banned=scene.processor.banned_tokens, mesh=scene.mesh)
     learner = Learner(graph, parameters, config=config, **kinds)
