@@ -14,11 +14,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.interruption import Interrupted
 
 _STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -94,10 +96,23 @@ def main(arguments: list[str]) -> None:
         summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Interrupted as signal:  # before the run had anything to save
+        _end(f"{signal}: stopped before a step was made; the same command with --workdir={workdir} goes on")
     except RolloutError as error:  # of a run that began: what it learned is in its work directory
         sys.exit(f"error: {error}\nthe same command with --workdir={workdir} goes on")
     if summary["status"] != "finished":
-        sys.exit(130)
+        if distributed.process_count() > 1:
+            sys.exit(130)  # JAX ends the processes together
+        _end("")
+
+
+def _end(text: str) -> NoReturn:
+    """Ends the process with the status of one that a signal stopped."""
+    if text:
+        print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)  # not through Python's shutdown, which would wait for a program that is being compiled
 
 
 def _parse(arguments: list[str]) -> list[str]:
@@ -115,4 +130,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    try:
+        app.run(main, flags_parser=_parse)
+    except KeyboardInterrupt:  # before the run, or the second signal
+        _end("stopped at once; the same command with its --workdir goes on from the last checkpoint")

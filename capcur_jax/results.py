@@ -141,7 +141,8 @@ def _engine_record(run: Run) -> dict[str, float]:
 def evaluate(run: Run, label: str) -> None:
     """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
     started = time.monotonic()
-    results = run.heldout.evaluate(label)
+    with run.interruption.at_once():
+        results = run.heldout.evaluate(label)
     records = [{"type": "evaluation", "step": run.progress.step, "after": label, **result} for result in results]
     run.recorder.evaluation(records, time.monotonic() - started)
 

@@ -67,7 +67,8 @@ class Run:
         self.display, self.interruption = display, interruption
         self.owner = distributed.is_owner()
         with contextlib.ExitStack() as self._closing:  # an error on the way leaves no server and no worker behind
-            self._open()
+            with interruption.at_once():
+                self._open()
             self._closing = self._closing.pop_all()
 
     def _open(self) -> None:
