@@ -20,6 +20,7 @@ from capcur_jax.learner import objectives
 from capcur_jax.learner.residence import MEMORIES
 from capcur_jax.models.config import DTYPES
 from capcur_jax.records import jsonl
+from capcur_jax.records.alarms import ALARMS
 from capcur_jax.schedule import Stage
 
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
@@ -108,6 +109,9 @@ def _check_numbers(config: ConfigDict, stages: Sequence[Stage]) -> None:
         )
     if config.objective.sampler_cap < 1:
         raise InputError("config.objective.sampler_cap must be at least 1")
+    for name in config.log.stop_at:
+        if name not in ALARMS:
+            raise InputError(f"config.log.stop_at = {name!r}; choose from {', '.join(ALARMS)}")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("config.log.wandb needs Weights & Biases: pip install -e '.[wandb]', or leave it empty")
     for stage in stages:

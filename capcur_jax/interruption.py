@@ -50,6 +50,10 @@ class Interruption:
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
         self._again(number, frame)
 
+    def ask(self, reason: str) -> None:
+        """As a signal would, where nothing is lost: the run itself has found a reason to stop."""
+        self._name = self._name or reason
+
     def _again(self, number: int, frame: FrameType | None) -> None:
         if self._now:
             raise Interrupted(self._name)

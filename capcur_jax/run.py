@@ -158,10 +158,17 @@ class Run:
             kinds = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb}
             sinks = Sinks(self.workdir, **kinds, config=plain, resume_step=self.progress.step, warn=self.display.warn)
             self._closing.callback(sinks.close)
-        recorder = StepRecorder(self.workdir / "metrics.jsonl", combined, self.counter, self.display, sinks, self.owner)
+        records = self.workdir / "metrics.jsonl"
+        recorder = StepRecorder(records, combined, self.counter, self.display, sinks, self.owner, self._alarmed)
         self.recorder = self._closing.enter_context(recorder)
         rollouts = JsonLines(self.workdir / "rollouts.jsonl") if self.owner else Nowhere()
         self.rollouts = self._closing.enter_context(contextlib.closing(rollouts))
+
+    def _alarmed(self, name: str, text: str) -> None:
+        if self.owner:
+            self.display.warn(f"alarm {name}: {text} (remedies: docs/training.md, Alarms)")
+        if name in self.config.log.stop_at:
+            self.interruption.ask(f"alarm {name}")
 
     def __enter__(self) -> Run:
         return self

@@ -56,6 +56,11 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         status=str(summary.get("status") or "no summary yet"),
         stages=stages,
         facts=_facts(steps, summary),
+        alarms=[
+            {"step": record["step"], "stage": record.get("stage"), "name": name, "text": told}
+            for record in steps
+            for name, told in (record.get("alarms") or {}).items()
+        ],
         accuracy=_accuracy(evaluations, summary),
         steps=len(steps),
         curves=curves,
