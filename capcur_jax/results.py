@@ -91,14 +91,16 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _blind(run: Run) -> dict[str, float]:
-    """The best accuracy without the image, for each held-out set with images."""
+    """The best accuracy of guesses from the training texts, without the image, for each set that is evaluated. A set
+    without training rows of its own is guessed from the stages'."""
     if not run.config.evaluation.blind:
         return {}
     blind = {}
     for name in run.config.evaluation.sets:
-        questions = run.heldout.questions(name)
-        if any(problem.images for problem in questions) and name in {n for s in run.stages for n in s.data}:
-            blind[name] = blind_accuracy(run.sets.problems(name, "train"), questions)
+        trained = {other for stage in run.stages for other in stage.data}
+        rows = run.sets.pool(sorted(trained) if run.sets.missing(name, "train") else [name], "train")
+        if rows := [problem for problem in rows if problem.answer]:  # not what an SFT stage imitates
+            blind[name] = blind_accuracy(rows, run.heldout.questions(name))
     return blind
 
 
