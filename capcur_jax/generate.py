@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.errors import InputError
 from capcur_jax.presets import TINY_CHECKPOINT
+from capcur_jax.records import streams
 
 if TYPE_CHECKING:  # what costs seconds to import waits until the options are known to be good
     from capcur_jax.models.inputs import Processor, Prompt
@@ -188,4 +189,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     main()

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.interruption import Interrupted
+from capcur_jax.records import streams
 
 _STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -130,6 +131,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     try:
         app.run(main, flags_parser=_parse)
     except KeyboardInterrupt:  # before the run, or the second signal

@@ -20,6 +20,7 @@ from capcur_jax import presets
 from capcur_jax.errors import InputError
 from capcur_jax.plan import topologies
 from capcur_jax.plan.estimate import Assumptions, report
+from capcur_jax.records import streams
 
 
 def options() -> flags.FlagValues:
@@ -170,4 +171,5 @@ def _parse(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     sys.exit(main(sys.argv))
