@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -51,6 +52,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
                 "seed": config.seed,
             },
             "Stages": [_plan_of(run, stage) for stage in stages],
+            "A prompt, as the model sees it": _prompt_of(run),
             f"Held-out questions ({config.evaluation.split})": [
                 {
                     "set": name,
@@ -68,6 +70,19 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     for (name, split), lines in run.sets.skipped_rows.items():
         run.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")
     return {"parameters": count, "blind": blind}
+
+
+def _prompt_of(run: Run) -> dict[str, str]:
+    """The chat template and the instruction at work, on the first held-out question."""
+    builder = run.policy.builder
+    shown = {
+        "prompt": json.dumps(
+            builder.render(run.heldout.questions(run.config.evaluation.sets[0])[0]), ensure_ascii=False
+        )
+    }
+    if opened := builder.processor.opened.strip():
+        shown["the template begins"] = f"{opened}: rewards count it as part of every response"
+    return shown
 
 
 def _shares(shares: dict[str, float], shown: int = 5) -> str:

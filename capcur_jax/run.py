@@ -135,7 +135,7 @@ class Run:
         advantages = functools.partial(
             objectives.group_advantages, epsilon=settings.advantage_epsilon, normalise=settings.advantage_std
         )
-        self.grading = Grading(self.reward, self.policy.processor.decode, jax.jit(advantages))
+        self.grading = Grading(self.reward, self.policy.processor.response, jax.jit(advantages))
 
     def _open_engine(self, model: QwenVL) -> None:
         config = self.config

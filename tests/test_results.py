@@ -59,7 +59,10 @@ class Run:
             complete=lambda: self.recorder.steps.extend(self.pending),
         )  # fmt: skip
         long = Problem("long", "word", "1")
-        builder = types.SimpleNamespace(counts={"images": 2, "prompts": 1}, skipped={long: "too long"})
+        builder = types.SimpleNamespace(
+            counts={"images": 2, "prompts": 1}, skipped={long: "too long"},
+            render=lambda problem: f"user: {problem.problem}\n", processor=types.SimpleNamespace(opened="<think>\n"),
+        )  # fmt: skip
         self.policy = types.SimpleNamespace(builder=builder, source="checkpoint", lora=None)
         images = {"perception": ("a.png",), "text": ()}
         self.sets = types.SimpleNamespace(
@@ -176,6 +179,10 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
     assert json.loads((tmp_path / "versions.json").read_text())["jax"] == jax.__version__
     (_, plan), *warnings = run.shown
     assert plan["Run"]["parameters"] == 100 and plan["Run"]["of them vision"] == 10
+    assert plan["A prompt, as the model sees it"] == {
+        "prompt": '"user: What?\\n"',
+        "the template begins": "<think>: rewards count it as part of every response",
+    }
     (stage,), held = plan["Stages"], plan["Held-out questions (test)"]
     assert (stage["stage"], stage["data"], stage["problems"], stage["objective"]) == ("text", "text", 7, "grpo")
     assert (stage["steps"], stage["a step"], stage["frozen"]) == (150, "16 x 3", "^visual")

@@ -81,7 +81,7 @@ def measure(
                 )
         built, groups = [one for one, group in zip(built, groups, strict=True) if group], list(filter(None, groups))
         asked = [problem for problem, _ in built for _ in range(samples)]
-        texts = [builder.processor.decode(sample.tokens) for group in groups for sample in group]
+        texts = [builder.processor.response(sample.tokens) for group in groups for sample in group]
         scores = reward(asked, texts)
         for number, ((problem, _), group) in enumerate(zip(built, groups, strict=True)):
             mine = scores[number * samples : (number + 1) * samples]

@@ -75,7 +75,7 @@ def evaluate(
                 add(problem, 0, 0, 0, 0, 1, 0)
         asked = [problem for (problem, _), group in zip(built, groups, strict=True) if group]
         samples = [group[0] for group in groups if group]
-        scores = reward(asked, [processor.decode(sample.tokens) for sample in samples])
+        scores = reward(asked, [processor.response(sample.tokens) for sample in samples])
         for problem, sample, score in zip(asked, samples, scores, strict=True):
             add(problem, score.accuracy, score.format, len(sample.tokens), 1, 0, score.timed_out)
             right_of[places[id(problem)]] = score.accuracy

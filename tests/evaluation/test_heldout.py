@@ -49,7 +49,7 @@ class Engine:
 class Builder:
     """A prompt is its question; those of `bad` do not fit."""
 
-    processor = types.SimpleNamespace(decode=lambda tokens: str(len(tokens)))
+    processor = types.SimpleNamespace(response=lambda tokens: str(len(tokens)))
 
     def __init__(self, bad=()):
         self.bad = set(bad)
