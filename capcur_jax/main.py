@@ -65,9 +65,10 @@ def _take_devices(config: ConfigDict) -> None:
     import jax
 
     from capcur_jax import policy
-    from capcur_jax.devices.drivers import without_drivers_cpu
+    from capcur_jax.devices import drivers
 
-    without_drivers_cpu()
+    drivers.without_drivers_cpu()
+    drivers.keep_programs()
     if config.mesh.gpus:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.mesh.gpus)))
     if policy.engine_kind(config).shares_devices(config):
