@@ -23,6 +23,7 @@ from capcur_jax.models import config as model_config
 from capcur_jax.models import weight_files
 from capcur_jax.models.config import DTYPES
 from capcur_jax.records import jsonl
+from capcur_jax.records.alarms import ALARMS
 from capcur_jax.schedule import Stage
 
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
@@ -91,6 +92,16 @@ def _check_together(config: ConfigDict, stages: Sequence[Stage]) -> None:
         if (value := config[section][name]) not in choices:
             raise InputError(f"config.{key} = {value!r}; choose one of {', '.join(choices)}")
     policy.engine_kind(config).check(config)
+    rollout, correction = config.rollout, config.objective.sampler_correction
+    if correction != "none" and (rollout.top_p < 1 or rollout.top_k):
+        raise InputError(
+            f"config.objective.sampler_correction = {correction!r} with config.rollout.top_p = {rollout.top_p}, top_k "
+            f"= {rollout.top_k}: engines report log-probs of the full softmax, not of the part that was drawn from, so "
+            "the weights would be wrong by the mass that was cut off; set top_p = 1 and top_k = 0, or no correction"
+        )
+    for name in config.log.stop_at:
+        if name not in ALARMS:
+            raise InputError(f"config.log.stop_at = {name!r}; choose from {', '.join(ALARMS)}")
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("config.log.wandb needs Weights & Biases: pip install -e '.[wandb]', or leave it empty")
     for stage in stages:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.errors import InputError
 from capcur_jax.presets import TINY_CHECKPOINT
+from capcur_jax.records import streams
 from capcur_jax.records.jsonl import to_json
 
 if TYPE_CHECKING:  # what costs seconds to import waits until the options are known to be good
@@ -122,7 +123,7 @@ def answer(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
-    from capcur_jax.devices.drivers import without_drivers_cpu
+    from capcur_jax.devices import drivers
     from capcur_jax.models import huggingface
     from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
     from capcur_jax.models.inputs import Processor
@@ -133,7 +134,8 @@ def answer(options: argparse.Namespace) -> None:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
     except ValueError as error:
         raise InputError(f"--{error}") from None
-    without_drivers_cpu()
+    drivers.without_drivers_cpu()
+    drivers.keep_programs()
     _tell(f"reading {checkpoint}")
     processor = Processor.from_directory(checkpoint, options.min_pixels, options.max_pixels)
     prompt = build(options, processor)
@@ -188,4 +190,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     main()

@@ -13,11 +13,14 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.interruption import Interrupted
+from capcur_jax.records import streams
 
 _STARTED = time.monotonic()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -52,9 +55,10 @@ def _take_devices(config: ConfigDict) -> None:
     import jax
 
     from capcur_jax import policy
-    from capcur_jax.devices.drivers import without_drivers_cpu
+    from capcur_jax.devices import drivers
 
-    without_drivers_cpu()
+    drivers.without_drivers_cpu()
+    drivers.keep_programs()
     if config.mesh.gpus:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.mesh.gpus)))
     if policy.engine_kind(config).shares_devices(config):
@@ -85,10 +89,23 @@ def main(arguments: list[str]) -> None:
         summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value, accept=_ACCEPT.value)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Interrupted as signal:  # before the run had anything to save
+        _end(f"{signal}: stopped before a step was made; the same command with --workdir={workdir} goes on")
     except RolloutError as error:  # of a run that began: what it learned is in its work directory
         sys.exit(f"error: {error}\nthe same command with --workdir={workdir} goes on")
     if summary["status"] != "finished":
-        sys.exit(130)
+        if distributed.process_count() > 1:
+            sys.exit(130)  # JAX ends the processes together
+        _end("")
+
+
+def _end(text: str) -> NoReturn:
+    """Ends the process with the status of one that a signal stopped."""
+    if text:
+        print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)  # not through Python's shutdown, which would wait for a program that is being compiled
 
 
 def _parse(arguments: list[str]) -> list[str]:
@@ -106,4 +123,8 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    streams.prepare()
+    try:
+        app.run(main, flags_parser=_parse)
+    except KeyboardInterrupt:  # before the run, or the second signal
+        _end("stopped at once; the same command with its --workdir goes on from the last checkpoint")

@@ -212,6 +212,7 @@ def defaults() -> ConfigDict:
                 "rollout_prompts": 2,  # prompts logged then, with all their responses
                 "tensorboard": True,
                 "wandb": "",  # a project of Weights & Biases
+                "stop_at": (),  # alarms (docs/training.md) that end the run
             },
             "export": {"dtype": "float32", "each_stage": True},  # Hugging Face checkpoints
         }

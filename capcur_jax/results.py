@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -51,6 +52,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
                 "seed": config.seed,
             },
             "Stages": [_plan_of(run, stage) for stage in stages],
+            "A prompt, as the model sees it": _prompt_of(run),
             f"Held-out questions ({config.evaluation.split})": [
                 {
                     "set": name,
@@ -71,6 +73,19 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
         first = f"{rows[0].id}: {', '.join(rows[0].repaired)}"
         run.display.warn(f"{name} {split}: {len(rows)} rows put right, the first: {first} (`data check` shows them)")
     return {"parameters": count, "blind": blind}
+
+
+def _prompt_of(run: Run) -> dict[str, str]:
+    """The chat template and the instruction at work, on the first held-out question."""
+    builder = run.policy.builder
+    shown = {
+        "prompt": json.dumps(
+            builder.render(run.heldout.questions(run.config.evaluation.sets[0])[0]), ensure_ascii=False
+        )
+    }
+    if opened := builder.processor.opened.strip():
+        shown["the template begins"] = f"{opened}: rewards count it as part of every response"
+    return shown
 
 
 def _shares(shares: dict[str, float], shown: int = 5) -> str:
@@ -94,14 +109,16 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _blind(run: Run) -> dict[str, float]:
-    """The best accuracy without the image, for each held-out set with images."""
+    """The best accuracy of guesses from the training texts, without the image, for each set that is evaluated. A set
+    without training rows of its own is guessed from the stages'."""
     if not run.config.evaluation.blind:
         return {}
     blind = {}
     for name in run.config.evaluation.sets:
-        questions = run.heldout.questions(name)
-        if any(problem.images for problem in questions) and name in {n for s in run.stages for n in s.data}:
-            blind[name] = blind_accuracy(run.sets.problems(name, "train"), questions)
+        trained = {other for stage in run.stages for other in stage.data}
+        rows = run.sets.pool(sorted(trained) if run.sets.missing(name, "train") else [name], "train")
+        if rows := [problem for problem in rows if problem.answer]:  # not what an SFT stage imitates
+            blind[name] = blind_accuracy(rows, run.heldout.questions(name))
     return blind
 
 
@@ -113,6 +130,11 @@ def step_record(
 ) -> dict[str, Any]:
     """What is known of the step that `run.progress` counts last, before its update is done. `sync`: seconds of the
     weights' way to the engine by phase."""
+    if rollout and rollout.refused:
+        run.display.warn(
+            f"step {run.progress.step}: the rollout engine refused {len(rollout.refused)} prompts, others took their "
+            f"places (the first: {rollout.refused[0]}): {run.engine.health().refusal}"
+        )
     batches = [batch for mini in minibatches for batch in mini]
     counts = distributed.exchange(packing.slots(batches)).sum(0)
     return {
@@ -139,7 +161,8 @@ def _engine_record(run: Run) -> dict[str, float]:
 def evaluate(run: Run, label: str) -> None:
     """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
     started = time.monotonic()
-    results = run.heldout.evaluate(label)
+    with run.interruption.at_once():
+        results = run.heldout.evaluate(label)
     records = [{"type": "evaluation", "step": run.progress.step, "after": label, **result} for result in results]
     run.recorder.evaluation(records, time.monotonic() - started)
 
@@ -184,6 +207,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         "rows": sum(map(len, run.sets.skipped_rows.values())),
         "images": builder.counts["images"],
         "prompts": builder.counts["prompts"],
+        "refused_prompts": int(sum(step.get("refused_prompts", 0) for step in steps)),
         "updates": run.recorder.skipped,
         **run.reward.counters(),
     }

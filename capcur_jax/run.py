@@ -74,7 +74,8 @@ class Run:
         self.display, self.interruption = display, interruption
         self.owner, self._accept = distributed.is_owner(), accept
         with contextlib.ExitStack() as self._closing:  # an error on the way leaves no server and no worker behind
-            self._open()
+            with interruption.at_once():
+                self._open()
             self._closing = self._closing.pop_all()
 
     def _open(self) -> None:
@@ -168,7 +169,7 @@ class Run:
         advantages = functools.partial(
             objectives.group_advantages, epsilon=settings.advantage_epsilon, normalise=settings.advantage_std
         )
-        self.grading = Grading(self.reward, self.policy.processor.decode, jax.jit(advantages))
+        self.grading = Grading(self.reward, self.policy.processor.response, jax.jit(advantages))
 
     def _open_engine(self, model: QwenVL) -> None:
         config = self.config
@@ -192,10 +193,17 @@ class Run:
             plain = jsonl.plain(config.to_dict())
             sinks = Sinks(self.workdir, **kinds, config=plain, resume_step=self.progress.step, warn=self.display.warn)
             self._closing.callback(sinks.close)
-        recorder = StepRecorder(self.workdir / "metrics.jsonl", combined, self.counter, self.display, sinks, self.owner)
+        records = self.workdir / "metrics.jsonl"
+        recorder = StepRecorder(records, combined, self.counter, self.display, sinks, self.owner, self._alarmed)
         self.recorder = self._closing.enter_context(recorder)
         rollouts = JsonLines(self.workdir / "rollouts.jsonl") if self.owner else Nowhere()
         self.rollouts = self._closing.enter_context(contextlib.closing(rollouts))
+
+    def _alarmed(self, name: str, text: str) -> None:
+        if self.owner:
+            self.display.warn(f"alarm {name}: {text} (remedies: docs/training.md, Alarms)")
+        if name in self.config.log.stop_at:
+            self.interruption.ask(f"alarm {name}")
 
     def __enter__(self) -> Run:
         return self

@@ -68,12 +68,14 @@ def train(
     quiet = quiet or not distributed.is_owner()
     display = Display(quiet=quiet)
     tracer = Profile(workdir, profile, display.warn)
+    alone = distributed.process_count() == 1
     with (
         display,
-        Interruption() as interruption,
+        Interruption(alone) as interruption,
         Run(config, workdir, stages, display, interruption, started, accept) as run,
     ):
-        measured = {stage.name: usable(run, stage) for stage in stages if stage.epochs}
+        with interruption.at_once():
+            measured = {stage.name: usable(run, stage) for stage in stages if stage.epochs}
         stages = [with_steps(stage, measured) for stage in stages]
         display.whole_run(sum(stage.steps for stage in stages))
         facts = results.plan(run, stages)
@@ -95,7 +97,7 @@ def train(
         except Exception:
             # An export needs all processes, and the others end when this one does. Before its checkpoint is restored a
             # run has learned nothing: what it exported before stays.
-            if distributed.process_count() == 1 and run.may_finish:
+            if alone and run.may_finish:
                 try:
                     results.finish(run, "failed", facts)
                 except Exception as second:  # what went wrong first is what the user has to know
@@ -114,10 +116,10 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
     with open_stage(run, stage, number, measured) as (layout, examples, collector):
         recorder.begin_stage()
         for step in range(run.progress.stage_step, stage.steps):
-            stop_if_asked(run)
             tracer.before(run.progress.step + 1)
             timer, last = PhaseTimer(), step + 1 == stage.steps
-            items, rollout = draw(run, stage, timer, examples, collector, last)
+            with stopping_here(run):
+                items, rollout = draw(run, stage, timer, examples, collector, last)
             recorder.complete()  # the step before: the devices have done with it by now
             with timer("pack"):
                 minis = minibatches(items, layout, config)
@@ -158,7 +160,8 @@ def open_stage(run: Run, stage: Stage, number: int, measured: Usable | None) -> 
     compiled programs; the engine has the weights. Closes the collector."""
     config, trainer = run.config, run.trainer
     run.display.stage(stage.name, stage.steps)
-    sets, sizes = measured or usable(run, stage)
+    with run.interruption.at_once():
+        sets, sizes = measured or usable(run, stage)
     images = any(size.images for size in sizes)
     layout = run.layout(stage, images)
     run.turns.begin_stage()
@@ -173,7 +176,8 @@ def open_stage(run: Run, stage: Stage, number: int, measured: Usable | None) -> 
         run.progress = run.progress.begin_stage(number, run.recorder.skipped)
         save(run, wait=True)
     if run.progress.stage_step < stage.steps:  # else it was stopped between its last step and the next stage
-        warm_up(run, stage, layout, sizes, images)
+        with run.interruption.at_once():
+            warm_up(run, stage, layout, sizes, images)
     if run.turns.shared:
         run.turns.hand_over(run.progress.version)
     order = stage.curriculum.arrange(sets, config.seed + 1000 * number, stage.prompts)
@@ -255,10 +259,13 @@ def save(run: Run, metric: float | None = None, wait: bool = False) -> None:
     run.checkpoints.save_run(progress, run.trainer.state, sizes, metric=metric, wait=wait)
 
 
-def stop_if_asked(run: Run) -> None:
-    """Raises Interrupted after a signal, with the state on the disk."""
+@contextlib.contextmanager
+def stopping_here(run: Run) -> Iterator[None]:
+    """Raises Interrupted after a signal, with the state on the disk; in a run of one process whenever it comes."""
     try:
         run.stop_if_asked()
+        with run.interruption.at_once():
+            yield
     except Interrupted:
         run.recorder.complete()
         if not run.checkpoints.holds(run.progress):

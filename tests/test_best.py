@@ -59,16 +59,16 @@ def test_of_equal_validations_the_first_is_the_best_in_the_store_and_in_the_expo
 
 
 def test_a_resumed_run_that_stops_or_fails_before_its_first_step_forgets_nothing(config, tmp_path, monkeypatch):
-    real = loop.stop_if_asked
+    real = loop.stopping_here
 
     def stop(run):
         """A signal that comes when one step is done, before the next one begins."""
         if run.progress.step == 1:
             run.interruption._remember(signal.SIGTERM, None)
-        real(run)
+        return real(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "stop_if_asked", stop)
+        patch.setattr(loop, "stopping_here", stop)
         for _ in range(2):  # the second goes on from the checkpoint of the first, and stops at once
             assert loop.train(config, tmp_path, quiet=True)["status"] == "interrupted"
             assert kept(tmp_path) == [1]

@@ -42,6 +42,8 @@ from capcur_jax.records import jsonl
             },
             "take turns; choose one",
         ),
+        ({"rollout.top_p": 0.9, "objective.sampler_correction": "truncate"}, "top_p = 0.9.*full softmax.*top_p = 1"),
+        ({"rollout.top_k": 50, "objective.sampler_correction": "mask"}, "top_k = 50.*full softmax"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(changes, message):

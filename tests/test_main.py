@@ -120,9 +120,9 @@ def test_step_records_have_every_figure(finished):
     step = [r for r in read_jsonl(workdir / "metrics.jsonl") if r["type"] == "step"][-1]
     keys = """reward reward_std advantage_max accuracy format response_length trained_tokens kl entropy loss grad_norm
         clip_fraction_low clip_fraction_high clip_fraction_dual equal_groups right_groups drawn_groups dropped_groups
-        truncated token_padding patch_padding packing tokens micro_batches tokens_per_second seconds seconds_data
-        seconds_rollout seconds_reward seconds_pack seconds_update seconds_sync skipped_updates policy_loss
-        logprob_difference_mean logprob_difference_max learning_rate"""
+        refused_prompts truncated token_padding patch_padding packing tokens micro_batches tokens_per_second seconds
+        seconds_data seconds_rollout seconds_reward seconds_pack seconds_update seconds_sync skipped_updates
+        policy_loss logprob_difference_mean logprob_difference_max learning_rate"""
     for key in keys.split():
         assert np.isfinite(step[key]), key
     assert step["stage"] == "merged" and step["stage_step"] == 2 and step["micro_batches"] == 1

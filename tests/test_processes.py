@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,10 +20,67 @@ from tests.test_main import ROOT
 pytestmark = pytest.mark.e2e
 
 
-def test_two_processes_are_one_run(checkpoint, sets, tmp_path):
+def together(processes: int, devices: int, workdir: Path, settings: dict) -> list[str]:
+    """Runs the main job in so many processes, each with so many devices; what each of them printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    joined = [f"--coordinator=localhost:{port}", f"--process_count={processes}"] if processes > 1 else []
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={workdir}",
+                *joined, *([f"--process_id={i}"] if joined else []), *tiny.arguments(settings),
+            ],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment.TOGETHER},
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=400)[0] for process in started]
+    codes = [process.returncode for process in started]
+    assert codes == [0] * processes, "\n".join(output[-2000:] for output in outputs)
+    return outputs
+
+
+# (processes, devices of each) and a mesh. What docs/training.md names; the test below has 2 x 2 as data 2 x fsdp 2.
+LAYOUTS = [
+    (1, 2, {"data": 2, "fsdp": 1}),
+    (1, 2, {"fsdp": 2}),
+    (1, 2, {"tensor": 2}),
+    (2, 1, {"data": 2, "fsdp": 1}),
+    (2, 1, {"fsdp": 2}),
+    (2, 2, {"fsdp": 4}),
+    (2, 2, {"data": 2, "tensor": 2}),
+]
+
+
+@pytest.mark.parametrize(("processes", "devices", "mesh"), LAYOUTS)
+def test_every_layout_trains_saves_resumes_and_exports(processes, devices, mesh, checkpoint, sets, tmp_path):
+    settings = {
+        **tiny.SETTINGS, **sets, "checkpoint": str(checkpoint), "order": ("text",), "evaluation.sets": ("text",),
+        "evaluation.questions": 4, "evaluation.blind": False, "reward.workers": 1, "checkpointing.every": 1,
+        "reward.function": "tests.own_rewards:by_length", "stages.text.steps": 2, "stages.text.prompts": 4,
+        "log.tensorboard": False, **{f"mesh.{axis}": size for axis, size in mesh.items()},
+    }  # fmt: skip
+    together(processes, devices, tmp_path, settings)
+    whole = [record for record in read_jsonl(tmp_path / "metrics.jsonl") if record["type"] == "step"]
+    exported = (tmp_path / "checkpoints" / "final" / "model.safetensors").read_bytes()
+    # As if the run had been killed after its first step.
+    shutil.rmtree(tmp_path / "state" / "2")
+    (tmp_path / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
+    outputs = together(processes, devices, tmp_path, settings)
+    assert "going on after step 1" in outputs[0]
+    again = [record for record in read_jsonl(tmp_path / "metrics.jsonl") if record["type"] == "step"]
+    assert [(step["step"], step["loss"], step["grad_norm"]) for step in again] == [
+        (step["step"], step["loss"], step["grad_norm"]) for step in whole
+    ]
+    assert (tmp_path / "checkpoints" / "final" / "model.safetensors").read_bytes() == exported
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+def test_two_processes_are_one_run(checkpoint, sets, tmp_path):
     settings = {
         **tiny.SETTINGS, **sets, "checkpoint": str(checkpoint), "order": ("perception", "text"), "mesh.data": 2,
         "evaluation.questions": 7, "validation.every": 2, "validation.questions": 5, "rollout.dynamic_retries": 1,
@@ -29,20 +88,7 @@ def test_two_processes_are_one_run(checkpoint, sets, tmp_path):
         **{f"stages.{name}.steps": 2 for name in ("perception", "text")},
         **{f"stages.{name}.prompts": 8 for name in ("perception", "text")},
     }  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable, "-m", "capcur_jax.main", "--config=configs/staged.py", f"--workdir={tmp_path / 'run'}",
-                f"--coordinator=localhost:{port}", f"--process_id={i}", "--process_count=2",
-                *tiny.arguments(settings),
-            ],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", **environment.TOGETHER},
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=400)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(output[-2000:] for output in outputs)
+    outputs = together(2, 2, tmp_path / "run", settings)
     assert "owner of servers" in outputs[0] and "Where parameters lie" in outputs[0]
     assert "Stage" not in outputs[1]  # the owner alone speaks
 

@@ -1,5 +1,6 @@
 """What a run shows and leaves, from records that are made up: no model, no engine."""
 
+import contextlib
 import json
 import math
 import types
@@ -58,7 +59,10 @@ class Run:
             complete=lambda: self.recorder.steps.extend(self.pending),
         )  # fmt: skip
         long = Problem("long", "word", "1")
-        builder = types.SimpleNamespace(counts={"images": 2, "prompts": 1}, skipped={long: "too long"})
+        builder = types.SimpleNamespace(
+            counts={"images": 2, "prompts": 1}, skipped={long: "too long"},
+            render=lambda problem: f"user: {problem.problem}\n", processor=types.SimpleNamespace(opened="<think>\n"),
+        )  # fmt: skip
         store = types.SimpleNamespace(counters=lambda: {"flawed": 1})
         self.policy = types.SimpleNamespace(builder=builder, source="checkpoint", lora=None, images=store)
         images = {"perception": ("a.png",), "text": ()}
@@ -67,12 +71,14 @@ class Run:
             repaired_rows={("text", "train"): [Problem("7", "2+2?", "4", repaired=("float noise taken off",))]},
             selected=lambda data, curriculum: [["p"] * 3, ["p"] * 4],
             # What all of training has is right once in the test.
-            problems=lambda name, split: [Problem(str(i), "What?", "red", images[name]) for i in range(3)],
+            pool=lambda names, split: [Problem(f"{n}{i}", "What?", "red", images[n]) for n in names for i in range(3)],
+            missing=lambda name, split: "",
         )
         asked = {name: [Problem("0", "What?", a, images[name]) for a in ("blue", "red", "blue")] for name in SETS}
         described = {"questions": 3, "of": 5, "kinds": {"shape": 2 / 3, "color": 1 / 3}, "sources": {}, "ids": ["0"]}
         composition = {"evaluation": {"split": "test", "sets": {name: described for name in SETS}}}
         self.heldout = types.SimpleNamespace(questions=asked.__getitem__, composition=lambda: composition)
+        self.interruption = types.SimpleNamespace(at_once=contextlib.nullcontext)
         self.reward = types.SimpleNamespace(counters=lambda: {"reward_failures": 3})
         self.engine = types.SimpleNamespace(counters=lambda: {"retries": 2})
         flat = {("visual", "a"): 6, ("visual", "b"): 4, ("text", "c"): 90}
@@ -120,7 +126,7 @@ def test_the_summary_of_a_finished_run(tmp_path):
         "parameters": 100,
         "checkpoint": str(tmp_path / "checkpoints" / "final"),
         "put_right": {"rows": 1, "flawed images": 1},
-        "skipped": {"rows": 3, "images": 2, "prompts": 1, "updates": 4, "reward_failures": 3},
+        "skipped": {"rows": 3, "images": 2, "prompts": 1, "refused_prompts": 0, "updates": 4, "reward_failures": 3},
     }
     assert json.loads((tmp_path / "summary.json").read_text()) == summary and run.closed == ["checkpoints"]
     files = {"report": tmp_path / "report.html", "metrics": tmp_path / "metrics.jsonl"}
@@ -181,16 +187,20 @@ def test_a_process_that_owns_no_file_writes_none(tmp_path):
 
 def test_the_plan_says_what_is_trained_on_what(tmp_path):
     run = Run(tmp_path)
-    assert results.plan(run, run.stages) == {"parameters": 100, "blind": {}}
+    assert results.plan(run, run.stages) == {"parameters": 100, "blind": dict.fromkeys(SETS, 1 / 3)}
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(run.config.to_dict()))
     assert json.loads((tmp_path / "versions.json").read_text())["jax"] == jax.__version__
     (_, plan), *warnings = run.shown
     assert plan["Run"]["parameters"] == 100 and plan["Run"]["of them vision"] == 10
+    assert plan["A prompt, as the model sees it"] == {
+        "prompt": '"user: What?\\n"',
+        "the template begins": "<think>: rewards count it as part of every response",
+    }
     (stage,), held = plan["Stages"], plan["Held-out questions (test)"]
     assert (stage["stage"], stage["data"], stage["problems"], stage["objective"]) == ("text", "text", 7, "grpo")
     assert (stage["steps"], stage["a step"], stage["frozen"]) == (150, "16 x 3", "^visual")
     assert held == [
-        {"set": name, "questions": 3, "of": 5, "blind guess": "", "kinds and sources": "shape 67%, color 33%"}
+        {"set": name, "questions": 3, "of": 5, "blind guess": "33.3%", "kinds and sources": "shape 67%, color 33%"}
         for name in SETS
     ]
     assert json.loads((tmp_path / "questions.json").read_text()) == run.heldout.composition()
@@ -213,11 +223,16 @@ def test_the_plan_of_an_imitation_and_of_low_rank_factors(tmp_path):
     assert low_rank["frozen"] == "all but LoRA's factors"
 
 
-def test_blind_guesses_are_for_sets_with_images_that_are_trained_on(tmp_path):
+def test_blind_guesses_are_for_every_set_that_is_evaluated(tmp_path):
     run = Run(tmp_path)
-    run.stages = schedule.stages(presets.get("laptop", order=("perception", "text")))
-    assert results.plan(run, run.stages)["blind"] == {"perception": 1 / 3}  # learned from "train", asked on the test
+    # Learned from "train", asked on the test; perception has no stage.
+    assert results.plan(run, run.stages)["blind"] == {"perception": 1 / 3, "text": 1 / 3}
     assert run.shown[0][1]["Held-out questions (test)"][0]["blind guess"] == "33.3%"
+    run.sets.missing = lambda name, split: "name a file" if name == "perception" else ""
+    pooled, pool = [], run.sets.pool
+    run.sets.pool = lambda names, split: pooled.append((names, split)) or pool(names, split)
+    assert set(results.plan(run, run.stages)["blind"]) == set(SETS)
+    assert pooled == [(["text"], "train")] * 2  # of a set without rows of its own: the stages'
     run.config.evaluation.blind = False
     assert results.plan(run, run.stages)["blind"] == {}
 

@@ -74,8 +74,14 @@ def measure(
             for problem, prompt in zip(part, pool.map(functools.partial(_built, builder), part), strict=True):
                 (broken if isinstance(prompt, Drop) else built).append((problem, prompt))
         groups = engine.generate([prompt for _, prompt in built], sampling, samples, seed + start, images)
+        for (problem, _), group in zip(built, groups, strict=True):
+            if not group:
+                broken.append(
+                    (problem, Drop(problem.id, "refused", f"the servers refuse it: {engine.health().refusal}"))
+                )
+        built, groups = [one for one, group in zip(built, groups, strict=True) if group], list(filter(None, groups))
         asked = [problem for problem, _ in built for _ in range(samples)]
-        texts = [builder.processor.decode(sample.tokens) for group in groups for sample in group]
+        texts = [builder.processor.response(sample.tokens) for group in groups for sample in group]
         scores = reward(asked, texts)
         for number, ((problem, _), group) in enumerate(zip(built, groups, strict=True)):
             mine = scores[number * samples : (number + 1) * samples]

@@ -213,6 +213,7 @@ class LocalModel:
         from capcur_jax.models.inputs import Processor
 
         drivers.without_drivers_cpu()
+        drivers.keep_programs()
         dtype = jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         self._processor = Processor.from_directory(self._directory)
         mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from capcur_jax.curation.terminal import files_explained
 from capcur_jax.errors import InputError
+from capcur_jax.records import streams
 
 # Each is a module of capcur_jax.curation.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
 COMMANDS = {
@@ -55,4 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     sys.exit(main())

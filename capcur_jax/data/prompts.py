@@ -118,7 +118,10 @@ def target_tokens(processor: Processor, problem: Problem, limit: int) -> np.ndar
     Raises BadInput where it is missing, too long, or holds a control token that the tokenizer can't write as text."""
     if problem.response is None:
         raise BadInput("the row has no 'response' to learn; an sft stage needs one in every row")
-    tokens = np.array([*processor.text_tokens(problem.response), processor.end_tokens[0]], np.int32)
+    text = problem.response
+    if processor.opened and text.lstrip().startswith("<think>"):  # the prompt has it
+        text = text.lstrip().removeprefix("<think>").lstrip()
+    tokens = np.array([*processor.text_tokens(text), processor.end_tokens[0]], np.int32)
     if len(tokens) > limit:
         raise BadInput(
             f"the response has {len(tokens)} tokens, config.rollout.max_new_tokens = {limit}: raise it or drop the row"

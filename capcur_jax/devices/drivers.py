@@ -1,7 +1,10 @@
-"""Accelerators that cannot be here: JAX is kept from looking for them."""
+"""What JAX is told before it looks for devices: which cannot be here, and where compiled programs are kept."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 import sys
 from pathlib import Path
 
@@ -9,6 +12,32 @@ import jax
 
 # What a driver of an accelerator makes; a TPU's is vfio on new hosts, a GPU's dxg under Windows.
 DRIVERS = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd", "accel*", "vfio/*")
+MOST_BYTES = 4 * 2**30  # of kept programs; the least recently used ones go
+
+
+def keep_programs() -> None:
+    """Has JAX keep compiled programs in the user's cache folder, so that the next start reads them.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none. With a bound on its
+    size JAX takes a lock for what it reads and writes: processes may share the folder. What it can't read it compiles.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(home / "capcur_jax" / f"programs-{_cpu()}"))
+    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _cpu() -> str:
+    """This kind of CPU: a program compiled for another one may use instructions that this one lacks, and hosts may
+    share a home directory."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        kind = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        kind = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {kind}".encode()).hexdigest()[:12]
 
 
 def without_drivers_cpu() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -28,8 +30,22 @@ class Programs:
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._compiled:
-            self._compiled[key] = self.trace(*arguments).lower().compile()
+            self._compiled[key] = _in_background(self.trace(*arguments).lower().compile)
         return self._compiled[key]
 
     def __call__(self, *arguments: Any) -> Any:
         return self.compile(*arguments)(*arguments)
+
+
+def _in_background(compile: Callable[[], Any]) -> Any:
+    """What it returns. XLA can take minutes, and the main thread, which alone hears a signal, must not be in there."""
+    result: Future = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(compile())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="compile", daemon=True).start()
+    return result.result()

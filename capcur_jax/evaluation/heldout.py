@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -43,7 +44,8 @@ def evaluate(
 
     Returns:
         accuracy: the share that is right of all problems, also of those that are left out because their prompt can't be
-            built: who leaves out what is hard must not look better. `by_kind`: the same of each kind.
+            built or is refused: who leaves out what is hard must not look better. `by_kind`: the same of each kind.
+        standard_error: of `accuracy`, see below.
         accuracy_answered, format, response_length: means over the others, `questions`; `left_out`: how many are not.
         timed_out: answers whose grading took too long, which count as wrong.
     """
@@ -51,6 +53,8 @@ def evaluate(
     kinds = sorted({problem.kind for problem in problems if problem.kind})
     # Right answers, well-formed ones, tokens, answered, left out, timed out: of all problems, and of each kind.
     sums = np.zeros((1 + len(kinds), 6))
+    places = {id(problem): at for at, problem in enumerate(problems)}
+    right_of = np.zeros(len(problems))  # by problem: wrong where it is left out, or another process's
 
     def add(problem: Problem, *values: float) -> None:
         for row in [0, *([1 + kinds.index(problem.kind)] if problem.kind else [])]:
@@ -66,17 +70,23 @@ def evaluate(
             add(problem, 0, 0, 0, 0, 1, 0)
         built = [(problem, prompt) for problem, prompt in built if prompt is not None]
         groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
-        samples, asked = [group[0] for group in groups], [problem for problem, _ in built]
-        scores = reward(asked, [processor.decode(sample.tokens) for sample in samples])
+        for (problem, _), group in zip(built, groups, strict=True):
+            if not group:  # refused by the engine
+                add(problem, 0, 0, 0, 0, 1, 0)
+        asked = [problem for (problem, _), group in zip(built, groups, strict=True) if group]
+        samples = [group[0] for group in groups if group]
+        scores = reward(asked, [processor.response(sample.tokens) for sample in samples])
         for problem, sample, score in zip(asked, samples, scores, strict=True):
             add(problem, score.accuracy, score.format, len(sample.tokens), 1, 0, score.timed_out)
+            right_of[places[id(problem)]] = score.accuracy
         progress(len(part))
-    sums = distributed.exchange(sums).sum(0)
+    sums, right_of = distributed.exchange(sums).sum(0), distributed.exchange(right_of).sum(0)
     right, answered, left_out = sums[:, 0], sums[:, 3], sums[:, 4]
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan: of nothing
         accuracy, means = (right / (answered + left_out)).tolist(), (sums[0, :3] / answered[0]).tolist()
     return {
         "accuracy": accuracy[0],
+        "standard_error": standard_error(problems, right_of),
         "accuracy_answered": means[0],
         "format": means[1],
         "response_length": means[2],
@@ -85,6 +95,17 @@ def evaluate(
         "timed_out": int(sums[0, 5]),
         "by_kind": dict(zip(kinds, accuracy[1:], strict=True)),
     }
+
+
+def standard_error(problems: Sequence[Problem], right: np.ndarray) -> float:
+    """Of the mean of `right` [problems]; nan for a single cluster. Questions about the same images are one cluster:
+    they are right or wrong together, and a thousand questions about ten images say little more than ten."""
+    clusters: dict[Any, int] = {}
+    of = [clusters.setdefault(p.images or at, len(clusters)) for at, p in enumerate(problems)]
+    if len(clusters) < 2:
+        return math.nan
+    residuals = np.bincount(of, weights=right - right.mean(), minlength=len(clusters))
+    return float(np.sqrt(len(clusters) / (len(clusters) - 1) * (residuals**2).sum()) / len(problems))
 
 
 class Heldout:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -114,7 +115,9 @@ class Learner:
 
     def start(self, trained: nnx.State) -> TrainState:
         """A fresh optimizer around the parameters, which now belong to the state (an update donates them)."""
-        skipped = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(self._mesh))
+        # From the host: jax 0.10.2 makes a broken array of one that lies on a device, where each of several processes
+        # has one device.
+        skipped = jax.device_put(np.zeros((), np.int32), sharding.replicated(self._mesh))
         return TrainState(trained, self.start_optimizer(trained), skipped)
 
     def abstract_state(self) -> TrainState:

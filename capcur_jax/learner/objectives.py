@@ -248,7 +248,13 @@ def grpo_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: Con
         return jnp.where(mask_RxT, logprobs, 0.0)
 
     logprobs, sampler = seen(new.logprobs), seen(slab.sampler_logprobs)
-    old = jax.lax.stop_gradient(logprobs) if slab.old_logprobs is None else seen(slab.old_logprobs)
+    # Where the policy has made no update since the samples it is the old one, in whatever precision: its own log-probs,
+    # not those of another program, whose ratios would be 1 but for rounding (verl #6280).
+    old = jax.lax.stop_gradient(logprobs)
+    if slab.old_logprobs is not None:
+        old = (
+            seen(slab.old_logprobs) if slab.own is None else jnp.where(slab.own[:, None], old, seen(slab.old_logprobs))
+        )
     terms = policy_terms(
         logprobs,
         old,

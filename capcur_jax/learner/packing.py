@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from capcur_jax.axes import Float, Int, checked
+from capcur_jax.axes import Bool, Float, Int, checked
 from capcur_jax.errors import InputError
 from capcur_jax.models.qwen_vl import PromptBatch
 
@@ -32,6 +32,7 @@ class Slab:
     advantages: Any = None  # [R] float32
     sampler_logprobs: Any = None  # [R, T] float32
     old_logprobs: Any = None  # [R, T]; None: one update per rollout batch, the policy's own with stopped gradient
+    own: Any = None  # [R] bool: of the first update of several, the policy's own instead of `old_logprobs`
     reference_logprobs: Any = None  # [R, T]; None: no KL term
 
     @classmethod
@@ -44,11 +45,12 @@ class Slab:
         advantages: Float[np.ndarray, " R"] | None = None,
         sampler_logprobs: Float[np.ndarray, "R T"] | None = None,
         old_logprobs: Float[np.ndarray, "R T"] | None = None,
+        own: Bool[np.ndarray, " R"] | None = None,
         reference_logprobs: Float[np.ndarray, "R T"] | None = None,
     ) -> Slab:
         """Makes a slab from arrays on the host and checks their shapes. The constructor checks none: JAX calls it, too,
         with tracers, shapes or shardings in the fields."""
-        return cls(tokens, lengths, weights, advantages, sampler_logprobs, old_logprobs, reference_logprobs)
+        return cls(tokens, lengths, weights, advantages, sampler_logprobs, old_logprobs, own, reference_logprobs)
 
 
 @jax.tree_util.register_dataclass
@@ -162,6 +164,7 @@ def blank(
                 advantages=zeros[:, 0] if sampled else None,
                 sampler_logprobs=zeros if sampled else None,
                 old_logprobs=zeros if old else None,
+                own=np.zeros(R, bool) if old else None,
                 reference_logprobs=zeros if reference else None,
             )
         )

@@ -124,7 +124,8 @@ class Trainer:
     ) -> list[dict[str, jax.Array]]:
         """One update for each mini-batch, dispatched; returns their metrics, still on the devices.
 
-        Reference and old log-probs come first, from the parameters before any of these updates.
+        Reference and old log-probs come first, from the parameters before any of these updates. The first update's old
+        policy is the one that it trains: its own log-probs are taken.
         """
         scored = self._scored(minibatches, old)
         results = []
@@ -153,18 +154,20 @@ class Trainer:
     def _scored(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> Iterator[dict[str, list[jax.Array]]]:
         """Log-probs of other passes for each micro-batch, by field. Patches are put on the devices once more for the
         gradient: those of a whole step at once would take gigabytes."""
-        policies: dict[str, nnx.State] = {}
-        if self.reference is not None:
-            policies["reference_logprobs"] = self.reference_home.work(self.reference)
-        if old:
-            policies["old_logprobs"] = self.state.trained
-        if not policies:
-            return iter(())
         scores = []
-        for mini in minibatches:
-            for batch in mini:
+        reference = None if self.reference is None else self.reference_home.work(self.reference)
+        for number, mini in enumerate(minibatches):
+            policies = {} if reference is None else {"reference_logprobs": reference}
+            if old and number > 0:
+                policies["old_logprobs"] = self.state.trained
+            for batch in mini if policies or old else ():
                 placed = sharding.put(self.mesh, batch)
-                scores.append({f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()})
+                scored = {f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()}
+                if old:  # `own` and what it leaves unread have the same shapes in every update: one program
+                    unread = [] if number else [np.zeros(slab.tokens.shape, np.float32) for slab in batch.slabs]
+                    own = [np.full(slab.lengths.shape, number == 0) for slab in batch.slabs]
+                    scored |= sharding.put(self.mesh, {"own": own, **({"old_logprobs": unread} if unread else {})})
+                scores.append(scored)
         return iter(scores)
 
 

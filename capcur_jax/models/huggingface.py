@@ -52,8 +52,13 @@ def create(
     """A model with random weights, the same on any mesh; `mesh` and `kinds` as in `load`."""
     mesh = mesh or sharding.single()
     graph, parameters = nnx.split(nnx.jit(lambda: QwenVL(config, mesh=mesh, rngs=nnx.Rngs(seed), **kinds))())
-    placed = [
-        (path, jax.device_put(leaf, sharding.of_parameter(mesh, ".".join(path), leaf.shape)))
+    placed = [  # from the host, see learner.Learner.start
+        (
+            path,
+            leaf.replace(
+                jax.device_put(np.asarray(leaf[...]), sharding.of_parameter(mesh, ".".join(path), leaf.shape))
+            ),
+        )
         for path, leaf in nnx.to_flat_state(parameters)
     ]
     return nnx.merge(graph, nnx.from_flat_state(placed))

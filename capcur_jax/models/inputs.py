@@ -6,6 +6,7 @@ Done once for a prompt; nothing downstream tokenises or looks at an image again 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -288,6 +289,17 @@ class Processor:
         positions, following = mrope_positions(tokens, grids, image_token, merge)
         visual = np.where(tokens == image_token, np.cumsum(tokens == image_token) - 1, -1).astype(np.int32)
         return Prompt(tokens, positions, following, visual, patches, grids)
+
+    @functools.cached_property
+    def opened(self) -> str:
+        """What the chat template has begun of every response, as templates of thinking models do: "<think>", with the
+        white space behind it, or ""."""
+        tail = self.render(["?"]).rpartition("<think>")
+        return tail[1] + tail[2] if tail[1] and not tail[2].strip() else ""
+
+    def response(self, tokens: Sequence[int]) -> str:
+        """The whole response of sampled tokens, as rewards judge it: with what the template has `opened`."""
+        return self.opened + self.decode(tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of response tokens, end tokens and other special tokens left out."""

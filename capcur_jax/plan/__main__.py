@@ -19,6 +19,7 @@ from capcur_jax import bounds, presets
 from capcur_jax.errors import InputError
 from capcur_jax.plan import topologies
 from capcur_jax.plan.estimate import Assumptions, report
+from capcur_jax.records import streams
 from capcur_jax.records.jsonl import to_json
 
 
@@ -171,4 +172,5 @@ def _parse(values: flags.FlagValues, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     sys.exit(main(sys.argv))

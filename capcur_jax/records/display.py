@@ -188,8 +188,8 @@ class Display:
         finally:
             if task is not None:
                 self._progress.remove_task(task)
-            else:
-                self._print(Text(f"{description}: {done:,} in {time.monotonic() - start:.1f} s"))
+            elif (seconds := time.monotonic() - start) >= 1 or done:
+                self._print(Text(f"{description}: " + (f"{done:,} in " if done else "") + f"{seconds:.1f} s"))
 
     def final(self, summary: Mapping[str, Any], files: Mapping[str, Any] | None = None) -> None:
         """Stops the bar and prints the closing tables.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from capcur_jax.records import metrics
+from capcur_jax.records import alarms, metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.jsonl import JsonLines, Nowhere, read_jsonl
 from capcur_jax.records.sinks import Sinks
@@ -44,6 +44,7 @@ class StepRecorder:
         file: metrics.jsonl; what it holds already are the records of the run that goes on here.
         combined: turns an update batch's fetched metrics into the record's values.
         owner: whether this process writes; the others keep what they need in memory.
+        alarmed: told the name and the text of an alarm (alarms.py) that a step raised.
 
     Attributes:
         idle: complete steps of this stage, in a row up to the last, whose every update was left out.
@@ -57,10 +58,12 @@ class StepRecorder:
         display: Display,
         sinks: Sinks | None = None,
         owner: bool = True,
+        alarmed: Callable[[str, str], None] = lambda name, text: None,
     ):
         earlier = read_jsonl(file) if file.exists() else []
         self.steps = [record for record in earlier if record["type"] == "step"]
         self.evaluations = [record for record in earlier if record["type"] == "evaluation"]
+        self._alarmed = alarmed
         self._lines = JsonLines(file) if owner else Nowhere()
         self._combined, self._counter, self._display, self._sinks = combined, counter, display, sinks
         self._dispatched: queue.SimpleQueue[_Dispatched | None] = queue.SimpleQueue()
@@ -143,9 +146,13 @@ class StepRecorder:
         record["tokens_per_second"] = record["trained_tokens"] / max(total - sum(self._between.values()), 1e-9)
         self._between.clear()
         record |= metrics.device_memory()
-        self.write(record)
         self.steps.append(record)
+        if found := alarms.raised(self.steps):
+            record["alarms"] = found
+        self.write(record)
         self._display.step(record)
+        for name, text in found.items():
+            self._alarmed(name, text)
 
 
 def _note_ends(dispatched: queue.SimpleQueue[_Dispatched | None]) -> None:

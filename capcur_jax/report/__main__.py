@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from capcur_jax.records import streams
 from capcur_jax.report.run import write_report
 
 
@@ -21,4 +22,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    streams.prepare()
     sys.exit(main())

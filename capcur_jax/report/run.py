@@ -8,7 +8,6 @@ escapes all text, and a content security policy forbids scripts and loads from a
 """
 
 import json
-import math
 import pathlib
 import statistics
 import warnings
@@ -56,7 +55,12 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         status=str(summary.get("status") or "no summary yet"),
         stages=stages,
         facts=_facts(steps, summary),
-        accuracy=_accuracy(evaluations, summary),
+        alarms=[
+            {"step": record["step"], "stage": record.get("stage"), "name": name, "text": told}
+            for record in steps
+            for name, told in (record.get("alarms") or {}).items()
+        ],
+        accuracy=_accuracy(evaluations, summary, config.get("evaluation") or {}),
         steps=len(steps),
         curves=curves,
         window=window,
@@ -97,8 +101,8 @@ def _facts(steps: Sequence[Record], summary: Record) -> dict[str, str]:
     }
 
 
-def _accuracy(evaluations: Sequence[Record], summary: Record) -> dict[str, Any]:
-    """Table, chart and note of held-out accuracy; empty where there is none."""
+def _accuracy(evaluations: Sequence[Record], summary: Record, drawn: Record) -> dict[str, Any]:
+    """Table, chart and note of held-out accuracy; empty where there is none. `drawn`: config.evaluation."""
     accuracy = summary.get("accuracy") or metrics.accuracy_of(evaluations)
     if not accuracy:
         return {}
@@ -110,23 +114,21 @@ def _accuracy(evaluations: Sequence[Record], summary: Record) -> dict[str, Any]:
         _accuracy_row(name, values, moments, blind.get(name), answered.get(name) or {}, left_out.get(name) or {})
         for name, values in accuracy.items()
     ]
-    note = "Greedy answers to held-out questions. Small figures and change: points against the base. Bold: best."
+    note = f"{_how(drawn)} to held-out questions. Small figures and change: points against the base. Bold: best."
     if blind:
-        note += " Blind: guessing without the image."
+        note += " Blind: guessing from the training texts, without the image."
     if any(count for counts in left_out.values() for count in counts.values()):
         note += " Questions that were left out (too long, a broken image) count as wrong; in brackets: without them."
     if len(accuracy) > 1:
         values = {moment: [found.get(moment) for found in accuracy.values()] for moment in moments}
         mean = {moment: statistics.fmean(v) if all(map(is_number, v)) else None for moment, v in values.items()}
         rows.append(_accuracy_row("mean", mean, moments, None, {}, {}))
-    counts = [
-        record["questions"] + (record.get("left_out") or 0)
-        for record in evaluations
-        if is_number(record.get("questions"))
-    ]
-    if counts and min(counts) > 0:
-        error = f"{50 / math.sqrt(min(counts)):.1f}"
-        note += f" With {min(counts):,} questions the standard error of one figure is at most {error} points."
+    errors = [record["standard_error"] for record in evaluations if is_number(record.get("standard_error"))]
+    if errors:
+        note += (
+            f" The standard error of one figure is at most {100 * max(errors):.1f} points; questions about the same "
+            "image count as one."
+        )
     without_final = {moment: title for moment, title in moments.items() if moment != "final"}
     return {
         "head": ["capability", *moments.values(), "change", *(["blind"] if blind else [])],
@@ -135,6 +137,17 @@ def _accuracy(evaluations: Sequence[Record], summary: Record) -> dict[str, Any]:
         "chart": charts.accuracy_chart(accuracy, without_final or moments),
         "note": note,
     }
+
+
+def _how(drawn: Record) -> str:
+    """How answers were drawn, by config.evaluation."""
+    temperature = drawn.get("temperature")
+    if not is_number(temperature):
+        return "Answers"
+    if not temperature:
+        return "Greedy answers"
+    top_p = drawn.get("top_p", 1)
+    return f"Answers sampled at temperature {temperature:g}" + (f" and top-p {top_p:g}" if top_p < 1 else "")
 
 
 def _accuracy_row(

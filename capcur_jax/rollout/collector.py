@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class _Counts:
     """What was done for a rollout, field by field as Rollout has it."""
 
     batches: int = 0
+    refused: list[str] = dataclasses.field(default_factory=list)
     renewed: int = 0
     tokens_per_second: float = 0.0
 
@@ -40,6 +42,8 @@ class Collector:
     A sample's staleness is the number of updates between the oldest weights that made a part of it and those that
     train on it: 0 where sampling and training take turns, at most `async_steps` rollout batches' updates else. Groups
     that are older (their server missed an update) are sampled once more, and counted. Raises if they stay so.
+
+    A prompt that the engine refuses leaves its place to one of the next batch. Raises if half of a batch is refused.
 
     Args:
         batches: the stage's rollout batches of this process; one drawn ahead counts as consumed when it is used.
@@ -71,6 +75,7 @@ class Collector:
         self._allowed = settings.async_steps * updates
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "rollout") if settings.async_steps else None
         self._ahead: _Ahead | None = None
+        self._peeked: list[Example] | None = None  # the next batch, if it was looked at
 
     def __enter__(self) -> Collector:
         return self
@@ -94,23 +99,53 @@ class Collector:
         """Has the batch of step number `step` sampled from now on, by the present weights, if that is asked for."""
         if self._pool is not None:
             with timer("data"):
-                examples = next(self._batches)
+                examples = self._next()
             self._ahead = _Ahead(examples, self._pool.submit(self._generate, examples, self._seed_of(step)))
 
     def _draw(self, timer: metrics.PhaseTimer, step: int, version: int, attempt: int, counts: _Counts) -> list[Group]:
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             with timer("data"):
-                examples = next(self._batches)
+                examples = self._next()
         else:
             examples = ahead.examples
         with timer("rollout"):  # of one that was drawn ahead: what the update did not hide
             drawn = ahead.drawn.result() if ahead else self._generate(examples, self._seed_of(step, attempt))
             counts.tokens_per_second = self._engine.health().tokens_per_second  # before another call begins
+            counts.refused += self._replace(examples, drawn, self._seed_of(step, attempt + 2000))
             counts.renewed += self._renew(examples, drawn, version, self._seed_of(step, attempt + 1000))
+            counts.refused += self._replace(examples, drawn, self._seed_of(step, attempt + 3000))  # when asked again
         counts.batches += 1
         with timer("reward"):
             return self._grade(examples, drawn)
+
+    def _next(self) -> list[Example]:
+        examples, self._peeked = self._peeked or next(self._batches), None
+        return list(examples)
+
+    def _replace(self, examples: list[Example], drawn: list[list[Sample]], seed: int) -> list[str]:
+        """Puts others into the places of prompts that the engine refused; the ids of those. Raises RolloutError.
+
+        They are the next batch's first, which are asked in their own turn all the same: where a run stands in its data
+        stays a number of batches, and no continuation meets these prompts again.
+        """
+        refused: list[str] = []
+        most, following = max(1, len(examples) // 2), None
+        while missing := [i for i, group in enumerate(drawn) if not group]:
+            refused += [examples[i].problem.id for i in missing]
+            if len(refused) > most:
+                raise RolloutError(
+                    f"the rollout engine refused {len(refused)} of {len(examples)} prompts, more than half of a batch; "
+                    f"the last: {self._engine.health().refusal}. What ends a run is not a prompt: look into the "
+                    "servers' logs and settings (config.rollout.sglang)"
+                )
+            if following is None:
+                self._peeked = self._peeked or next(self._batches)
+                following = iter(self._peeked)
+            spare = list(itertools.islice(following, len(missing)))
+            for i, example, group in zip(missing, spare, self._generate(spare, seed), strict=True):
+                examples[i], drawn[i] = example, group
+        return refused
 
     def _seed_of(self, step: int, attempt: int = 0) -> int:
         """One stream of samples for each step of each seed."""
@@ -138,7 +173,7 @@ class Collector:
     def _stale(self, groups: Sequence[Sequence[Sample]], version: int) -> list[int]:
         """Which groups are older than allowed."""
         oldest = version - self._allowed
-        return [i for i, group in enumerate(groups) if min(sample.version for sample in group) < oldest]
+        return [i for i, group in enumerate(groups) if group and min(s.version for s in group) < oldest]
 
 
 def collect(

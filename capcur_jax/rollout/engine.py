@@ -76,6 +76,7 @@ class Health:
     tokens_per_second: float = 0.0  # of the call that runs or ran last, so far
     servers: int = 0  # that belong to the engine; 0: it is in this process
     alive: int = 0  # of them answering
+    refusal: str = ""  # why the last prompt that got no answer was refused
 
 
 class Engine(Protocol):
@@ -91,7 +92,8 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int, images: bool | None = None
     ) -> list[list[Sample]]:
-        """`n` samples for each prompt, in the prompts' order.
+        """`n` samples for each prompt, in the prompts' order; none for a prompt that the engine refuses to answer, for
+        a reason that `health` has.
 
         `images`: whether images may come in calls like this one, so that one without any is served by the same program.
         None: whether this one has any. Raises RolloutError when an engine can't go on.

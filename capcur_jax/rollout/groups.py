@@ -81,6 +81,7 @@ class Rollout:
     capabilities: tuple[str, ...] = ()  # of the stage, in an order that all processes share
     batches: int = 0  # rollout batches that were consumed for it
     version: int = 0  # of the weights that train on them
+    refused: Sequence[str] = ()  # ids of problems whose prompts the engine refused; others took their places
     renewed: int = 0  # groups that were sampled again because they were too old
     tokens_per_second: float = 0.0  # of this process's last call of the sampler
 
@@ -113,6 +114,7 @@ class Rollout:
         add("right_groups", [group.equal and group.scores[0].accuracy > 0 for group in self.groups])
         add("drawn_groups", [self.drawn])
         add("dropped_groups", [self.dropped_equal])
+        add("refused_prompts", [len(self.refused)])
         add("renewed_groups", [self.renewed])
         add("rollout_tokens_per_second", [self.tokens_per_second])
         ages = np.array([self.version - sample.version for sample in self.samples])
@@ -127,7 +129,13 @@ class Rollout:
         for name in ("reward", "advantage"):
             mean[f"{name}_std"] = float(np.sqrt(max(mean.pop(f"{name}_square") - mean[name] ** 2, 0.0)))
         mean |= {name: 0.0 - value if name.endswith("_max") else value for name, value in ends.items()}
-        for name in ("drawn_groups", "dropped_groups", "renewed_groups", "rollout_tokens_per_second"):
+        for name in (
+            "drawn_groups",
+            "dropped_groups",
+            "refused_prompts",
+            "renewed_groups",
+            "rollout_tokens_per_second",
+        ):
             mean[name] = total[name][0]
         return {name: float(value) for name, value in mean.items()}
 

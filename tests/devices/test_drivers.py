@@ -70,3 +70,33 @@ def test_every_command_that_computes_asks_for_drivers_first(command, tmp_path, m
         monkeypatch.setattr(f"jax.{name}", lambda *_, name=name: pytest.fail(f"jax.{name} came first"))
     with pytest.raises(Asked):
         command(tmp_path)
+
+
+KEPT = """
+import jax, jax.monitoring, sys
+from capcur_jax.devices import drivers
+drivers.keep_programs()
+hits = []
+jax.monitoring.register_event_listener(lambda event, **kinds: hits.append(event) if "cache_hits" in event else None)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8))).block_until_ready()
+print(len(hits), jax.config.jax_compilation_cache_dir)
+"""
+
+
+def kept(home, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION") and k != "XDG_CACHE_HOME"}
+    return subprocess.Popen(
+        [sys.executable, "-c", KEPT], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        env={**inherited, "HOME": str(home), "JAX_PLATFORMS": "cpu", **environment},
+    )  # fmt: skip
+
+
+def test_a_second_start_reads_what_the_first_one_compiled(tmp_path):
+    both = [kept(tmp_path), kept(tmp_path)]  # two at once share the folder
+    folder = both[0].communicate(timeout=120)[0].split()[1]
+    assert both[0].returncode == both[1].wait(120) == 0
+    assert folder.startswith(str(tmp_path / ".cache" / "capcur_jax" / "programs-"))
+    assert int(kept(tmp_path).communicate(timeout=120)[0].split()[0]) > 0
+    other = kept(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")).communicate(timeout=120)[0].split()
+    assert other == ["0", str(tmp_path / "mine")]

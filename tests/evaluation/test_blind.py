@@ -10,8 +10,8 @@ from capcur_jax.data.sources import easy_vqa
 from capcur_jax.evaluation.blind import blind_accuracy
 
 
-def _rows(*pairs, kind="k"):
-    return [Problem(str(i), text, answer, kind=kind) for i, (text, answer) in enumerate(pairs)]
+def _rows(*pairs, kind="k", images=("a.png",)):
+    return [Problem(str(i), text, answer, images, kind=kind) for i, (text, answer) in enumerate(pairs)]
 
 
 def test_frequent_answer_of_a_kind():
@@ -36,6 +36,13 @@ def test_arithmetic_between_numbers_of_the_text():
         *[(f"A costs {a}, B {b}. How much are {n}?", str(n * b)) for a in (2, 5) for b in (3, 7) for n in (2, 4)]
     )
     assert blind_accuracy(train, _rows(("A costs 9, B 11. How much are 5?", "55"))) == 1.0
+
+
+def test_in_texts_without_images_sums_are_no_guess():
+    train = [(f"What is {a} + {b}?", str(a + b)) for a in range(9) for b in range(9)]
+    asked = [("What is 70 + 20?", "90")]
+    assert blind_accuracy(_rows(*train), _rows(*asked)) == 1.0
+    assert blind_accuracy(_rows(*train, images=()), _rows(*asked, images=())) == 0.0
 
 
 def test_empty_lists_are_an_error():

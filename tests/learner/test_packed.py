@@ -5,6 +5,7 @@ import itertools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -231,6 +232,26 @@ def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
     assert record["loss"] == pytest.approx(float(first["loss"] + second["loss"]) / 2, rel=1e-6)
     assert record["logprob_difference_max"] == max(first["logprob_difference_max"], second["logprob_difference_max"])
     assert "tokens" not in record and record["skipped_updates"] == 0
+
+
+def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoint):
+    """Two programs round differently; the policy's log-probs against themselves don't. Off by a rounding, tokens beside
+    a clip's bound would be clipped (verl #6280)."""
+    config = copy.deepcopy(scene.config)
+    config.objective.update(
+        {"kl_coefficient": 0.0, "clip_low": 0.0, "clip_high": 0.0}
+    )  # every ratio but 1 is clipped, on one side at least
+    graph, parameters = nnx.split(huggingface.load(checkpoint, mesh=scene.mesh, dtype=jnp.bfloat16))
+    kinds = dict(objective="grpo", freeze="", temperature=1.0, banned=scene.processor.banned_tokens, mesh=scene.mesh)
+    learner = Learner(graph, parameters, config=config, **kinds)
+    trained, frozen = learner.split(parameters)
+    trainer = Trainer(learner, scene.mesh, learner.start(trained), frozen)
+    layout = scene._replace(config=config).layout({**PACKINGS["several"], "buckets": ((LIMIT,),)}, updates=2)
+    batched = minibatches(scene.items(), layout, config)
+    sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
+    trainer.sums = learner.zeros(trainer.state.trained, frozen, next(layout.blanks(sizes, passes=False)))
+    first, second = jax.device_get(trainer.step(batched, layout.old, [RATE, RATE]))
+    assert float(first["clip_fraction"]) == 0.0 < float(second["clip_fraction"])
 
 
 def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):

@@ -242,3 +242,17 @@ def test_closing_waits_for_no_update_and_leaves_no_thread(tmp_path, monkeypatch)
         if thread.name.startswith("update"):
             thread.join(WAIT)
             assert not thread.is_alive()
+
+
+def test_an_alarm_is_in_the_record_and_told(loop, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(loop.recorder, "_alarmed", lambda *alarm: told.append(alarm))
+    for number in range(22):
+        update = Update()
+        loop.put(update, 103.0)
+        loop.recorder._pending.record["equal_groups"] = 0.9
+        loop.finish(update, 107.0 + number)
+    loop.recorder.complete()
+    (record,) = [record for record in read_jsonl(tmp_path / "metrics.jsonl") if "alarms" in record]
+    assert record["step"] == 20 and told == list(record["alarms"].items())
+    assert told[0][0] == "equal_groups" and "90%" in told[0][1]

@@ -133,6 +133,7 @@ def write_run(workdir, steps=300, seed=0):
             kinds = {kind: min(1.0, values[index] + rng.gauss(0, 0.05)) for kind in KINDS[capability]}
             record = {"type": "evaluation", "step": step, "after": moments[index], "capability": capability}
             record |= {"accuracy": values[index], "format": 0.98, "response_length": 31.0 - index, "questions": 1000}
+            record["standard_error"] = 0.0213
             writer.write({**record, "by_kind": kinds})
 
     with jsonl.JsonLines(workdir / "metrics.jsonl") as log, jsonl.JsonLines(workdir / "rollouts.jsonl") as rollouts:
@@ -162,6 +163,7 @@ def write_run(workdir, steps=300, seed=0):
     }
     jsonl.write_json_atomic(workdir / "summary.json", summary)
     config = {"seed": 0, "stages": [{"name": name, "steps": length} for name in STAGES], "optimizer": {"rate": 1e-4}}
+    config["evaluation"] = {"temperature": 0.6, "top_p": 0.95}
     jsonl.write_json_atomic(workdir / "config.json", config)
     jsonl.write_json_atomic(workdir / "versions.json", {"python": "3.11.7", "jax": "0.10.2", "commit": "0" * 40})
     return workdir
@@ -403,4 +405,26 @@ def test_what_was_left_out_stands_beside_each_accuracy_and_a_late_verdict_at_its
     text = Page(report.write_report(tmp_path).read_text(encoding="utf-8")).text
     assert text.count("(62.5% without 200 left out)") == 1 and "count as wrong" in text
     assert text.count("timed out") == 1
-    assert "With 800 questions" in text  # the smaller of 1,000 and 800
+    assert "standard error" not in text  # of records that have none
+
+
+def test_how_answers_were_drawn_and_how_sure_a_figure_is(run, tmp_path):
+    text = " ".join(run[1].read_text(encoding="utf-8").split())
+    assert "Answers sampled at temperature 0.6 and top-p 0.95 to held-out questions" in text
+    assert "at most 2.1 points; questions about the same image count as one" in text
+    for drawn, said in (
+        ({"temperature": 0.0, "top_p": 1.0}, "Greedy answers"),
+        ({"temperature": 1}, "temperature 1 to"),
+    ):
+        workdir = write_run(tmp_path / f"{drawn['temperature']}", steps=3)
+        jsonl.write_json_atomic(workdir / "config.json", {"evaluation": drawn})
+        assert said in report.write_report(workdir).read_text(encoding="utf-8")
+
+
+def test_alarms_are_listed(tmp_path):
+    workdir = write_run(tmp_path, steps=3)
+    assert "Alarms" not in report.write_report(workdir).read_text(encoding="utf-8")
+    with jsonl.JsonLines(workdir / "metrics.jsonl") as log:
+        log.write({"type": "step", "step": 4, "stage": "visual", "alarms": {"entropy_zero": "entropy <0.001> nats"}})
+    page = report.write_report(workdir).read_text(encoding="utf-8")
+    assert "<td>entropy_zero</td><td>entropy &lt;0.001&gt; nats</td>" in page and "docs/training.md" in page

@@ -21,6 +21,10 @@ class Example(NamedTuple):
     number: int
     prompt: str
 
+    @property
+    def problem(self):
+        return types.SimpleNamespace(id=f"problem {self.number}")
+
 
 class Engine:
     """Answers with the version that it has when a prompt is asked; `gate` holds the answers back."""
@@ -140,6 +144,36 @@ def test_samples_that_are_too_old_are_drawn_again(async_steps):
     assert rollout.renewed == 1 and ages(rollout) == {0} and all(sample is not stuck[0] for sample in rollout.samples)
     assert loop.engine.calls[1] == (["p1"], 3, seed_of(3, 1000)) and rollout.batches == 1
     assert rollout.tokens_per_second == 10.0  # of the whole batch's call, not of the one group's
+
+
+def refusing(loop, *prompts):
+    """The loop's engine refuses these."""
+    generate = loop.engine.generate
+    loop.engine.generate = lambda asked, *rest: [
+        [] if prompt in prompts else group for prompt, group in zip(asked, generate(asked, *rest), strict=True)
+    ]
+    loop.engine.health = lambda: Health(0, refusal="HTTP 400: not to my taste")
+
+
+@pytest.mark.parametrize("async_steps", [0, 1])
+def test_the_next_problem_takes_the_place_of_one_that_is_refused(async_steps):
+    loop = Loop(async_steps)
+    refusing(loop, "p0")
+    with loop.collector:
+        rollout = loop.collect()
+        assert [group.example.number for group in rollout.groups] == [2, 1] and rollout.refused == ["problem 0"]
+        assert rollout.batches == 1  # a run that goes on from here begins at the next batch, and asks p0 never again
+        loop.ahead()
+        loop.update()
+        rollout = loop.collect()
+        assert [group.example.number for group in rollout.groups] == [2, 3] and rollout.refused == []
+
+
+def test_a_share_of_refused_prompts_ends_the_run():
+    loop = Loop(0)
+    refusing(loop, "p0", "p1")
+    with loop.collector, pytest.raises(RolloutError, match=r"refused 2 of 2 prompts.*HTTP 400: not to my taste"):
+        loop.collect()
 
 
 def test_an_engine_that_stays_at_old_weights_trains_nothing():

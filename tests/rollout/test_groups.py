@@ -129,6 +129,7 @@ def test_metrics_are_those_of_numpy(rollout):
         "equal_groups": 0.5,
         "right_groups": 0.25,
         "drawn_groups": 12,
+        "refused_prompts": 0,
         "dropped_groups": 3,
         "renewed_groups": 2,
         "rollout_tokens_per_second": 70,

@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(str(error)) from None
     drivers.without_drivers_cpu()
+    drivers.keep_programs()
     mesh = sharding.make_mesh(config.mesh)
     source = Path(config.checkpoint).expanduser()
     model, opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))

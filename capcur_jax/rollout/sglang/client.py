@@ -32,6 +32,11 @@ class Refused(ServerError):
         super().__init__(f"HTTP {status}: {message}")
         self.status = status
 
+    @property
+    def of_request(self) -> bool:
+        """Whether the request is at fault, so that asking again is of no use."""
+        return self.status in (400, 413, 422)
+
 
 def error_message(text: str) -> str:
     """What an error body says, without the request that some of them repeat: that may hold whole images.

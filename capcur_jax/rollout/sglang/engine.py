@@ -251,6 +251,7 @@ class SGLangEngine:
             tokens_per_second=progress.tokens_per_second,
             servers=len(servers),
             alive=sum(server.up for server in servers),
+            refusal=progress.refusal,
         )
 
     def counters(self) -> dict[str, int]:

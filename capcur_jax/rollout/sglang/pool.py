@@ -25,8 +25,8 @@ from capcur_jax.rollout.sglang.settings import WHERE
 from capcur_jax.rollout.sglang.sync import WeightSync
 
 # Prompts tried again, servers started again; requests without an answer in time, without a connection to the end, with
-# an error or an answer that can't be used; responses that servers gave up.
-COUNTERS = ("retries", "restarts", "timeouts", "unreachable", "refused", "aborted")
+# an error or an answer that can't be used; responses that servers gave up; prompts that all servers refused.
+COUNTERS = ("retries", "restarts", "timeouts", "unreachable", "refused", "aborted", "refused_prompts")
 
 
 @dataclasses.dataclass
@@ -38,6 +38,7 @@ class Progress:
     tokens: int = 0
     started: float = 0.0
     ended: float = 0.0
+    refusal: str = ""  # of the last prompt that all servers refused
 
     @property
     def tokens_per_second(self) -> float:
@@ -54,7 +55,7 @@ class Pool:
         self._dark_since: float | None = None  # no server has been up since then
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int) -> list[list[Sample]]:
-        """n samples of each prompt, in their order. Raises RolloutError."""
+        """n samples of each prompt, in their order; none of one that every server refuses. Raises RolloutError."""
         if self.sync.version is None:
             raise RolloutError("the SGLang servers have no weights yet: update_weights comes before generate")
         self.progress = progress = Progress(queued=n * len(prompts), started=time.monotonic())
@@ -74,6 +75,7 @@ class Pool:
         pictures: list[str] | None = None
         for attempt in range(self._settings.retries + 1):
             self._counters["retries"] += attempt > 0
+            disliked = False
             missing = n - len(found)
             async with self._place(avoid) as server:
                 progress.queued -= missing
@@ -88,6 +90,7 @@ class Pool:
                 except ServerError as error:
                     reason = str(error)
                     self._failed(server, error)
+                    disliked = isinstance(error, Refused) and error.of_request
                 except wire.BadAnswer as error:
                     reason = str(error)
                     self._counters["refused"] += 1
@@ -99,6 +102,11 @@ class Pool:
             if len(found) == n:
                 return found
             avoid = server
+        if disliked:  # to the last try: what is wrong is the prompt
+            self._counters["refused_prompts"] += 1
+            progress.refusal = f"{avoid}: {reason}"
+            progress.queued -= n - len(found)
+            return []
         raise RolloutError(
             f"{self._settings.retries + 1} tries ({WHERE}.retries) brought {len(found)} of {n} responses to a prompt "
             f"of {len(prompt)} tokens with {len(prompt.grids)} images; the last: {avoid}: {reason}"

@@ -115,9 +115,22 @@ def test_an_error_message_does_not_repeat_the_request(engine, servers, prompt):
     detail = [{"msg": "Input should be a list", "input": "iVBOR" * 1000}]
     for one in servers:
         one.faults = [lambda body, right: (422, {"detail": detail})] * 9
-    with pytest.raises(RolloutError) as caught:
-        engine(retries=0).generate([prompt])
-    assert "Input should be a list" in str(caught.value) and "iVBOR" not in str(caught.value)
+    asked = engine(retries=0)
+    assert asked.generate([prompt]) == [[]]
+    refusal = asked.pool.progress.refusal
+    assert "Input should be a list" in refusal and "iVBOR" not in refusal
+
+
+def test_a_prompt_that_every_server_refuses_gets_no_group_and_the_others_theirs(engine, servers, prompt, processor):
+    poisoned = processor.prepare(processor.render(["What shape? Hugo"]))
+
+    for one in servers:
+        one.faults = [lambda body, right: (400, {"error": {"message": "not to my taste"}})] * 3
+    asked = engine(retries=5)
+    assert asked.generate([poisoned]) == [[]]
+    assert asked.fleet.counters["refused_prompts"] == 1 and asked.fleet.counters["retries"] == 5
+    assert "HTTP 400" in asked.pool.progress.refusal and "not to my taste" in asked.pool.progress.refusal
+    assert [len(group) for group in asked.generate([prompt, poisoned])] == [3, 3]  # servers that are well again
 
 
 # ---------------------------------------------------------------------- servers
