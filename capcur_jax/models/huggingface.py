@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -387,15 +388,5 @@ def _clean(directory: Path, kind: str) -> None:
     """Deletes what a stopped save of this directory left beside it: ours, and those of processes that are no more."""
     for left in directory.parent.glob(f".{glob.escape(directory.name)}.{kind}-*"):
         process = left.name.rpartition("-")[2]
-        if process.isdecimal() and (int(process) == os.getpid() or not _alive(int(process))):
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # someone else's
-        return True
-    return True
