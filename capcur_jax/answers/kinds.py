@@ -39,6 +39,20 @@ _DATE = re.compile(
     r"|几点|日期|比分|几月几日",
     re.IGNORECASE,
 )
+# Of each hint words one of which stands in what its pattern finds: a look for them takes a tenth of a search's time.
+_HINTS = (
+    ("ratio", _RATIO, ("ratio", "proportion", "odds", "scale", "比")),
+    (
+        "fraction",
+        _FRACTION,
+        ("fraction", "simpl", "probability", "portion of", "what part", "how much of", "分数", "概率"),
+    ),
+    (
+        "code",
+        _DATE,
+        ("when", "date", "day", "time", "score", "fax number", "phone number", "blood pressure", "几", "日期", "比分"),
+    ),
+)
 _ALL = re.compile(
     r"\b(?:select|choose|mark|check|pick|list|name|give) all\b"
     r"|\ball (?:that|of the following that|correct|the correct|true)\b"
@@ -98,8 +112,9 @@ def gold_of(
 
 def hint_of(problem: str) -> str:
     """What a question asks for, where that decides a gold's kind: "ratio", "fraction", "code" or ""."""
-    for hint, pattern in (("ratio", _RATIO), ("fraction", _FRACTION), ("code", _DATE)):
-        if pattern.search(problem):
+    folded = problem.casefold()
+    for hint, pattern, words_ in _HINTS:
+        if any(word in folded for word in words_) and pattern.search(problem):
             return hint
     return ""
 
