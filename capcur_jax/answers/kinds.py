@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -21,6 +22,7 @@ KINDS = {
 }
 ANSWER_TYPES = tuple(KINDS)
 
+_COMMON = re.compile(r"[A-Z]|-?[1-9][0-9]{0,8}|0")  # most golds; these need no closer look
 _LETTER = re.compile(r"[(\[]?([A-Z])[)\]]?[.:]?")
 _LABELLED = re.compile(
     r"[(\[]?(?P<letter>[A-J])(?:[)\]][.:]?|[.、]|:(?=\s)|,(?=[\u4e00-\u9fff]))\s*(?P<text>\S.*)", re.DOTALL
@@ -129,6 +131,7 @@ def labelled(text: str) -> tuple[str, str] | None:
     return match["letter"], match["text"]
 
 
+@functools.lru_cache(4096)
 def answer_type_of(answer: str, hint: str = "") -> str:
     """One of ANSWER_TYPES, how a gold answer will be compared (rewards.compare); "" of no answer.
 
@@ -138,6 +141,8 @@ def answer_type_of(answer: str, hint: str = "") -> str:
     """
     if len(answer) > ANSWER_LENGTH:
         return "expression"  # the patterns are for short texts
+    if _COMMON.fullmatch(answer):
+        return "letter" if answer.isalpha() else "number"
     text = normalize(answer)
     if not text:
         return ""

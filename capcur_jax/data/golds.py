@@ -118,6 +118,8 @@ def refuse_unboxable(answer: str, key: str) -> None:
     if len(answer) > ANSWER_LENGTH:
         detail = f"`{key}` has {len(answer)} characters, graded are {ANSWER_LENGTH}; shorten it"
         raise BadRow("answer too long", detail)
+    if answer.isascii() and answer.isalnum():
+        return
     if not normalize(answer):
         raise BadRow("empty answer", f"`{key}` holds nothing but marks; give the gold answer")
     if not any(mark in answer for mark in "{}\\"):
