@@ -121,9 +121,8 @@ def _capitals(answer: str) -> str:
 
 
 def _refuse_twice(letter: str, texts: dict[str, str], key: str) -> None:
-    twins = [other for other, text in texts.items() if text == texts[letter] and other != letter]
-    if texts[letter] in ("", IMAGE_MARK):  # pictures, which the text does not tell apart
-        return
+    told = texts[letter] not in ("", IMAGE_MARK)  # pictures are not told apart by their text
+    twins = [other for other, text in texts.items() if told and text == texts[letter] and other != letter]
     if twins:
         detail = f"`{key}` is {letter}, and option {twins[0]} says the same; correct the options"
         raise BadRow("ambiguous options", detail)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from capcur_jax.answers import quantities, spelling
-from capcur_jax.answers.kinds import ANSWER_TYPES, gold_of
+from capcur_jax.answers.kinds import ANSWER_TYPES, answer_type_of, hint_of
 from capcur_jax.answers.spelling import ANSWER_LENGTH
 from capcur_jax.data import golds, row_files
 from capcur_jax.data.backslashes import restored
 from capcur_jax.data.problem import IMAGE_MARK, BadRow, Problem, refuse_half_pair, short
-from capcur_jax.data.row_images import IMAGES_VARIABLE, RowImages, image_bytes, is_image_key
+from capcur_jax.data.row_images import IMAGES_VARIABLE, RowImages, image_bytes, is_count, is_image_key
 
 KEYS = (
     "id", "problem", "answer", "answers", "images", "capability", "kind", "response", "answer_type", "source",
@@ -122,7 +122,7 @@ def _marked(problem: str, images: tuple[str, ...], done: _Repairs) -> tuple[str,
     then come in the marks' order. Else they are text.
     """
     marks = problem.count(IMAGE_MARK)
-    numbers = [int(number) for number in _NUMBERED_MARK.findall(problem)]
+    numbers = [int(number) for number in _NUMBERED_MARK.findall(problem)] if not marks and images else []
     if not marks and images and sorted(numbers) == list(range(1, len(images) + 1)):
         done.what.append("numbered image marks read")
         return _NUMBERED_MARK.sub(IMAGE_MARK, problem), tuple(images[number - 1] for number in numbers)
@@ -146,7 +146,7 @@ def _text(row: dict, key: str, numbers: bool = False) -> str:
 
 def _answer_type(row: dict, answer: str, problem: str) -> str:
     """Raises BadRow for a type that the answer can't be of."""
-    given, found = _text(row, "answer_type"), gold_of(answer, problem=problem).kind
+    given, found = _text(row, "answer_type"), answer_type_of(answer, hint_of(problem))
     if not given or given == found:
         return found
     if given not in ANSWER_TYPES:
@@ -204,7 +204,7 @@ def _object(value: Any, key: str) -> dict:
 
 
 def _metadata(row: dict) -> dict:
-    other = {key: row[key] for key in row if key not in KEYS and not is_image_key(key)}
+    other = {key: row[key] for key in row if key not in KEYS and (not is_image_key(key) or is_count(row[key]))}
     return _object(row.get("metadata"), "metadata") | _plain(other)
 
 

@@ -118,8 +118,12 @@ def refuse_unboxable(answer: str, key: str) -> None:
     if len(answer) > ANSWER_LENGTH:
         detail = f"`{key}` has {len(answer)} characters, graded are {ANSWER_LENGTH}; shorten it"
         raise BadRow("answer too long", detail)
+    if answer.isascii() and answer.isalnum():
+        return
     if not normalize(answer):
         raise BadRow("empty answer", f"`{key}` holds nothing but marks; give the gold answer")
+    if not any(mark in answer for mark in "{}\\"):
+        return  # in a box it stays what it is
     # The reward reads a response's last box: an answer with a brace too many never comes out of one as it went in.
     if response.last_boxed(f"\\boxed{{{answer}}}") != answer:
         raise BadRow("answer can't be boxed", f"`{key}` has unbalanced braces; mend or escape them")
@@ -138,7 +142,7 @@ def _bare(text: str, key: str) -> str:
     boxes = list(_BOX.finditer(text))
     if boxes:
         return _out_of_box(text, boxes, key)
-    if match := _SAID.search(text):
+    if ("answer" in text.casefold() or "答案" in text) and (match := _SAID.search(text)):
         return match[1].strip().removesuffix(".").strip("*").strip() or text
     return text
 

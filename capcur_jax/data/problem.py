@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from capcur_jax.answers.kinds import answer_type_of, hint_of
 
 IMAGE_MARK = "<image>"
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 SPLITS = ("train", "validation", "test")
 
 
@@ -63,7 +65,7 @@ class BadRow(ValueError):
 
 def refuse_half_pair(text: str, key: str) -> None:
     """Raises BadRow for half of a surrogate pair, which is no text."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and _HALF_PAIR.search(text):
         detail = f"`{key}` holds half of a surrogate pair, which no tokenizer takes; repair the text"
         raise BadRow(f"bad {key}", detail)
 

@@ -1,7 +1,8 @@
 """The images that a row gives, under whatever key and in whatever form; docs/data.md has the tables.
 
 A row whose image lies where nobody looks would be used without it, and its question be guessed. So the usual spellings
-of the key are read, and what looks like an image under any other key costs the row.
+of the key are read, and a picture under any other key costs the row: bytes, or the path of a file that is there. A name
+of a file that is not there says where the row came from, and stays metadata.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ast
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -61,8 +63,13 @@ def unpack_image(data: bytes, folder: str | os.PathLike) -> str:
 
 
 def is_image_key(key: str) -> bool:
-    """Whether images are read under this key of a row."""
+    """Whether images are read under this key of a row, unless a number stands there (`is_count`)."""
     return _spelled(key) is not None
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a number, which under an image's key is an id or a count and no image."""
+    return isinstance(value, int | float) and value == value  # NaN: nothing, as tables have it
 
 
 def image_bytes(text: str) -> bytes | None:
@@ -114,8 +121,7 @@ class RowImages:
     def refuse_strays(self, row: dict, known: tuple[str, ...], images: tuple[str, ...]) -> None:
         """Raises BadRow where a key that is not read holds an image.
 
-        A path counts where the row has no image, or where its file is there and is none of the row's images; an
-        address where the row has no image.
+        A path counts where its file is there and is none of the row's images.
         """
         for key, value in row.items():
             if key in known or is_image_key(key):
@@ -130,7 +136,7 @@ class RowImages:
                     raise BadRow("image under another key", detail)
 
     def _is_stray(self, value: Any, images: tuple[str, ...]) -> bool:
-        data = None
+        data, value = None, _addressed(value)
         if isinstance(value, dict) and value and set(value) <= {"bytes", "path"}:
             value, data = value.get("path"), value.get("bytes")
         elif isinstance(value, bytes):
@@ -144,15 +150,13 @@ class RowImages:
         if isinstance(data, bytes) and _suffix(data) not in (None, ".bmp"):
             digest = hashlib.sha256(data).digest()
             return not any(_digest(image) == digest for image in images)
-        if not isinstance(value, str) or not _PATH_LIKE.fullmatch(value.strip()):
+        if not isinstance(value, str) or "://" in value or not _PATH_LIKE.fullmatch(value.strip()):
             return False
-        path = "" if "://" in value else self._located(value.strip())
-        if not images and (os.path.isfile(path) or " " not in value):  # with spaces it may be a sentence
-            return True
+        path = self._located(value.strip())
         return os.path.isfile(path) and not any(_same((path,), (image,)) for image in images)
 
     def _path(self, image: Any, key: str) -> str:
-        data = None
+        data, image = None, _addressed(image)
         if isinstance(image, dict) and set(image) <= {"bytes", "path"}:
             image, data = image.get("path"), image.get("bytes")
         elif isinstance(image, bytes):
@@ -193,6 +197,7 @@ class RowImages:
         return path
 
 
+@functools.lru_cache(1024)
 def _spelled(key: str) -> re.Match | None:
     return _KEY.fullmatch(re.sub(r"[\W_]+", "", key.casefold()))
 
@@ -219,11 +224,18 @@ def _listed(value: Any) -> list:
     if isinstance(value, str) and value.strip()[:1] == "[":  # a list as text, as tables have it
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             value = ast.literal_eval(value.strip()[:100_000])
-    if value in (None, "", [], {}, b"") or (isinstance(value, float) and value != value):
+    if value in (None, "", [], {}, b"") or isinstance(value, int | float):
         return []
     if isinstance(value, dict) and set(value) <= {"bytes", "path"} and not any(value.values()):
         return []
     return value if isinstance(value, list) else [value]
+
+
+def _addressed(image: Any) -> Any:
+    """The path or data URI of {"url": ...}, as OpenAI's messages have images; anything else as it is."""
+    if isinstance(image, dict) and set(image) <= {"type", "image_url"} and isinstance(image.get("image_url"), dict):
+        image = image["image_url"]
+    return image["url"] if isinstance(image, dict) and "url" in image and set(image) <= {"url", "detail"} else image
 
 
 def _same(images: tuple[str, ...], others: tuple[str, ...]) -> bool:

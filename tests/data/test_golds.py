@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from capcur_jax.answers import kinds, letters
 from capcur_jax.curation.checking import unanswerable
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import Tally, read_problems, read_rows, write_rows
@@ -112,6 +113,17 @@ def test_every_answer_counts_and_comes_back(tmp_path):
         assert read_problems(tmp_path / name)[0] == problems
     with pytest.raises(ValueError, match="begin with `answer`"):
         Problem("1", "p", "4", answers=("5", "4"))
+
+
+def test_options_are_looked_for_once_a_row_and_common_golds_are_not_taken_apart(tmp_path, monkeypatch):
+    asked, normalized, look = [], [], letters._labels
+    monkeypatch.setattr(letters, "_labels", lambda text: asked.append(text) or look(text))
+    monkeypatch.setattr(kinds, "normalize", lambda text: normalized.append(text) or text)
+    kinds.answer_type_of.cache_clear()
+    rows = [{"problem": f"{i}? A. x B. y", "answers": [gold, gold * 2]} for i, gold in enumerate(("7", "12", "4"))]
+    problems, drops = read_problems(written(tmp_path / "rows.jsonl", *rows))
+    assert [problem.answer_type for problem in problems] == ["number"] * 3 and not drops
+    assert len(asked) == 3 and not normalized
 
 
 def test_columns_of_parquet_are_read_as_they_were_meant(tmp_path):

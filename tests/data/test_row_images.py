@@ -128,6 +128,20 @@ def test_a_row_with_a_video_is_refused(folder):
     assert drop.reason == "video" and "; " in drop.detail
 
 
+def test_names_of_files_and_numbers_that_are_no_images_are_metadata(folder):
+    other = {
+        "file_name": "train2017/000001.jpg",
+        "hint": "see a.png",
+        "image": 5,
+        "pictures": 3,
+        "link": "http://x/a.png",
+    }
+    problem = one(written(folder / "rows.jsonl", {"problem": "p", "answer": "1"} | other))
+    assert not problem.images and problem.metadata == other
+    write_rows(folder / "again.jsonl", [problem])
+    assert one(folder / "again.jsonl") == problem
+
+
 def test_keys_that_are_read_are_no_metadata(folder):
     row = {"problem": "p", "answer": "1", "image": "a.png", "img": None, "split": "train"}
     assert one(written(folder / "rows.jsonl", json.dumps(row))).metadata == {"split": "train"}
