@@ -99,9 +99,9 @@ class Run:
             if self.owner:
                 display.warn(f"{workdir}: going on after step {self.progress.step}")
         self._started -= self.progress.seconds
+        self._open_reward()
         model = self._open_model()
         self.counter = self._closing.enter_context(contextlib.closing(metrics.CompilationCounter()))
-        self._open_reward()
         self._open_engine(model)  # last of what may fail: servers take minutes to start
         self._open_records()
 
@@ -160,19 +160,18 @@ class Run:
         return model
 
     def _open_reward(self) -> None:
-        settings = self.config.objective
         try:
             self.reward = make_reward(self.config.reward)
         except ValueError as error:
             raise InputError(str(error)) from None
         self._closing.callback(self.reward.close)
+
+    def _open_engine(self, model: QwenVL) -> None:
+        config, settings = self.config, self.config.objective
         advantages = functools.partial(
             objectives.group_advantages, epsilon=settings.advantage_epsilon, normalise=settings.advantage_std
         )
         self.grading = Grading(self.reward, self.policy.processor.response, jax.jit(advantages))
-
-    def _open_engine(self, model: QwenVL) -> None:
-        config = self.config
         self.sampling = sampling_of(config, "rollout")
         with self.display.progress(f"rollout engine ({config.rollout.engine})"):
             self.engine = policy.open_engine(config, model, self.policy, self.workdir)

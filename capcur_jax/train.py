@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -230,8 +231,9 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> None:
     if due(run.config.validation.every, step):
         run.recorder.complete()
         with run.recorder.between("seconds_validation"):
-            metric = results.validate(run, stage.name)
-            if run.progress.best is None or metric > run.progress.best:
+            accuracy = results.validate(run, stage.name)
+            metric = None if math.isnan(accuracy) else accuracy  # a reward on another scale gives none
+            if metric is not None and (run.progress.best is None or metric > run.progress.best):
                 run.progress = dataclasses.replace(run.progress, best=metric)
                 run.export("best")
     if metric is not None or due(run.config.checkpointing.every, step) or last:

@@ -3,8 +3,8 @@
 A program is started as `python -m MODULE MEMORY_MB TIMEOUT_S ARGUMENT...` and speaks JSON lines over its pipes:
 
     worker: {"ready": true}                          or {"ready": false, "error": "..."} and the end
-    parent: any request
-    worker: any reply; {..., "bytes": 12} is followed by 12 bytes, {..., "last": true} by the worker's end
+    parent: any request, with its "number"
+    worker: any reply, with the same number; {..., "bytes": 12} is followed by 12 bytes, {..., "last": true} by the end
 
 The parent's clock kills a worker that takes too long. The limits that a worker sets on itself hold if the parent is
 gone. The address space is limited on Linux only: macOS does not support it.
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,6 @@ _SETTINGS = {
     "PYTHONUTF8": "1",  # names of files that are no text pass as they are
     "OPENBLAS_NUM_THREADS": "1",  # others would take the address space
 }
-
-
-def _small_environment() -> dict[str, str]:
-    """What Python needs."""
-    return {name: os.environ[name] for name in (*_ENVIRONMENT, "PYTHONPATH") if name in os.environ}
 
 
 class Died(Exception):
@@ -81,7 +76,8 @@ class Worker:
         environment: Mapping[str, str] | None = None,
     ):
         self._timeout_s = timeout_s
-        environment = _small_environment() if environment is None else dict(environment)
+        if environment is None:
+            environment = {name: os.environ[name] for name in (*_ENVIRONMENT, "PYTHONPATH") if name in os.environ}
         path = [str(_PACKAGE_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in kill)
         # A program of its own, not a fork (the trainer has JAX's threads), in a session of its own (Ctrl-C is for the
@@ -89,12 +85,11 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(memory_mb), str(timeout_s), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, start_new_session=True,
-            env=environment | _SETTINGS | {"PYTHONPATH": os.pathsep.join(path)},
+            env={**environment} | _SETTINGS | {"PYTHONPATH": os.pathsep.join(path)},
         )  # fmt: skip
-        self._buffer = b""
-        self._poll = select.poll()
+        self._buffer, self._number = b"", 0
+        self._poll, self._room = select.poll(), select.poll()
         self._poll.register(self.process.stdout, select.POLLIN)
-        self._room = select.poll()
         self._room.register(self.process.stdin, select.POLLOUT)
         os.set_blocking(self.process.stdin.fileno(), False)
 
@@ -102,37 +97,44 @@ class Worker:
         """Waits until it listens. Raises Died with the last that it said."""
         try:
             reply = self._line(time.monotonic() + START_TIMEOUT_S)
-        except Died as error:
-            silent = f"no sign of life in {START_TIMEOUT_S:.0f} s" if isinstance(error, TimedOut) else str(error)
-            raise Died(self._last_words() or silent) from None
+        except TimedOut:
+            raise Died(self._last_words() or f"no sign of life in {START_TIMEOUT_S:.0f} s") from None
         if not reply.get("ready"):
             raise Died(reply.get("error", "no reason given"))
-
-    @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
 
     def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytearray | None]:
         """The reply and the bytes that came with it. Raises Died, TimedOut among them."""
         deadline = time.monotonic() + self._timeout_s
+        self._number += 1
+        os.ftruncate(self._errors.fileno(), 0)  # the last words are to be of this request
+        os.lseek(self._errors.fileno(), 0, os.SEEK_SET)  # the worker's place, too
         with contextlib.suppress(BrokenPipeError):  # a dead worker shows when it is read
-            rest = memoryview(json.dumps(request).encode() + b"\n")
+            rest = memoryview(json.dumps(request | {"number": self._number}).encode() + b"\n")
             while rest:
                 self._wait(deadline, self._room)
                 rest = rest[os.write(self.process.stdin.fileno(), rest) :]
         reply = self._line(deadline)
-        if "bytes" not in reply:
-            return reply, None
-        payload, first = bytearray(reply["bytes"]), len(self._buffer)
-        payload[:first] = self._buffer
-        self._buffer, rest = b"", memoryview(payload)[first:]
+        if reply.pop("number", None) != self._number:
+            raise Died("wrote a reply to another request")
+        payload = bytearray(reply["bytes"]) if "bytes" in reply else None
+        rest = memoryview(bytearray() if payload is None else payload)
+        first, self._buffer = self._buffer[: len(rest)], self._buffer[len(rest) :]
+        rest[: len(first)], rest = first, rest[len(first) :]
         while rest:
             self._wait(deadline)
             count = os.readv(self.process.stdout.fileno(), [rest])
             if not count:
                 raise Died(self._end())
             rest = rest[count:]
+        if self.left_over():
+            raise Died("wrote more than its reply")
         return reply, payload
+
+    def left_over(self) -> bool:
+        """Whether it wrote more than replies: they would answer the next request."""
+        if any(event & select.POLLIN for _, event in self._poll.poll(0)):
+            self._buffer += os.read(self.process.stdout.fileno(), _LONGEST_LINE)
+        return bool(self._buffer)
 
     def _line(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
@@ -144,24 +146,30 @@ class Worker:
             if len(self._buffer) > _LONGEST_LINE and b"\n" not in self._buffer:
                 raise Died("wrote what is no reply")
         line, _, self._buffer = self._buffer.partition(b"\n")
-        try:
-            reply = json.loads(line)
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            raise Died("wrote what is no reply")
-        return reply
+        with contextlib.suppress(ValueError):
+            if isinstance(reply := json.loads(line), dict):
+                return reply
+        raise Died("wrote what is no reply")
 
     def _wait(self, deadline: float, poll: select.poll | None = None) -> None:
         if not (poll or self._poll).poll(max(deadline - time.monotonic(), 0.0) * 1000):
             raise TimedOut("took too long")
 
     def _end(self) -> str:
-        try:
-            code = self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return "closed its pipe"
-        return f"ended by signal {-code}" if code < 0 else f"exit status {code}"
+        limit = time.monotonic() + 1.0
+        while (code := self.code()) is None:
+            if time.monotonic() > limit:
+                return "closed its pipe"
+            time.sleep(0.005)
+        said = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
+        return ": ".join(filter(None, [said, self._last_words()]))
+
+    def code(self) -> int | None:
+        """The exit code once it has ended. Until `kill` it is not waited for: its number stays that of its group."""
+        if self.process.returncode is not None or not hasattr(os, "waitid"):  # macOS has it since Python 3.13
+            return self.process.poll()
+        found = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return found and (found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)
 
     def _last_words(self) -> str:
         """The end of what the process wrote to stderr."""
@@ -169,9 +177,9 @@ class Worker:
         return self._errors.read()[-2000:].decode(errors="replace").strip()
 
     def signal(self) -> None:
-        """Tells the process, and what it has started, to end."""
-        with contextlib.suppress(ProcessLookupError):
-            if self.process.poll() is None:  # else its number may be another's
+        """Tells the process, and what it has started, to end; the latter also where it has ended itself."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS lets nobody signal a zombie
+            if self.process.returncode is None:  # else its number may be another's
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
@@ -185,8 +193,7 @@ class Worker:
 class _Slot:
     """A place for a worker; empty until the first request comes, and after a death."""
 
-    def __init__(self):
-        self.worker: Worker | None = None
+    worker: Worker | None = None
 
     def empty(self) -> None:
         worker, self.worker = self.worker, None
@@ -239,8 +246,7 @@ class Pool:
           Died: every worker that was tried; says how the last one ended. TimedOut where its time was over.
           RuntimeError: workers can't be started, or the pool is closed.
         """
-        slot = self._free.get()
-        try:
+        with self._taken() as slot:
             for left in reversed(range(self._tries)):
                 self._fill(slot)
                 try:
@@ -257,6 +263,17 @@ class Pool:
                         slot.empty()
                     return reply, payload
             raise AssertionError
+
+    def start(self) -> None:
+        """Starts a worker now, if there is none. Raises RuntimeError."""
+        with self._taken() as slot:
+            self._fill(slot)
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[_Slot]:
+        slot = self._free.get()
+        try:
+            yield slot
         except BaseException:  # an interrupt too: a reply left in a pipe must not answer the next request
             slot.empty()
             raise
@@ -270,7 +287,7 @@ class Pool:
     def _fill(self, slot: _Slot) -> None:
         """Makes sure that the slot has a worker that listens."""
         self._check_open()
-        if slot.worker and not slot.worker.alive:  # died at rest: no request's fault
+        if slot.worker and (slot.worker.code() is not None or slot.worker.left_over()):  # no fault of this request
             slot.empty()
         if not slot.worker:
             try:
@@ -292,13 +309,11 @@ class Pool:
             return
         self._closed = True
         for slot in self._slots:  # a thread that reads from one wakes up and empties the slot itself
-            worker = slot.worker
-            if worker:
+            if worker := slot.worker:
                 worker.signal()
         taken = []
         with contextlib.suppress(queue.Empty):
-            for _ in self._slots:
-                taken.append(self._free.get(timeout=CLOSE_TIMEOUT_S))
+            taken.extend(self._free.get(timeout=CLOSE_TIMEOUT_S) for _ in self._slots)
         for slot in taken:
             slot.empty()
             self._free.put(slot)
@@ -321,10 +336,10 @@ def serve(
         every core at once. Its limits hold for what it does about a request.
     """
     memory_mb, timeout_s = int(sys.argv[1]), float(sys.argv[2])
-    # Replies leave by a copy of stdout: what a library prints to the real one must not look like a reply.
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)
+    # Copies of the pipes: what a library prints must not look like a reply, and what it reads must not be a request.
+    requests, replies, own = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0), os.getpid()
+    for number in (0, 1):
+        os.dup2(devnull := os.open(os.devnull, os.O_RDWR), number)
 
     def reply(message: dict[str, Any], payload: bytes | None = None) -> None:
         size = {} if payload is None else {"bytes": len(payload)}
@@ -346,12 +361,17 @@ def serve(
         except Exception as error:  # whatever it is, the parent reports it with the remedy
             reply({"ready": False, "error": f"{type(error).__name__}: {error}"})
             sys.exit(1)
-        os.dup2(devnull, 2)
+        if not trusted:
+            os.dup2(devnull, 2)
         reply({"ready": True})
-        for line in sys.stdin.buffer:
+        for line in requests:
+            request = json.loads(line)
+            number = request.pop("number")
             roll_cpu_limit(timeout_s * (os.cpu_count() or 1) if trusted else timeout_s)
-            message, payload = answer(json.loads(line))
-            reply(message, payload)
+            message, payload = answer(request)
+            if os.getpid() != own:  # a fork that came back
+                os._exit(0)
+            reply(message | {"number": number}, payload)
             if message.get("last"):
                 break
 

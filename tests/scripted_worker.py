@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -25,6 +26,20 @@ def do(request):
         case {"pipe": text}:
             os.write(PIPE, text.encode())
             os._exit(3)
+        case {"late": text}:
+            if not os.fork():
+                time.sleep(0.3)
+                os.write(PIPE, text.encode())
+                os._exit(0)
+        case {"fork": number}:
+            os.fork()
+            return {"forked": number}, None
+        case {"read": _}:
+            return {"read": [sys.stdin.read(), subprocess.run(["cat"], capture_output=True, text=True).stdout]}, None
+        case {"leave": path}:  # ends, and leaves behind what it has started
+            child = subprocess.Popen(["sleep", "60"])
+            os.symlink(str(child.pid), path)  # no file may be written
+            os._exit(4)
         case {"signal": number}:
             os.kill(os.getpid(), number)
         case {"once": path}:  # the worker that makes the file dies; an empty file is allowed

@@ -1,7 +1,8 @@
-"""What process 0 decides is decided for all."""
+"""What process 0 decides is decided for all; what a reward lacks shows before the model is opened."""
 
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -35,3 +36,17 @@ def refuse():
 )
 def test_a_refusal_of_process_0_ends_all_of_them(monkeypatch, owner, act, refused, given):
     assert by_owner(monkeypatch, act, owner, refused) == given
+
+
+def test_the_reward_opens_before_the_model(monkeypatch):
+    for name in ("check_devices", "sharding", "Checkpoints", "start_anew", "make_reward"):
+        monkeypatch.setattr(run, name, mock.MagicMock())
+    monkeypatch.setattr(run, "goes_on_from", lambda *_: None)
+    run.start_anew.return_value.seconds = 0.0
+    run.make_reward.side_effect = ValueError("config.reward.function can't start")
+    stand_in = mock.MagicMock(_started=0.0)
+    stand_in._open_reward = lambda: run.Run._open_reward(stand_in)
+    with pytest.raises(InputError, match="can't start"):
+        run.Run._open(stand_in)
+    stand_in._open_data.assert_called_once()
+    stand_in._open_model.assert_not_called()

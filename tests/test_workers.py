@@ -89,9 +89,12 @@ def test_what_a_library_prints_is_no_reply(pool):
 
 @pytest.mark.parametrize("request_, words", [
     ({"signal": 9}, "ended by signal 9"), ({"pipe": ""}, "exit status 3"),
-    ({"pipe": '{"said": '}, "exit status 3"), ({"pipe": '{"bytes": 9}\n1234'}, "exit status 3"),
+    ({"pipe": '{"said": '}, "exit status 3"), ({"pipe": '{"number": 2, "bytes": 9}\n1234'}, "exit status 3"),
     ({"pipe": "said\n"}, "no reply"), ({"pipe": "[1]\n"}, "no reply"), ({"pipe": "x" * 65537}, "no reply"),
     ({"hush": 60}, "closed its pipe"),
+    ({"pipe": '{"number": 1}\n'}, "another request"), ({"pipe": '{"said": 1}\n'}, "another request"),
+    ({"pipe": '{"number": 2}\n{"number": 2}\n'}, "more than its reply"),
+    ({"pipe": '{"number": 2, "bytes": 1}\n12'}, "more than its reply"),
 ])  # fmt: skip
 def test_a_worker_that_dies_is_replaced(pool, request_, words):
     pool.ask({"say": 0})
@@ -157,6 +160,57 @@ def test_an_interrupt_ends_the_worker_and_its_reply_answers_nothing_else(pool):
         pool.ask({"sleep": 60})
     assert gone(pid)
     assert_works(pool, 0)
+
+
+def test_what_a_worker_wrote_besides_its_reply_answers_nothing_else(pool):
+    assert pool.ask({"late": '{"number": 2, "said": "stale"}\n'})[0] == {"done": ["late"]}
+    (pid,) = pool.processes()
+    assert wait_for(lambda: pool._slots[0].worker.left_over())
+    assert_works(pool, 0)
+    assert gone(pid)
+
+
+def test_a_fork_that_comes_back_does_not_reply(pool):
+    for number in range(3):
+        assert pool.ask({"fork": number})[0] == {"forked": number}
+        assert pool.ask({"say": number})[0] == {"said": number}
+    assert pool.deaths == 0
+
+
+def test_requests_are_out_of_reach_of_what_reads_stdin(pool):
+    assert pool.ask({"read": 1})[0] == {"read": ["", ""]}
+    assert_works(pool, 0)
+
+
+def test_what_a_worker_started_ends_with_it_also_where_it_ended_itself(pool, tmp_path):
+    file = tmp_path / "pid"
+    with pytest.raises(workers.Died, match="exit status 4"):
+        pool.ask({"leave": str(file)})
+    pid = int(os.readlink(file))
+    assert wait_for(lambda: gone(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_the_last_words_of_a_worker_are_told(monkeypatch, tmp_path):
+    """Where it is trusted; those of the request that it died of, and no earlier ones."""
+    (tmp_path / "program.py").write_text(
+        "import os, sys\nfrom capcur_jax import workers\n"
+        "def answer(request):\n    print(request['say'], file=sys.stderr)\n"
+        "    return ({}, None) if request['say'] == 'before' else os._exit(5)\n"
+        "workers.serve(answer, trusted=True)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = pool_of(program="program")
+    pool.ask({"say": "before"})
+    with pytest.raises(workers.Died, match=r"^exit status 5: out of luck$"):
+        pool.ask({"say": "out of luck"})
+
+
+def test_a_pool_may_start_before_it_is_asked(pool, monkeypatch):
+    pool.start()
+    pids = pool.processes()
+    pool.start()
+    assert_works(pool, 0)
+    assert len(pids) == 1 and pool.processes() == pids
 
 
 # ---------------------------------------------------------------------- limits

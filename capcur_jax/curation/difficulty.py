@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from capcur_jax.curation.journal import Journal, digest_of, key_of
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.errors import InputError
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadImage, BadInput, Prompt
 from capcur_jax.rewards.reward import Reward
@@ -85,6 +87,11 @@ def measure(
         scores = reward(asked, texts)
         for number, ((problem, _), group) in enumerate(zip(built, groups, strict=True)):
             mine = scores[number * samples : (number + 1) * samples]
+            if any(math.isnan(score.accuracy) for score in mine):
+                raise InputError(
+                    "config.reward.function gives rewards outside 0 to 1 and no accuracy: return {'reward': ..., "
+                    "'accuracy': ...}; a pass rate is the mean accuracy"
+                )
             record = {
                 "predictions": [(score.answer or "")[:WORST] for score in mine],
                 "correctness": [score.accuracy for score in mine],

@@ -19,12 +19,16 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from capcur_jax.data.problem import Problem
 from capcur_jax.workers import Died, Pool, TimedOut
 
 RewardFunction = Callable[..., Any]  # (Problem, response) -> result, or of lists where it is `batched`
 
 _LATE_IN_A_ROW = 3  # calls; then what is left of a failed batch is not asked
+_LARGEST = 1e18  # of a reward: advantages are float32, and the squares of their spread overflow there from 1e19 on
+_OF_MEMORY = ("exit status 3", "ended by signal")  # how a worker ends that lacks it: function_worker.py, the system
 _LEAST = {"workers": 1, "timeout_s": 0.1, "memory_mb": 16}
 # A worker sees no accelerator: the trainer has them.
 _NO_DEVICES = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -41,8 +45,9 @@ class Outcome(NamedTuple):
 class Function:
     """Calls the function that `spec` ("module:function") names, for any number of responses at a time.
 
-    It runs in `workers` processes of its own, which are started when the first response needs one, import the module
-    again, and have the trainer's environment and sys.path, but no accelerator. Attributes of the function decide more:
+    It runs in `workers` processes of its own. The first is started here, the others when a response needs one. They
+    import the module again, and have the trainer's environment and sys.path, but no accelerator. Attributes of the
+    function decide more:
 
         score.batched = True     # called with lists, of problems and of responses; gives a list of results
         score.in_process = True  # called in the trainer's process, without a time-out: it needs its state, or a device
@@ -55,13 +60,14 @@ class Function:
 
     Attributes:
       timeouts, failures: responses whose worker was ended because its time was over, or ended by itself.
+      repeated: calls of a batch that failed, and were repeated response by response.
 
     Raises:
-      ValueError: the function can't be imported, or a setting is out of range.
+      ValueError: the function can't be imported, here or in a worker, or a setting is out of range.
     """
 
     def __init__(self, spec: str, workers: int = 2, timeout_s: float = 5.0, memory_mb: int = 1024):
-        self.spec, self.timeouts, self.failures = spec, 0, 0
+        self.spec, self.timeouts, self.failures, self.repeated = spec, 0, 0, 0
         self._function = load(spec)
         self._here = bool(getattr(self._function, "in_process", False))
         self._batched = bool(getattr(self._function, "batched", False))
@@ -71,6 +77,11 @@ class Function:
         self._count, self._settings = 1 if self._here else int(workers), (int(memory_mb), float(timeout_s))
         self._counting = threading.Lock()
         self._renew()
+        if not self._here:
+            try:
+                self._pool.start()  # what a worker lacks shows before a model is opened
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Outcome]:
         """The outcome of each response, in the order given.
@@ -115,6 +126,15 @@ class Function:
             return self._call(asked)
         except _CallFailed as failure:
             if len(asked) > 1:
+                with self._counting:
+                    self.repeated += 1
+                    first = self.repeated == 1
+                if first:
+                    logging.warning(
+                        "config.reward.function %s failed for a batch of %d responses, which are asked one by one now. "
+                        "Later batches that fail are only counted (reward_batches_repeated). %s",
+                        self.spec, len(asked), failure.outcome.error,
+                    )  # fmt: skip
                 return self._singly(asked)
             with self._counting:
                 self.timeouts += failure.outcome.timed_out
@@ -148,7 +168,9 @@ class Function:
             said = f"it took longer than config.reward.timeout_s = {timeout_s:g} s"
             raise _CallFailed(Outcome(None, said, timed_out=True)) from None
         except Died as error:
-            said = f"its worker {error} (calls may take config.reward.memory_mb = {memory_mb} MiB)"
+            said = f"its worker {error}"
+            if said.startswith(tuple(f"its worker {way}" for way in _OF_MEMORY)):
+                said += f" (calls may take config.reward.memory_mb = {memory_mb} MiB)"
             raise _CallFailed(Outcome(None, said), lost=True) from None
         return _read(json.loads(payload))
 
@@ -193,6 +215,11 @@ def load(spec: str) -> RewardFunction:
             f"importing {module_name} failed ({type(error).__name__}: {error}); give the dotted name of a module, and "
             "add the folder that holds it to PYTHONPATH"
         ) from error
+    except SystemExit as error:
+        raise problem_with(
+            f"importing {module_name} ended the program (SystemExit: {error}); what reads the command line or exits "
+            'belongs below if __name__ == "__main__"'
+        ) from error
     function = getattr(module, attribute, None)
     if function is None:
         raise problem_with(
@@ -216,7 +243,7 @@ def answers(
             found = [function(problem, response) for problem, response in zip(problems, responses, strict=True)]
     except MemoryError:  # a fresh process is the only clean state: not for the trainer's, where it ends the run
         raise
-    except Exception:  # one odd response must not end a run of hours
+    except (Exception, SystemExit):  # one odd response must not end a run of hours
         return traceback.format_exc(limit=-8)[-4000:].strip()
     return [_result(one) for one in found]
 
@@ -224,13 +251,13 @@ def answers(
 def _result(found: Any) -> dict[str, Any]:
     try:
         return result(found)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a number of the user's own kind may raise anything
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def result(found: Any) -> dict[str, float]:
     """The numbers in what the user's function returned: `reward`, and `accuracy` and `format` where they are given.
-    Raises TypeError or ValueError."""
+    Raises TypeError or ValueError, or what the numbers raise."""
     values = found if isinstance(found, dict) else {"reward": found}
     unknown = values.keys() - {"reward", "accuracy", "format"}
     if "reward" not in values or unknown:
@@ -242,9 +269,17 @@ def _number(key: str, value: Any) -> float:
     if not hasattr(type(value), "__float__"):  # text has none, numbers of numpy, jax and torch do
         raise TypeError(f"{key} is a {type(value).__name__}; return a number")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{key} is {number}; return a finite number")
+    if not abs(number) <= _LARGEST:
+        raise ValueError(f"{key} is {number}; return a finite number, of {_LARGEST:g} at most")
+    if key != "reward" and math.isnan(number := share(number)):
+        raise ValueError(f"{key} is {float(value)}; return a share, from 0 to 1")
     return number
+
+
+def share(number: float) -> float:
+    """The number where it is from 0 to 1, give or take its rounding; else NaN."""
+    nearest = min(max(number, 0.0), 1.0)
+    return nearest if abs(number - nearest) <= 1e-6 else math.nan
 
 
 def to_json(problem: Problem) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from absl import logging
 from capcur_jax.answers import kinds
 from capcur_jax.answers import response as extract
 from capcur_jax.data.problem import Problem
-from capcur_jax.rewards.function import Function, Outcome, result
+from capcur_jax.rewards.function import Function, Outcome, result, share
 from capcur_jax.rewards.grade import Grader
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What one response earned. Of the project's own reward, `accuracy` and `format` are 0.0 or 1.0."""
+    """What one response earned. Of the project's own reward, `accuracy` and `format` are 0.0 or 1.0. An accuracy
+    that the user's function did not give, and its reward is not, is NaN."""
 
     reward: float
     accuracy: float
@@ -74,7 +75,10 @@ class Reward:
     def counters(self) -> dict[str, int]:
         """Totals since the start: pairs the grader gave up on, and responses the user's function failed on."""
         function = self._function
-        own = {"reward_timeouts": function.timeouts, "reward_failures": function.failures} if function else {}
+        own = {}
+        if function:
+            own = {"reward_timeouts": function.timeouts, "reward_failures": function.failures}
+            own["reward_batches_repeated"] = function.repeated
         return {
             "grader_timeouts": self._grader.timeouts if self._grader else 0,
             "grader_failures": self._grader.failures if self._grader else 0,
@@ -98,12 +102,26 @@ class Reward:
                 scores.append(Score(0.0, 0.0, form, answer, outcome.timed_out))
             else:
                 scores.append(_read_result(outcome.values, form, answer))
+                if math.isnan(scores[-1].accuracy):
+                    self._without_accuracy(outcome.values["reward"])
         if len(failed) == len(scores) > 1:  # one odd response must not end a run of hours; a broken function does
             raise RuntimeError(
                 f"config.reward.function {self._function.spec} failed for all {len(scores)} responses of a batch; the "
                 f"last error: {failed[-1]}"
             )
         return scores
+
+    def _without_accuracy(self, reward: float) -> None:
+        """Tells once that a reward on another scale is no accuracy."""
+        if "accuracy" not in self._told:
+            self._told.add("accuracy")
+            logging.warning(
+                "config.reward.function %s gave the reward %g and no accuracy. A reward outside 0 to 1 is not taken "
+                'for one: accuracy shows as "-", and no step is the best of its validations. Return {"reward": ..., '
+                '"accuracy": ...}, with an accuracy from 0 to 1.',
+                self._function.spec,
+                reward,
+            )
 
     def _failed(self, problem: Problem, outcome: Outcome) -> None:
         """Counts a response that has no result. The first of each kind is shown."""
@@ -129,12 +147,13 @@ def make_reward(config: ml_collections.ConfigDict) -> Reward:
         the user's; workers, timeout_s and memory_mb of the grader (see `Grader`) or of the function (see `Function`).
 
     The user's function is called as `function(problem: Problem, response: str)` in worker processes, and returns the
-    reward as a number or a dict: `reward`, and if it likes `accuracy` (default: the reward) and `format` (default: the
-    project's own, 0 or 1), which are logged. The weights play no part. An exception, a result that is no finite number,
-    or none in time scores 0 and is counted; docs/rewards.md has the rest.
+    reward as a number or a dict: `reward`, and if it likes `accuracy` (default: the reward where that is from 0 to 1,
+    else NaN) and `format` (default: the project's own, 0 or 1), which are logged. The weights
+    play no part. An exception, a result that is no finite number, or none in time scores 0 and is counted;
+    docs/rewards.md has the rest.
 
     Raises:
-      ValueError: a setting is wrong; the message names it.
+      ValueError: a setting is wrong, or no worker for the user's function can start; the message names it.
       RuntimeError: the parser of formulas is not installed.
     """
     weights = {name: config[name] for name in ("accuracy_weight", "format_weight")}
@@ -150,4 +169,4 @@ def make_reward(config: ml_collections.ConfigDict) -> Reward:
 def _read_result(found: Any, form: float, answer: str | None) -> Score:
     """The score in what the user's function returned. Raises TypeError or ValueError."""
     numbers = result(found)
-    return Score(**({"accuracy": numbers["reward"], "format": form, "answer": answer} | numbers))
+    return Score(**({"accuracy": share(numbers["reward"]), "format": form, "answer": answer} | numbers))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.rows import read_problems, write_rows
+from capcur_jax.errors import InputError
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample, Sampling
 from tests.conftest import random_image
@@ -88,6 +90,14 @@ def test_a_pass_rate_with_verdicts_that_timed_out_says_how_many(tmp_path, proble
 
     rows, _ = measured(tmp_path / "journal", problems[:3], builder, Engine(), late)
     assert [row.pass_rate_by.get("timed_out") for row in rows] == [2, None, None]
+
+
+def test_a_reward_without_an_accuracy_has_no_pass_rate(tmp_path, problems, builder):
+    def unknown(problems, responses):
+        return [dataclasses.replace(score, accuracy=math.nan) for score in reward(problems, responses)]
+
+    with pytest.raises(InputError, match=r"no accuracy: return"):
+        measured(tmp_path / "j", problems, builder, Engine(), unknown)
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 2])

@@ -1,6 +1,7 @@
 """Rewards of whole responses: weights, the user's own function, and its failures."""
 
 import gc
+import importlib
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from capcur_jax.data.problem import Problem
-from capcur_jax.rewards import reward
+from capcur_jax.rewards import function, reward
 
 FORMATTED = r"<think>so</think> \boxed{%s}"
 
@@ -74,9 +75,29 @@ def own(monkeypatch, tmp_path):
                 time.sleep(60)
             if "crash" in responses:
                 raise OSError("no server")
-            return [{"reward": len(responses), "accuracy": float(p.answer)} for p in problems]
+            return [{"reward": len(responses), "accuracy": float(p.answer) / 8} for p in problems]
 
         lists.batched = True
+
+        def share(problem, response):
+            return float(problem.answer)
+
+        def wild(problem, response):
+            return 10**400 if response == "big" else sys.exit("bye")
+
+        def wild_here(problem, response):
+            return wild(problem, response)
+
+        wild_here.in_process = True
+
+        def forks(problem, response):
+            if response == "fork":
+                os.fork()
+            return float(problem.answer)
+
+        def last_words(problem, response):
+            print("the", response, file=sys.stderr, flush=True)
+            return os._exit(7) if response == "end" else 1.0
 
         def too_few(problems, responses):
             return [1.0]
@@ -90,6 +111,16 @@ def own(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "own_rewards"
     sys.modules.pop("own_rewards", None)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What is logged. absl's logger is not always a child of the root logger that caplog listens to."""
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def test_weights():
@@ -132,7 +163,7 @@ def test_bad_weight(name, weight):
 def test_own_function(own):
     responses = ["abc", FORMATTED % "5"]
     results = reward.make_reward(_config(function=f"{own}:length"))(_problems("5", "5"), responses)
-    assert [r.reward for r in results] == [r.accuracy for r in results] == [float(len(r)) for r in responses]
+    assert [r.reward for r in results] == [float(len(r)) for r in responses]
     assert [r.format for r in results] == [0.0, 1.0]
     assert results[1].answer == "5"
     (result,) = reward.make_reward(_config(function=f"{own}:parts"))(_problems("5"), ["abc"])
@@ -155,19 +186,13 @@ def test_bad_function(own, spec, message):
         reward.make_reward(_config(function=spec))
 
 
-def test_failures_of_own_function_score_zero_and_are_counted(own, caplog):
+def test_failures_of_own_function_score_zero_and_are_counted(own, said):
     score = reward.make_reward(_config(function=f"{own}:picky"))
-    # absl's logger is not always a child of the root logger that caplog listens to.
-    logging.getLogger("absl").addHandler(caplog.handler)
-    try:
-        responses = ["fine", "crash", "nan", "text", "keys", "none"]
-        results = score(_problems(*["5"] * 6), responses)
-    finally:
-        logging.getLogger("absl").removeHandler(caplog.handler)
+    results = score(_problems(*["5"] * 6), ["fine", "crash", "nan", "text", "keys", "none"])
     assert [r.reward for r in results] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert score.counters()["reward_errors"] == 5
-    assert "ZeroDivisionError" in caplog.text and "own_rewards:picky" in caplog.text
-    assert "TypeError" not in caplog.text  # only the first is logged
+    assert "ZeroDivisionError" in said.text and "own_rewards:picky" in said.text
+    assert "TypeError" not in said.text  # only the first is logged
     assert score(_problems(), []) == []
 
 
@@ -226,12 +251,26 @@ def test_workers_are_several_processes_and_none_of_them_is_ours_unless_the_funct
 
 def test_a_batched_function_gets_lists_one_for_each_worker(own):
     results, counted = _scored(own, "lists", "12345", ["a"] * 5, workers=2, timeout_s=20.0)
-    assert [(r.reward, r.accuracy) for r in results] == [(3, 1), (3, 2), (3, 3), (2, 4), (2, 5)] and not counted
+    assert [(r.reward, r.accuracy) for r in results] == [
+        (3, 1 / 8),
+        (3, 2 / 8),
+        (3, 3 / 8),
+        (2, 4 / 8),
+        (2, 5 / 8),
+    ] and not counted
     # A call that fails is repeated response by response: one of them costs no other its verdict.
     results, counted = _scored(own, "lists", "1234", ["a", "crash", "b", "hang"], workers=1, timeout_s=1.0)
-    assert [r.accuracy for r in results] == [1, 0, 3, 0] and counted == {"reward_timeouts": 1, "reward_errors": 1}
-    results, _ = _scored(own, "too_few", "12", ["a", "b"], workers=1)  # each alone gets its one
-    assert [r.reward for r in results] == [1, 1]
+    assert [r.accuracy for r in results] == [1 / 8, 0, 3 / 8, 0]
+    assert counted == {"reward_timeouts": 1, "reward_errors": 1, "reward_batches_repeated": 1}
+
+
+def test_a_batch_that_fails_where_each_response_alone_does_not_is_told_once_and_counted(own, said):
+    score = reward.make_reward(_config(function=f"{own}:too_few"))
+    for _ in range(2):
+        assert [r.reward for r in score(_problems("1", "2"), ["a", "b"])] == [1, 1]
+    assert score.counters()["reward_batches_repeated"] == 2 and not score.counters()["reward_errors"]
+    assert said.text.count("1 results for 2 responses") == 1
+    score.close()
 
 
 def test_a_batch_whose_function_hangs_is_given_up_after_three_in_a_row(own):
@@ -240,7 +279,7 @@ def test_a_batch_whose_function_hangs_is_given_up_after_three_in_a_row(own):
     results, counted = _scored(own, "lists", "1" * 43, responses, workers=1, timeout_s=0.5)
     assert time.monotonic() - started < 15  # six calls, not 43, and their workers
     assert [r.timed_out for r in results] == [False, True, False, *[True] * 40]
-    assert counted == {"reward_timeouts": 41}
+    assert counted == {"reward_timeouts": 41, "reward_batches_repeated": 1}
 
 
 def test_golds_are_kept_by_their_texts_and_keep_no_problem():
@@ -254,7 +293,7 @@ def test_golds_are_kept_by_their_texts_and_keep_no_problem():
 
 def test_a_large_batch_goes_through_the_pipe_both_ways(own):
     results, _ = _scored(own, "lists", ["1"] * 3000, ["a" * 200] * 3000, workers=1, timeout_s=30.0)
-    assert [r.accuracy for r in results] == [1.0] * 3000
+    assert [r.accuracy for r in results] == [1 / 8] * 3000
 
 
 def test_what_a_function_in_a_worker_sees(own, monkeypatch, tmp_path):
@@ -304,7 +343,62 @@ def test_settings_of_workers_are_checked(own):
 
 
 def test_a_module_that_only_the_trainer_can_import_is_an_error_with_the_remedy(own, monkeypatch):
-    score = reward.make_reward(_config(function=f"{own}:length"))
-    Path(sys.modules[own].__file__).unlink()
-    with pytest.raises(RuntimeError, match=r"own_rewards:length .* can't start: .*own_rewards.* in_process = True"):
-        score(_problems("5"), ["abc"])
+    Path(importlib.import_module(own).__file__).unlink()
+    with pytest.raises(ValueError, match=r"own_rewards:length .* can't start: .*own_rewards.* in_process = True"):
+        reward.make_reward(_config(function=f"{own}:length"))
+
+
+def test_a_module_that_reads_the_command_line_when_it_is_imported_is_named(monkeypatch, tmp_path):
+    (tmp_path / "parses.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--config=a'])\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"config\.reward\.function is 'parses:f': .*SystemExit: 2.*__main__"):
+        reward.make_reward(_config(function="parses:f"))
+
+
+@pytest.mark.parametrize("name", ["wild", "wild_here"])
+def test_what_no_program_expects_of_a_function_is_a_failure_of_its_response(own, name, said):
+    score = reward.make_reward(_config(function=f"{own}:{name}", workers=1))
+    for response, words in (("big", "OverflowError"), ("exit", "SystemExit: bye")):
+        (outcome,) = score._function(_problems("5"), [response])
+        assert outcome.values is None and words in outcome.error and "memory" not in outcome.error
+    assert score(_problems("5"), ["exit"])[0].reward == 0
+    assert score.counters()["reward_errors"] == 1 and score.counters()["reward_failures"] == 0
+    score.close()
+
+
+def test_an_interrupt_of_a_function_in_this_process_is_no_failure():
+    def interrupted(problem, response):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        function.answers(interrupted, _problems("5"), ["a"])
+
+
+def test_the_last_words_of_a_function_that_ends_its_worker_are_told(own):
+    score = reward.make_reward(_config(function=f"{own}:last_words"))
+    outcomes = score._function(_problems("5", "5"), ["start", "end"])
+    assert outcomes[0].values and outcomes[1].error == "its worker exit status 7: the end"
+    score.close()
+
+
+def test_a_function_that_forks_gives_each_response_its_own_reward(own):
+    results, counted = _scored(own, "forks", ["0", "0.25", "0.5", "0.75"], ["fork", "a", "fork", "b"], timeout_s=20.0)
+    assert [r.reward for r in results] == [0, 0.25, 0.5, 0.75] and not counted
+
+
+def test_a_reward_that_float32_does_not_hold_is_a_failure(own):
+    results, counted = _scored(own, "share", ["1e39", "-1e39", "1e18", "1"], ["a"] * 4)
+    assert [r.reward for r in results] == [0, 0, 1e18, 1] and counted == {"reward_errors": 2}
+
+
+def test_a_reward_on_another_scale_is_no_accuracy_and_that_is_told_once(own, said):
+    results, counted = _scored(own, "share", ["0", "0.5", "1.0000000001", "3.5", "-1"], ["a"] * 5)
+    assert [r.accuracy for r in results] == pytest.approx([0, 0.5, 1, np.nan, np.nan], nan_ok=True) and not counted
+    assert max(r.accuracy for r in results[:3]) == 1
+    assert said.text.count("gave the reward 3.5 and no accuracy") == 1 and "reward -1" not in said.text
+
+
+@pytest.mark.parametrize("key", ["accuracy", "format"])
+def test_a_share_above_one_is_refused(key):
+    with pytest.raises(ValueError, match=f"{key} is 4.5; return a share"):
+        reward._read_result({"reward": 1.0, key: 4.5}, 1.0, None)
