@@ -68,7 +68,7 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
             missing.append(f"config.evaluation.split = {split!r}; choose train, validation or test")
         elif sets.missing(name, split):
             missing.append(f"config.data.sets.{name}.{split}: {sets.missing(name, split)}")
-        elif entry[split] and not sets.path(name, split).is_file():
+        elif entry[split] and not sets.path(name, split).exists():
             missing.append(f"config.data.sets.{name}.{split}: {sets.path(name, split)} does not exist")
     missing += policy.engine_kind(config).missing(config)
     if missing:

@@ -4,10 +4,13 @@ import dataclasses
 import shutil
 
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 import pytest
 
 from capcur_jax import checks, presets, schedule
 from capcur_jax.checkpointing import Checkpoints, Progress
+from capcur_jax.data import identity
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
 from capcur_jax.data.sets import Sets
@@ -87,6 +90,25 @@ def test_a_stage_of_rollouts_refuses_rows_without_an_answer_and_names_the_first(
     assert "4 of 7 have none (the first: 'c0', 'c1', 'c2')" in said and "objective = 'sft'" in said
     checks.check_data(*data(tmp_path))
     checks.check_data(*data(tmp_path, train=CAPTIONS, **{"stages.text.objective": "sft"}))
+
+
+def test_a_folder_of_save_to_disk_is_training_data(tmp_path):
+    """As `Dataset.save_to_disk` leaves it."""
+    rows = pyarrow.Table.from_pylist([{"problem": "2 + 2?", "answer": "4"}] * 3)
+    (tmp_path / "saved").mkdir()
+    with pyarrow.ipc.new_stream(str(tmp_path / "saved" / "data.arrow"), rows.schema) as writer:
+        writer.write_table(rows)
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
+    config, stages, sets = data(tmp_path, **{"data.sets.text.train": str(tmp_path / "saved")})
+    checks.check(config, stages, sets)
+    checks.check_data(config, stages, sets)
+    assert len(sets.problems("text", "train")) == 3
+    before = identity.of_run(config, sets, {("text", "train")})
+    (tmp_path / "saved" / "data.arrow").write_bytes(b"other")
+    assert identity.of_run(config, sets, {("text", "train")}) != before
+    config.data.sets.text.train = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        checks.check(config, stages, Sets(config.data, tmp_path))
 
 
 def test_what_a_curriculum_leaves_out_needs_no_answer(tmp_path):

@@ -7,8 +7,10 @@ import collections
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from capcur_jax.data.problem import Problem, stable_hash
+from capcur_jax.data.row_files import stem
 
 
 def drawn(problems: Sequence[Problem], count: int, file: str | os.PathLike) -> list[Problem]:
@@ -17,7 +19,7 @@ def drawn(problems: Sequence[Problem], count: int, file: str | os.PathLike) -> l
     The order of the rows changes nothing, and more of them contain fewer. A row that has no id of its own is called by
     its line (rows.py), which says nothing of it: what is hashed then is its text, answer and the names of its images.
     """
-    by_line = re.compile(rf"{re.escape(os.path.splitext(os.path.basename(file))[0])}-\d+").fullmatch
+    by_line = re.compile(rf"{re.escape(stem(Path(file)))}-\d+").fullmatch
 
     def key(problem: Problem) -> int:
         if by_line(problem.id):

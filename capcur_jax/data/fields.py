@@ -40,6 +40,7 @@ class RowReader:
         if not isinstance(row, dict):
             detail = f"a JSON {type(row).__name__}, not an object; write one JSON object a line"
             raise BadRow("not an object", detail)
+        row, left_out = _readable(row)
         problem, response = _text(row, "problem"), None
         if not problem.strip():
             raise BadRow("no problem", "`problem` is missing or empty; give the question")
@@ -48,6 +49,7 @@ class RowReader:
             if not response.strip():
                 raise BadRow("bad response", "`response` is empty; give the target text or leave the key out")
         done = _Repairs()
+        done.what += left_out
         problem = done.text(problem, "problem")
         response = done.text(response, "response") if response is not None else None
         accepted, changed = golds.accepted(_given_golds(row), problem, _text(row, "answer_type"))
@@ -80,6 +82,16 @@ class RowReader:
             answers=accepted if len(accepted) > 1 else (),
             repaired=tuple(dict.fromkeys(done.what)),
         )
+
+
+def _readable(row: dict) -> tuple[dict, list[str]]:
+    """The row without the values that can't be read, and what is counted. Raises BadRow where a key is needed."""
+    bad = {key: value for key, value in row.items() if isinstance(value, BadRow)}
+    for key, error in bad.items():
+        if (key in KEYS and key != "metadata") or is_image_key(key):
+            raise error
+    left_out = [f"{short(key)} can't be read and is left out" for key in bad]
+    return {key: value for key, value in row.items() if key not in bad} if bad else row, left_out
 
 
 class _Repairs:

@@ -21,6 +21,7 @@ FLAG = "--accept_changed_inputs"
 _LARGE = 1 << 28  # bytes of a file from which on its ends stand for it
 _END = 1 << 20
 _NO_PACKAGE = ("platform", "commit", "dirty")  # versions.json has them
+_OF_SAVED = (".arrow", ".json")
 _OF_CHECKPOINT = (".json", ".jinja", ".txt", ".model", ".safetensors")
 
 
@@ -33,7 +34,7 @@ def of_run(config: ConfigDict, sets: Sets, splits: Iterable[tuple[str, str]]) ->
     found = {}
     for name, split in sorted(splits):
         key = f"data.sets.{name}.{split}"
-        found[key] = of_file(sets.path(name, split))
+        found[key] = _of_data(sets.path(name, split))
         images = [image for problem in sets.problems(name, split) for image in problem.images]
         if images:
             found[f"{key}: images"] = _of_images(images)
@@ -45,6 +46,14 @@ def of_run(config: ConfigDict, sets: Sets, splits: Iterable[tuple[str, str]]) ->
         found["reward.function"] = _of_module(config.reward.function.partition(":")[0])
     versions = metrics.versions()
     return found | {f"versions: {name}": str(versions[name]) for name in versions if name not in _NO_PACKAGE}
+
+
+def _of_data(path: Path) -> str:
+    """A data file, or the files of a folder of `save_to_disk`."""
+    if not path.is_dir():
+        return of_file(path)
+    files = {file.name: of_file(file) for file in sorted(path.iterdir()) if file.suffix in _OF_SAVED and file.is_file()}
+    return f"{len(files)} files, sha256 of theirs {hashlib.sha256(json.dumps(files).encode()).hexdigest()}"
 
 
 def of_file(file: Path) -> str:

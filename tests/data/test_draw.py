@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gzip
 
 import pytest
 
@@ -37,14 +38,16 @@ def test_the_order_of_the_rows_changes_nothing_and_more_contain_fewer(count):
     assert len(found) == min(count or 1200, 1200)
 
 
-def test_rows_that_are_called_by_their_line_are_drawn_by_what_they_say(tmp_path):
+@pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz"])
+def test_rows_that_are_called_by_their_line_are_drawn_by_what_they_say(tmp_path, end):
     """A line says nothing of a row: in another order it is another row's."""
     plain = [{"problem": problem.problem, "answer": problem.answer} for problem in SORTED[:60]]
     found = []
     for name, rows in (("one", plain), ("other", plain[::-1])):
         (tmp_path / name).mkdir()
-        file = tmp_path / name / "test.jsonl"
-        file.write_text("".join(f'{{"problem": "{r["problem"]}", "answer": "{r["answer"]}"}}\n' for r in rows))
+        file = tmp_path / name / f"test{end}"
+        text = "".join(f'{{"problem": "{r["problem"]}", "answer": "{r["answer"]}"}}\n' for r in rows)
+        file.write_bytes(gzip.compress(text.encode()) if end.endswith(".gz") else text.encode())
         problems, _ = read_problems(file)
         assert problems[0].id == "test-1"
         found.append(texts(drawn(problems, 20, file)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,8 +33,15 @@ def items(path: Path, key: str = "") -> Iterator[tuple[int, Any]]:
       key: of the list in the file's object; a file that is a list itself is read as well.
 
     Raises:
-      InputError: the file holds no such list.
+      InputError: the file holds no such list, or is no whole gzip file.
     """
+    try:
+        yield from _items(path, key)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: no whole gzip file ({short(str(error), 80)}); write or download it again") from None
+
+
+def _items(path: Path, key: str) -> Iterator[tuple[int, Any]]:
     how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     with gzip.open(path, "rt", **how) if path.suffix.lower() == ".gz" else path.open(**how) as file:
         text = _Text(file)

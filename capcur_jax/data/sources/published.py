@@ -77,7 +77,8 @@ def records(file: Path, key: str = "") -> Iterator[Record]:
     """
     if file.suffix == ".parquet":
         for number, row in parquet.rows(file, _PARQUET_ROWS):
-            yield Record(file, number, row)
+            values = row.values() if isinstance(row, dict) else ()
+            yield Record(file, number, next((value for value in values if isinstance(value, BadRow)), row))
     elif _is_lines(file) or (not key and _starts_with_object(file)):
         yield from _lines(file)
     else:
