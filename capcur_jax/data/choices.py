@@ -27,12 +27,15 @@ _ASKED = 400  # characters before the options that are looked at
 _SHORT = 60  # characters of an option beside which a bare number is taken for an index
 
 
-def chosen(answer: str, question: str, options: dict[str, str], declared: str, key: str) -> tuple[str, list[str]]:
+def chosen(
+    answer: str, question: str, options: dict[str, str], declared: str, key: str, first: bool = True
+) -> tuple[str, list[str]]:
     """A gold in view of the question's options -> the gold, and what was done to it in the words that are counted.
 
     Args:
       options: `letters.options_of` the question.
       declared: the row's `answer_type`, "" where it has none.
+      first: whether that is this gold's; another one of the row may be of any type, such as "4" beside "A".
 
     Raises:
       BadRow: no option can be meant, or one of several.
@@ -40,7 +43,7 @@ def chosen(answer: str, question: str, options: dict[str, str], declared: str, k
     no_letter = declared == "letter" and not _capitals(answer) and answer_type_of(answer) != "letter"  # "B. cat" is one
     if not options:
         _refuse_number(answer, question, declared, key)
-        if no_letter:
+        if no_letter and first:
             detail = f"`answer_type` is letter, `{key}` looks like a {answer_type_of(answer)}; correct one of them"
             raise BadRow("bad answer_type", detail)
         return answer, []
@@ -56,8 +59,9 @@ def chosen(answer: str, question: str, options: dict[str, str], declared: str, k
     if no_letter:
         if len(same) == 1:
             return same[0], ["option's text replaced by its letter"]
-        detail = f"`answer_type` is letter, and `{key}` is {short(answer)}, which {len(same)} options are; correct it"
-        raise BadRow("bad answer_type", detail)
+        if first:
+            what = f"`answer_type` is letter, and `{key}` is {short(answer)}, which {len(same)} options are; correct it"
+            raise BadRow("bad answer_type", what)
     if letters and not same:
         _refuse_missing(letters, answer, question, options, declared, key)
     _refuse_index(answer, options, key)

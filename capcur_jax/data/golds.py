@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from capcur_jax.answers import response
+from capcur_jax.answers.kinds import answer_type_of
 from capcur_jax.answers.letters import options_of
+from capcur_jax.answers.size import too_large
 from capcur_jax.answers.spelling import ANSWER_LENGTH, normalize
 from capcur_jax.data import choices
 from capcur_jax.data.backslashes import restored
@@ -40,7 +42,7 @@ def accepted(given: Iterable[tuple[str, Any]], question: str, declared: str) -> 
 
     Args:
       given: (key of the row, value) of each.
-      declared: the row's `answer_type`, "" where it has none.
+      declared: the row's `answer_type`, "" where it has none. It is that of the first.
 
     Raises:
       BadRow: one of them holds no answer, or none that a response could equal.
@@ -52,8 +54,9 @@ def accepted(given: Iterable[tuple[str, Any]], question: str, declared: str) -> 
         if not text:
             continue
         refuse_half_pair(text, key)
-        text, more = choices.chosen(text, question, options, declared, key)
+        text, more = choices.chosen(text, question, options, declared, key, first=not found)
         refuse_unboxable(text, key)
+        refuse_too_large(text, key, declared)
         found, done = [*found, text], [*done, *what, *more]
     return tuple(dict.fromkeys(found)), list(dict.fromkeys(done))
 
@@ -127,6 +130,14 @@ def refuse_unboxable(answer: str, key: str) -> None:
     # The reward reads a response's last box: an answer with a brace too many never comes out of one as it went in.
     if response.last_boxed(f"\\boxed{{{answer}}}") != answer:
         raise BadRow("answer can't be boxed", f"`{key}` has unbalanced braces; mend or escape them")
+
+
+def refuse_too_large(answer: str, key: str, declared: str) -> None:
+    """Raises BadRow for a formula that takes all the time there is, whatever it is compared with."""
+    what = too_large(answer)
+    kind = (declared or answer_type_of(answer)) if what else "word"
+    if kind not in ("word", "code", "letter", "letters"):
+        raise BadRow("answer can't be graded", f"`{key}` holds {what}, which is never evaluated; write it otherwise")
 
 
 def _bare(text: str, key: str) -> str:

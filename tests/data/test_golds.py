@@ -3,6 +3,7 @@
 import decimal
 import json
 import random
+import time
 
 import numpy as np
 import pyarrow
@@ -10,9 +11,12 @@ import pyarrow.parquet
 import pytest
 
 from capcur_jax.answers import kinds, letters
+from capcur_jax.answers.kinds import gold_of
+from capcur_jax.answers.size import too_large
 from capcur_jax.curation.checking import unanswerable
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import Tally, read_problems, read_rows, write_rows
+from capcur_jax.rewards.compare import decide
 from tests.data.tables import table, written
 
 
@@ -179,3 +183,40 @@ def test_of_two_thousand_odd_golds_each_is_refused_or_graded_right_in_a_box(tmp_
 def test_what_only_looks_wrapped_stays_or_is_refused(tmp_path, words):
     found = one(tmp_path, answer=words)
     assert isinstance(found, Drop) or found.answer == words, json.dumps(words)
+
+
+@pytest.mark.parametrize("answer", [
+    "9^{9^{9^9}}", "9^9^9^9", "10^{1000000000}", "10**1000000", "x^{-1000000}", r"2^{10 \times 10^6}", "1000000000!",
+    "(10^9)!", "(9!)!", "(" * 500, "(" * 41 + "1 + x" + ")" * 41, "x = 2^{1000000}",
+    "9^" * 200 + "9",
+])  # fmt: skip
+def test_a_gold_that_cannot_be_evaluated_costs_its_row(tmp_path, answer):
+    found = one(tmp_path, answer=answer)
+    assert isinstance(found, Drop) and found.reason == "answer can't be graded" and "write it otherwise" in found.detail
+    assert unanswerable(Problem("a", "p", answer)).reason == found.reason
+
+
+@pytest.mark.parametrize("answer", [
+    "2^{100000}", "100000!", "10^{1000}", "x^{n!}", "e^{x/1000000}", r"2^{\frac{1}{1000000}}", "2^{3^4}", "x^{x^{x}}",
+    "f(1000000)", "3^{x+1000000}", "(" * 20 + "x" + ")" * 20, "2^{2^{2^2}}", "(1)!" * 100, "x^" * 200 + "x",
+])  # fmt: skip
+def test_large_is_what_is_large_for_certain(tmp_path, answer):
+    start = time.perf_counter()
+    assert too_large(answer) == "" and time.perf_counter() - start < 1
+    assert isinstance(one(tmp_path, answer=answer), Problem)
+
+
+def test_a_word_may_hold_what_looks_large(tmp_path):
+    assert isinstance(one(tmp_path, answer="We sold 2000000!", answer_type="word"), Problem)
+
+
+@pytest.mark.parametrize("more", [{}, {"answer_type": "letter"}])
+@pytest.mark.parametrize("question", ["p", "How many? A. 4 apples B. 5 pears"])
+def test_answers_of_several_types_are_accepted_and_read_back(tmp_path, question, more):
+    """The type of a row is that of its first answer."""
+    found = one(tmp_path, problem=question, answers=["A", "4"], **more)
+    assert isinstance(found, Problem) and found.answers == ("A", "4") and found.answer_type == "letter"
+    assert unanswerable(found) is None and decide("4", gold_of("A", found.answers, "letter", question)) is True
+    write_rows(tmp_path / "again.jsonl", [found])
+    assert list(read_rows(tmp_path / "again.jsonl")) == [found]
+    assert one(tmp_path, problem="p", answers=["4", "A"], answer_type="letter").reason == "bad answer_type"
