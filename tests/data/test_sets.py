@@ -4,13 +4,14 @@ import threading
 
 import pytest
 
-from capcur_jax import presets
+from capcur_jax import presets, schedule
 from capcur_jax.data import loader
 from capcur_jax.data import sets as pipeline
 from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.errors import InputError
+from tests.data.tables import DOCS
 
 PROBLEMS = [Problem(str(i), f"question {i}", str(i)) for i in range(10)]
 
@@ -155,3 +156,14 @@ def test_a_useless_file_is_an_error_that_names_key_and_file(config, tmp_path, co
     with pytest.raises(InputError, match=rf"config\.data\.sets\.text\.train: {path}: .*{message}|{message}") as caught:
         pipeline.Sets(config.data, tmp_path).problems("text", "train")
     assert str(path) in str(caught.value) and "config.data.sets.text.train" in str(caught.value)
+
+
+def test_the_config_file_of_the_docs_adds_a_set(tmp_path):
+    page = (DOCS / "data.md").read_text(encoding="utf-8")
+    names = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    config = names["get_config"]()
+    config.update_from_flattened_dict({"data.sets.charts.train": str(tmp_path / "train.jsonl")})
+    write_rows(tmp_path / "train.jsonl", [Problem("1", "2 + 2?", "4")])
+    assert len(pipeline.Sets(config.data, tmp_path).problems("charts", "train")) == 1
+    assert [stage.name for stage in schedule.stages(config)] == ["charts"] and config.evaluation.sets == ("charts",)
