@@ -56,7 +56,7 @@ def accepted(given: Iterable[tuple[str, Any]], question: str, declared: str) -> 
         refuse_half_pair(text, key)
         text, more = choices.chosen(text, question, options, declared, key, first=not found)
         refuse_unboxable(text, key)
-        refuse_too_large(text, key, declared)
+        refuse_too_large(text, key, "" if found else declared)
         found, done = [*found, text], [*done, *what, *more]
     return tuple(dict.fromkeys(found)), list(dict.fromkeys(done))
 

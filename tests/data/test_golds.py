@@ -194,6 +194,7 @@ def test_a_gold_that_cannot_be_evaluated_costs_its_row(tmp_path, answer):
     found = one(tmp_path, answer=answer)
     assert isinstance(found, Drop) and found.reason == "answer can't be graded" and "write it otherwise" in found.detail
     assert unanswerable(Problem("a", "p", answer)).reason == found.reason
+    assert one(tmp_path, answers=["A", answer], answer_type="letter").reason == found.reason
 
 
 @pytest.mark.parametrize("answer", [
