@@ -10,6 +10,7 @@ debatable and counted apart. Without a file it takes the tests' pairs. Where mat
 from __future__ import annotations
 
 import collections
+import importlib
 import importlib.util
 import json
 import statistics
@@ -33,15 +34,9 @@ def pairs(files: list[str]) -> Iterator[dict]:
 
 def by_math_verify(predicted: str, gold: str) -> bool:
     """Its own verdict, as its README calls it."""
-    from math_verify import parse, verify
-
-    return bool(
-        verify(
-            parse(f"${gold}$", parsing_timeout=None),
-            parse(f"${predicted}$", parsing_timeout=None),
-            timeout_seconds=None,
-        )
-    )
+    peer = importlib.import_module("math_verify")  # installed by whoever wants the comparison
+    read = [peer.parse(f"${text}$", parsing_timeout=None) for text in (gold, predicted)]
+    return bool(peer.verify(*read, timeout_seconds=None))
 
 
 def main() -> None:
