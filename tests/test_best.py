@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 
 import pytest
@@ -74,10 +73,9 @@ def test_a_resumed_run_that_stops_or_fails_before_its_first_step_forgets_nothing
             assert kept(tmp_path) == [1]
     stopped = {name: (tmp_path / name).read_bytes() for name in ("summary.json", FINAL)}
     (tmp_path / "state" / "reference").rename(tmp_path / "lost")
-    with pytest.raises(InputError, match="holds no reference policy"):
+    with pytest.raises(InputError, match=r"state.reference.*can't be read"):
         loop.train(config, tmp_path, quiet=True)
     assert stopped == {name: (tmp_path / name).read_bytes() for name in stopped}, "the base overwrote what was learned"
-    shutil.rmtree(tmp_path / "state" / "reference")
     (tmp_path / "lost").rename(tmp_path / "state" / "reference")
     summary = loop.train(config, tmp_path, quiet=True)
     assert (summary["status"], summary["steps"], summary["best_validation"]) == ("finished", STEPS, 1.0)
