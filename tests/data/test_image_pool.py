@@ -133,5 +133,5 @@ def test_keys_are_checked_and_may_change_in_a_run_that_goes_on(tmp_path, key):
         checks.check(config, schedule.stages(config), Sets(config.data, tmp_path))
         check_same_config(before, config.to_dict(), checks.MAY_CHANGE)
     config.data[key] = -1
-    with pytest.raises(InputError, match=rf"config\.data\.{key} must be at least 0"):
+    with pytest.raises(InputError, match=rf"config\.data\.{key} = -1: it must lie in"):
         checks.check(config, schedule.stages(config), Sets(config.data, tmp_path))
