@@ -38,6 +38,7 @@ _MAGIC = (
 )
 # Without case and punctuation: image, Images, img, image_path, image-url, picture, image_1, ...
 _KEY = re.compile(r"(?:image|img|picture|photo|pic)s?(?:path|file|byte|url|base64|b64)?s?(\d{0,2})")
+_PROSE = re.compile(r"\s[^/\\]*\Z")  # blanks in the last part: "see a.png"
 _PATH_LIKE = re.compile(r"[^\n\r\t<>|*\"]{1,300}\.(?:png|jpe?g|gif|webp|bmp|tiff?|avif|jp2)", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{32,}=*\s*")
 _LONGEST_PATH = 4096
@@ -121,7 +122,7 @@ class RowImages:
     def refuse_strays(self, row: dict, known: tuple[str, ...], images: tuple[str, ...]) -> None:
         """Raises BadRow where a key that is not read holds an image.
 
-        A path counts where its file is there and is none of the row's images.
+        A path counts where the row has no image, or where its file is there and is none of the row's images.
         """
         for key, value in row.items():
             if key in known or is_image_key(key):
@@ -153,6 +154,8 @@ class RowImages:
         if not isinstance(value, str) or "://" in value or not _PATH_LIKE.fullmatch(value.strip()):
             return False
         path = self._located(value.strip())
+        if not images and not _PROSE.search(value.strip()):
+            return True  # a row of a set with images goes blind here, whether or not the file lies where the path says
         return os.path.isfile(path) and not any(_same((path,), (image,)) for image in images)
 
     def _path(self, image: Any, key: str) -> str:

@@ -130,7 +130,6 @@ def test_a_row_with_a_video_is_refused(folder):
 
 def test_names_of_files_and_numbers_that_are_no_images_are_metadata(folder):
     other = {
-        "file_name": "train2017/000001.jpg",
         "hint": "see a.png",
         "image": 5,
         "pictures": 3,
@@ -138,6 +137,9 @@ def test_names_of_files_and_numbers_that_are_no_images_are_metadata(folder):
     }
     problem = one(written(folder / "rows.jsonl", {"problem": "p", "answer": "1"} | other))
     assert not problem.images and problem.metadata == other
+    row = {"problem": "p", "answer": "1", "file_name": "train2017/000001.jpg"}
+    assert one(written(folder / "rows.jsonl", row)).reason == "image under another key"
+    assert not isinstance(one(written(folder / "rows.jsonl", row | {"image": "a.png"})), Drop)
     write_rows(folder / "again.jsonl", [problem])
     assert one(folder / "again.jsonl") == problem
 
