@@ -97,7 +97,7 @@ def test_the_run_leaves_all_its_records(finished):
     for capability in presets.CAPABILITIES:
         assert set(summary["accuracy"][capability]) == {"base", "after_perception", "after_merged", "final"}
     assert {"seconds", "step_seconds_median", "format_reward_final", "blind"} <= set(summary)
-    assert set(summary["blind"]) == {"perception", "visual"} and max(summary["blind"].values()) < 0.4
+    assert set(summary["blind"]) == {"perception", "text", "visual"} and max(summary["blind"].values()) < 0.4
     versions = json.loads((workdir / "versions.json").read_text())
     assert versions["jax"] and "commit" in versions
 

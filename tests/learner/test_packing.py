@@ -149,6 +149,9 @@ def test_a_blank_has_the_shape_of_what_is_packed(old, reference):
                 wanted = old if field.name == "old_logprobs" else reference
                 assert (theirs is not None) == wanted
                 assert theirs is None or (theirs.shape, theirs.dtype) == (b.tokens.shape, np.float32)
+            elif field.name == "own":  # beside the old log-probs: whose rows take their own
+                assert (theirs is not None) == old
+                assert theirs is None or (theirs.shape, theirs.dtype) == (b.tokens.shape[:1], bool)
             else:
                 assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), field.name
     (sft,) = blank(2, (1,), (4,), sampled=False)
