@@ -43,8 +43,8 @@ def together(processes: int, devices: int, workdir: Path, settings: dict) -> lis
     return outputs
 
 
-# (processes, devices of each) and a mesh. docs/training.md names more: one process with data or fsdp over two devices is
-# held by devices/test_sharding.py, data 2 x fsdp 2 over 2 x 2 by the test below.
+# (processes, devices of each) and a mesh. docs/training.md names more: devices/test_sharding.py holds one process with
+# data or fsdp over two devices, the test below data 2 x fsdp 2 over 2 x 2.
 LAYOUTS = [
     (1, 2, {"tensor": 2}),
     (2, 1, {"data": 2, "fsdp": 1}),
