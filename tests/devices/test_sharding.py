@@ -35,7 +35,7 @@ LAYOUTS = {
 
 def start(checkpoint, layout: tuple[int, ...], devices: int, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.devices.replay", str(checkpoint), *map(str, layout)]
-    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **variables}
+    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **environment.TOGETHER, **variables}
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -85,7 +85,7 @@ def test_two_processes_change_nothing(checkpoint, alone):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", **environment.TOGETHER}
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     started = [start(checkpoint, (2, 2, 1, 0, 2), 2, JAX_PROCESS_ID=str(i), **shared) for i in range(2)]
     first, second = map(report, started)
     assert first["devices"] == 4 and first["updates"] == second["updates"]
