@@ -35,7 +35,13 @@ LAYOUTS = {
 
 def start(checkpoint, layout: tuple[int, ...], devices: int, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.devices.replay", str(checkpoint), *map(str, layout)]
-    variables = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **environment.TOGETHER, **variables}
+    variables = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+        **environment.TOGETHER,
+        **variables,
+    }
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
