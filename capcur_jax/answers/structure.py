@@ -43,6 +43,7 @@ _CUP = re.compile(r"\s*(?:\\cup(?![a-z])|(?<=[)\]}])\s*U\s*(?=[(\[\\]))\s*")
 _BUILDER = re.compile(r"\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*[^|:]+)?\s*[|:]\s*(?P<condition>.+)")
 _CASES = re.compile(r"(?:\\\{)?\s*\\begin\{(cases|array|aligned|gathered)\}(?:\{[lcr]+\})?(?P<rows>.*)\\end\{\1\}\s*")
 _POINT = re.compile(r"[A-Z]'?\s*(?=\(.*,.*\)\Z)")
+_COLON, _COMMA, _COMMAND = re.compile(":"), re.compile("[,;]"), re.compile(r"\\(?:[a-zA-Z]+|.)")
 _PAIRS = {"(": ")", "[": "]"}
 _PM = re.compile(r"\\(?:pm|mp)(?![a-z])")
 _DEEP = 12
@@ -57,11 +58,10 @@ def parse(text: str, depth: int = 0) -> Node:
         text = re.sub(r"\s*\\\\\s*", ", ", cases["rows"].replace("&", "")).strip(" ,")
     if point := _POINT.match(text):  # the point A(1, 2)
         text = text[point.end() :]
-    parts = split(text, _CUP)
-    if len(parts) > 1 and all(_is_bracketed(part) for part, _ in _with_marks(parts)):
-        return Node("union", text, tuple(parse(part, depth + 1) for part, _ in _with_marks(parts)))
-    parts = split(text, _SEPARATOR)
-    values = [part for part, _ in _with_marks(parts)]
+    values = _values(split(text, _CUP))
+    if len(values) > 1 and all(map(_is_bracketed, values)):
+        return Node("union", text, tuple(parse(value, depth + 1) for value in values))
+    values = _values(split(text, _SEPARATOR))
     if len(values) > 1 and all(values):
         return Node("list", text, tuple(parse(value, depth + 1) for value in values))
     parts = split(text, _RELATION)
@@ -72,7 +72,7 @@ def parse(text: str, depth: int = 0) -> Node:
         return Node("text", text)
     if bracketed := _bracketed(text, depth):
         return bracketed
-    parts = [part.strip() for part in split(text, re.compile(":"))[::2]]
+    parts = _values(split(text, _COLON))
     if len(parts) > 2 and all(parts):
         return Node("ratio", text, tuple(parse(part, depth + 1) for part in parts))
     signs = list(_PM.finditer(text))
@@ -99,7 +99,7 @@ def split(text: str, pattern: re.Pattern) -> list[str]:
                 start = place = match.end()
                 continue
         if character == "\\":
-            command = re.compile(r"\\(?:[a-zA-Z]+|.)").match(text, place)
+            command = _COMMAND.match(text, place)
             place = command.end() if command else place + 1
             continue
         if character in "([{":
@@ -112,8 +112,9 @@ def split(text: str, pattern: re.Pattern) -> list[str]:
     return [text] if open_ else [*parts, text[start:]]
 
 
-def _with_marks(parts: list[str]) -> list[tuple[str, str]]:
-    return [(part.strip(), "") for part in parts[::2]]
+def _values(parts: list[str]) -> list[str]:
+    """What stands between the separators that `split` gives."""
+    return [part.strip() for part in parts[::2]]
 
 
 def _is_bracketed(text: str) -> bool:
@@ -133,7 +134,7 @@ def _bracketed(text: str, depth: int) -> Node | None:
         return None
     if sort == "set" and (builder := _BUILDER.fullmatch(inner)):
         return parse(builder["condition"], depth + 1)
-    values = [value.strip() for value in split(inner, re.compile(r"[,;]"))[::2]]
+    values = _values(split(inner, _COMMA))
     if not all(values) or (sort == "half" and len(values) != 2):
         return None
     if len(values) == 1 and sort != "set":  # brackets around one value
