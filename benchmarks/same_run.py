@@ -25,7 +25,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from capcur_jax.checkpoint_store import Store
+from capcur_jax.checkpoints.store import Store
 from capcur_jax.records.jsonl import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]

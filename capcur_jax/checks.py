@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from capcur_jax import bounds, policy, presets
-from capcur_jax.checkpointing import Checkpoints, check_same_config
+from capcur_jax.checkpoints.checkpointing import Checkpoints, check_same_config
 from capcur_jax.data.problem import Problem, short
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from capcur_jax import policy
-from capcur_jax.checkpointing import Checkpoints, go_on, start_anew
+from capcur_jax.checkpoints.checkpointing import Checkpoints, go_on, start_anew
 from capcur_jax.checks import check, check_data, check_devices, goes_on_from, splits
 from capcur_jax.data import identity
 from capcur_jax.data.prompts import tokenizer_texts

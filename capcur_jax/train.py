@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from capcur_jax import policy, results, schedule
-from capcur_jax.checkpointing import record_sizes
+from capcur_jax.checkpoints.checkpointing import record_sizes
 from capcur_jax.data import loader
 from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem

@@ -45,10 +45,10 @@ def get_config():
         }
         files = {"source": "tiny_base", "train": "", "validation": "", "test": ""}
         config.data.sets.update({"captions": files, "base": files})
-        sft = {"objective": "sft", "learning_rate_schedule": "cosine", "warmup_steps": 50}
+        sft = {"objective": "sft", "warmup_steps": 50}
         config.stages = {  # eyes first: questions alone teach them slowly
-            "captions": presets.stage(("captions",), 500, 64, 1.5e-3) | sft,
-            "answers": presets.stage(("base",), 900, 64, 1.5e-3) | sft,
+            "captions": presets.stage(("captions",), 500, 64, 1.5e-3) | sft | {"learning_rate_schedule": "cosine"},
+            "answers": presets.stage(("base",), 900, 64, 1e-3) | sft,
         }
         config.order = ("captions", "answers")
         config.prompt.token_buckets = (40, 84, 96)

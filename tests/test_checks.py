@@ -9,7 +9,7 @@ import pyarrow.ipc
 import pytest
 
 from capcur_jax import checks, presets, schedule
-from capcur_jax.checkpointing import Checkpoints, Progress
+from capcur_jax.checkpoints.checkpointing import Checkpoints, Progress
 from capcur_jax.data import identity
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows

@@ -13,15 +13,15 @@ LAYERS = """
     train
     results ablations
     run
-    curation plan generate checks
+    curation plan generate evaluate checks
     evaluation policy learner presets
     rollout
     rewards schedule
     data
     answers
     models
-    checkpointing report
-    devices records checkpoint_store
+    checkpoints report
+    devices records
     workers files interruption
     bounds
     errors axes

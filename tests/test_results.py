@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from capcur_jax import presets, results, schedule
-from capcur_jax.checkpointing import Progress
+from capcur_jax.checkpoints.checkpointing import Progress
 from capcur_jax.data.problem import Problem
 from capcur_jax.records.jsonl import JsonLines
 from capcur_jax.rollout.groups import Rollout

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from capcur_jax.curation.journal import Journal, digest_of, key_of
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.errors import InputError
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import BadImage, BadInput, Prompt
+from capcur_jax.records.journal import Journal, digest_of, key_of
 from capcur_jax.rewards.reward import Reward
 from capcur_jax.rollout.engine import Engine, Sampling
 

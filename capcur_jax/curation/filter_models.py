@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
-from capcur_jax.curation.chat import Chat, Failed, ask_all, image_part
 from capcur_jax.data.problem import IMAGE_MARK, Drop
 from capcur_jax.errors import InputError
+from capcur_jax.rollout.chat import Chat, Failed, ask_all, image_part
 
 PASSES = ("image", "caption")
 SERVED = "served:"

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.curation.chat import Chat, Failed, ask_all
-from capcur_jax.curation.journal import Journal, key_of
 from capcur_jax.curation.terminal import Progress
 from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem, stable_hash
+from capcur_jax.records.journal import Journal, key_of
+from capcur_jax.rollout.chat import Chat, Failed, ask_all
 
 LETTERS = "ABCD"
 KINDS = ("detail", "relation")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from capcur_jax.checkpoint_store import difference
+from capcur_jax.checkpoints.store import difference
 from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
 from capcur_jax.records import jsonl, metrics

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from capcur_jax.checkpointing import Checkpoints
+from capcur_jax.checkpoints.checkpointing import Checkpoints
 from capcur_jax.devices import sharding
 from capcur_jax.learner.learner import Learner, Sums, TrainState, token_means
 from capcur_jax.learner.packing import UpdateBatch

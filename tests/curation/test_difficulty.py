@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from capcur_jax.curation import difficulty
-from capcur_jax.curation.journal import Journal
 from capcur_jax.data.__main__ import main
 from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.errors import InputError
+from capcur_jax.records.journal import Journal
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample, Sampling
 from tests.conftest import random_image

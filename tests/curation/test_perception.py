@@ -15,7 +15,7 @@ from capcur_jax.curation.perception import BadQuestion, Question, arranged, pars
 from capcur_jax.data.__main__ import main
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import read_problems, write_rows
-from tests.curation.scripted_server import Raw, ScriptedServer, turn_text
+from tests.rollout.scripted_server import Raw, ScriptedServer, turn_text
 
 GOOD = {
     "question": "What colour is the mat under the cat?",

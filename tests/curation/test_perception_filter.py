@@ -21,7 +21,7 @@ from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.errors import InputError
 from tests.conftest import random_image
-from tests.curation.scripted_server import Raw, ScriptedServer, has_image, turn_text
+from tests.rollout.scripted_server import Raw, ScriptedServer, has_image, turn_text
 
 QUESTION = "<image>What colour is it?\nA. red\nB. blue\nC. green\nD. pink"
 

@@ -20,7 +20,7 @@ from capcur_jax.data.rows import read_problems, write_rows
 from capcur_jax.models.inputs import Processor
 from capcur_jax.records import jsonl
 from tests.conftest import random_checkpoint
-from tests.curation.scripted_server import ScriptedServer, turn_text
+from tests.rollout.scripted_server import ScriptedServer, turn_text
 
 pytestmark = pytest.mark.e2e
 

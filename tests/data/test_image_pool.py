@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from capcur_jax import checks, presets, schedule, workers
-from capcur_jax.checkpointing import check_same_config
+from capcur_jax.checkpoints.checkpointing import check_same_config
 from capcur_jax.data.images import ImageStore
 from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError

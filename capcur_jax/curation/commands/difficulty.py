@@ -15,12 +15,12 @@ from ml_collections import ConfigDict, config_flags
 from capcur_jax import bounds, presets
 from capcur_jax.curation.commands.options import at_least, journal_file, output_file
 from capcur_jax.curation.filter_models import fingerprint
-from capcur_jax.curation.journal import Journal
 from capcur_jax.curation.terminal import Progress, kept_and_dropped, stderr_console
 from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.records.journal import Journal
 from capcur_jax.records.tables import titled
 
 TENTHS = 10

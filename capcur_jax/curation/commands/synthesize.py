@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from capcur_jax.curation import perception, terminal
-from capcur_jax.curation.chat import Chat
 from capcur_jax.curation.commands.options import add_server, at_least, journal_file, output_file
-from capcur_jax.curation.journal import Journal
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.records.journal import Journal
+from capcur_jax.rollout.chat import Chat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

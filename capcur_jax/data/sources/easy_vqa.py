@@ -183,61 +183,32 @@ def ask(kind: str, image: ImageFacts, variant: int = 0) -> tuple[str, dict] | No
     return text.format(plus=facts["plus"]), facts
 
 
-def worked(kind: str, facts: dict, careless: bool = False) -> tuple[str, str]:
-    """(reasoning, answer) of a question by a careful or a careless annotator.
-
-    The careless one takes the next shape or color of the list, mixes up left and right, is one step off in size, adds
-    where multiplying is right, and counts the color codes from 0.
+def worked(kind: str, facts: dict) -> tuple[str, str]:
+    """(reasoning, answer) of a question.
 
     Args:
       facts: {"shape" | "color" | "position" | "size": text}; with it {"price": int} for corners,
         {"prices": {shape: int}, "count": int} for prices, {"plus": int} for code.
     """
-    solve: Callable[[dict, bool], tuple[str, str]] | None = _WORKED.get(kind)
+    solve: Callable[[dict], tuple[str, str]] | None = _WORKED.get(kind)
     if solve is None:
         raise ValueError(f"no kind {kind!r} of image question; one of {', '.join(_WORKED)}")
-    return solve(facts, careless)
+    return solve(facts)
 
 
-def _worked_shape(facts: dict, careless: bool) -> tuple[str, str]:
-    shape = SHAPES[(SHAPES.index(facts["shape"]) + careless) % len(SHAPES)]
-    return f"The shape is a {shape}.", shape
-
-
-def _worked_color(facts: dict, careless: bool) -> tuple[str, str]:
-    color = COLOR_NAMES[(COLOR_NAMES.index(facts["color"]) + careless) % len(COLOR_NAMES)]
-    return f"The shape is {color}.", color
-
-
-def _worked_position(facts: dict, careless: bool) -> tuple[str, str]:
-    height, side = facts["position"].split()
-    if careless:
-        side = {"left": "right", "right": "left"}[side]
-    return f"The shape is at the {height} {side}.", f"{height} {side}"
-
-
-def _worked_size(facts: dict, careless: bool) -> tuple[str, str]:
-    size = {"small": "medium", "medium": "large", "large": "medium"}[facts["size"]] if careless else facts["size"]
-    return f"The shape is {size}.", size
-
-
-def _worked_corners(facts: dict, careless: bool) -> tuple[str, str]:
+def _worked_corners(facts: dict) -> tuple[str, str]:
     corners = CORNERS[facts["shape"]]
-    return _computed(
-        f"The shape is a {facts['shape']}. It has {corners} corners.", corners, "+" if careless else "x", facts["price"]
-    )
+    return _computed(f"The shape is a {facts['shape']}. It has {corners} corners.", corners, "x", facts["price"])
 
 
-def _worked_prices(facts: dict, careless: bool) -> tuple[str, str]:
+def _worked_prices(facts: dict) -> tuple[str, str]:
     shape, price = facts["shape"], facts["prices"][facts["shape"]]
-    return _computed(
-        f"The shape is a {shape}. A {shape} costs {price} coins.", facts["count"], "+" if careless else "x", price
-    )
+    return _computed(f"The shape is a {shape}. A {shape} costs {price} coins.", facts["count"], "x", price)
 
 
-def _worked_code(facts: dict, careless: bool) -> tuple[str, str]:
+def _worked_code(facts: dict) -> tuple[str, str]:
     color = facts["color"]
-    code = COLOR_NAMES.index(color) + (0 if careless else 1)
+    code = COLOR_NAMES.index(color) + 1
     return _computed(f"The shape is {color}. {color.capitalize()} has code {code}.", code, "+", facts["plus"])
 
 
@@ -247,10 +218,10 @@ def _computed(seen: str, left: int, sign: str, right: int) -> tuple[str, str]:
 
 
 _WORKED = {
-    "shape": _worked_shape,
-    "color": _worked_color,
-    "position": _worked_position,
-    "size": _worked_size,
+    "shape": lambda facts: (f"The shape is a {facts['shape']}.", facts["shape"]),
+    "color": lambda facts: (f"The shape is {facts['color']}.", facts["color"]),
+    "position": lambda facts: (f"The shape is at the {facts['position']}.", facts["position"]),
+    "size": lambda facts: (f"The shape is {facts['size']}.", facts["size"]),
     "corners": _worked_corners,
     "prices": _worked_prices,
     "code": _worked_code,

@@ -1,7 +1,7 @@
-"""The SFT corpus that makes the small base checkpoint: captions, and questions as two annotators answer them.
+"""The SFT corpus that makes the small base checkpoint: captions, and answered questions.
 
-Real base models have seen captions and can answer, but not well. So this base gets eyes from captions, the response
-format, and answers that are often a careless annotator's. Only images and texts of the train splits are in its train
+Real base models have seen many captions and can answer, but not well. So this base gets eyes from captions, and too
+few answered questions to be sure of how to use them. Only images and texts of the train splits are in its train
 file, and only those of the validation splits in its validation file; nothing of a test split is used.
 """
 
@@ -16,28 +16,12 @@ from capcur_jax.data.built import build_set
 from capcur_jax.data.problem import Problem, even_shares, stable_hash
 from capcur_jax.data.sources import easy_vqa, word_problems
 
-VERSION = f"tiny-base-5/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
+VERSION = f"tiny-base-6/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it with every change of the rows
 
-# How often the careless annotator answers. The base must be mediocre on purpose: both ways of answering are in it, and
-# where the careless one is the likelier (above 0.5), greedy decoding is mostly wrong while sampling still meets the
-# right way. RL, which only sees rewards, then has a better mode to find; a base that is right already could show
-# nothing.
-CARELESS = {
-    "shape": 0.4,
-    "color": 0.5,
-    "position": 0.6,
-    "size": 0.6,
-    "add": 0.3,
-    "subtract": 0.5,
-    "multiply": 0.6,
-    "corners": 0.55,
-    "prices": 0.4,
-    "code": 0.5,
-}
 BROKEN = 0.03  # share of question responses without the asked format, so that the format reward has work too
 
 COUNTS = {
-    "train": {"perception": 12_000, "text": 15_000, "visual": 15_000},
+    "train": {"perception": 4_000, "text": 24_000, "visual": 6_000},
     "validation": {"perception": 300, "text": 300, "visual": 300},
 }
 VARIANTS = 3  # how often one image may be asked a kind of question
@@ -74,12 +58,11 @@ def rows(directory: str | os.PathLike, split: str) -> list[Problem]:
 
 
 def respond(problem: Problem, facts: dict) -> Problem:
-    """The row with a response: whose it is and whether its format is broken follows from the row's id."""
-    careless = _chance("careless", problem.id) < CARELESS[problem.kind]
+    """The row with the right answer; whether its format is broken follows from the row's id."""
     worked = word_problems.worked if problem.kind in word_problems.KINDS else easy_vqa.worked
-    reasoning, answer = worked(problem.kind, facts, careless=careless)
+    reasoning, answer = worked(problem.kind, facts)
     response = boxed_response(reasoning, answer)
-    if _chance("broken", problem.id) < BROKEN:
+    if stable_hash("broken", problem.id) / 2**64 < BROKEN:
         broken = (f"<think>{reasoning}</think> {answer}", f"<think>{reasoning} \\boxed{{{answer}}}", reasoning)
         response = broken[stable_hash("broken how", problem.id) % len(broken)]
     return dataclasses.replace(problem, response=response)
@@ -112,7 +95,3 @@ def _questions(directory: str | os.PathLike, split: str) -> list[tuple[Problem, 
         for kind, count in even_shares(COUNTS[split][capability], kinds).items():
             found += easy_vqa.questions(directory, split, kind, count, variants=VARIANTS)
     return found
-
-
-def _chance(what: str, row_id: str) -> float:
-    return stable_hash(what, row_id) / 2**64

@@ -1,7 +1,8 @@
 """Capability "text": one-step word problems (add, subtract, multiply) without an image, made from templates.
 
-A text belongs to the split that its own hash names, so no text is in two splits, however many are drawn. Everything
-is picked by hash, so a set comes out the same on every machine.
+The numbers of a problem name its split, so a sum that is asked in one split is asked in no other, whatever the wording:
+a right answer to a test question was computed, not remembered. Everything is picked by hash, so a set comes out the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from capcur_jax.data.built import build_set
 from capcur_jax.data.problem import Problem, even_shares, stable_hash
 
-VERSION = "word-problems-2"  # raise it with every change of the rows
+VERSION = "word-problems-3"  # raise it with every change of the rows
 KINDS = ("add", "subtract", "multiply")
 COUNTS = {"train": 6000, "validation": 300, "test": 1000}
 
@@ -22,6 +23,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+# Of the operands a and b; of two numbers, the smaller is subtracted from the larger.
+OPERANDS = {
+    "add": (range(11, 80), range(11, 80)),
+    "subtract": (range(11, 100), range(11, 100)),
+    "multiply": (range(11, 50), range(2, 10)),
+}
 NAMES = _words("Ada Amir Ben Chen Dana Elif Finn Gita Hugo Ines Jun Kofi Lena Maya Nico Omar Pia Rosa Sam Tess")
 OBJECTS = _words("apples balls beads books cards coins cups eggs keys nuts pens pins plums shells stamps tiles")
 # {name} and {other} are two people, {a} and {b} the operands in the order in which the solution writes them.
@@ -72,29 +79,30 @@ def questions(split: str, salt: str, count: int) -> list[tuple[Problem, dict]]:
     return [row for turn in itertools.zip_longest(*by_kind) for row in turn if row is not None]
 
 
-def worked(kind: str, facts: dict, careless: bool = False) -> tuple[str, str]:
-    """(reasoning, answer) of a question; a careless annotator adds one too many, or adds where that is wrong.
+def worked(kind: str, facts: dict) -> tuple[str, str]:
+    """(reasoning, answer) of a question: tens and ones apart, then together.
 
     Args:
       facts: {"a": int, "b": int}, the operands.
     """
     a, b = facts["a"], facts["b"]
+    (tens_a, ones_a), (tens_b, ones_b) = divmod(a, 10), divmod(b, 10)
     if kind == "add":
-        sign, result = "+", a + b + careless
-    elif careless:
-        sign, result = "+", a + b
+        sign, tens, ones = "+", 10 * (tens_a + tens_b), ones_a + ones_b
     elif kind == "subtract":
-        sign, result = "-", a - b
+        sign, tens, ones = "-", 10 * (tens_a - tens_b), ones_a - ones_b
     elif kind == "multiply":
-        sign, result = "x", a * b
+        sign, tens, ones = "x", 10 * tens_a * b, ones_a * b
     else:
         raise ValueError(f"no kind {kind!r} of word problem; one of {', '.join(KINDS)}")
-    return f"{a} {sign} {b} = {result}.", str(result)
+    return f"{a} {sign} {b} = {tens} {'-' if ones < 0 else '+'} {abs(ones)} = {tens + ones}.", str(tens + ones)
 
 
-def split_of(text: str) -> str:
-    """The split that a text belongs to: 10 % test, 5 % validation, the rest train."""
-    percent = stable_hash("word problem split", text) % 100
+def split_of(kind: str, a: int, b: int) -> str:
+    """The split that a pair of operands belongs to: 10 % test, 5 % validation, the rest train. The order of what is
+    added or multiplied makes no other pair."""
+    pair = (a, b) if kind == "subtract" else (min(a, b), max(a, b))
+    percent = stable_hash("word problem split", kind, *pair) % 100
     return "test" if percent < 10 else "validation" if percent < 15 else "train"
 
 
@@ -104,7 +112,7 @@ def _of_kind(split: str, salt: str, kind: str, count: int) -> list[tuple[Problem
         if len(rows) == count:
             break
         text, facts = _draw(kind, f"{salt}-{number}")
-        if split_of(text) == split and text not in rows:
+        if split_of(kind, facts["a"], facts["b"]) == split and text not in rows:
             row_id = f"{salt}-{split}-{kind}-{number}"
             rows[text] = (Problem(row_id, text, worked(kind, facts)[1], capability="text", kind=kind), facts)
     return list(rows.values())
@@ -116,8 +124,7 @@ def _draw(kind: str, key: str) -> tuple[str, dict]:
     def pick(what: str, options):
         return options[stable_hash(key, kind, what) % len(options)]
 
-    operands = range(2, 10) if kind == "multiply" else range(2, 13)
-    a, b = pick("a", operands), pick("b", operands)
+    a, b = (pick(operand, options) for operand, options in zip("ab", OPERANDS[kind], strict=True))
     if kind == "subtract":
         a, b = max(a, b), min(a, b)
     name = pick("name", NAMES)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from capcur_jax import train as loop
-from capcur_jax.checkpoint_store import Store
+from capcur_jax.checkpoints.store import Store
 from capcur_jax.errors import InputError
 from capcur_jax.records.jsonl import read_jsonl
 from tests import tiny

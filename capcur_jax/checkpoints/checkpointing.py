@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.checkpoint_store import CheckpointFailed, Store, damage, difference, document_of, plain, steps_in
+from capcur_jax.checkpoints.store import CheckpointFailed, Store, damage, difference, document_of, plain, steps_in
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
 from capcur_jax.records.jsonl import read_jsonl

@@ -8,10 +8,10 @@ import time
 import pytest
 from PIL import Image
 
-from capcur_jax.curation import chat as chat_lib
-from capcur_jax.curation.chat import Chat, Failed, Reply, ask_all, image_part
 from capcur_jax.errors import InputError, RolloutError
-from tests.curation.scripted_server import Raw, ScriptedServer, completion, has_image, turn_text
+from capcur_jax.rollout import chat as chat_lib
+from capcur_jax.rollout.chat import Chat, Failed, Reply, ask_all, image_part
+from tests.rollout.scripted_server import Raw, ScriptedServer, completion, has_image, turn_text
 
 SECRET = "sk-verysecret"
 BASE64 = "iVBORw0KGgo" * 30

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from capcur_jax.curation.journal import Journal, key_of
 from capcur_jax.errors import InputError
+from capcur_jax.records.journal import Journal, key_of
 
 SETTINGS = {"model": "writer", "temperature": 0.0, "words": ["a", "b"]}
 
