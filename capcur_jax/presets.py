@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from capcur_jax.errors import InputError
@@ -49,6 +50,25 @@ def explained(error: Exception) -> str:
     text = re.sub(r"\. Other fields present: .*?(?=\nDid you mean|\Z)", "", str(said.args[0]), flags=re.DOTALL)
     text = text.replace("\n", "; ")
     return deleted(error) or f"the config has no such key, or it holds another type of value: {text}"
+
+
+NO_CONFIG = (
+    "no config: give one of configs/, such as --config=configs/staged.py; then any of its keys can be set, "
+    "--config.seed=1. --help lists the other arguments"
+)
+
+
+def mistyped(error: flags.Error, values: flags.FlagValues) -> str:
+    """What is wrong with a command line, and what to write instead. `values`: its flags, `config` among them."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return str(error)
+    if error.flagname.startswith("config.") and values["config"].value is None:
+        return NO_CONFIG
+    meant = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
+    return (
+        f"unknown argument --{error.flagname}{f' (did you mean --{meant}?)' if meant else ''}; settings look like "
+        "--config.seed=1, and --help lists the other arguments"
+    )
 
 
 def check_deleted(config: ConfigDict) -> None:
