@@ -109,16 +109,19 @@ def _end(text: str) -> NoReturn:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    flags.mark_flag_as_required("config")
+    from capcur_jax import presets
+
     try:
-        rest = app.parse_flags_with_usage(arguments)
+        rest = flags.FLAGS(arguments)
+        if _CONFIG.value is None:
+            raise InputError(presets.NO_CONFIG)
         _ = _CONFIG.value.order  # a config file that can't be read shows itself here only
         return rest
+    except flags.Error as error:
+        sys.exit(f"error: {presets.mistyped(error, flags.FLAGS)}")
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        from capcur_jax import presets
-
         sys.exit(f"error: {presets.explained(error)}")
 
 
