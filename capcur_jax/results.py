@@ -106,7 +106,7 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
         "data": " + ".join(stage.data) + stage.curriculum.described(),
         "problems": sum(map(len, run.sets.selected(stage.data, stage.curriculum))),
         "objective": stage.objective,
-        "steps": stage.steps,
+        "steps": f"{stage.steps:,}, or {rule}" if (rule := stage.switch.described()) else stage.steps,
         "a step": f"{stage.prompts}{group}",
         "learning rate": f"{stage.learning_rate:g}",
         "frozen": "all but LoRA's factors" if run.policy.lora else stage.freeze or "nothing",
