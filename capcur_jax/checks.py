@@ -30,7 +30,7 @@ from capcur_jax.schedule import Stage
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
 MAY_CHANGE = (
     "mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers",
-    "data.workers", "data.image_cache_mb",
+    "data.workers", "data.image_cache_mb", "evaluation.base_results",
     "rollout.slots", "rollout.prefill", "rollout.gathered", "rollout.sglang",
 )  # fmt: skip
 
@@ -132,9 +132,7 @@ def _check_rule(config: ConfigDict, stage: Stage) -> None:
         if not config.validation.every:
             raise InputError(f"{where} needs validations: --config.validation.every=20")
         if not set(stage.data) & set(config.evaluation.sets):
-            raise InputError(
-                f"{where}: none of its sets ({', '.join(stage.data)}) is in config.evaluation.sets, so none is validated"
-            )
+            raise InputError(f"{where}: config.evaluation.sets has none of {', '.join(stage.data)} to be validated")
     if stage.switch.rule == "mastered" and not objectives.of_stage(stage).sampled:
         raise InputError(f"{where}: objective '{stage.objective}' samples no response that could be right")
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
+from capcur_jax.evaluation import kept
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
@@ -167,7 +168,10 @@ def evaluate(run: Run, label: str) -> None:
     """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
     started = time.monotonic()
     with run.interruption.at_once():
-        results = run.heldout.evaluate(label)
+        if label == "base" and run.config.evaluation.base_results:
+            results = kept.once(run.config, run.sets, run.workdir, lambda: run.heldout.evaluate(label))
+        else:
+            results = run.heldout.evaluate(label)
     records = [{"type": "evaluation", "step": run.progress.step, "after": label, **result} for result in results]
     run.recorder.evaluation(records, time.monotonic() - started)
 
