@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -72,12 +73,11 @@ class Local:
 
     def __init__(self, jobs: int):
         self.width = jobs
-        cores = (
-            sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-        )
-        self._shares = [
-            _environment(core, gpu) for core, gpu in zip(shared(cores, jobs, "core"), _gpus(jobs), strict=True)
-        ]
+        cores = list(range(os.cpu_count() or 1))
+        if hasattr(os, "sched_getaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+        parts = zip(shared(cores, jobs, "core"), _gpus(jobs), strict=True)
+        self._shares = [_environment(mine, gpus) for mine, gpus in parts]
         self._free = list(range(jobs))
 
     def start(self, command: Sequence[str], log: Path) -> Running:
@@ -101,7 +101,7 @@ def shared(things: Sequence[int], jobs: int, what: str) -> list[list[int]]:
     if len(things) < jobs:
         raise InputError(f"--jobs={jobs}, but this machine has {len(things)} {what}s for them; give at most that many")
     ends = [round(number * len(things) / jobs) for number in range(jobs + 1)]
-    return [list(things[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    return [list(things[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def _environment(cores: Sequence[int], gpus: Sequence[str] | None) -> tuple[str, Mapping[str, str]]:

@@ -63,9 +63,7 @@ class Plan:
         """Raises InputError for a row, a preset or a setting that there is not."""
         for name in rows:
             if name == "base":
-                raise InputError(
-                    "--rows: base has no run of its own: every run evaluates it first, a grid does so once"
-                )
+                raise InputError("--rows: base has no run of its own: a grid evaluates it once, before the others")
             if name not in ROWS:
                 raise InputError(f"--rows: there is no row '{name}'; choose from {', '.join(ROWS)}")
         if any(given.startswith("--config.seed") for given in overrides):
@@ -151,8 +149,8 @@ def _measured(output: Path, config: ConfigDict) -> bool:
         return False
     if by.get("model") != str(Path(config.checkpoint).expanduser()):
         raise InputError(
-            f"{output} has pass rates of {by.get('model')}, and config.checkpoint is {config.checkpoint}: delete it, or "
-            "give another --workdir"
+            f"{output} has pass rates of {by.get('model')}, and config.checkpoint is {config.checkpoint}: delete it, "
+            "or give another --workdir"
         )
     return True
 

@@ -1,4 +1,4 @@
-"""Every row of the paper's tables that has a run, as data: its config, what it is compared with, and what the paper got.
+"""Every row of the paper's tables that has a run, as data: its config, what it is compared with, what the paper got.
 
 What METHOD of the paper or its page does not give is not there: no value of a row means "not known".
 """
@@ -67,7 +67,8 @@ BASE = _row(
 _PART = "prompts updates rates references order"  # a set is left out
 _ROWS = (
     _row(
-        "staged", "perception, text, visual: 1-2-3", ("Table 1", "Table 2", "Figure 3", "Table 5", "Table 6", "Table 7"),
+        "staged", "perception, text, visual: 1-2-3",
+        ("Table 1", "Table 2", "Figure 3", "Table 5", "Table 6", "Table 7"),
         *_main(QWEN3, 51.10, 80.44, 65.77), *_main(QWEN25, 42.26, 77.24, 59.75),
         PaperValue("Table 1", QWEN3, "MathVista (mini)", 75.9),
         PaperValue("Table 1", QWEN3, "WeMath", 56.1),
