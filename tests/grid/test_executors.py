@@ -61,7 +61,9 @@ def test_gpus_that_do_not_go_round_are_said(monkeypatch):
 
 
 def test_a_run_is_asked_to_stop_and_then_made_to(tmp_path):
-    stubborn = "import signal, time; signal.signal(15, lambda *a: print('heard', flush=True)); print('on', flush=True)\n"
+    stubborn = (
+        "import signal, time; signal.signal(15, lambda *a: print('heard', flush=True)); print('on', flush=True)\n"
+    )
     stubborn += "while True: time.sleep(0.1)"
     log, running = tmp_path / "log.txt", None
     running = Local(1).start([sys.executable, "-c", stubborn], log)

@@ -77,14 +77,19 @@ def test_a_laptop_s_row_sees_as_much_of_each_set_that_it_uses_as_any_other(name)
     assert config_of(name, "laptop").objective.updates_per_batch > 1
 
 
-@pytest.mark.parametrize("name", ["merged", "merged_in_order", "difficulty", "sft_perception", "capability_x_difficulty"])
+@pytest.mark.parametrize(
+    "name", ["merged", "merged_in_order", "difficulty", "sft_perception", "capability_x_difficulty"]
+)
 def test_what_a_budget_says_is_what_the_curriculum_gives(name):
     """The prompts of each set, counted."""
     config = config_of(name, "laptop")
     seen = collections.Counter()
     for stage in schedule.stages(config):
         sets = [
-            [Problem(f"{kind}{n}", "?", "1", capability=kind, pass_rate=n % 4 / 4) for n in range(stage.curriculum.rows)]
+            [
+                Problem(f"{kind}{n}", "?", "1", capability=kind, pass_rate=n % 4 / 4)
+                for n in range(stage.curriculum.rows)
+            ]
             for kind in stage.data
         ]
         order = stage.curriculum.arrange(sets, 0, stage.prompts)

@@ -62,7 +62,10 @@ def test_running_and_failed_runs_come_first_where_not_all_fit():
     board = Board(Console(file=io.StringIO(), width=100, height=12))
     found = [Line(f"staged seed {n}", "done", 9, Progress(9)) for n in range(20)]
     found += [Line("merged seed 0", "running", 900, Progress(450, "merged", 61.0, "50.0% sampled"))]
-    found += [Line("merged seed 1", "failed", 9, Progress(), "signal 9"), Line("visual seed 0", "waiting", 9, Progress())]
+    found += [
+        Line("merged seed 1", "failed", 9, Progress(), "signal 9"),
+        Line("visual seed 0", "waiting", 9, Progress()),
+    ]
     board.show(found)
     lines = [line.rstrip() for line in text_of(board).splitlines()]
     assert lines[2].split() == ["merged", "seed", "0", "running", "450/900", "merged", "1:01", "50.0%", "sampled"]
