@@ -18,6 +18,7 @@ from capcur_jax.evaluation.benchmarks.measures import by_class, percent
 _WHERE = "Hugging Face BLINK-Benchmark/BLINK, or VLMEvalKit"
 _FILES = ("BLINK.tsv", "val-*.parquet", "val*.jsonl", "*.jsonl")
 _IMAGES = "image_1", "image_2", "image_3", "image_4"
+_ALONE = {form.format(letter) for letter in "ABCDE" for form in ("{}", "({})")}
 
 
 def _row(entry: tables.Entry) -> Row:
@@ -35,18 +36,17 @@ def _row(entry: tables.Entry) -> Row:
 
 
 def _official(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
-    marked = {f"({letter})": letter for letter in row.options}
-    last, whole = (marked.keys() & set(part.split()) for part in (text.rpartition("\n\n")[2], text))
-    read = None
-    if text in "ABCDE" and len(text) == 1:
+    marks = {f"({letter})" for letter in row.options}
+    words, last = (marks & set(part.split()) for part in (text, text.rpartition("\n\n")[2]))
+    read = extracted
+    if text in _ALONE:
         read = text
-    elif text in marked or (whole and 1 in (len(whole), len(last))):
-        read = marked[text] if text in marked else marked[min(last if len(last) == 1 else whole)]
+    elif words and 1 in (len(words), len(last)):
+        read = min(last if len(last) == 1 else words)
     elif extracted is None:
         return Ask("letter")
-    elif extracted in row.options or extracted in marked:  # what the judge says counts word for word
-        read = choices.bare(extracted)
-    return Verdict(float(read in row.gold), "rule", read)
+    # What stands there counts word for word: "(A) red" of a judge is none of the options.
+    return Verdict(float(str(read) in (row.gold[0], f"({row.gold[0]})")), "rule", read)
 
 
 def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:

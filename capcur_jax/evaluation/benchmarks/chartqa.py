@@ -1,7 +1,7 @@
 """ChartQA: questions about charts, half by people and half made from captions; numbers within 5 % are right.
 
 Published: github.com/vis-nlp/ChartQA (test_augmented.json, test_human.json with png/), Hugging Face
-HuggingFaceM4/ChartQA (Parquet), and VLMEvalKit's table. An own file's index is the row's number from 0, over both files.
+HuggingFaceM4/ChartQA (Parquet), and VLMEvalKit's table. An own file's index is the row's number from 0, over both.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def near(answer: str, gold: str) -> bool:
 
 
 def _official(row: Row, text: str, extracted: str | None) -> Verdict:
-    answer = text if extracted is None else extracted
-    return Verdict(float(any(near(answer, gold) for gold in row.gold)), "rule", answer)
+    return Verdict(float(any(near(text, gold) for gold in row.gold)), "rule", text)
 
 
 def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""CV-Bench-2D: counting and relations of objects in images of ADE20K and COCO; the score is the mean of the two sources.
+"""CV-Bench-2D: counts and places of objects in images of ADE20K and COCO; the score is the mean of the two sources.
 
 Published: Hugging Face nyu-visionx/CV-Bench (test_2d.jsonl or .parquet; test.* has the 3D rows as well), and
 VLMEvalKit's table. An own file's index is idx. The authors count a column of right answers that one fills in oneself,

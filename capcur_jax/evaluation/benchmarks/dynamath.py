@@ -7,7 +7,6 @@ DynaMath/DynaMath_Sample (sample_variant1 to 10, Parquet), VLMEvalKit's table. A
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from capcur_jax.data.problem import BadRow
@@ -41,32 +40,25 @@ def _row(entry: tables.Entry) -> Row:
     return Row(index, entry.text("question"), (gold,), images, facts=facts, cluster=seed)
 
 
-def _official(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
-    answer, gold, kind = extracted or short_answer.official(text) or "", row.gold[0], row.facts["kind"]
-    if kind == "float":
-        try:
-            right = abs(short_answer.number(answer) - float(gold)) <= 0.001
-        except ValueError:
-            right = False
-    elif kind == "multiple choice":
+def _official(row: Row, text: str, extracted: str | None) -> Verdict:
+    answer, gold, kind = short_answer.official(text) or "", row.gold[0], row.facts["kind"]
+    right = short_answer.near(answer, gold) if kind == "float" else gold in answer
+    if kind == "multiple choice":
         right = answer == gold if len(answer) == 1 else gold in answer[:3]
-    else:
-        right = gold in answer
     return Verdict(float(right), "rule", answer)
 
 
 def _kit(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
     gold, kind = row.gold[0], row.facts["kind"]
     answer = short_answer.kit(text, kind)
-    if answer is None and extracted is None:
-        return Ask("extract")
     if answer is None:
-        answer = short_answer.answer_of_kind(str(extracted), kind)
-    if isinstance(answer, float):
-        right = abs(answer - float(gold)) <= 0.001
-    else:
-        right = answer is not None and (answer.lower() in gold.lower() if kind == "text" else answer == gold)
-    return Verdict(float(right), "rule", None if answer is None else str(answer))
+        if extracted is None:
+            return Ask("extract")
+        answer = short_answer.of_kind(extracted, kind) or ""
+    right = short_answer.near(answer, gold) if kind == "float" else answer == gold
+    if kind == "text":
+        right = bool(answer) and answer.lower() in gold.lower()
+    return Verdict(float(right), "rule", answer)
 
 
 def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def _images(entry: tables.Entry) -> tuple[Path, ...]:
     if entry.is_table or entry.value.get("image") is not None:
         return entry.images("image")
     names = [f"{folder}{entry.text('image_id')}.jpg" for folder in ("", "train_images/", "val_images/")]
-    return entry.first_image(*names)
+    return entry.named(*names)
 
 
 def _credit(answer: str, people: list[str]) -> float:
@@ -46,7 +46,7 @@ def _credit(answer: str, people: list[str]) -> float:
 
 def _rule(normalized: Callable[[str], str]) -> Rule:
     def rule(row: Row, text: str, extracted: str | None) -> Verdict:
-        answer = normalized(text if extracted is None else extracted)
+        answer = normalized(text)
         return Verdict(_credit(answer, [normalized(gold) for gold in row.gold]), "rule", answer)
 
     return rule

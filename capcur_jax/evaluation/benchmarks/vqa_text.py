@@ -9,7 +9,7 @@ import re
 
 from capcur_jax.evaluation import rules
 
-_MARKS = ";/[]\"{}()=+\\_-><@`!"
+_MARKS = ';/[]"{}()=+\\_-><@`!'
 _STOP = re.compile(r"\.(?!\d)")
 _STOPS = 32  # that go: the published call hands re.UNICODE over where the count stands
 _NUMBERS = {
@@ -17,7 +17,9 @@ _NUMBERS = {
     "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
 _ARTICLES = {"a", "an", "the"}
-_SHORT_FORMS = """
+_SHORT_FORMS = re.findall(
+    r"\S+",
+    """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
     o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
@@ -25,7 +27,8 @@ _SHORT_FORMS = """
     there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
-""".split()
+    """,
+)
 
 
 def _spellings() -> dict[str, str]:
