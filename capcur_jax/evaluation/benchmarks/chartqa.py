@@ -33,9 +33,10 @@ def _row(entry: tables.Entry) -> Row:
         split = "human" if by_people == 0 or "human" in PurePath(entry.file).stem else "augmented"
     index = entry.index if entry.is_table else str(entry.number)
     question = entry.text("question" if entry.is_table else "query")
-    keys = ("image",) if entry.is_table or "image" in entry.value else ("imgname",)
     accepted = tuple(str(one) for one in gold if one is not None)
-    return Row(index, question, accepted, entry.images(*keys), facts={"split": split}, cluster=entry.shown(*keys))
+    name = entry.optional("imgname")
+    images = entry.named(name, f"png/{name}") if name else entry.images("image")
+    return Row(index, question, accepted, images, facts={"split": split}, cluster=name or entry.shown("image"))
 
 
 def _number(text: str) -> float | None:
@@ -64,9 +65,9 @@ def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     return {"score": percent(every) if mode == "kit" else sum(splits.values()) / len(splits), **splits}
 
 
-BENCHMARK = Benchmark(
+BENCHMARKS = (Benchmark(
     name="chartqa", title="ChartQA", files=_FILES, where=_WHERE, sets={2500: "test"}, digests={"c902e0aa": ""},
     load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
     put=lambda row: f"{row.question}\nReply with one word, a number or a short phrase.",
     official=_official, kit=lambda row, text, extracted: _official(row, text.strip(), extracted), metrics=_metrics,
-)  # fmt: skip
+),)  # fmt: skip

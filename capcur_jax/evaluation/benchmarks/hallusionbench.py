@@ -73,8 +73,8 @@ def _is_unseen(row: Row) -> bool:
     return row.facts["category"] == "VS" and row.facts["figure"] == "0"
 
 
-BENCHMARK = Benchmark(
+BENCHMARKS = (Benchmark(
     name="hallusionbench", title="HallusionBench", files=_FILES, where=_WHERE, sets={951: "with an image", 1129: "all"},
     digests={"0c23ac0d": ""}, load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
     put=wording.unchanged, official=_official, kit=rules.agreement, metrics=_metrics,
-)  # fmt: skip
+),)  # fmt: skip
