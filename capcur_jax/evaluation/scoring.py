@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from capcur_jax.evaluation import rules
-from capcur_jax.evaluation.benchmarks.base import MODES, Ask, Benchmark, Reply, Row, Verdict
+from capcur_jax.evaluation.benchmarks.base import MODES, NOTHING, Ask, Benchmark, Reply, Row, Verdict
 
 _ROUNDS = 2  # what a judge can be asked of one reply: its answer, then whether that equals the gold one
 _WRONG = Verdict(0.0, "rule")
@@ -20,7 +20,7 @@ class Judge(Protocol):
         """The verdict on each (row, what is read of the reply, what is asked); None: none could be read.
 
         "letter": a letter of the options; "yes_no": "yes" or "no"; "equal": "same" or "different"; "extract": the
-        answer. Any other text says that the reply gives no answer.
+        answer; any of them but "equal" may be NOTHING.
         """
         ...
 
@@ -66,6 +66,8 @@ def score(
             found.append(_WRONG)
             continue
         verdict = rule(row, text, reply.extracted)
+        if isinstance(verdict, Ask) and verdict.kind == "extract" and read == "box" and rules.is_boxed(reply.text):
+            verdict = _of_box(rule, row, text, verdict)
         if reply.extracted is not None and isinstance(verdict, Verdict) and verdict != rule(row, text, None):
             verdict = verdict._replace(by="judge")  # whoever extracted it
         found.append(verdict)
@@ -91,10 +93,18 @@ def score(
     return Scored(verdicts, _plain(numbers), {name: value / count for name, value in shares.items()} if count else {})
 
 
+def _of_box(rule: Any, row: Row, text: str, ask: Ask) -> Verdict | Ask:
+    """What stands in a box is an extraction by itself: it may be right, and else needs no judge to find it again."""
+    verdict = rule(row, text, text)
+    if isinstance(verdict, Verdict):
+        return verdict._replace(by="rule") if verdict.credit == 1 else ask
+    return verdict if verdict.kind == "equal" else ask
+
+
 def _judged(rule: Any, row: Row, text: str, ask: Ask, word: str | None) -> Verdict | Ask:
     """The verdict that a judge's word makes."""
-    if word is None:
-        return Verdict(0.0, "none")
+    if word is None or word == NOTHING:
+        return Verdict(0.0, "none" if word is None else "judge")
     if ask.kind == "extract":
         verdict = rule(row, text, word)
         return verdict._replace(by="judge") if isinstance(verdict, Verdict) else verdict

@@ -41,6 +41,9 @@ class Verdict(NamedTuple):
     read: str | None = None  # what was taken for the answer; None: nothing was
 
 
+NOTHING = "unanswered"  # a judge's word for a reply that gives no answer
+
+
 class Ask(NamedTuple):
     """What only a judge can decide.
 

@@ -49,7 +49,9 @@ def _kit(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
     replies = [_unboxed(reply) for reply in (text, extracted) if reply is not None]
     if row.options:
         verdict = rules.choice(row, *replies)
-        return Ask("extract") if isinstance(verdict, Ask) and extracted is None else verdict
+        if isinstance(verdict, Verdict):
+            return verdict
+        return Ask("extract") if extracted is None else Verdict(0.0, "judge", extracted)
     for reply in replies:
         if _same(reply, row.gold[0]):
             return Verdict(1.0, "rule", reply)

@@ -43,7 +43,9 @@ def _row(entry: tables.Entry) -> Row:
 def _kit(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
     if row.options:
         verdict = rules.choice(row, text, extracted)
-        return Ask("extract") if isinstance(verdict, Ask) and extracted is None else verdict
+        if isinstance(verdict, Verdict):
+            return verdict
+        return Ask("extract") if extracted is None else Verdict(0.0, "judge", extracted)
     kind = row.facts["type"]
     if kind not in ("integer", "float"):
         return Verdict(0.0, "rule")  # of lists the kit compares nothing
