@@ -55,9 +55,9 @@ def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     return {"score": mean if mode == "kit" else sum(tasks.values()) / len(tasks), "rows_mean": mean, "tasks": tasks}
 
 
-BENCHMARKS = (Benchmark(
+BENCHMARK = Benchmark(
     name="blink", title="BLINK", files=_FILES, where=_WHERE, sets={1901: "val"},
     digests={"d5e8af14": "", "3b6649b6": "before 2026-05-11: 134 relative-reflectance answers are wrong"},
     load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
     put=choices.put, official=_official, kit=rules.choice, metrics=_metrics,
-),)  # fmt: skip
+)  # fmt: skip

@@ -1,7 +1,7 @@
 """This project's own sets (perception, text, visual) and any file of problems, graded as training grades.
 
-Rows are those of docs/data.md. A reply is right where the answer in its last box is, by the grader of the reward. There
-is no judge, and `official` and `kit` are one number.
+Rows are those of docs/data.md. A reply is right where the answer in its last box is, by the grader of the reward, as in
+training. There is no judge, and both modes have the same rule.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def benchmark(name: str, title: str = "") -> Benchmark:
     return Benchmark(
         name=name, title=title or name, files=files, where="a file of problems", sets={},
         load=functools.partial(_load, name), put=wording.unchanged, official=_rule, kit=_rule, metrics=_metrics,
+        reading="raw",
     )  # fmt: skip
 
 

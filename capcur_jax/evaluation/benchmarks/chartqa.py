@@ -65,9 +65,9 @@ def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     return {"score": percent(every) if mode == "kit" else sum(splits.values()) / len(splits), **splits}
 
 
-BENCHMARKS = (Benchmark(
+BENCHMARK = Benchmark(
     name="chartqa", title="ChartQA", files=_FILES, where=_WHERE, sets={2500: "test"}, digests={"c902e0aa": ""},
     load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
     put=lambda row: f"{row.question}\nReply with one word, a number or a short phrase.",
     official=_official, kit=lambda row, text, extracted: _official(row, text.strip(), extracted), metrics=_metrics,
-),)  # fmt: skip
+)  # fmt: skip

@@ -41,18 +41,16 @@ def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     return {"score": score, **sources, "tasks": by_class(rows, verdicts, "task")}
 
 
-BENCHMARKS = (
-    Benchmark(
-        name="cvbench_2d",
-        title="CV-Bench-2D",
-        files=_FILES,
-        where=_WHERE,
-        sets={1438: "all"},
-        digests={"a7cff4cc": ""},
-        load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
-        put=choices.put,
-        official=choices.letter_given,
-        kit=rules.choice,
-        metrics=_metrics,
-    ),
+BENCHMARK = Benchmark(
+    name="cvbench_2d",
+    title="CV-Bench-2D",
+    files=_FILES,
+    where=_WHERE,
+    sets={1438: "all"},
+    digests={"a7cff4cc": ""},
+    load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
+    put=choices.put,
+    official=choices.letter_given,
+    kit=rules.choice,
+    metrics=_metrics,
 )

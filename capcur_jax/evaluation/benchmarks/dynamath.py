@@ -68,9 +68,9 @@ def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     return {"score": average, "average": average, "worst_case": worst, **classes}
 
 
-BENCHMARKS = (Benchmark(
+BENCHMARK = Benchmark(
     name="dynamath", title="DynaMath", files=_FILES, where=_WHERE, sets={5010: "all", 501: "one variant"},
     digests={"b8425ad9": ""}, load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
     put=lambda row: f"## Question\n{row.question}\n\n## Answer\n{_JSON} {_FORMS[row.facts['kind']]}",
     official=_official, kit=_kit, metrics=_metrics,
-),)  # fmt: skip
+)  # fmt: skip

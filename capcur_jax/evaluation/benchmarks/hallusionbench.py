@@ -37,7 +37,9 @@ def _row(entry: tables.Entry) -> Row:
         facts |= {"category": category, "subcategory": f"{category}_{entry.text('subcategory')}"}
         facts["answer"] = entry.optional("gt_answer_details")
         name = f"{category}/{entry.text('subcategory')}/{facts['set']}_{facts['figure']}.png"
-        images = entry.named(entry.optional("filename"), name, f"hallusion_bench/{name}") if facts["seen"] else ()
+        images = (
+            entry.named(entry.optional("filename") or name, name, f"hallusion_bench/{name}") if facts["seen"] else ()
+        )
     if gold.lower() not in _ANSWERS:
         raise BadRow("bad answer", f"the right answer {gold!r} is none of yes, no, 1, 0")
     cluster = "/".join((facts["subcategory"], facts["set"], facts["figure"]))
@@ -73,8 +75,8 @@ def _is_unseen(row: Row) -> bool:
     return row.facts["category"] == "VS" and row.facts["figure"] == "0"
 
 
-BENCHMARKS = (Benchmark(
+BENCHMARK = Benchmark(
     name="hallusionbench", title="HallusionBench", files=_FILES, where=_WHERE, sets={951: "with an image", 1129: "all"},
     digests={"0c23ac0d": ""}, load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
     put=wording.unchanged, official=_official, kit=rules.agreement, metrics=_metrics,
-),)  # fmt: skip
+)  # fmt: skip

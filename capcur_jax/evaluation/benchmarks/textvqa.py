@@ -52,18 +52,16 @@ def _rule(normalized: Callable[[str], str]) -> Rule:
     return rule
 
 
-BENCHMARKS = (
-    Benchmark(
-        name="textvqa",
-        title="TextVQA",
-        files=_FILES,
-        where=_WHERE,
-        sets={5000: "val"},
-        digests={"b233b31f": ""},
-        load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
-        put=lambda row: f"{row.question}\nReply with one word or a short phrase.",
-        official=_rule(vqa_text.official),
-        kit=_rule(vqa_text.kit),
-        metrics=lambda rows, verdicts, mode: {"score": percent(verdict.credit for verdict in verdicts)},
-    ),
+BENCHMARK = Benchmark(
+    name="textvqa",
+    title="TextVQA",
+    files=_FILES,
+    where=_WHERE,
+    sets={5000: "val"},
+    digests={"b233b31f": ""},
+    load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
+    put=lambda row: f"{row.question}\nReply with one word or a short phrase.",
+    official=_rule(vqa_text.official),
+    kit=_rule(vqa_text.kit),
+    metrics=lambda rows, verdicts, mode: {"score": percent(verdict.credit for verdict in verdicts)},
 )

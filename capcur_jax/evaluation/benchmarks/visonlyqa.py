@@ -69,9 +69,9 @@ def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     return found | {"several_answers": len(rows) - len(kept), "categories": by_class(mine, theirs, "category")}
 
 
-BENCHMARKS = (Benchmark(
+BENCHMARK = Benchmark(
     name="visonlyqa", title="VisOnlyQA", files=_FILES, where=_WHERE, digests={"cf460a31": ""},
     sets={1150: "the kit's", 500: "real", 700: "synthetic", 1200: "real and synthetic"},
     load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
     put=choices.put, official=_official, kit=_kit, metrics=_metrics,
-),)  # fmt: skip
+)  # fmt: skip

@@ -36,18 +36,16 @@ def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     return {"score": percent(verdict.credit for verdict in verdicts), **by_class(rows, verdicts, "category")}
 
 
-BENCHMARKS = (
-    Benchmark(
-        name="vstar",
-        title="V*",
-        files=_FILES,
-        where=_WHERE,
-        sets={191: "all"},
-        digests={"b18854d7": ""},
-        load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
-        put=choices.put,
-        official=choices.letter_given,
-        kit=rules.choice,
-        metrics=_metrics,
-    ),
+BENCHMARK = Benchmark(
+    name="vstar",
+    title="V*",
+    files=_FILES,
+    where=_WHERE,
+    sets={191: "all"},
+    digests={"b18854d7": ""},
+    load=lambda path, images: tables.load(path, _FILES, images, _row, _WHERE),
+    put=choices.put,
+    official=choices.letter_given,
+    kit=rules.choice,
+    metrics=_metrics,
 )

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from capcur_jax.evaluation.benchmarks.base import Row
-from capcur_jax.evaluation.benchmarks.chartqa import BENCHMARKS
+from capcur_jax.evaluation.benchmarks.chartqa import BENCHMARK
 from tests.evaluation.benchmarks.extended_fixtures import (
     cell,
     credit,
@@ -18,8 +18,6 @@ from tests.evaluation.benchmarks.extended_fixtures import (
     withstand,
     written,
 )
-
-(BENCHMARK,) = BENCHMARKS
 
 
 def test_all_formats_give_the_same_rows(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation.benchmarks.base import Row
-from capcur_jax.evaluation.benchmarks.dynamath import BENCHMARKS
+from capcur_jax.evaluation.benchmarks.dynamath import BENCHMARK
 from tests.evaluation.benchmarks.extended_fixtures import (
     cell,
     credit,
@@ -20,8 +20,6 @@ from tests.evaluation.benchmarks.extended_fixtures import (
     withstand,
     written,
 )
-
-(BENCHMARK,) = BENCHMARKS
 
 
 def _question(question: str, answer: str, kind: str, subject: str, level: str) -> dict:

@@ -7,10 +7,8 @@ import math
 import pytest
 
 from capcur_jax.errors import InputError
-from capcur_jax.evaluation.benchmarks.hallusionbench import BENCHMARKS
+from capcur_jax.evaluation.benchmarks.hallusionbench import BENCHMARK
 from tests.evaluation.benchmarks.extended_fixtures import cell, credit, image, table, verdicts, withstand, written
-
-(BENCHMARK,) = BENCHMARKS
 
 
 def own(category: str, subcategory: str, figure: int, question: int, answer: str, seen: str = "1") -> dict:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation.benchmarks import vqa_text
 from capcur_jax.evaluation.benchmarks.base import Row
-from capcur_jax.evaluation.benchmarks.textvqa import BENCHMARKS
+from capcur_jax.evaluation.benchmarks.textvqa import BENCHMARK
 from tests.evaluation.benchmarks.extended_fixtures import (
     cell,
     credit,
@@ -24,7 +24,6 @@ from tests.evaluation.benchmarks.extended_fixtures import (
     written,
 )
 
-(BENCHMARK,) = BENCHMARKS
 PEOPLE = ["nokia"] * 3 + ["Nokia."] * 2 + ["toyota"] * 2 + ["the phone", "unanswerable", "10"]
 
 
