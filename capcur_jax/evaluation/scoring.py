@@ -103,8 +103,11 @@ def _of_box(rule: Any, row: Row, text: str, ask: Ask) -> Verdict | Ask:
 
 def _judged(rule: Any, row: Row, text: str, ask: Ask, word: str | None) -> Verdict | Ask:
     """The verdict that a judge's word makes."""
-    if word is None or word == NOTHING:
-        return Verdict(0.0, "none" if word is None else "judge")
+    if word is None:
+        return Verdict(0.0, "none")
+    if word == NOTHING:
+        verdict = rule(row, text, word) if ask.kind == "yes_no" else None  # it may be right: no figure was shown
+        return Verdict(verdict.credit if isinstance(verdict, Verdict) else 0.0, "judge")
     if ask.kind == "extract":
         verdict = rule(row, text, word)
         return verdict._replace(by="judge") if isinstance(verdict, Verdict) else verdict

@@ -9,15 +9,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from capcur_jax.answers.response import last_boxed
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.data.rows import read_problems
 from capcur_jax.evaluation import tables
 from capcur_jax.evaluation.benchmarks import wording
+from capcur_jax.evaluation.benchmarks.accuracy import accuracy
 from capcur_jax.evaluation.benchmarks.base import Benchmark, Row, Verdict
-from capcur_jax.evaluation.benchmarks.measures import by_class, percent
 from capcur_jax.rewards.grade import Grader
 from capcur_jax.rewards.reward import gold_of
 
@@ -57,17 +56,13 @@ def _rule(row: Row, text: str, extracted: str | None) -> Verdict:
     return Verdict(float(_grader().judge([(answer, gold_of(row.facts["problem"]))])[0].correct), "rule", answer)
 
 
-def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
-    return {"score": percent(verdict.credit for verdict in verdicts), "kinds": by_class(rows, verdicts, "kind")}
-
-
 def benchmark(name: str, title: str = "") -> Benchmark:
     """One of NAMES, or a file of the user's own under a name."""
     files = f"{name}.jsonl", f"{name}.parquet"
     return Benchmark(
         name=name, title=title or name, files=files, where="a file of problems", sets={},
-        load=functools.partial(_load, name), put=wording.unchanged, official=_rule, kit=_rule, metrics=_metrics,
-        reading="raw",
+        load=functools.partial(_load, name), put=wording.unchanged, official=_rule, kit=_rule, reading="raw",
+        metrics=accuracy(kinds="kind", sources="source"),
     )  # fmt: skip
 
 

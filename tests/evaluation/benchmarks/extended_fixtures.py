@@ -18,20 +18,20 @@ from PIL import Image
 from capcur_jax.evaluation.benchmarks.base import Benchmark, Row, Verdict
 
 HOSTILE = {
-    "deep JSON": "[" * 200_000,
-    "deep object": '{"short answer": ' + "[" * 50_000 + "]" * 50_000 + "}",
-    "many braces": "{}" * 500_000,
-    "many brackets": "(A)" * 500_000,
-    "huge number": "9" * 1_000_000,
-    "huge exponent": "1e" + "9" * 1_000_000,
+    "deep JSON": "[" * 60_000,
+    "deep object": '{"short answer": ' + "[" * 20_000 + "]" * 20_000 + "}",
+    "many braces": "{}" * 150_000,
+    "many brackets": "(A)" * 150_000,
+    "huge number": "9" * 300_000,
+    "huge exponent": "1e" + "9" * 300_000,
     "powers": "9**9**9**9",
-    "huge short answer": '{"short answer": "' + "3." + "3" * 1_000_000 + '"}',
-    "huge JSON number": '{"short answer": ' + "7" * 1_000_000 + "}",
-    "many lines": "no\n\nyes\n\n" * 300_000,
-    "many stops": "." * 2_000_000,
-    "many boxes": r"\boxed{" * 200_000,
+    "huge short answer": '{"short answer": "' + "3." + "3" * 300_000 + '"}',
+    "huge JSON number": '{"short answer": ' + "7" * 300_000 + "}",
+    "many lines": "no\n\nyes\n\n" * 100_000,
+    "many stops": "." * 600_000,
+    "many boxes": r"\boxed{" * 60_000,
     "many thoughts": "<think>" * 300_000,
-    "null bytes": "\0" * 1_000_000,
+    "null bytes": "\0" * 300_000,
     "half a pair": "\ud83d" * 100_000,
 }  # texts that a model may write by chance or malice
 

@@ -61,12 +61,12 @@ def test_figures_and_questions_count_as_a_whole(rows):
     found = BENCHMARK.metrics(rows, verdicts(1, 1, 1, 0, 0, 1, 1), "kit")
     # Without the row that has no image: figures VD 0 (both right), VD 1, VS 1, VS 2; questions VD 0, VD 1, VS 0.
     assert math.isclose(found["aAcc"], 100 * 5 / 6) and found["fAcc"] == 75 and math.isclose(found["qAcc"], 100 * 2 / 3)
-    assert found["without_image"] == 1
+    assert found["left_out"] == 1
     assert math.isclose(found["score"], (found["aAcc"] + found["fAcc"] + found["qAcc"]) / 3)
     found = BENCHMARK.metrics(rows, verdicts(1, 1, 1, 0, 0, 1, 1), "official")
     # With it: it is no figure, but its question is not right with every picture any more.
     assert math.isclose(found["aAcc"], 100 * 5 / 7) and found["fAcc"] == 75 and math.isclose(found["qAcc"], 100 / 3)
-    assert found["without_image"] == 0
+    assert found["left_out"] == 0
 
 
 def test_equal_numbers_in_two_subcategories_are_two_figures():
