@@ -6,6 +6,7 @@ training. There is no judge, and both modes have the same rule.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from pathlib import Path
@@ -64,6 +65,12 @@ def benchmark(name: str, title: str = "") -> Benchmark:
         load=functools.partial(_load, name), put=wording.unchanged, official=_rule, kit=_rule, reading="raw",
         metrics=accuracy(kinds="kind", sources="source"),
     )  # fmt: skip
+
+
+def of_file(path: Path) -> Benchmark:
+    """A file of the user's own; it is its own data, whatever folder is given."""
+    own = benchmark(path.name.partition(".")[0])
+    return dataclasses.replace(own, files=(path.name,), load=lambda _, images: _load(own.name, path, images))
 
 
 BENCHMARKS = tuple(map(benchmark, NAMES))

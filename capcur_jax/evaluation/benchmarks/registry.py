@@ -14,7 +14,7 @@ from capcur_jax.evaluation.benchmarks.base import Benchmark
 ORDER = (
     "mathvista", "mathvision", "mathverse_vision_intensive", "wemath", "aokvqa", "realworldqa", "mmstar", "pope",
     "mathverse_vision_only", "dynamath", "hallusionbench", "blink", "visonlyqa", "cvbench_2d", "vstar", "chartqa",
-    "textvqa",
+    "textvqa", "perception", "text", "visual",
 )  # fmt: skip
 
 
@@ -31,7 +31,9 @@ def benchmarks() -> dict[str, Benchmark]:
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark of a name. Raises InputError."""
+    """The benchmark of a name, or of a file of problems. Raises InputError."""
+    if name not in benchmarks() and Path(name).suffix and Path(name).is_file():
+        return importlib.import_module(f"{__package__}.capability").of_file(Path(name))
     if name not in benchmarks():
-        raise InputError(f"no benchmark {name!r}; choose from {', '.join(benchmarks())}")
+        raise InputError(f"no benchmark {name!r}; choose from {', '.join(benchmarks())}, or a file of problems")
     return benchmarks()[name]

@@ -10,6 +10,6 @@ def lines() -> list[str]:
     found = []
     for benchmark in registry.benchmarks().values():
         sets = ", ".join(f"{count:,} ({name})" if name else f"{count:,}" for count, name in benchmark.sets.items())
-        found += [f"{benchmark.name}: {benchmark.title}", f"    rows: {sets}"]
+        found += [f"{benchmark.name}: {benchmark.title}", f"    rows: {sets or 'as many as the file has'}"]
         found += [f"    files: {', '.join(benchmark.files)}", f"    from: {benchmark.where}"]
     return found
