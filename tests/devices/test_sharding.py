@@ -23,6 +23,7 @@ from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import published
 from capcur_jax.models.qwen_vl import QwenVL
+from tests import environment
 from tests.test_main import ROOT
 
 LAYOUTS = {
@@ -89,7 +90,7 @@ def test_two_processes_change_nothing(checkpoint, alone):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", **environment.TOGETHER}
     started = [start(checkpoint, (2, 2, 1, 0, 2), 2, JAX_PROCESS_ID=str(i), **shared) for i in range(2)]
     first, second = map(report, started)
     assert first["devices"] == 4 and first["updates"] == second["updates"]
