@@ -11,11 +11,13 @@ import functools
 import operator
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
+from capcur_jax import bounds
 from capcur_jax.errors import InputError
 from capcur_jax.rollout.sglang.settings import Settings
 
@@ -325,3 +327,24 @@ def get(preset: str, order: tuple[str, ...] = CAPABILITIES) -> ConfigDict:
     config = PRESETS[preset]()
     config.order = order
     return config.lock()
+
+
+def read(name: str, overrides: Sequence[str]) -> ConfigDict:
+    """The config file with the command line's --config.key=value. Raises InputError."""
+    if not Path(name.partition(":")[0]).is_file():
+        raise InputError(f"--config {name}: no such config file; configs/ has some")
+    values, given = flags.FlagValues(), ["config", f"--config={name}", *overrides]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=given)
+    try:
+        rest = values(given)
+        config = values.config
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(f"unknown argument --{error.flagname}; settings look like --config.checkpoint=DIR") from None
+    except (flags.Error, OSError) as error:
+        raise InputError(f"--config {name}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--config {name}: {explained(error)}") from None
+    if len(rest) > 1:
+        raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
+    bounds.check(config)
+    return config

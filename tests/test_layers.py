@@ -14,7 +14,8 @@ LAYERS = """
     results ablations
     run
     curation plan generate evaluate checks
-    evaluation policy learner presets
+    evaluation
+    policy learner presets
     rollout
     rewards schedule
     data
