@@ -107,15 +107,7 @@ class Run:
 
     def _by_owner(self, act: Callable[[], Any]) -> Any:
         """What `act` gives in process 0; None in the others. An InputError of its is one of all processes."""
-        given = refused = None
-        if self.owner:
-            try:
-                given = act()
-            except InputError as error:
-                refused = error
-        if distributed.agree(refused is not None):
-            raise refused or InputError(f"process 0 refuses {self.workdir}, and says why")
-        return given
+        return distributed.by_owner(act, str(self.workdir))
 
     def _check_inputs(self, step: int | None) -> None:
         """That a run that goes on after `step` reads what it read when it began (None). Raises InputError."""

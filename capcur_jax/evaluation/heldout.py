@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,14 +17,10 @@ from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
+from capcur_jax.evaluation.local import answers
 from capcur_jax.models.inputs import BadInput, Processor
 from capcur_jax.rewards.reward import Reward
 from capcur_jax.rollout.engine import Engine, Sampling, sampling_of
-
-
-def _parts(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
-    for at in range(0, len(problems), size):
-        yield problems[at : at + size]
 
 
 def evaluate(
@@ -61,25 +55,19 @@ def evaluate(
             sums[row] += values
 
     images = any(problem.images for problem in problems)
-    for number, part in enumerate(_parts(problems, batch)):
-        # Of several processes each asks its share; all of them sample together.
-        mine = part[jax.process_index() :: jax.process_count()]
-        with ThreadPoolExecutor() as pool:  # the workers that decode images are kept busy
-            built = list(zip(mine, pool.map(builder.try_build, mine), strict=True))
-        for problem in (problem for problem, prompt in built if prompt is None):
-            add(problem, 0, 0, 0, 0, 1, 0)
-        built = [(problem, prompt) for problem, prompt in built if prompt is not None]
-        groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
-        for (problem, _), group in zip(built, groups, strict=True):
-            if not group:  # refused by the engine
+    found = answers(
+        problems, engine=engine, build=builder.try_build, sampling=sampling, seed=seed, batch=batch, images=images
+    )
+    for size, answered in found:
+        for problem, sample in answered:
+            if sample is None:  # no prompt, or refused by the engine
                 add(problem, 0, 0, 0, 0, 1, 0)
-        asked = [problem for (problem, _), group in zip(built, groups, strict=True) if group]
-        samples = [group[0] for group in groups if group]
-        scores = reward(asked, [processor.response(sample.tokens) for sample in samples])
-        for problem, sample, score in zip(asked, samples, scores, strict=True):
+        asked = [(problem, sample) for problem, sample in answered if sample is not None]
+        scores = reward([problem for problem, _ in asked], [processor.response(sample.tokens) for _, sample in asked])
+        for (problem, sample), score in zip(asked, scores, strict=True):
             add(problem, score.accuracy, score.format, len(sample.tokens), 1, 0, score.timed_out)
             right_of[places[id(problem)]] = score.accuracy
-        progress(len(part))
+        progress(size)
     sums, right_of = distributed.exchange(sums).sum(0), distributed.exchange(right_of).sum(0)
     right, answered, left_out = sums[:, 0], sums[:, 3], sums[:, 4]
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan: of nothing

@@ -21,6 +21,7 @@ class Reply(NamedTuple):
     finish: str  # "stop", "length" (cut off at max_tokens), or the server's own word
     tokens: int | None = None  # of the reply, as the server counts them; None: it does not say
     prompt_tokens: int | None = None
+    thinking: str = ""  # what the server keeps apart from the text
 
 
 class Unreadable(ValueError):
@@ -58,9 +59,12 @@ def read_openai(raw: bytes | bytearray) -> Reply:
         raise Unreadable("an answer that is none of this interface (no choices[0] with a text)") from None
     if text is None:  # all its tokens went into reasoning, which servers keep apart
         text = ""
+    said = choice.get("message") or {}
+    thinking = said.get("reasoning_content") or said.get("reasoning") or ""
     if not isinstance(text, str) or not isinstance(finish, str):
         raise Unreadable("an answer that is none of this interface (its text is no text)")
-    return Reply(text[:MAX_TEXT], finish, _count(answer, "completion_tokens"), _count(answer, "prompt_tokens"))
+    counts = _count(answer, "completion_tokens"), _count(answer, "prompt_tokens")
+    return Reply(text[:MAX_TEXT], finish, *counts, str(thinking)[:MAX_TEXT])
 
 
 def _anthropic_body(messages: Sequence[dict], limit: int, temperature: float, more: Mapping[str, Any]) -> dict:
