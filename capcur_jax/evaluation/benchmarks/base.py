@@ -71,7 +71,7 @@ class Benchmark:
     where: who publishes them, for `--list`.
     sets: number of rows -> which set that is ("testmini"); another number is a subset, and said to be one.
     digests: first 8 hex digits of the md5 of known tables -> their version.
-    load: file or folder -> rows. Raises InputError that names file and row.
+    load: file or folder -> rows (tables.Rows says what was left out). Raises InputError that names file and row.
     put: the text that follows the images.
     official, kit: the two rules.
     metrics: what is reported.
@@ -82,7 +82,7 @@ class Benchmark:
     files: tuple[str, ...]
     where: str
     sets: Mapping[int, str]
-    load: Callable[[Path, Path], list[Row]]  # (file or folder, folder in which images of a table are unpacked)
+    load: Callable[[Path, Path | None], list[Row]]  # (file or folder, folder for unpacked images; None: no images)
     put: Callable[[Row], str]
     official: Rule
     kit: Rule
