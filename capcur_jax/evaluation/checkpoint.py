@@ -33,7 +33,9 @@ def config_of_run(workdir: Path) -> ConfigDict:
     """What the run in `workdir` was told, as far as asking its model depends on it. Raises InputError."""
     file, config = workdir / "config.json", presets.defaults()
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = dict(json.loads(file.read_text(encoding="utf-8")))
+        if "rollout" not in stored:
+            raise ValueError("it has no `rollout`")
         for section in RUN_SECTIONS:
             if section in stored:
                 _take(config, section, stored[section])
@@ -61,7 +63,7 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def plain_config(checkpoint: Path) -> ConfigDict:
+def plain_config() -> ConfigDict:
     """For a checkpoint that no config was named for. Shapes follow from the questions."""
     import jax
 

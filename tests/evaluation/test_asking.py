@@ -1,5 +1,6 @@
 """Questions on their way to a model and back: what is sent, what is kept, and that nothing is asked twice."""
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
