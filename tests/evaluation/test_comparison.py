@@ -44,7 +44,7 @@ def test_rows_of_one_alone_and_changed_questions_are_left_out_and_said(tmp_path)
     pair = pair_of(tmp_path, left, right)
     assert (pair.right.rows, pair.right.losses, pair.only, pair.other_questions) == (3, 3, (1, 1), 1)
     said = " | ".join(comparison.notes(pair))
-    assert "1 rows of A alone, 1 rows of B alone" in said and "another question" in said
+    assert "1 rows of A alone, 1 of B alone" in said and "another question" in said
 
 
 def test_rows_are_joined_by_index_not_by_place(tmp_path):
