@@ -64,8 +64,7 @@ def kind_of(path: Path) -> str:
             first, more = decoded(line.removeprefix(b"\xef\xbb\xbf")), any(rest.strip() for rest in file)
         except BadRow:
             return "object"
-    is_object = not more and len(first) > 0 and all(isinstance(value, dict) for value in first.values())
-    return "object" if is_object else "lines"
+    return "object" if not more and _members(first) else "lines"
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -91,13 +90,26 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_object(path: Path) -> Iterator[tuple[str, Any]]:
-    """One object, id -> row: as large as a set of texts."""
+    """One object that holds rows: as large as a set of texts."""
     try:
         found = decoded(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except BadRow as error:
         raise InputError(f"{path}: {error.args[1]}") from None
-    for key, row in found.items():
-        yield f"{path}, {short(key)}", {"id": key} | row if isinstance(row, dict) else _no_object(row)
+    rows = _members(found)
+    if rows is None:
+        raise InputError(f"{path}: one object without rows in it; give the set's file")
+    for label, row in rows:
+        yield f"{path}, {label}", row
+
+
+def _members(found: dict[str, Any]) -> list[tuple[str, Any]] | None:
+    """(label, row) of the rows in one object: under their ids, or as a list under "data". None: it is a row itself."""
+    if isinstance(listed := found.get("data"), list):
+        rows = enumerate(listed, start=1)
+        return [(f"row {number}", row if isinstance(row, dict) else _no_object(row)) for number, row in rows]
+    if not found or not all(isinstance(row, dict) for row in found.values()):
+        return None
+    return [(short(key), {"id": key} | row) for key, row in found.items()]
 
 
 def _no_object(row: Any) -> BadRow:

@@ -91,6 +91,13 @@ class Entry:
             raise BadRow("missing image", f"no image under {' or '.join(keys)}; download the file again")
         return found
 
+    def named(self, *names: str) -> tuple[Path, ...]:
+        """The row's image where its name follows from other keys: the first that is there. Raises BadRow."""
+        if self.is_table or self.unpacked is None:
+            return self.pictures
+        record = published.Record(self.file, self.number, None)
+        return (Path(published.image_file(self.root, record, *filter(None, names))),)
+
     def shown(self, *keys: str) -> str:
         """What tells the row's picture from others: a path as published, a digest of bytes, or "" where unknown."""
         for value in (part for key in keys for part in _parts(self.value.get(key))):
@@ -192,7 +199,9 @@ def published_counts(counts: Any) -> str:
 def find(source: Path, names: Sequence[str], where: str = "") -> tuple[Path, list[Path]]:
     """(the folder that images are looked for in, the files), those of a folder up to two levels deep."""
     if source.is_file():
-        return source.parent, [source]
+        beside = source.parent
+        above = not (beside / "images").is_dir() and (beside.parent / "images").is_dir()
+        return beside.parent if above else beside, [source]
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder; give --data, the file or folder of {where or names[0]}")
     for name in names:
