@@ -208,6 +208,9 @@ def defaults() -> ConfigDict:
                 "temperature": 0.0,
                 "top_p": 1.0,
                 "blind": True,  # report what guessing without the image scores
+                # Questions of each set that the final weights also answer with the figure's facts as text in place of
+                # the image, where a set has such facts: which errors are of perception. 0: none.
+                "counterfactual": 0,
             },
             "log": {
                 "rollouts_every": 5,  # steps between logged rollouts
@@ -237,6 +240,7 @@ def laptop() -> ConfigDict:
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
     config.packing.update({"micro_prompts": 8, "buckets": ((16,), (20,), (32,), (48,))})
+    config.evaluation.counterfactual = 200
     return config
 
 
