@@ -187,6 +187,7 @@ class Run:
         records = self.workdir / "metrics.jsonl"
         recorder = StepRecorder(records, combined, self.counter, self.display, sinks, self.owner, self._alarmed)
         self.recorder = self._closing.enter_context(recorder)
+        self.display.earlier(recorder.evaluations)
         rollouts = JsonLines(self.workdir / "rollouts.jsonl") if self.owner else Nowhere()
         self.rollouts = self._closing.enter_context(contextlib.closing(rollouts))
 

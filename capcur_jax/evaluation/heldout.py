@@ -115,9 +115,15 @@ class Heldout:
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
         stop: Callable[[], None],
     ):
-        self._config, self._sets, self._engine, self._builder, self._reward = config, sets, engine, builder, reward
+        self._config, self._sets, self._engine, self._reward = config, sets, engine, reward
         self._progress, self._stop = progress, stop
-        self._greedy, self._validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
+        self._evaluating, self._validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
+        # What asks: a validation as training does.
+        self.builders = {
+            "training": builder,
+            "evaluation": builder.placing(config.evaluation.instruction),
+            "base": builder.placing(config.evaluation.base_instruction),
+        }
 
     def questions(self, name: str) -> list[Problem]:
         """The held-out questions of a set that are asked."""
@@ -143,13 +149,14 @@ class Heldout:
     def evaluate(self, label: str) -> list[dict[str, Any]]:
         """A result for each set, see `evaluate` above; `label`: "base", or the stage just done. Raises InputError."""
         settings = self._config.evaluation
-        title = f"evaluating ({label})"
-        return self._accuracies(title, settings.split, settings.questions, self._greedy, self._stop)
+        title, builder = f"evaluating ({label})", self.builders["base" if label == "base" else "evaluation"]
+        return self._accuracies(title, settings.split, settings.questions, builder, self._evaluating, self._stop)
 
     def validate(self, label: str) -> list[dict[str, Any]]:
         """The same on validation questions, in the stage `label`."""
         questions = self._config.validation.questions
-        return self._accuracies(f"validating ({label})", "validation", questions, self._validating, lambda: None)
+        title, builder = f"validating ({label})", self.builders["training"]
+        return self._accuracies(title, "validation", questions, builder, self._validating, lambda: None)
 
     def warm_up(self) -> None:
         """Compiles what `validate` samples with, so that it does not look like a late compilation."""
@@ -157,12 +164,18 @@ class Heldout:
             problems, sizes = self._sets.drawn(name, "validation", self._config.validation.questions), []
             for problem in problems:
                 with contextlib.suppress(BadInput):  # `validate` counts it
-                    sizes.append(self._builder.measure(problem))
+                    sizes.append(self.builders["training"].measure(problem))
             if sizes:
                 self._engine.warm_up(sizes, self._validating, 1, any(problem.images for problem in problems))
 
     def _accuracies(
-        self, title: str, split: str, questions: int, sampling: Sampling, stop: Callable[[], None]
+        self,
+        title: str,
+        split: str,
+        questions: int,
+        builder: PromptBuilder,
+        sampling: Sampling,
+        stop: Callable[[], None],
     ) -> list[dict[str, Any]]:
         results = []
         sets = {name: self._sets.drawn(name, split, questions) for name in self._config.evaluation.sets}
@@ -176,7 +189,7 @@ class Heldout:
                 result = evaluate(
                     problems,
                     engine=self._engine,
-                    builder=self._builder,
+                    builder=builder,
                     reward=self._reward,
                     sampling=sampling,
                     seed=self._config.seed,
@@ -184,6 +197,6 @@ class Heldout:
                     progress=advance,
                 )
                 if not result["questions"]:
-                    raise InputError(f"no {split} question of '{name}' can be used: {self._builder.reasons()}")
+                    raise InputError(f"no {split} question of '{name}' can be used: {builder.reasons()}")
                 results.append({"capability": name, **result})
         return results
