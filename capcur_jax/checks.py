@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from capcur_jax import bounds, policy, presets
 from capcur_jax.checkpoints.checkpointing import Checkpoints, check_same_config
 from capcur_jax.data.problem import Problem, short
+from capcur_jax.data.prompts import PLACEMENTS
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
@@ -35,6 +36,9 @@ MAY_CHANGE = (
 
 
 CHOICES = {
+    "prompt.instruction": PLACEMENTS,
+    "evaluation.instruction": PLACEMENTS,
+    "evaluation.base_instruction": PLACEMENTS,
     "objective.ratio": objectives.RATIO_LEVELS,
     "objective.kl_estimator": objectives.KL_ESTIMATORS,
     "objective.aggregation": objectives.AGGREGATIONS,

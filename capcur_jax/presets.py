@@ -70,7 +70,7 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
         "epochs": 0,  # times that the stage's problems are seen; 0: `steps` are given
         "prompts": prompts,  # in a rollout batch (sft: examples in an update)
         "learning_rate": learning_rate,
-        "learning_rate_schedule": "constant",  # or "cosine"
+        "learning_rate_schedule": "constant",  # | linear | cosine: to zero at the end
         "warmup_steps": 0,  # updates
         "freeze": freeze,  # regular expression of parameter paths, e.g. "^visual"
         "curriculum": {
@@ -95,7 +95,7 @@ def _set(source: str = "") -> dict:
 
 def defaults() -> ConfigDict:
     """Every key and what it does, with the paper's choices. Sizes are left to the presets: none of them fits all."""
-    return ConfigDict(
+    config = ConfigDict(
         {
             "seed": 0,
             "checkpoint": "",  # a Hugging Face checkpoint directory; "": random weights, see `create`
@@ -122,7 +122,8 @@ def defaults() -> ConfigDict:
                 "image_cache_mb": 256,  # MiB of resized images that are kept
             },
             "prompt": {
-                "instruction": "suffix",  # suffix | system | none
+                # Where it stands in training and validation: suffix, after the question | system, a turn | none
+                "instruction": "suffix",
                 "max_tokens": 0,  # the preset's; a longer prompt is left out, never truncated
                 "min_pixels": 0,  # 0: the checkpoint's own
                 "max_pixels": 0,
@@ -207,6 +208,8 @@ def defaults() -> ConfigDict:
                 "questions": 1000,  # of each set; 0: all
                 "temperature": 0.0,
                 "top_p": 1.0,
+                "instruction": "",  # where it stands then: as in prompt.instruction, unless it is set
+                "base_instruction": "",  # before the first stage: as in evaluation.instruction, unless it is set
                 "blind": True,  # report what guessing without the image scores
                 # Questions of each set that the final weights also answer with the figure's facts as text in place of
                 # the image, where a set has such facts: which errors are of perception. 0: none.
@@ -222,6 +225,10 @@ def defaults() -> ConfigDict:
             "export": {"dtype": "float32", "each_stage": True},  # Hugging Face checkpoints
         }
     )
+    # They follow the other key until they are set; what is set here does not change that one.
+    config.evaluation.instruction = config.prompt.get_oneway_ref("instruction")
+    config.evaluation.base_instruction = config.evaluation.get_oneway_ref("instruction")
+    return config
 
 
 def laptop() -> ConfigDict:
@@ -278,7 +285,9 @@ def _paper(architecture: str) -> ConfigDict:
     config.checkpointing.update({"every": 10})
     config.validation.update({"every": 10, "questions": 300, "temperature": 0.6, "top_p": 0.95})
     config.export.dtype = "bfloat16"
-    config.evaluation.update({"temperature": 0.6, "top_p": 0.95})
+    # Greedy, as in the paper. The release asks trained models with the instruction as a system turn, base models
+    # without any (its evaluation/README.md).
+    config.evaluation.update({"temperature": 0.0, "top_p": 1.0, "instruction": "system", "base_instruction": "none"})
     return config
 
 

@@ -69,6 +69,12 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     )
     if run.mesh.size > 1:
         run.display.table("Where parameters lie", sharding.described(run.mesh, parameters))
+    if config.evaluation.base_instruction != config.evaluation.instruction:
+        run.display.warn(
+            f"config.evaluation: base_instruction = {config.evaluation.base_instruction!r} asks the base otherwise "
+            f"than trained models, instruction = {config.evaluation.instruction!r}: gains over it have that in them, "
+            "too, and only boxed answers are right (docs/running.md, The paper's presets)"
+        )
     for (name, split), lines in run.sets.skipped_rows.items():
         run.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")
     for (name, split), rows in run.sets.repaired_rows.items():
@@ -78,14 +84,13 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
 
 
 def _prompt_of(run: Run) -> dict[str, str]:
-    """The chat template and the instruction at work, on the first held-out question."""
-    builder = run.policy.builder
-    shown = {
-        "prompt": json.dumps(
-            builder.render(run.heldout.questions(run.config.evaluation.sets[0])[0]), ensure_ascii=False
-        )
-    }
-    if opened := builder.processor.opened.strip():
+    """The chat template and the instruction at work, on the first held-out question, for each way of asking."""
+    question, builders = run.heldout.questions(run.config.evaluation.sets[0])[0], run.heldout.builders
+    purposes: dict[str, list[str]] = {}
+    for purpose, builder in builders.items():
+        purposes.setdefault(json.dumps(builder.render(question), ensure_ascii=False), []).append(purpose)
+    shown = {", ".join(who) if len(purposes) > 1 else "prompt": prompt for prompt, who in purposes.items()}
+    if opened := run.policy.processor.opened.strip():
         shown["the template begins"] = f"{opened}: rewards count it as part of every response"
     return shown
 
@@ -234,7 +239,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     shown = {key: metrics.accuracy_of(evaluations, key) for key in ("accuracy", "accuracy_answered", "left_out")}
     if status != "finished":
         for values in (values for found in shown.values() for values in found.values()):
-            values.pop("final")
+            values.pop("final", None)
     last = evaluations[-len(run.config.evaluation.sets) :] if status == "finished" else []
     builder = run.policy.builder
     skipped = {
@@ -248,6 +253,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     summary = {
         "status": status,
         **shown,
+        "instruction": {purpose: builder.placement for purpose, builder in run.heldout.builders.items()},
         "blind": facts["blind"],
         "seconds": run.seconds(),
         "step_seconds_median": _over(statistics.median, [step["seconds"] for step in steps]),

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from capcur_jax.data.curriculum import Curriculum
 from capcur_jax.errors import InputError
 
-LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Stage:
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.learning_rate_schedule == "constant":
             return self.learning_rate * warm
+        if self.learning_rate_schedule == "linear":
+            return self.learning_rate * warm * (1 - step / updates)
         return self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / updates))
 
 

@@ -6,7 +6,8 @@ metrics are fetched when the next step has drawn its rollouts.
 
 What a run goes on from after a stop is the last checkpoint in its work directory: parameters, optimizer state,
 reference policy, the number of rollout batches consumed, and how long its record files were. Samples and the order of
-data follow from the seed and from numbers in the checkpoint: the continuation is the unbroken run, bit for bit.
+data follow from the seed and from numbers in the checkpoint: with the local engine the continuation is the
+unbroken run, bit for bit.
 """
 
 from __future__ import annotations

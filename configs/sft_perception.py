@@ -6,18 +6,32 @@ for answers; textual and visual reasoning follow as in the paper's method.
         --config.data.sets.captions.train=captions/train.jsonl ...
 
 The captions are rows whose `response` is the caption (python -m capcur_jax.data build docci); the laptop's are of the
-same images as its questions. The stage has the steps and the learning rate of the perception
-stage that it replaces.
+same images as its questions.
 """
 
 from capcur_jax import presets
 
+# Neither paper nor release gives a number of this stage. The release has one command for it: LLaMA-Factory, full SFT,
+# nothing else set. So these are that engine's defaults; but for `freeze` they are those of transformers'
+# TrainingArguments. Optimizer and limits of the prompt are those of the other stages.
+PAPER = presets.stage(
+    ("captions",),
+    steps=0,
+    prompts=64,  # per_device_train_batch_size 8, on 8 GPUs; their number is a guess: that of the other stages
+    learning_rate=5e-5,
+    freeze="^visual",  # LLaMA-Factory's freeze_vision_tower and freeze_multi_modal_projector
+) | {"objective": "sft", "epochs": 3, "learning_rate_schedule": "linear"}
+# A guess: steps, batch and learning rate of the perception stage that this one replaces.
+LAPTOP = presets.stage(("captions",), steps=250, prompts=16, learning_rate=1e-4) | {
+    "objective": "sft", "learning_rate_schedule": "cosine", "warmup_steps": 10,
+}  # fmt: skip
+
 
 def get_config(preset: str = "laptop"):
     config = presets.get(preset, order=("captions", "text", "visual"))
+    laptop = preset == "laptop"
     with config.unlocked():
-        source = {"source": "tiny_base" if preset == "laptop" else "", "train": "", "validation": "", "test": ""}
+        source = {"source": "tiny_base" if laptop else "", "train": "", "validation": "", "test": ""}
         config.data.sets.captions = source
-        config.stages.captions = config.stages.perception.copy_and_resolve_references()
-        config.stages.captions.update({"data": ("captions",), "objective": "sft"})
+        config.stages.captions = LAPTOP if laptop else PAPER
     return config

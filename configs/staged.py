@@ -3,8 +3,7 @@
 python -m capcur_jax.main --config=configs/staged.py                 # laptop, two CPU cores
 python -m capcur_jax.main --config=configs/staged.py:qwen3_vl_8b     # the paper's run
 
-About 8 minutes on two CPU cores; greedy accuracy on 1,000 test questions: perception 57 -> 88 %, text 54 -> 95 %,
-visual 48 -> 88 % (docs/figures.md).
+What the laptop run takes and what it gains: the README, and docs/figures.md with the conditions.
 """
 
 from capcur_jax import presets

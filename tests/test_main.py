@@ -209,6 +209,7 @@ def own(checkpoint, tmp_path_factory):
         "reward.function": "tests.own_rewards:by_length", "evaluation.sets": ("perception",),
         "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.micro_prompts": 1, "packing.slabs": (2, 1),
         "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 2,
+        "evaluation.instruction": "system", "evaluation.base_instruction": "none",
     }  # fmt: skip
     config = tiny.config(checkpoint, {}, order=("merged", "perception"), **changes)
     config.stages.merged.update({"objective": "sft", "data": ("perception",), "freeze": ""})
@@ -222,6 +223,8 @@ def test_own_data_own_reward_and_bad_rows(own):
     workdir, summary, _ = own
     assert summary["status"] == "finished"
     assert summary["skipped"]["images"] == 2 and summary["skipped"]["prompts"] == 1
+    assert summary["instruction"] == {"training": "suffix", "evaluation": "system", "base": "none"}
+    assert "The base was asked with no instruction" in (workdir / "report.html").read_text()
     assert summary["skipped"]["rows"] == 3  # the same file read as train, test and validation
     rollouts = read_jsonl(workdir / "rollouts.jsonl")
     rewards = {(s["response"], s["reward"]) for r in rollouts for s in r["samples"]}
@@ -283,6 +286,13 @@ def run_main(*arguments: str, timeout: float = 120) -> subprocess.CompletedProce
         ),
         (["--config=configs/staged.py", "--config.checkpoint=/nowhere"], ["/nowhere", "config.json"]),
         (["--config=configs/staged.py", "--config.order=('speech',)"], ["speech", "perception"]),
+        ([], ["error: no config: give one of configs/", "--config=configs/staged.py"]),
+        (["configs/staged.py"], ["error: no config: give one of configs/"]),
+        (["--config.seed=1"], ["error: no config: give one of configs/", "--config.seed=1"]),
+        (["--seed=1"], ["error: unknown argument --seed; settings look like --config.seed=1"]),
+        (["--confg=configs/staged.py"], ["error: unknown argument --confg (did you mean --config?)"]),
+        (["--config=configs/staged.py", "--seed=1"], ["error: unknown argument --seed; settings"]),
+        (["--config=configs/staged.py", "--process_id=one"], ["error: flag --process_id=one"]),
     ],
 )
 def test_mistakes_get_one_clear_line(arguments, words, tmp_path):

@@ -60,11 +60,14 @@ class Run:
         )  # fmt: skip
         long = Problem("long", "word", "1")
         builder = types.SimpleNamespace(
-            counts={"images": 2, "prompts": 1}, skipped={long: "too long"},
-            render=lambda problem: f"user: {problem.problem}\n", processor=types.SimpleNamespace(opened="<think>\n"),
+            counts={"images": 2, "prompts": 1}, skipped={long: "too long"}, placement="suffix",
+            render=lambda problem: f"user: {problem.problem}\n",
         )  # fmt: skip
+        processor = types.SimpleNamespace(opened="<think>\n")
         store = types.SimpleNamespace(counters=lambda: {"flawed": 1})
-        self.policy = types.SimpleNamespace(builder=builder, source="checkpoint", lora=None, images=store)
+        self.policy = types.SimpleNamespace(
+            builder=builder, processor=processor, source="checkpoint", lora=None, images=store
+        )  # fmt: skip
         images = {"perception": ("a.png",), "text": ()}
         self.sets = types.SimpleNamespace(
             skipped_rows={("text", "train"): ["text:3: no answer", "text:5: no answer"], ("text", "test"): ["x"]},
@@ -77,7 +80,10 @@ class Run:
         asked = {name: [Problem("0", "What?", a, images[name]) for a in ("blue", "red", "blue")] for name in SETS}
         described = {"questions": 3, "of": 5, "kinds": {"shape": 2 / 3, "color": 1 / 3}, "sources": {}, "ids": ["0"]}
         composition = {"evaluation": {"split": "test", "sets": {name: described for name in SETS}}}
-        self.heldout = types.SimpleNamespace(questions=asked.__getitem__, composition=lambda: composition)
+        builders = dict.fromkeys(("training", "evaluation", "base"), builder)
+        self.heldout = types.SimpleNamespace(
+            questions=asked.__getitem__, composition=lambda: composition, builders=builders
+        )  # fmt: skip
         self.interruption = types.SimpleNamespace(at_once=contextlib.nullcontext)
         self.reward = types.SimpleNamespace(counters=lambda: {"reward_failures": 3})
         self.engine = types.SimpleNamespace(counters=lambda: {"retries": 2})
@@ -115,6 +121,7 @@ def test_the_summary_of_a_finished_run(tmp_path):
             "text": {"base": 0.6, "after_text": 0.9, "final": 0.9},
         },
         "left_out": {name: {"base": 2, "after_text": 2, "final": 2} for name in SETS},
+        "instruction": {"training": "suffix", "evaluation": "suffix", "base": "suffix"},
         "blind": {"perception": 0.5},
         "seconds": 12.5,
         "step_seconds_median": 4.0,  # of 1, 4, 16
@@ -209,6 +216,18 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
         ("warn", "text test: 1 rows skipped, the first: x"),
         ("warn", "text train: 1 rows put right, the first: 7: float noise taken off (`data check` shows them)"),
     ]
+
+
+def test_the_plan_shows_each_way_of_asking_and_warns_where_the_base_has_its_own(tmp_path):
+    run = Run(tmp_path, **{"evaluation.base_instruction": "none"})
+    bare = types.SimpleNamespace(placement="none", render=lambda problem: f"bare: {problem.problem}\n")
+    run.heldout.builders["base"] = bare
+    results.plan(run, run.stages)
+    shown = run.shown[0][1]["A prompt, as the model sees it"]
+    assert shown["training, evaluation"] == '"user: What?\\n"' and shown["base"] == '"bare: What?\\n"'
+    assert run.shown[1][1].startswith("config.evaluation: base_instruction = 'none' asks the base otherwise than")
+    assert "only boxed answers" in run.shown[1][1]
+    assert run.finish()["instruction"] == {"training": "suffix", "evaluation": "suffix", "base": "none"}
 
 
 def test_the_plan_of_an_imitation_and_of_low_rank_factors(tmp_path):

@@ -64,11 +64,22 @@ def test_every_config_gives_stages_of_sets_that_it_has(file):
         assert config.is_locked
 
 
-def test_the_sft_ablation_imitates_captions_for_as_long_as_perception_is_trained():
+def test_the_sft_ablation_imitates_captions_with_numbers_of_its_own():
     get = runpy.run_path(str(CONFIGS / "sft_perception.py"))["get_config"]
     captions, text, visual = schedule.stages(get("qwen3_vl_8b"))
-    assert (captions.objective, captions.data, captions.steps) == ("sft", ("captions",), 90)
+    assert (captions.objective, captions.data) == ("sft", ("captions",))
+    # The defaults of LLaMA-Factory on 8 GPUs, which the release runs with nothing set.
+    assert (captions.epochs, captions.steps, captions.prompts) == (3, 0, 8 * 8)
+    assert (captions.learning_rate, captions.learning_rate_schedule, captions.warmup_steps) == (5e-5, "linear", 0)
+    assert captions.freeze == "^visual" and not captions.curriculum.drop_last
     assert (text.objective, visual.objective) == ("grpo", "grpo")
+    assert {(stage.learning_rate, stage.prompts) for stage in (text, visual)} == {(1e-6, 512)}
+    laptop, replaced = schedule.stages(get())[0], presets.get("laptop").stages.perception
+    for key in ("steps", "prompts", "learning_rate", "learning_rate_schedule", "warmup_steps", "freeze"):
+        assert getattr(laptop, key) == replaced[key]
+    other = get()
+    other.stages.captions.learning_rate = 1e-3
+    assert schedule.stages(get())[0].learning_rate == 1e-4  # of another config of the same file
 
 
 MISTAKES = {
@@ -77,7 +88,7 @@ MISTAKES = {
     "stage twice": ("order", ("text", "visual", "text"), r"config\.order = .* a stage may come once"),
     "stage called base": ("order", ("base",), r"config\.order = .* called base or final"),
     "stage called final": ("order", ("text", "final"), r"config\.order = .* called base or final"),
-    "schedule": ("stages.text.learning_rate_schedule", "linear", r"stages\.text\.learning_rate_schedule.*constant"),
+    "schedule": ("stages.text.learning_rate_schedule", "square", r"stages\.text\.learning_rate_schedule.*constant"),
     "no steps": ("stages.text.steps", 0, r"config\.stages\.text\.steps = 0.*at least 1"),
     "negative steps": ("stages.text.steps", -1, r"config\.stages\.text\.steps = -1.*at least 1"),
     "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = 150 and epochs = 2"),
@@ -112,6 +123,11 @@ def test_constant_learning_rate():
 
 def test_warm_up_rises_linearly_and_is_never_zero():
     assert _rates(6, warmup_steps=4) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+def test_linear_falls_from_the_full_rate_to_one_step_before_zero():
+    assert _rates(4, learning_rate_schedule="linear") == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert _rates(4, learning_rate_schedule="linear", warmup_steps=2) == pytest.approx([0.4, 0.6, 0.4, 0.2])
 
 
 def test_cosine_falls_from_the_full_rate_towards_zero():

@@ -29,11 +29,19 @@ class PromptBuilder:
     ):
         if placement not in PLACEMENTS:
             raise InputError(f"config.prompt.instruction = {placement!r}; choose one of {', '.join(PLACEMENTS)}")
-        self.processor, self._placement = processor, placement
+        self.processor, self.placement = processor, placement
         self._max_tokens, self._max_patches = max_tokens, max_patches
         self._store = store or ImageStore()
         self.skipped: dict[Problem, str] = {}  # why
         self.counts: collections.Counter[str] = collections.Counter()
+
+    def placing(self, placement: str) -> PromptBuilder:
+        """This one with the instruction elsewhere. The two count together what they leave out, a problem once."""
+        if placement == self.placement:
+            return self
+        other = PromptBuilder(self.processor, placement, self._max_tokens, self._max_patches, self._store)
+        other.skipped, other.counts = self.skipped, self.counts
+        return other
 
     def render(self, problem: Problem) -> str:
         """The chat prompt as text, one placeholder an image (in front where the text holds no <image> mark). A control
@@ -44,7 +52,7 @@ class PromptBuilder:
         else:
             parts = [part for text in texts for part in (text, None)][:-1]
         # The instruction asks for a boxed answer; a row without an answer (a caption to learn) has none to box.
-        placement = self._placement if problem.answer else "none"
+        placement = self.placement if problem.answer else "none"
         if placement == "suffix":
             parts = [*parts[:-1], f"{parts[-1]} {INSTRUCTION}" if parts[-1] else INSTRUCTION]
         return self.processor.render(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +10,7 @@ from capcur_jax.data.problem import IMAGE_MARK
 from capcur_jax.data.prompts import INSTRUCTION
 from capcur_jax.evaluation.benchmarks.base import Benchmark, Reply, Row
 from capcur_jax.records.journal import Journal, digest_of, key_of
+from capcur_jax.rollout.engine import Sampling
 
 
 class Asked(NamedTuple):
@@ -72,13 +72,15 @@ class Answerer(Protocol):
 
 
 def turn(text: str, images: Sequence[Path]) -> tuple[str | Path, ...]:
-    """The user's turn: the images first, then the text. A text with a mark for each image says where they stand, as in
-    training; any other number of marks is text."""
+    """The user's turn: the images first, then the text. Marks in the text are the places of the last images, as in
+    training; more marks than there are images are text."""
     pieces = text.split(IMAGE_MARK)
-    if not images or len(pieces) != len(images) + 1:
+    marks = len(pieces) - 1
+    if marks > len(images):
         return (*images, text)
-    parts: list[str | Path] = [pieces[0]]
-    for image, piece in zip(images, pieces[1:], strict=True):
+    first = len(images) - marks
+    parts: list[str | Path] = [*images[:first], pieces[0]]
+    for image, piece in zip(images[first:], pieces[1:], strict=True):
         parts += [image, piece]
     return tuple(part for part in parts if part != "")
 
@@ -147,6 +149,10 @@ class Replies:
         self._journal.close()
 
 
-def digest_of_text(text: str) -> str:
-    """Short, of a text that answers depend on, such as a chat template."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def sampled(sampling: Sampling, instruction: str) -> dict[str, Any]:
+    """How questions are put and answered, as settings of a journal and conditions of a score."""
+    return {
+        "instruction": instruction,
+        "instruction_text": "" if instruction == "none" else INSTRUCTION,
+        **{name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
+    }

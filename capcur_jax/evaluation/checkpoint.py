@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax import presets
 from capcur_jax.errors import InputError
-from capcur_jax.evaluation.asking import Asked, Done, Said, digest_of_text
+from capcur_jax.evaluation.asking import Asked, Done, Said
 from capcur_jax.records.journal import fingerprint
 
 RUN_SECTIONS = ("seed", "mesh", "model", "data", "prompt", "rollout", "reward", "optimizer", "evaluation")
@@ -84,6 +84,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path, config: ConfigDict, sampling: Any, workdir: Path):
         from capcur_jax import policy
+        from capcur_jax.evaluation import local
         from capcur_jax.models.inputs import Processor
 
         if not (directory / "config.json").is_file():
@@ -101,13 +102,13 @@ class Checkpoint:
         self._engine: Any = None
         self._builder: Any = None
         self._closing = contextlib.ExitStack()
-        limits = self.processor.images.size
         self.settings: dict[str, Any] = {
-            "engine": config.rollout.engine, "checkpoint": fingerprint(directory), "dtype": config.model.dtype,
-            "seed": config.seed, "min_pixels": limits["shortest_edge"], "max_pixels": limits["longest_edge"],
-            "image_encoding": "decoded by Pillow, resized as transformers does",
-            "template": digest_of_text(str(self.processor.tokenizer.chat_template)),
-        }  # fmt: skip
+            "engine": config.rollout.engine,
+            "checkpoint": fingerprint(directory),
+            "dtype": config.model.dtype,
+            "seed": config.seed,
+            **local.seen(self.processor),
+        }
 
     def __enter__(self) -> Checkpoint:
         return self

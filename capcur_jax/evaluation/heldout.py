@@ -17,10 +17,11 @@ from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
+from capcur_jax.evaluation.kept import Kept
 from capcur_jax.evaluation.local import answers
 from capcur_jax.models.inputs import BadInput, Processor
-from capcur_jax.rewards.reward import Reward
-from capcur_jax.rollout.engine import Engine, Sampling, sampling_of
+from capcur_jax.rewards.reward import Reward, Score
+from capcur_jax.rollout.engine import Engine, Sample, Sampling, sampling_of
 
 
 def evaluate(
@@ -33,8 +34,13 @@ def evaluate(
     seed: int = 0,
     batch: int = 80,
     progress: Callable[[int], None] = lambda count: None,
+    keep: Callable[[int, str, Sample | None, Score | None], None] = lambda place, text, sample, score: None,
 ) -> dict:
     """One answer to each problem.
+
+    Args:
+        keep: told of each problem that this process asks: its place, the response, the sample and its score; of one
+            that is left out "", None and None.
 
     Returns:
         accuracy: the share that is right of all problems, also of those that are left out because their prompt can't be
@@ -62,11 +68,14 @@ def evaluate(
         for problem, sample in answered:
             if sample is None:  # no prompt, or refused by the engine
                 add(problem, 0, 0, 0, 0, 1, 0)
+                keep(places[id(problem)], "", None, None)
         asked = [(problem, sample) for problem, sample in answered if sample is not None]
-        scores = reward([problem for problem, _ in asked], [processor.response(sample.tokens) for _, sample in asked])
-        for (problem, sample), score in zip(asked, scores, strict=True):
+        texts = [processor.response(sample.tokens) for _, sample in asked]
+        scores = reward([problem for problem, _ in asked], texts)
+        for (problem, sample), text, score in zip(asked, texts, scores, strict=True):
             add(problem, score.accuracy, score.format, len(sample.tokens), 1, 0, score.timed_out)
             right_of[places[id(problem)]] = score.accuracy
+            keep(places[id(problem)], text, sample, score)
         progress(size)
     sums, right_of = distributed.exchange(sums).sum(0), distributed.exchange(right_of).sum(0)
     right, answered, left_out = sums[:, 0], sums[:, 3], sums[:, 4]
@@ -103,6 +112,7 @@ class Heldout:
         progress: opens a bar: (title, questions) -> a context manager that gives what is told of answered questions.
         stop: called between batches of an evaluation; raises what shall end it. A validation is not stopped: the
             checkpoint of its step is to have the figure.
+        kept: writes what was answered; None: nothing is written.
     """
 
     def __init__(
@@ -114,10 +124,17 @@ class Heldout:
         reward: Reward,
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
         stop: Callable[[], None],
+        kept: Kept | None = None,
     ):
-        self._config, self._sets, self._engine, self._builder, self._reward = config, sets, engine, builder, reward
-        self._progress, self._stop = progress, stop
-        self._greedy, self._validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
+        self._config, self._sets, self._engine, self._reward = config, sets, engine, reward
+        self._progress, self._stop, self._kept = progress, stop, kept
+        self._evaluating, self._validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
+        # What asks: a validation as training does.
+        self.builders = {
+            "training": builder,
+            "evaluation": builder.placing(config.evaluation.instruction),
+            "base": builder.placing(config.evaluation.base_instruction),
+        }
 
     def questions(self, name: str) -> list[Problem]:
         """The held-out questions of a set that are asked."""
@@ -143,13 +160,15 @@ class Heldout:
     def evaluate(self, label: str) -> list[dict[str, Any]]:
         """A result for each set, see `evaluate` above; `label`: "base", or the stage just done. Raises InputError."""
         settings = self._config.evaluation
-        title = f"evaluating ({label})"
-        return self._accuracies(title, settings.split, settings.questions, self._greedy, self._stop)
+        title, builder = f"evaluating ({label})", self.builders["base" if label == "base" else "evaluation"]
+        asked = settings.split, settings.questions
+        return self._accuracies(label, title, *asked, builder, self._evaluating, self._stop)
 
     def validate(self, label: str) -> list[dict[str, Any]]:
         """The same on validation questions, in the stage `label`."""
         questions = self._config.validation.questions
-        return self._accuracies(f"validating ({label})", "validation", questions, self._validating, lambda: None)
+        title, builder = f"validating ({label})", self.builders["training"]
+        return self._accuracies("", title, "validation", questions, builder, self._validating, lambda: None)
 
     def warm_up(self) -> None:
         """Compiles what `validate` samples with, so that it does not look like a late compilation."""
@@ -157,12 +176,19 @@ class Heldout:
             problems, sizes = self._sets.drawn(name, "validation", self._config.validation.questions), []
             for problem in problems:
                 with contextlib.suppress(BadInput):  # `validate` counts it
-                    sizes.append(self._builder.measure(problem))
+                    sizes.append(self.builders["training"].measure(problem))
             if sizes:
                 self._engine.warm_up(sizes, self._validating, 1, any(problem.images for problem in problems))
 
     def _accuracies(
-        self, title: str, split: str, questions: int, sampling: Sampling, stop: Callable[[], None]
+        self,
+        label: str,
+        title: str,
+        split: str,
+        questions: int,
+        builder: PromptBuilder,
+        sampling: Sampling,
+        stop: Callable[[], None],
     ) -> list[dict[str, Any]]:
         results = []
         sets = {name: self._sets.drawn(name, split, questions) for name in self._config.evaluation.sets}
@@ -173,17 +199,21 @@ class Heldout:
                 progress(count)
 
             for name, problems in sets.items():
+                keeping = {"keep": self._kept.begin(name, problems, builder)} if self._kept else {}
                 result = evaluate(
                     problems,
                     engine=self._engine,
-                    builder=self._builder,
+                    builder=builder,
                     reward=self._reward,
                     sampling=sampling,
                     seed=self._config.seed,
                     batch=4 * self._config.rollout.slots,  # slots that become free find work
                     progress=advance,
+                    **keeping,
                 )
                 if not result["questions"]:
-                    raise InputError(f"no {split} question of '{name}' can be used: {self._builder.reasons()}")
+                    raise InputError(f"no {split} question of '{name}' can be used: {builder.reasons()}")
                 results.append({"capability": name, **result})
+        if self._kept:
+            self._kept.write(label, {"split": split, "questions": questions}, sampling, builder)
         return results

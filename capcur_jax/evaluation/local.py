@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from capcur_jax.models.inputs import Prompt
+from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.rollout.engine import Engine, Sample, Sampling
 
 _Item = TypeVar("_Item")
+
+
+def seen(processor: Processor) -> dict[str, Any]:
+    """How a checkpoint sees a question: conditions of a score."""
+    limits, template = processor.images.size, str(processor.tokenizer.chat_template)
+    return {
+        "min_pixels": limits["shortest_edge"],
+        "max_pixels": limits["longest_edge"],
+        "image_encoding": "decoded by Pillow, resized as transformers does",
+        "template": hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+    }
 
 
 class Batch(NamedTuple):

@@ -33,6 +33,7 @@ class Served:
         # What the servers do with an image is theirs: it is not known here.
         self.settings: dict[str, Any] = {
             "engine": "served", "address": sorted(addresses), "model": model, "image_encoding": ENCODING,
+            "min_pixels": "the server's", "max_pixels": "the server's", "template": "the server's",
         }  # fmt: skip
         dialect = OPENAI._replace(read=_with_text(OPENAI.read))
         self._chat = functools.partial(Chat, addresses, model, dialect=dialect, **how)

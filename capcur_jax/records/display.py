@@ -132,14 +132,19 @@ class Display:
                 parts.append([("left", lines.duration(left))])
             self._print(lines.join([piece for part in parts for piece in part]))
 
+    def earlier(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Evaluation records that are not shown: those of the base are what later ones are compared with."""
+        bases = {str(record["capability"]): record for record in records if record.get("after") == "base"}
+        found = {name: lines.finite(record, "accuracy") for name, record in bases.items()}
+        self._base |= {name: value for name, value in found.items() if value is not None}
+
     def evaluation(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Prints the evaluation records (of metrics.jsonl) of one moment, with the difference to the base in points."""
         if not records:
             return
         after, step = records[0].get("after", ""), records[0].get("step")
         accuracies = {str(record["capability"]): lines.finite(record, "accuracy") for record in records}
-        if after == "base":
-            self._base = {name: value for name, value in accuracies.items() if value is not None}
+        self.earlier(records)
         versus_base = bool(self._base) and after != "base"
         partial = any(record.get("left_out") for record in records)
         columns = ["capability", "accuracy", *(["vs base"] if versus_base else [])]
@@ -210,6 +215,7 @@ class Display:
             "compilations after warm-up": summary.get("compilations_after_warmup"),
             "log-prob difference, mean": lines.show(summary, "logprob_difference_mean", ".2e", " nats"),
             "format reward at the end": lines.show(summary, "format_reward_final", ".3f"),
+            "instruction": _instruction(summary.get("instruction") or {}),
             "skipped": counted(summary.get("skipped")),
             "put right": counted(summary.get("put_right")),
         }
@@ -281,6 +287,13 @@ def _share_cell(values: Mapping[str, Any], moment: str) -> Text:
     if moment != "base" and base is not None:
         cell.append(f" {_points(value, base):>6}", style="not bold dim")
     return cell
+
+
+def _instruction(placements: Mapping[str, Any]) -> str:
+    """Where the instruction stood in training, in evaluations, and for the base; "" where that is one and the same."""
+    return ", ".join(f"{purpose} {where}" for purpose, where in placements.items()) * (
+        len(set(placements.values())) > 1
+    )
 
 
 def _share(value: float | None) -> str:

@@ -22,14 +22,16 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "numpy", "capcur_
 def accuracy_of(evaluations: Iterable[Mapping[str, Any]], key: str = "accuracy") -> dict[str, dict[str, float | None]]:
     """Evaluation records, in order, as summary.json's `accuracy`: capability -> moment -> share of right answers.
 
-    Moments are "base", "after_<stage>" and "final", a capability's last evaluation. `key`: what is taken of a record;
-    also `accuracy_answered`, or the number `left_out`.
+    Moments are "base", "after_<stage>" and "final", a capability's last evaluation after a stage. `key`: what is taken
+    of a record; also `accuracy_answered`, or the number `left_out`.
     """
     accuracy: dict[str, dict[str, float | None]] = {}
     for record in evaluations:
         values = accuracy.setdefault(str(record["capability"]), {})
         values.pop("final", None)  # stays the last key
-        values[moment_of(record)] = values["final"] = record.get(key)
+        values[moment_of(record)] = record.get(key)
+        if moment_of(record) != "base":
+            values["final"] = record.get(key)
     return accuracy
 
 

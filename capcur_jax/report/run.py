@@ -107,6 +107,7 @@ def _accuracy(evaluations: Sequence[Record], summary: Record, drawn: Record) -> 
     if not accuracy:
         return {}
     moments, blind = moments_of(accuracy), summary.get("blind") or {}
+    changed = set(moments) != {"base"}
     answered, left_out = (
         summary.get(key) or metrics.accuracy_of(evaluations, key) for key in ("accuracy_answered", "left_out")
     )
@@ -114,7 +115,9 @@ def _accuracy(evaluations: Sequence[Record], summary: Record, drawn: Record) -> 
         _accuracy_row(name, values, moments, blind.get(name), answered.get(name) or {}, left_out.get(name) or {})
         for name, values in accuracy.items()
     ]
-    note = f"{_how(drawn)} to held-out questions. Small figures and change: points against the base. Bold: best."
+    note = f"{_how(drawn)} to held-out questions. {_asked(drawn)}"
+    if changed:
+        note += "Small figures and change: points against the base. Bold: best."
     if blind:
         note += " Blind: guessing from the training texts, without the image."
     if any(count for counts in left_out.values() for count in counts.values()):
@@ -131,8 +134,9 @@ def _accuracy(evaluations: Sequence[Record], summary: Record, drawn: Record) -> 
         )
     without_final = {moment: title for moment, title in moments.items() if moment != "final"}
     return {
-        "head": ["capability", *moments.values(), "change", *(["blind"] if blind else [])],
+        "head": ["capability", *moments.values(), *(["change"] if changed else []), *(["blind"] if blind else [])],
         "rows": rows,
+        "changed": changed,
         "blind": bool(blind),
         "chart": charts.accuracy_chart(accuracy, without_final or moments),
         "note": note,
@@ -148,6 +152,19 @@ def _how(drawn: Record) -> str:
         return "Greedy answers"
     top_p = drawn.get("top_p", 1)
     return f"Answers sampled at temperature {temperature:g}" + (f" and top-p {top_p:g}" if top_p < 1 else "")
+
+
+_PLACES = {"suffix": "the instruction after the question", "system": "the instruction as a system turn"}
+
+
+def _asked(settings: Record) -> str:
+    """Where the instruction stood, by config.evaluation; "" of a config that does not say it."""
+    if "instruction" not in settings:
+        return ""
+    base, trained = (_PLACES.get(settings.get(key), "no instruction") for key in ("base_instruction", "instruction"))
+    if base == trained:
+        return f"Asked with {trained}. "
+    return f"The base was asked with {base}, trained models with {trained}: changes have that in them, too. "
 
 
 def _accuracy_row(
@@ -180,7 +197,9 @@ def _kinds(evaluations: Sequence[Record]) -> dict[str, Any]:
         | {"base": found.get("base"), "last": found.get(list(moments)[-1])}
         for (capability, kind), found in sorted(kinds.items())  # by capability, then kind
     ]
-    return {"head": ["capability", "kind", *moments.values(), "change"], "rows": rows} if rows else {}
+    changed = set(moments) != {"base"}
+    head = ["capability", "kind", *moments.values(), *(["change"] if changed else [])]
+    return {"head": head, "rows": rows, "changed": changed} if rows else {}
 
 
 def _rollouts(rollouts: Sequence[Record], workdir: pathlib.Path) -> tuple[dict[str, dict[str, list]], int]:

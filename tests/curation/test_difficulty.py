@@ -190,3 +190,10 @@ def test_mistakes_get_one_line(files, changes, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") <= 3 or "Examples of dropped rows" in error
+
+
+def test_the_help_says_how_the_release_measured(capsys):
+    with pytest.raises(SystemExit):
+        main(["difficulty", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--top-p 0.9 and the instruction as a system turn (--config.prompt.instruction=system)" in said

@@ -59,6 +59,19 @@ def test_the_instruction_may_be_a_system_turn_or_be_left_out(processor):
     assert make_builder(processor, "none").render(problem) == user("What is 3 x 4?")
 
 
+def test_two_ways_of_asking_count_together_what_they_leave_out(processor, images):
+    builder = make_builder(processor, max_tokens=60)
+    system, same = builder.placing("system"), builder.placing("suffix")
+    assert same is builder and system.placement == "system" and builder.placement == "suffix"
+    problem = Problem("1", "What is 3 x 4?", "12")
+    assert system.render(problem) == make_builder(processor, "system").render(problem)
+    long, broken = Problem("long", "word " * 80, "12"), Problem("b", "?", "x", (images["text"],))
+    for asked in (builder, system):
+        assert asked.try_build(long) is None and asked.try_build(broken) is None
+    assert builder.counts == {"prompts": 1, "images": 1} and builder.skipped.keys() == {long, broken}
+    assert system.counts is builder.counts and system.reasons() == builder.reasons()
+
+
 @pytest.mark.parametrize("placement", ["suffix", "system", "none"])
 def test_a_caption_to_learn_gets_no_instruction(processor, placement):
     caption = Problem("1", "Describe.", "", ("a.png",), response="A red circle.")

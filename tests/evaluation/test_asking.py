@@ -157,13 +157,14 @@ def test_changed_settings_are_refused_by_name_and_a_changed_row_is_another(tmp_p
             assert all(replies.wanted())
 
 
-def test_marks_in_a_text_are_places_of_images_only_where_there_is_one_for_each():
+def test_marks_in_a_text_are_places_of_images_where_there_are_images_for_them():
     a, b = Path("a.png"), Path("b.png")
     assert turn("What?", (a, b)) == (a, b, "What?")
     assert turn("First <image>, then <image>: which?", (a, b)) == ("First ", a, ", then ", b, ": which?")
     assert turn("<image>What?", (a,)) == (a, "What?")
     assert turn("What does <image> do in HTML?", ()) == ("What does <image> do in HTML?",)
-    assert turn("<image>?", (a, b)) == (a, b, "<image>?")
+    assert turn("One and <image>?", (a, b)) == (a, "One and ", b, "?")
+    assert turn("<image> and <image>?", (a,)) == (a, "<image> and <image>?")
 
 
 @pytest.mark.parametrize("placement", ["none", "suffix", "system"])

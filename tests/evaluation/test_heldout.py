@@ -51,11 +51,15 @@ class Builder:
 
     processor = types.SimpleNamespace(response=lambda tokens: str(len(tokens)))
 
-    def __init__(self, bad=()):
-        self.bad = set(bad)
+    def __init__(self, bad=(), placement="suffix"):
+        self.bad, self.placement = set(bad), placement
+
+    def placing(self, placement):
+        return self if placement == self.placement else Builder(self.bad, placement)
 
     def try_build(self, problem):
-        return None if problem.id in self.bad else problem.problem
+        mark = "" if self.placement == "suffix" else f"({self.placement}) "
+        return None if problem.id in self.bad else mark + problem.problem
 
     def measure(self, problem):
         if problem.id in self.bad:
@@ -141,6 +145,28 @@ def test_validation_asks_other_questions_in_its_own_way():
         ("perception", 0.75, 4),
         ("text", 0.75, 4),
     ]
+
+
+def test_the_base_trained_models_and_validation_are_asked_in_their_own_ways():
+    house = House(**{"evaluation.instruction": "system", "evaluation.base_instruction": "none"})
+    asked = []
+    for ask, label in (
+        (house.heldout.evaluate, "base"),
+        (house.heldout.evaluate, "text"),
+        (house.heldout.validate, ""),
+    ):
+        ask(label)
+        asked.append(house.asked())
+        house.engine.calls.clear()
+    plain = house.questions("test", 10)
+    assert asked == [
+        [f"(none) {question}" for question in plain],
+        [f"(system) {question}" for question in plain],
+        house.questions("validation", 4),
+    ]
+    assert {name: builder.placement for name, builder in house.heldout.builders.items()} == {
+        "training": "suffix", "evaluation": "system", "base": "none",
+    }  # fmt: skip
 
 
 def test_no_limit_asks_all_and_the_split_is_the_config_s():

@@ -158,6 +158,24 @@ def test_final_tables():
     assert SUMMARY["checkpoint"] in text and "images" not in text
 
 
+def test_the_closing_table_says_where_the_instruction_stood_if_that_is_not_one_place():
+    said = {"training": "suffix", "evaluation": "system", "base": "none"}
+    for given, shown in ((said, True), (dict.fromkeys(said, "suffix"), False)):
+        display, out = captured()
+        display.final(SUMMARY | {"instruction": given})
+        assert ("training suffix, evaluation system, base none" in out.getvalue()) == shown
+        assert ("instruction" in out.getvalue()) == shown
+
+
+def test_a_run_that_goes_on_is_compared_with_the_base_of_its_records():
+    display, out = captured()
+    bases = [evaluation("perception", 0.5), evaluation("text", 0.4)]
+    display.earlier([*bases, evaluation("perception", 0.6, "perception", 90)])
+    assert not out.getvalue()
+    display.evaluation([evaluation("perception", 0.75, "text", 100), evaluation("text", 0.38, "text", 100)])
+    assert "vs base" in out.getvalue() and "+25.0" in out.getvalue() and "-2.0" in out.getvalue()
+
+
 def test_best_accuracy_is_bold():
     console = Console(file=io.StringIO(), width=80, highlight=False, force_terminal=True, color_system="standard")
     Display(console=console).final(SUMMARY)

@@ -119,6 +119,7 @@ def test_accuracy_of_evaluations():
     found = metrics.accuracy_of([record("text", "base", 0.4), record("text", "a", 0.5), record("text", "b", 0.7)])
     assert found == {"text": {"base": 0.4, "after_a": 0.5, "after_b": 0.7, "final": 0.7}}
     assert list(found["text"]) == ["base", "after_a", "after_b", "final"]
+    assert metrics.accuracy_of([record("text", "base", 0.4)]) == {"text": {"base": 0.4}}  # nothing has ended
 
 
 def test_phase_timer_adds_up_and_resets():

@@ -421,6 +421,32 @@ def test_how_answers_were_drawn_and_how_sure_a_figure_is(run, tmp_path):
         assert said in report.write_report(workdir).read_text(encoding="utf-8")
 
 
+def test_a_run_of_which_only_the_base_is_known_has_gained_nothing_yet(tmp_path):
+    base = {"type": "evaluation", "step": 0, "after": "base", "capability": "text", "accuracy": 0.5, "questions": 800}
+    with jsonl.JsonLines(tmp_path / "metrics.jsonl") as log:
+        log.write(base | {"by_kind": {"add": 0.25}})
+    for summary in ({}, {"status": "interrupted", "accuracy": {"text": {"base": 0.5}}}):
+        jsonl.write_json_atomic(tmp_path / "summary.json", summary)
+        text = Page(report.write_report(tmp_path).read_text(encoding="utf-8")).text
+        assert "50.0%" in text and "25.0%" in text
+        assert "+0.0" not in text and "change" not in text and "final" not in text
+
+
+def test_where_the_instruction_stood(tmp_path):
+    workdir = write_run(tmp_path, steps=3)
+    for base, trained, said in (
+        ("suffix", "suffix", "Asked with the instruction after the question."),
+        (
+            "none",
+            "system",
+            "The base was asked with no instruction, trained models with the instruction as a system turn",
+        ),
+    ):
+        drawn = {"temperature": 0.0, "top_p": 1.0, "instruction": trained, "base_instruction": base}
+        jsonl.write_json_atomic(workdir / "config.json", {"evaluation": drawn})
+        assert said in report.write_report(workdir).read_text(encoding="utf-8")
+
+
 def test_alarms_are_listed(tmp_path):
     workdir = write_run(tmp_path, steps=3)
     assert "Alarms" not in report.write_report(workdir).read_text(encoding="utf-8")
