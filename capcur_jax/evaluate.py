@@ -14,6 +14,8 @@ from capcur_jax.records import streams
 # Each is a module of capcur_jax.evaluation.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
 COMMANDS = {
     "score": "scores recorded predictions, without any model",
+    "compare": "whether evaluations differ by more than chance, on the questions that they share",
+    "errors": "what kind of error wrong answers make, by a judge or by the figures' facts as text",
 }
 
 

@@ -188,12 +188,11 @@ def counterfactual(run: Run) -> None:
             if not pairs:
                 continue
             pairs = pairs[: settings.counterfactual]  # the questions come in the order of their hashes
-            with run.display.progress(f"counterfactual ({name})", 2 * len(pairs)) as progress:
+            with run.display.progress(f"counterfactual ({name})", (1 + len(twins.WAYS)) * len(pairs)) as progress:
                 result = twins.ask(
                     pairs,
                     engine=run.engine,
-                    build=builder.try_build,
-                    response=builder.processor.response,
+                    builder=builder,
                     reward=run.reward,
                     sampling=run.sampling,
                     seed=run.config.seed,
