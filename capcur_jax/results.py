@@ -15,7 +15,7 @@ from flax import nnx
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.evaluation import counterfactual as twins
-from capcur_jax.evaluation import folders
+from capcur_jax.evaluation import folders, page
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
@@ -201,8 +201,8 @@ def counterfactual(run: Run) -> None:
                 )
             found[name] = {**result, "left_out": left_out | result["left_out"]}
     if found and run.owner:
-        facts = {"temperature": run.sampling.temperature, "seconds": time.monotonic() - started}
-        jsonl.write_json_atomic(run.workdir / folders.FINAL / twins.FILE, {**facts, "sets": found})
+        kept = {"temperature": run.sampling.temperature, "seconds": time.monotonic() - started, "sets": found}
+        jsonl.write_json_atomic(run.workdir / folders.FINAL / twins.FILE, {**kept, "shown": twins.shown(kept)})
 
 
 def validate(run: Run, stage: str) -> float:
@@ -273,6 +273,8 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         return summary
     jsonl.write_json_atomic(run.workdir / "summary.json", summary)
     files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
+    if (run.workdir / folders.FINAL / folders.SCORES).is_file():
+        files["wrong answers"] = page.write(run.workdir / folders.FINAL)
     for line in explain_skipped(builder):
         run.display.warn(f"left out: {line}")
     run.display.final(summary, files)

@@ -161,6 +161,11 @@ def note(kept: Mapping[str, Any]) -> str:
     return " ".join(dict.fromkeys(said))
 
 
+def shown(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Table and note as the report of a run shows them, which knows nothing of evaluations."""
+    return {"head": HEAD, "rows": table(kept), "note": note(kept)}
+
+
 def _percent(found: Sequence[float] | None) -> str:
     return f"{100 * found[0]:.1f}" if found else "-"
 

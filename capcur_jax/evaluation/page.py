@@ -84,7 +84,7 @@ def html(folder: Folder, mode: str) -> str:
         classes={name: list(_classes(folder, name)) for name in folder.answered},
         conditions={name: folders.conditions(folder, name) for name in folder.answered},
         errors=_errors(judged),
-        told=_told(told),
+        told=counterfactual.shown(told) if told else {},
         articles=articles,
         filters=filters,
         numbers=numbers,
@@ -151,12 +151,6 @@ def _errors(judged: Mapping[str, Any]) -> dict[str, Any]:
             )
         rows.append((name.replace("_", " "), *cells, definition))
     return {"rows": rows, "judge": judged["judge"], "all": whole, "paper": judged["paper"], "show": judged["show"]}
-
-
-def _told(told: Mapping[str, Any]) -> dict[str, Any]:
-    if not told:
-        return {}
-    return {"rows": counterfactual.table(told), "head": counterfactual.HEAD, "note": counterfactual.note(told)}
 
 
 # ---------------------------------------------------------------------- wrong answers
