@@ -131,11 +131,11 @@ def _workbook(path: Path) -> Iterator[tuple[str, Any]]:
     import openpyxl  # here: most sets need none
 
     try:
-        # Formulas as text: a prediction "=3" is one to a spreadsheet, and has no value.
-        book = openpyxl.load_workbook(path, read_only=True, data_only=False)
-        sheet = book.worksheets[0]
-        yield from _cells(path, ([_text(cell) for cell in row] for row in sheet.iter_rows(values_only=True)))
-        book.close()
+        with path.open("rb") as file:  # opened here: openpyxl itself goes by the name's end
+            # Formulas as text: a prediction "=3" is one to a spreadsheet, and has no value.
+            book = openpyxl.load_workbook(file, read_only=True, data_only=False)
+            cells = book.worksheets[0].iter_rows(values_only=True)
+            yield from _cells(path, ([_text(cell) for cell in row] for row in cells))
     except InputError:
         raise
     except Exception as error:  # openpyxl raises a dozen kinds

@@ -17,12 +17,15 @@ from capcur_jax.evaluation.tables import index_text
 
 FAILED = "Failed to obtain answer via API"  # what the kit writes where a request failed
 XLSX_CELL = 32767  # characters that a cell of a workbook holds; the rest is lost when it is written
+_OTHERS = "that stand beside another answer than the row's"
+_FEW = 10  # predictions, of which most may differ
 _REPLACED = {code: "�" for code in range(0xD800, 0xE000)}  # half pairs, which are no text
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One recorded reply. keys: what may tell its row beside the index, as text (WeMath's ID and key)."""
+    """One recorded reply. keys: what may tell its row beside the index, as text: WeMath's ID and key, of a table
+    the right answer."""
 
     index: str
     reply: Reply
@@ -67,7 +70,8 @@ def _prediction(value: Any, workbook: bool) -> Prediction:
         failed = "no reply"
     elif FAILED in text:
         failed = "the request failed"
-    keys = {key: _text(value, key) for key in ("ID", "key", "question") if isinstance(value.get(key), str)}
+    names = ("ID", "key", "answer") if isinstance(value, contents.Cells) else ("ID", "key")
+    keys = {key: _text(value, key) for key in names if isinstance(value.get(key), str)}
     return Prediction(index, Reply(text, finish, extracted=extracted, failed=failed), keys)
 
 
@@ -85,7 +89,7 @@ def join(
     WeMath's rows are told by `ID` and `key` where predictions have both.
 
     Raises:
-      InputError: hardly any prediction is of a row.
+      InputError: none is of a row, or most stand beside another right answer than their row's.
     """
     by_index = {row.index: at for at, row in enumerate(rows)}
     by_number = {str(at): at for at in range(len(rows))}
@@ -109,14 +113,24 @@ def join(
         else:
             replies[at] = prediction.reply
             count["cut off, as long as a workbook's cell can be"] += prediction.reply.finish == "length"
-            asked = prediction.keys.get("question")
-            count["whose question is not the row's"] += asked is not None and asked.strip() != rows[at].question.strip()
+            count[_OTHERS] += not _agrees(rows[at], prediction.keys.get("answer"))
     if not replies:
         what = f"none of {len(predictions)} predictions is of a row of the data (index {short(indices[0])}, ...)"
         raise InputError(f"{path}: {what}; give the data that they were made with (--data)")
+    if len(replies) > _FEW and count[_OTHERS] > len(replies) / 2:
+        what = f"{count[_OTHERS]} of {len(replies)} predictions stand beside another answer than that of the row"
+        raise InputError(f"{path}: {what} of their index; give the data that they were made with (--data)")
     said = [how] if how else []
     said += [f"{number} predictions {reason}" for reason, number in count.items() if number]
     if len(replies) < len(rows):
         said.append(f"{len(rows) - len(replies)} of {len(rows)} rows have no prediction: the score is of a subset")
     kept = sorted(replies)
     return [rows[at] for at in kept], [replies[at] for at in kept], said
+
+
+def _agrees(row: Row, answer: str | None) -> bool:
+    """Whether the answer that a table of predictions has is the row's; a list of answers is not looked at."""
+    if answer is None or answer.startswith("["):
+        return True
+    known = {*row.gold, str(row.facts.get("answer", ""))}
+    return answer.strip("() ").casefold() in {gold.strip("() ").casefold() for gold in known}

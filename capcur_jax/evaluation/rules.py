@@ -41,7 +41,12 @@ def read(text: str, how: str) -> str:
         return ""
     closed = [match.end() for match in _CLOSED.finditer(text)]
     rest = text[closed[-1] :] if closed else text
-    return (last_boxed(rest) or "").strip() if _BOX.search(rest) else rest.strip()
+    return (last_boxed(rest) or "").strip() if is_boxed(rest) else rest.strip()
+
+
+def is_boxed(text: str) -> bool:
+    """Whether the reply has a box, closed or not."""
+    return bool(_BOX.search(text))
 
 
 def is_cut_thought(text: str) -> bool:

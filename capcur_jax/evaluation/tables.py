@@ -92,11 +92,8 @@ class Entry:
         return found
 
     def named(self, *names: str) -> tuple[Path, ...]:
-        """The row's image where its name follows from other keys: the first that is there. Raises BadRow."""
-        if self.is_table or self.unpacked is None:
-            return self.pictures
-        record = published.Record(self.file, self.number, None)
-        return (Path(published.image_file(self.root, record, *filter(None, names))),)
+        """The first of several names that is a file: of a set whose rows name no image. Raises BadRow."""
+        return () if self.unpacked is None else (self._located(*names),)
 
     def shown(self, *keys: str) -> str:
         """What tells the row's picture from others: a path as published, a digest of bytes, or "" where unknown."""
@@ -108,12 +105,12 @@ class Entry:
                 return _digest(data)
         return self.picture
 
-    def _located(self, value: Any) -> Path:
-        if not isinstance(value, str):
+    def _located(self, *values: Any) -> Path:
+        if not isinstance(values[0], str):
             assert self.unpacked is not None
-            return Path(published.embedded_image(value, self.unpacked))
-        stem = self.file.stem.removesuffix("_local")
-        names = (value, f"images/{stem}/{value}", f"images/{value}")
+            return Path(published.embedded_image(values[0], self.unpacked))
+        folders = ("", f"images/{self.file.stem.removesuffix('_local')}/", "images/")
+        names = [f"{folder}{value}" for value in values for folder in folders]
         return Path(published.image_file(self.root, published.Record(self.file, self.number, None), *names))
 
     def _literal(self, key: str, kind: type, missing: Any) -> Any:
@@ -186,12 +183,12 @@ def load(
             places[row.index] = len(rows)
             rows.append(row)
     if not rows:
-        raise InputError(f"{source}: no row of the benchmark in it ({published_counts(left_out)}); give another --data")
+        raise InputError(f"{source}: no row of the benchmark in it ({counted(left_out)}); give another --data")
     pictures.follow(rows, places, files[0])
     return Rows(rows, files, md5(files[0]), left_out)
 
 
-def published_counts(counts: Any) -> str:
+def counted(counts: Any) -> str:
     """ "3 without image, 788 of another version"; "it is empty" of none."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "it is empty"
 

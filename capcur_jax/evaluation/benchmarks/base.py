@@ -41,6 +41,9 @@ class Verdict(NamedTuple):
     read: str | None = None  # what was taken for the answer; None: nothing was
 
 
+NOTHING = "unanswered"  # a judge's word for a reply that gives no answer
+
+
 class Ask(NamedTuple):
     """What only a judge can decide.
 
@@ -75,6 +78,7 @@ class Benchmark:
     put: the text that follows the images.
     official, kit: the two rules.
     metrics: what is reported.
+    reading: which of rules.READINGS the rules need, whatever is asked for; "": they take both.
     """
 
     name: str
@@ -88,3 +92,4 @@ class Benchmark:
     kit: Rule
     metrics: Metrics
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reading: str = ""

@@ -1,23 +1,23 @@
 """This project's own sets (perception, text, visual) and any file of problems, graded as training grades.
 
-Rows are those of docs/data.md. A reply is right where the answer in its last box is, by the grader of the reward. There
-is no judge, and `official` and `kit` are one number.
+Rows are those of docs/data.md. A reply is right where the answer in its last box is, by the grader of the reward, as in
+training. There is no judge, and both modes have the same rule.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from capcur_jax.answers.response import last_boxed
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.data.rows import read_problems
 from capcur_jax.evaluation import tables
 from capcur_jax.evaluation.benchmarks import wording
+from capcur_jax.evaluation.benchmarks.accuracy import accuracy
 from capcur_jax.evaluation.benchmarks.base import Benchmark, Row, Verdict
-from capcur_jax.evaluation.benchmarks.measures import by_class, percent
 from capcur_jax.rewards.grade import Grader
 from capcur_jax.rewards.reward import gold_of
 
@@ -57,17 +57,20 @@ def _rule(row: Row, text: str, extracted: str | None) -> Verdict:
     return Verdict(float(_grader().judge([(answer, gold_of(row.facts["problem"]))])[0].correct), "rule", answer)
 
 
-def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
-    return {"score": percent(verdict.credit for verdict in verdicts), "kinds": by_class(rows, verdicts, "kind")}
-
-
 def benchmark(name: str, title: str = "") -> Benchmark:
     """One of NAMES, or a file of the user's own under a name."""
     files = f"{name}.jsonl", f"{name}.parquet"
     return Benchmark(
         name=name, title=title or name, files=files, where="a file of problems", sets={},
-        load=functools.partial(_load, name), put=wording.unchanged, official=_rule, kit=_rule, metrics=_metrics,
+        load=functools.partial(_load, name), put=wording.unchanged, official=_rule, kit=_rule, reading="raw",
+        metrics=accuracy(kinds="kind", sources="source"),
     )  # fmt: skip
+
+
+def of_file(path: Path) -> Benchmark:
+    """A file of the user's own; it is its own data, whatever folder is given."""
+    own = benchmark(path.name.partition(".")[0])
+    return dataclasses.replace(own, files=(path.name,), load=lambda _, images: _load(own.name, path, images))
 
 
 BENCHMARKS = tuple(map(benchmark, NAMES))

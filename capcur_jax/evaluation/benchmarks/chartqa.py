@@ -33,9 +33,10 @@ def _row(entry: tables.Entry) -> Row:
         split = "human" if by_people == 0 or "human" in PurePath(entry.file).stem else "augmented"
     index = entry.index if entry.is_table else str(entry.number)
     question = entry.text("question" if entry.is_table else "query")
-    keys = ("image",) if entry.is_table or "image" in entry.value else ("imgname",)
     accepted = tuple(str(one) for one in gold if one is not None)
-    return Row(index, question, accepted, entry.images(*keys), facts={"split": split}, cluster=entry.shown(*keys))
+    name = entry.optional("imgname")
+    images = entry.named(name, f"png/{name}") if name else entry.images("image")
+    return Row(index, question, accepted, images, facts={"split": split}, cluster=name or entry.shown("image"))
 
 
 def _number(text: str) -> float | None:

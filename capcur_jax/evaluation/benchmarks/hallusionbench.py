@@ -37,7 +37,8 @@ def _row(entry: tables.Entry) -> Row:
         facts |= {"category": category, "subcategory": f"{category}_{entry.text('subcategory')}"}
         facts["answer"] = entry.optional("gt_answer_details")
         name = f"{category}/{entry.text('subcategory')}/{facts['set']}_{facts['figure']}.png"
-        images = entry.named(entry.optional("filename"), name, f"hallusion_bench/{name}") if facts["seen"] else ()
+        names = entry.optional("filename") or name, name, f"hallusion_bench/{name}"
+        images = entry.named(*names) if facts["seen"] else ()
     if gold.lower() not in _ANSWERS:
         raise BadRow("bad answer", f"the right answer {gold!r} is none of yes, no, 1, 0")
     cluster = "/".join((facts["subcategory"], facts["set"], facts["figure"]))
@@ -54,18 +55,17 @@ def _official(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
 
 def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     """The kit's set has no rows without an image; of the own file they are left out, and counted."""
-    pairs = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if mode != "kit" or row.facts["seen"]]
-    named = ("subcategory",) if mode == "kit" else ("category", "subcategory")
+    pairs = [pair for pair in zip(rows, verdicts, strict=True) if mode != "kit" or pair[0].facts["seen"]]
+    figures = [pair for pair in pairs if mode == "kit" or not _is_unseen(pair[0])]
 
     def whole(of: list[tuple[Row, Verdict]], place: str) -> float:
-        keys = *named, "set", place
-        kept = [row for row, _ in of], [verdict for _, verdict in of]
-        return whole_groups(*kept, lambda row: tuple(row.facts[key] for key in keys))
+        keys = "subcategory", "set", place, *(() if mode == "kit" else ("category",))
+        mine, theirs = [row for row, _ in of], [verdict for _, verdict in of]
+        return whole_groups(mine, theirs, lambda row: tuple(row.facts[key] for key in keys))
 
-    figures = [(row, verdict) for row, verdict in pairs if mode == "kit" or not _is_unseen(row)]
     found = {"aAcc": percent(verdict.credit for _, verdict in pairs)}
     found |= {"fAcc": whole(figures, "figure"), "qAcc": whole(pairs, "question")}
-    return {"score": sum(found.values()) / 3, **found, "without_image": len(rows) - len(pairs)}
+    return {"score": sum(found.values()) / 3, **found, "left_out": len(rows) - len(pairs)}
 
 
 def _is_unseen(row: Row) -> bool:

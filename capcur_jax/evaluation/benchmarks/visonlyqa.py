@@ -16,8 +16,8 @@ from typing import Any
 
 from capcur_jax.evaluation import rules, tables
 from capcur_jax.evaluation.benchmarks import choices
+from capcur_jax.evaluation.benchmarks.accuracy import accuracy
 from capcur_jax.evaluation.benchmarks.base import Ask, Benchmark, Row, Verdict
-from capcur_jax.evaluation.benchmarks.measures import by_class, percent
 
 _WHERE = "github.com/psunlpgroup/VisOnlyQA, Hugging Face ryokamoi/VisOnlyQA_Eval_*, or VLMEvalKit"
 _FILES = ("VisOnlyQA-VLMEvalKit.tsv", "visonlyqa_vlmevalkit.tsv", "[!t]*__*.jsonl", "[!t]*__*.parquet")
@@ -64,9 +64,8 @@ def _kit(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
 def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
     """The kit's set has no rows with several right options; of the own files they are left out, and counted."""
     kept = [pair for pair in zip(rows, verdicts, strict=True) if mode != "kit" or not pair[0].facts["several"]]
-    mine, theirs = [row for row, _ in kept], [verdict for _, verdict in kept]
-    found = {"score": percent(verdict.credit for verdict in theirs), **by_class(mine, theirs, "split")}
-    return found | {"several_answers": len(rows) - len(kept), "categories": by_class(mine, theirs, "category")}
+    found = accuracy(splits="split", categories="category")([row for row, _ in kept], [one for _, one in kept], mode)
+    return found | {"left_out": len(rows) - len(kept)}
 
 
 BENCHMARK = Benchmark(

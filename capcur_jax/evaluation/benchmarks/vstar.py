@@ -14,8 +14,8 @@ from typing import Any
 from capcur_jax.answers.letters import options_of
 from capcur_jax.evaluation import rules, tables
 from capcur_jax.evaluation.benchmarks import choices
+from capcur_jax.evaluation.benchmarks.accuracy import accuracy
 from capcur_jax.evaluation.benchmarks.base import Benchmark, Row
-from capcur_jax.evaluation.benchmarks.measures import by_class, percent
 
 _WHERE = "Hugging Face craigwu/vstar_bench, or VLMEvalKit"
 _FILES = ("VStarBench.tsv", "test_questions.jsonl")
@@ -32,10 +32,6 @@ def _row(entry: tables.Entry) -> Row:
     return Row(index, question, (gold,), images, choices.with_gold(options, gold), facts, entry.shown("image"))
 
 
-def _metrics(rows: Any, verdicts: Any, mode: str) -> dict[str, Any]:
-    return {"score": percent(verdict.credit for verdict in verdicts), **by_class(rows, verdicts, "category")}
-
-
 BENCHMARK = Benchmark(
     name="vstar",
     title="V*",
@@ -47,5 +43,5 @@ BENCHMARK = Benchmark(
     put=choices.put,
     official=choices.letter_given,
     kit=rules.choice,
-    metrics=_metrics,
+    metrics=accuracy(categories="category"),
 )
