@@ -14,6 +14,8 @@ from flax import nnx
 
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
+from capcur_jax.evaluation import counterfactual as twins
+from capcur_jax.evaluation import folders
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
@@ -170,6 +172,38 @@ def evaluate(run: Run, label: str) -> None:
         results = run.heldout.evaluate(label)
     records = [{"type": "evaluation", "step": run.progress.step, "after": label, **result} for result in results]
     run.recorder.evaluation(records, time.monotonic() - started)
+
+
+def counterfactual(run: Run) -> None:
+    """How many of the final weights' errors the figures' facts as text would mend; config.evaluation.counterfactual.
+
+    Written to WORKDIR/evaluation/final, for the report and for `errors`; nothing where no set has such facts."""
+    settings, builder = run.config.evaluation, run.policy.builder
+    if not settings.counterfactual:
+        return
+    found, started = {}, time.monotonic()
+    with run.interruption.at_once():
+        for name in settings.sets:
+            pairs, left_out = twins.twins(run.heldout.questions(name))
+            if not pairs:
+                continue
+            pairs = pairs[: settings.counterfactual]  # the questions come in the order of their hashes
+            with run.display.progress(f"counterfactual ({name})", 2 * len(pairs)) as progress:
+                result = twins.ask(
+                    pairs,
+                    engine=run.engine,
+                    build=builder.try_build,
+                    response=builder.processor.response,
+                    reward=run.reward,
+                    sampling=run.sampling,
+                    seed=run.config.seed,
+                    batch=max(1, 4 * run.config.rollout.slots // twins.SAMPLES),
+                    progress=progress,
+                )
+            found[name] = {**result, "left_out": left_out | result["left_out"]}
+    if found and run.owner:
+        facts = {"temperature": run.sampling.temperature, "seconds": time.monotonic() - started}
+        jsonl.write_json_atomic(run.workdir / folders.FINAL / twins.FILE, {**facts, "sets": found})
 
 
 def validate(run: Run, stage: str) -> float:
