@@ -1,4 +1,7 @@
-r"""The value of a formula in numbers, of `\frac{1}{3}`, `2\pi`, `3**2`: by a grammar, in floats, never by `eval`.
+r"""The value of a formula in numbers, of `\frac{1}{3}`, `2\pi`, `3**2`, `1:2`: by a grammar, in floats, not by `eval`.
+
+As in the parsers of the published scorers, a formula ends at a bracket that nothing opened, `\log` is of base 10, `5\%`
+is a twentieth, and dollars mean nothing.
 
 The formula comes from a model. It is short, brackets nest to a bound, and a float has a bound of its own: `9**9**9` has
 no value, and costs nothing.
@@ -12,17 +15,18 @@ from collections.abc import Callable
 
 LONGEST = 256  # characters
 DEEPEST = 24  # brackets inside each other
-_SPACE = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad(?![a-zA-Z])|~|\\left(?![a-zA-Z])|\\right(?![a-zA-Z]))+")
+_SPACE = re.compile(r"(?:\s|\$|\\[,;:! ]|\\q?quad(?![a-zA-Z])|~|\\left(?![a-zA-Z])|\\right(?![a-zA-Z]))+")
 _TOKEN = re.compile(
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3}(?!\d))?|\.\d+)|(?P<name>\\?[a-zA-Z]+|\\%)|(?P<mark>\*\*|[-+*/^(){}\[\]|!π√÷×·−])"
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3}(?!\d))?|\.\d+)|(?P<name>\\?[a-zA-Z]+|\\%)|(?P<mark>\*\*|[-+*/:^(){}\[\]|!π√÷×·−])"
 )
 _SAME = {
-    "**": "^", "\\times": "*", "\\cdot": "*", "×": "*", "·": "*", "\\div": "/", "÷": "/", "−": "-", "π": "\\pi",
-    "pi": "\\pi", "√": "\\sqrt", "sqrt": "\\sqrt", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac",
+    "**": "^", "\\times": "*", "\\cdot": "*", "×": "*", "·": "*", "\\div": "/", "÷": "/", ":": "/", "−": "-",
+    "π": "\\pi", "pi": "\\pi", "√": "\\sqrt", "sqrt": "\\sqrt", "\\dfrac": "\\frac", "\\tfrac": "\\frac",
+    "\\cfrac": "\\frac",
 }  # fmt: skip
 _PAIRS = {"(": ")", "{": "}", "[": "]", "|": "|"}
 _FUNCTIONS: dict[str, Callable[[float], float]] = {
-    "sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log, "exp": math.exp,
+    "sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log10, "exp": math.exp,
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan,
 }  # fmt: skip
 
@@ -35,7 +39,7 @@ def value(text: str) -> float | None:
     try:
         reader = _Reader(_tokens(text))
         found = reader.sum()
-        return found if not reader.tokens and math.isfinite(found) else None
+        return found if reader.is_done() and math.isfinite(found) else None
     except (_Unreadable, ArithmeticError, ValueError):
         return None
 
@@ -53,7 +57,7 @@ def _tokens(text: str) -> list[str]:
             continue
         match = _TOKEN.match(text, place)
         if match is None:
-            raise _Unreadable
+            return [*found, ""][::-1]  # an error where the formula has not ended before
         found.append(_SAME.get(match[0], match[0]))
         place = match.end()
     return found[::-1]
@@ -62,6 +66,10 @@ def _tokens(text: str) -> list[str]:
 class _Reader:
     def __init__(self, tokens: list[str]):
         self.tokens, self._depth = tokens, 0
+
+    def is_done(self) -> bool:
+        """Whether nothing comes any more, or a bracket that nothing opened."""
+        return not self.tokens or self._next() in (")", "]", "}")
 
     def _next(self) -> str:
         return self.tokens[-1] if self.tokens else ""
@@ -93,7 +101,7 @@ class _Reader:
     @staticmethod
     def _begins(token: str) -> bool:
         """Whether it begins a factor that no sign of multiplication precedes."""
-        return token in ("(", "{", "[") or token[:1].isdigit() or token[:1] in (".", "\\")
+        return token in ("(", "{", "[") or token[:1].isdigit() or token[:1] in (".", "\\") or token == "e"
 
     def _signed(self) -> float:
         if self._next() in ("+", "-"):
@@ -108,6 +116,9 @@ class _Reader:
             if base < 0 or base > 170 or base != int(base):
                 raise _Unreadable
             base = float(math.factorial(int(base)))
+        while self._next() == "\\%":
+            self._take("\\%")
+            base /= 100
         if self._next() != "^":
             return base
         self._take("^")
@@ -115,7 +126,7 @@ class _Reader:
             return math.pow(base, self._signed())  # no complex numbers, and an error where it is too large
 
     def _atom(self) -> float:
-        if not self.tokens:
+        if not self._next():
             raise _Unreadable
         token = self.tokens.pop()
         if token[0].isdigit() or token[0] == ".":
@@ -124,6 +135,8 @@ class _Reader:
             return self._bracketed(token)
         if token == "\\pi":
             return math.pi
+        if token == "e" and self._next() == "^":
+            return math.e
         if token == "\\frac":
             top = self._argument()
             return top / self._argument()

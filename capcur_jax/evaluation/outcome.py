@@ -15,44 +15,53 @@ from capcur_jax.evaluation.benchmarks.base import MODES, Reply, Row, Verdict
 from capcur_jax.evaluation.comparison import lengths
 from capcur_jax.evaluation.folders import SCORES, Answered, predictions_file, write_predictions
 from capcur_jax.evaluation.recorded import FAILED
+from capcur_jax.evaluation.scoring import Scored
 from capcur_jax.records import jsonl
 
 Metric = Callable[[Sequence[Row], Sequence[Verdict], str], Mapping[str, Any]]
-_NEAR = 1e-6  # per cent: closer than that a score is its rows' mean
+_NEAR = 1e-5  # per cent: closer than that a score is its rows' mean
 
 
-def outcome(answered: Sequence[Answered], metrics: Metric, conditions: Mapping[str, Any]) -> dict[str, Any]:
+def outcome(
+    answered: Sequence[Answered],
+    metrics: Metric,
+    conditions: Mapping[str, Any],
+    scored: Mapping[str, Scored] | None = None,
+) -> dict[str, Any]:
     """The entry of one benchmark in scores.json.
 
     Args:
-      answered: its rows, in any order, with the verdicts of both modes.
+      answered: its rows with the verdicts of both modes.
       metrics: see `Benchmark`.
       conditions: what the score depends on.
+      scored: by mode, as scoring.py found it; None: it follows from the verdicts.
 
     Returns:
-      rows; by mode the benchmark's numbers with `interval` (95 %, per cent) and the shares of rows decided by a rule,
-      by a judge, by nobody, and of replies in which nothing could be read; what became of the replies; conditions.
+      rows; by mode the benchmark's numbers, `interval` (95 %, per cent) and the shares of rows that were decided by a
+      rule, by a judge, by nobody, and of replies in which nothing could be read; lengths of replies, and the shares
+      that were cut off at the limit or failed; conditions.
     """
     found: dict[str, Any] = {"rows": len(answered), "replies": lengths(answered, MODES[0])}
     for mode in MODES:
-        found[mode] = _of_mode(answered, metrics, mode)
+        found[mode] = _of_mode(answered, metrics, mode, (scored or {}).get(mode))
     return found | {"conditions": dict(conditions)}
 
 
-def _of_mode(answered: Sequence[Answered], metrics: Metric, mode: str) -> dict[str, Any]:
+def _of_mode(answered: Sequence[Answered], metrics: Metric, mode: str, scored: Scored | None) -> dict[str, Any]:
     if not answered or any(mode not in one.verdicts for one in answered):
         return {"score": None}  # a reward on a scale of its own says nothing of right and wrong
-    rows, verdicts = [one.row for one in answered], [one.verdicts[mode] for one in answered]
-    numbers = dict(metrics(rows, verdicts, mode))
+    verdicts = [one.verdicts[mode] for one in answered]
+    if scored is None:
+        names = {"rule": "rule", "judge": "judge", "undecided": "none"}
+        shares = {name: sum(verdict.by == by for verdict in verdicts) / len(verdicts) for name, by in names.items()}
+        right = sum(verdict.credit >= 1 for verdict in verdicts)
+        numbers = {"right": right, "rows": len(verdicts), **metrics([one.row for one in answered], verdicts, mode)}
+    else:
+        numbers, shares = scored.numbers, scored.shares
     replied = [one for one in answered if not one.reply.failed]
-    unread = sum(one.verdicts[mode].read is None for one in replied)
-    shares = {
-        name: sum(verdict.by == name for verdict in verdicts) / len(verdicts) for name in ("rule", "judge", "none")
-    }
-    said = {"rule": shares["rule"], "judge": shares["judge"], "undecided": shares["none"]}
-    said["unreadable"] = unread / len(replied) if replied else 0.0
-    interval = _interval(answered, metrics, mode, numbers.get("score"))
-    return {"score": numbers.pop("score", None), "interval": interval, **numbers, "share": said}
+    unread = sum(one.verdicts[mode].read is None for one in replied) / len(replied) if replied else 0.0
+    interval = _interval(answered, metrics, mode, numbers["score"])
+    return {"score": numbers["score"], "interval": interval, **numbers, "share": {**shares, "unreadable": unread}}
 
 
 def _interval(answered: Sequence[Answered], metrics: Metric, mode: str, score: Any) -> list[float] | None:

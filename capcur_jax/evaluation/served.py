@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
 import io
@@ -42,6 +43,10 @@ class Served:
             self._sampling["top_p"] = sampling.top_p
         if sampling.top_k:
             self._sampling["top_k"] = sampling.top_k
+
+    def check(self) -> None:
+        """Raises InputError: an address is no address, or the key's variable is not set."""
+        asyncio.run(self._chat().close())
 
     def __enter__(self) -> Served:
         return self

@@ -33,7 +33,7 @@ def test_texts_come_back_from_every_kind_of_file(tmp_path, text):
 
 def test_indices_are_compared_as_text(tmp_path):
     found = made(tmp_path, [{"index": 11, "prediction": "b"}, {"index": "10", "prediction": "a"}])
-    _, replies, said = recorded.join(ROWS, found, tmp_path)
+    rows, replies, said = recorded.join(ROWS, found, tmp_path)
     assert [(row.index, reply.text) for row, reply in zip(rows, replies, strict=True)] == [("10", "a"), ("11", "b")]
     assert said == ["1 of 3 rows have no prediction: the score is of a subset"]
 

@@ -22,7 +22,11 @@ _THEN = (
     (r"\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), (r"\left", ""), (r"\right", ""),
     (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", ""), ("$", ""), (r"\%", ""), ("{.", "{0."),
 )  # fmt: skip
-_BARE_ROOT = re.compile(r"\\sqrt([^{])", re.DOTALL)
+_BARE_ROOT = re.compile(r"\\sqrt(?!\\sqrt)([^{])", re.DOTALL)
+# What the scorer's parser, or its evaluation of what comes out, does not know.
+_UNKNOWN = re.compile(
+    r"[π√×÷·−|]|\*\*|(?<!\\)(?:pi|sqrt)|\d\.?e(?!\^)|\\(?:ln|exp|arc\w+)|\\[dt]?frac\s*[^\s{]|\\sqrt\s*[^\s{\[]"
+)
 _FRACTION = re.compile(r"(-?\d+)/(-?\d+)")
 
 
@@ -97,8 +101,12 @@ def equal(first: str, second: str) -> bool:
         return False
     if first.strip() == second.strip() or _tuple(first) == _tuple(second):
         return True
-    values = arithmetic.value(first), arithmetic.value(second)
+    values = _value(first), _value(second)
     return None not in values and round(values[0], 2) == round(values[1], 2)
+
+
+def _value(text: str) -> float | None:
+    return None if _UNKNOWN.search(text) else arithmetic.value(text)
 
 
 def _tuple(text: str) -> str:
@@ -108,7 +116,7 @@ def _tuple(text: str) -> str:
         return text
     found = []
     for part in parts:
-        value = arithmetic.value(part)
+        value = _value(part)
         if "infty" in part or part in ("a", "-a"):
             found.append(part)
         elif value is None:

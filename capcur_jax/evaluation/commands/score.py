@@ -24,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the benchmark's file or folder (default: the predictions, if they are a table with answers)")  # fmt: skip
     add("--read", choices=rules.READINGS, default="raw",
         help="what of a reply is read: all of it (default), or its last box behind the thought")  # fmt: skip
+    add("--judge", choices=("none",), default="none",
+        help="what decides where rules don't: none (default), such rows are counted as undecided")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
