@@ -173,6 +173,11 @@ def _percent(found: Sequence[float] | None) -> str:
 # ---------------------------------------------------------------------- asking
 
 
+def ways_of(pairs: Sequence[Twin]) -> list[str]:
+    """How all of the questions can be put."""
+    return ["image", "text", *(["begun"] if all(pair.beginning for pair in pairs) else [])]
+
+
 def ask(
     pairs: Sequence[Twin],
     *,
@@ -193,7 +198,7 @@ def ask(
     Returns:
       Of each way its `outcome`; left_out: reason -> how many questions could not be asked.
     """
-    ways = ["image", "text", *(["begun"] if all(pair.beginning for pair in pairs) else [])]
+    ways = ways_of(pairs)
     # [questions, ways, samples]; of several processes each asks its share.
     right, known = np.zeros((len(pairs), len(ways), samples)), np.zeros((len(pairs), len(ways)))
     for place, way in enumerate(ways):
@@ -211,8 +216,9 @@ def ask(
             texts = [builder.processor.response(sample.tokens) for _, group in answered for sample in group]
             scores = iter(reward(asked, texts))
             for at, group in answered:
-                known[at, place] = 1
-                right[at, place] = [next(scores).accuracy >= 1 for _ in group]
+                credit = np.array([next(scores).accuracy for _ in group], float)
+                known[at, place] = np.isfinite(credit).all()  # a reward on a scale of its own says nothing of it
+                right[at, place] = credit >= 1
             progress(size)
     right, known = distributed.exchange(right).sum(0), distributed.exchange(known).sum(0)
     both = np.flatnonzero(known.all(1))
