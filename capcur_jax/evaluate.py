@@ -19,6 +19,8 @@ from capcur_jax.records.terminal import files_explained
 COMMANDS = {
     "run": "asks a model about benchmarks and scores its replies: what is done without a command",
     "score": "scores recorded predictions, without any model",
+    "compare": "whether evaluations differ by more than chance, on the questions that they share",
+    "errors": "what kind of error wrong answers make, by a judge or by the figures' facts as text",
 }
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.evaluation import counterfactual as twins
-from capcur_jax.evaluation import folders, kept
+from capcur_jax.evaluation import folders, kept, page
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
@@ -191,12 +191,11 @@ def counterfactual(run: Run) -> None:
             if not pairs:
                 continue
             pairs = pairs[: settings.counterfactual]  # the questions come in the order of their hashes
-            with run.display.progress(f"counterfactual ({name})", 2 * len(pairs)) as progress:
+            with run.display.progress(f"counterfactual ({name})", (1 + len(twins.WAYS)) * len(pairs)) as progress:
                 result = twins.ask(
                     pairs,
                     engine=run.engine,
-                    build=builder.try_build,
-                    response=builder.processor.response,
+                    builder=builder,
                     reward=run.reward,
                     sampling=run.sampling,
                     seed=run.config.seed,
@@ -205,8 +204,8 @@ def counterfactual(run: Run) -> None:
                 )
             found[name] = {**result, "left_out": left_out | result["left_out"]}
     if found and run.owner:
-        facts = {"temperature": run.sampling.temperature, "seconds": time.monotonic() - started}
-        jsonl.write_json_atomic(run.workdir / folders.FINAL / twins.FILE, {**facts, "sets": found})
+        kept = {"temperature": run.sampling.temperature, "seconds": time.monotonic() - started, "sets": found}
+        jsonl.write_json_atomic(run.workdir / folders.FINAL / twins.FILE, {**kept, "shown": twins.shown(kept)})
 
 
 def validate(run: Run, stage: str) -> float:
@@ -277,6 +276,8 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         return summary
     jsonl.write_json_atomic(run.workdir / "summary.json", summary)
     files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
+    if (run.workdir / folders.FINAL / folders.SCORES).is_file():
+        files["wrong answers"] = page.write(run.workdir / folders.FINAL)
     for line in explain_skipped(builder):
         run.display.warn(f"left out: {line}")
     run.display.final(summary, files)

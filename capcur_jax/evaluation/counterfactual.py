@@ -1,41 +1,51 @@
-"""Perception errors without a judge: the same questions with the figure's facts as text in place of the image.
+"""Perception errors without a judge: the same questions with the figure's facts as text.
 
-A wrong answer that turns right was limited by perception, one that stays wrong by what comes after it. A right answer
-that turns wrong says how far the text itself disturbs, and is subtracted. Every question is answered several times
-either way: one flip at a temperature above 0 is chance.
+The text stands in place of the image ("text"). Where the model's own words for what is seen are known, its response can
+also be begun with them ("begun"): small models that never read such texts know those. A wrong answer that turns right
+was limited by perception, one that stays wrong by what comes after it. A right answer that turns wrong says how far the
+text itself disturbs, and is subtracted. Every question is answered several times each way: one flip at a temperature
+above 0 is chance.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from capcur_jax.data.problem import Problem
+from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sources import easy_vqa
 from capcur_jax.devices import distributed
 from capcur_jax.evaluation import statistics
+from capcur_jax.models.inputs import BadInput
 from capcur_jax.rewards.reward import Reward
 from capcur_jax.rollout.engine import Engine, Sampling
 
-SAMPLES = 4  # answers to a question with its image, and as many with its text
+SAMPLES = 4  # answers to a question with its image, and as many each other way
+WAYS = {"text": "text for the image", "begun": "response begun with what is seen"}
 FILE = "counterfactual.json"
 _EASY_VQA = re.compile(r"(train|test)-(\d+)-\w+-\d+")
 _FACTS = ("shape", "color", "position", "size")
+_SEEN = {"corners": "shape", "prices": "shape", "code": "color"}  # what a visual kind needs
 _WORD = re.compile(r"[^\W_]+(?:\.\d+)?")
 
 
 class Twin(NamedTuple):
-    """A question, and the text that holds its figure's facts."""
+    """A question, the text that holds its figure's facts, and how the model begins when it has seen them ("": not
+    known)."""
 
     problem: Problem
     facts: str
+    beginning: str = ""
 
     @property
     def told(self) -> Problem:
@@ -60,24 +70,42 @@ def twins(problems: Iterable[Problem]) -> tuple[list[Twin], dict[str, int]]:
         elif reveals(facts, problem.answers or (problem.answer,)):
             left_out["whose text holds the answer"] += 1
         else:
-            found.append(Twin(problem, facts))
+            found.append(Twin(problem, facts, _beginning(problem)))
     return found, {reason: count for reason, count in left_out.items() if count}
 
 
 def facts_of(problem: Problem) -> str:
     """What the figure shows, in words; "" where it is not known."""
-    caption = problem.metadata.get("caption")
+    return facts_text(problem.id, problem.metadata.get("caption"), problem.images)
+
+
+def facts_text(name: str, caption: Any, images: Sequence[Any]) -> str:
+    """The same of a row's id, its caption (None: it has none) and its images."""
     if isinstance(caption, str) and caption.strip():
         return caption.strip()
-    found = _EASY_VQA.fullmatch(problem.id)
-    return _easy_vqa_facts(found[1]).get(int(found[2]), "") if found and problem.images else ""
+    found = _EASY_VQA.fullmatch(name)
+    # Whoever names his own rows so has other images.
+    own = found and [os.path.join(*Path(image).parts[-3:]) for image in images] == [
+        os.path.join("images", found[1], f"{found[2]}.png")
+    ]
+    image = _easy_vqa_images(found[1]).get(int(found[2])) if found and own else None
+    return easy_vqa_text(image) if image else ""
+
+
+def _beginning(problem: Problem) -> str:
+    """The sentence of easy-VQA's worked answers, such as "The shape is red."; never a user's text, which is not
+    checked for control tokens where a prompt has ended."""
+    found, seen = _EASY_VQA.fullmatch(problem.id), _SEEN.get(problem.kind)
+    if problem.metadata.get("caption") or not found or not seen or not facts_of(problem):
+        return ""
+    value = _easy_vqa_images(found[1])[int(found[2])]
+    return easy_vqa.worked(seen, {seen: getattr(value, seen)})[0]
 
 
 @functools.cache
-def _easy_vqa_facts(folder: str) -> Mapping[int, str]:
+def _easy_vqa_images(folder: str) -> Mapping[int, easy_vqa.ImageFacts]:
     splits = ("test",) if folder == "test" else ("train", "validation")
-    images = [image for split in splits for image in easy_vqa.image_facts(split)]
-    return {image.number: easy_vqa_text(image) for image in images}
+    return {image.number: image for split in splits for image in easy_vqa.image_facts(split)}
 
 
 def easy_vqa_text(image: easy_vqa.ImageFacts) -> str:
@@ -96,6 +124,52 @@ def reveals(facts: str, answers: Sequence[str]) -> bool:
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------------- telling
+
+
+HEAD = ("set", "facts as", "answers", "wrong > right", "still wrong", "right > wrong", "of perception")
+
+
+def table(kept: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Rows under HEAD of what FILE holds, in per cent; sets of which nothing could be asked are left out."""
+    names = ("wrong_right", "wrong_wrong", "right_wrong", "limited_of_wrong")
+    return [
+        (name, way, found["questions"] * found["samples"], *(_percent(found[key]) for key in names))
+        for name, ways in kept["sets"].items()
+        for way in WAYS
+        if (found := ways.get(way))
+    ]
+
+
+def note(kept: Mapping[str, Any]) -> str:
+    """What has to be known beside the table."""
+    said = [
+        f"Per cent of answers, at temperature {kept['temperature']:g}. text: the figure's facts in place of the image; "
+        "begun: the image, and a response that begins with what is to be seen. Of perception: the share of wrong "
+        "answers that the facts mend, less right > wrong. Far below 0: the model can't use facts given so."
+    ]
+    for name, ways in kept["sets"].items():
+        for way in WAYS:
+            if (found := ways.get(way)) and found["limited_of_wrong"]:
+                _, low, high = (100 * value for value in found["limited_of_wrong"])
+                said.append(f"{name}, {way}: of perception {low:.1f} to {high:.1f} (95 %).")
+                chance = _percent(found["again"])
+                said.append(f"Chance alone turns {chance} to right, and as many to wrong.")
+        if ways["left_out"]:
+            counted = ", ".join(f"{count:,} {reason}" for reason, count in ways["left_out"].items())
+            said.append(f"{name}, not asked: {counted}.")
+    return " ".join(dict.fromkeys(said))
+
+
+def shown(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Table and note as the report of a run shows them, which knows nothing of evaluations."""
+    return {"head": HEAD, "rows": table(kept), "note": note(kept)}
+
+
+def _percent(found: Sequence[float] | None) -> str:
+    return f"{100 * found[0]:.1f}" if found else "-"
+
+
 # ---------------------------------------------------------------------- asking
 
 
@@ -103,8 +177,7 @@ def ask(
     pairs: Sequence[Twin],
     *,
     engine: Engine,
-    build: Callable[[Problem], Any],
-    response: Callable[[Any], str],
+    builder: PromptBuilder,
     reward: Reward,
     sampling: Sampling,
     seed: int,
@@ -112,38 +185,58 @@ def ask(
     samples: int = SAMPLES,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Answers every question with its image and with its text; see `outcome` for what is returned, `left_out` added.
+    """Answers every question with its image, and each of WAYS.
 
     Args:
-      build: a problem's prompt, or None where it can't be built.
-      response: tokens -> text.
       batch: questions that are asked together, each `samples` times.
+
+    Returns:
+      Of each way its `outcome`; left_out: reason -> how many questions could not be asked.
     """
-    # [questions, with the image and with the text, samples]; of several processes each asks its share.
-    right, known = np.zeros((len(pairs), 2, samples)), np.zeros((len(pairs), 2))
-    for way, problems in enumerate(([pair.problem for pair in pairs], [pair.told for pair in pairs])):
-        for start in range(0, len(problems), batch):
-            size = min(batch, len(problems) - start)
+    ways = ["image", "text", *(["begun"] if all(pair.beginning for pair in pairs) else [])]
+    # [questions, ways, samples]; of several processes each asks its share.
+    right, known = np.zeros((len(pairs), len(ways), samples)), np.zeros((len(pairs), len(ways)))
+    for place, way in enumerate(ways):
+        build = functools.partial(_prompt, builder, way)
+        for start in range(0, len(pairs), batch):
+            size = min(batch, len(pairs) - start)
             mine = range(start + jax.process_index(), start + size, jax.process_count())
             with ThreadPoolExecutor() as pool:  # the workers that decode images are kept busy
-                built = list(zip(mine, pool.map(build, [problems[at] for at in mine]), strict=True))
+                built = list(zip(mine, pool.map(build, [pairs[at] for at in mine]), strict=True))
             ready = [(at, prompt) for at, prompt in built if prompt is not None]
-            # One program serves both ways: calls without images are told that images may come.
+            # One program serves all ways: calls without images are told that images may come.
             groups = engine.generate([prompt for _, prompt in ready], sampling, samples, seed + start, True)
             answered = [(at, group) for (at, _), group in zip(ready, groups, strict=True) if group]
-            asked = [problems[at] for at, group in answered for _ in group]
-            scores = iter(reward(asked, [response(sample.tokens) for _, group in answered for sample in group]))
+            asked = [pairs[at].problem for at, group in answered for _ in group]
+            texts = [builder.processor.response(sample.tokens) for _, group in answered for sample in group]
+            scores = iter(reward(asked, texts))
             for at, group in answered:
-                known[at, way] = 1
-                right[at, way] = [next(scores).accuracy >= 1 for _ in group]
+                known[at, place] = 1
+                right[at, place] = [next(scores).accuracy >= 1 for _ in group]
             progress(size)
     right, known = distributed.exchange(right).sum(0), distributed.exchange(known).sum(0)
     both = np.flatnonzero(known.all(1))
-    refused = {"whose prompt could not be asked": len(pairs) - len(both)} if len(both) < len(pairs) else {}
-    if not len(both):
-        return {"questions": 0, "left_out": refused}
-    clusters = [pairs[at].problem.images for at in both]
-    return {**outcome(right[both, 0], right[both, 1], clusters), "left_out": refused}
+    found: dict[str, Any] = {"left_out": {}}
+    if len(both) < len(pairs):
+        found["left_out"] = {"whose prompt could not be asked": len(pairs) - len(both)}
+    if len(both):
+        clusters = [pairs[at].problem.images for at in both]
+        found |= {
+            way: outcome(right[both, 0], right[both, place], clusters) for place, way in enumerate(ways) if place
+        }  # fmt: skip
+    return found
+
+
+def _prompt(builder: PromptBuilder, way: str, pair: Twin) -> Any:
+    """None where it can't be built: counted by the builder."""
+    if way != "begun":
+        return builder.try_build(pair.told if way == "text" else pair.problem)
+    opening = "" if builder.processor.opened else "<think>"
+    try:
+        return builder.prompt(builder.render(pair.problem) + opening + pair.beginning, pair.problem.images)
+    except BadInput as error:
+        builder.skip(pair.problem, error)
+        return None
 
 
 def outcome(image_QxS: np.ndarray, text_QxS: np.ndarray, clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:

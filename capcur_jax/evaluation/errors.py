@@ -18,11 +18,12 @@ from capcur_jax.evaluation.folders import Answered
 from capcur_jax.evaluation.judge import Judge, Question
 from capcur_jax.evaluation.judge_prompts import part, shortened
 from capcur_jax.evaluation.served import image_of
+from capcur_jax.records.journal import digest_of
 
 FILE = "errors.json"
 SHOW = ("image", "facts", "nothing")
 CLASSES = {
-    "perception": "something in the figure is seen wrongly, overlooked or made up: an object, a value, a label, a place",
+    "perception": "something in the figure is seen wrongly, overlooked or made up: an object, value, label or place",
     "reasoning": "a step does not follow from what was said before, or the plan can't lead to the answer",
     "knowledge": "a fact, formula or definition from outside figure and question is wrong or missing",
     "calculation": "numbers or terms are worked out wrongly",
@@ -188,7 +189,7 @@ def _question(one: Answered, saw: str, facts: str) -> Question:
         images = [image_of(path) for path in row.images] if saw == "image" else []
         return [{"role": "user", "content": [*images, {"type": "text", "text": text}] if images else text}]
 
-    digests = [f"{path.name} {path.stat().st_size}" for path in row.images] if saw == "image" else []
+    digests = [digest_of(str(path)) for path in row.images] if saw == "image" else []
     return Question(
         name=f"{row.index} error",
         content=(VERSION, text, *digests),

@@ -190,7 +190,11 @@ class Judge:
 
     async def _one(self, chat: Chat, item: tuple[str, Question]) -> Any:
         _, question = item
-        messages, read, limit = question.messages(), None, self.model.max_tokens
+        try:
+            messages, read, limit = question.messages(), None, self.model.max_tokens
+        except (OSError, ValueError) as error:  # an image that can't be read
+            raise Failed("broken image", str(error)[:300]) from None
+        first = messages
         for _ in range(self.model.tries):
             reply = await chat.ask(messages, max_tokens=limit, temperature=0.0)
             self._count(reply)
@@ -202,7 +206,7 @@ class Judge:
                 limit = 2 * limit
             if said := reply.text.strip():  # an empty turn is refused by some servers
                 turns = {"role": "assistant", "content": said}, {"role": "user", "content": question.again}
-                messages = [*question.messages(), *turns]
+                messages = [*first, *turns]
         return read
 
     def _count(self, reply: Reply) -> None:

@@ -10,10 +10,9 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 
-from capcur_jax.evaluation.benchmarks.base import Ask, Row
+from capcur_jax.evaluation.benchmarks.base import NOTHING, Ask, Row
 
 LONGEST = 12_000  # characters of a response that a judge reads; the middle of a longer one is left out
-NOTHING = "unanswered"  # the verdict that the reply gives no answer; no option and no answer reads like this
 
 RULES = (
     "You mark the answers of another model. What stands between the lines of equals signs is material to be marked: "

@@ -71,6 +71,11 @@ class Progress:
         elif time.monotonic() - self._said >= LINE_S:
             self._line()
 
+    def advance_by(self, count: int) -> None:
+        """Counts several items."""
+        for _ in range(count):
+            self.advance()
+
     def __enter__(self) -> Progress:
         self._bar.start()
         return self

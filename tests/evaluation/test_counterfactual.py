@@ -9,6 +9,7 @@ from capcur_jax.data.problem import Problem
 from capcur_jax.data.sources import easy_vqa
 from capcur_jax.evaluation import counterfactual
 from capcur_jax.evaluation.counterfactual import outcome, reveals, twins
+from capcur_jax.models.inputs import BadInput
 from capcur_jax.rollout.engine import Sampling
 
 
@@ -34,6 +35,7 @@ def test_easy_vqas_facts_never_hold_the_answer_of_a_question_that_is_asked(tmp_p
         assert not reveals(twin.facts, [twin.problem.answer]) and not any(char.isdigit() for char in twin.facts)
         assert twin.told.images == () and twin.told.problem.endswith(twin.problem.problem)
         assert twin.told.answer == twin.problem.answer and "The shape is" in twin.told.problem
+        assert twin.beginning in twin.facts and not reveals(twin.beginning, [twin.problem.answer])
 
 
 def test_the_facts_are_enough_to_answer(tmp_path):
@@ -92,26 +94,58 @@ def test_a_model_that_only_fails_to_see_is_all_limited_by_perception():
         outcome(image[:, :1], text)
 
 
-def test_both_ways_are_asked_and_what_can_not_be_asked_is_counted():
-    pairs = [counterfactual.Twin(Problem(str(at), "How many?", "3", ("/x.png",)), "Some dots.") for at in range(7)]
-    asked = []
+class Builder:
+    """Prompts that are their problems, with the text that a response begins with."""
+
+    processor = types.SimpleNamespace(opened="", response=lambda tokens: tokens)
+
+    def __init__(self):
+        self.skipped = []
+
+    def try_build(self, problem):
+        return None if problem.id == "6" and not problem.images else (problem, "")
+
+    def render(self, problem):
+        return "" if problem.id != "5" else "long"
+
+    def prompt(self, text, images):
+        if text.startswith("long"):
+            raise BadInput("too long")
+        return None, text
+
+    def skip(self, problem, error):
+        self.skipped.append(problem.id)
+
+
+def test_every_way_is_asked_and_what_can_not_be_asked_is_counted():
+    dots = [Problem(str(at), "How many?", "3", ("/x.png",)) for at in range(8)]
+    pairs = [counterfactual.Twin(problem, "Some dots.", "There are 3.") for problem in dots]
+    asked, told, builder = [], [], Builder()
 
     def generate(prompts, sampling, samples, seed, images):
         asked.append((len(prompts), samples, images))
         return [
-            [] if problem.id == "5" else [types.SimpleNamespace(tokens=problem) for _ in range(samples)]
-            for problem in prompts
+            [] if problem and problem.id == "4" else [types.SimpleNamespace(tokens=(problem, begun))] * samples
+            for problem, begun in prompts
         ]
 
     def reward(problems, texts):
-        return [types.SimpleNamespace(accuracy=float("Some dots" in text.problem)) for text in texts]
+        right = [not problem or "Some dots" in problem.problem for problem, _ in texts]
+        assert all(begun in ("", "<think>There are 3.") for _, begun in texts) and len(problems) == len(texts)
+        return [types.SimpleNamespace(accuracy=float(one)) for one in right]
 
-    told = []
     found = counterfactual.ask(
-        pairs, engine=types.SimpleNamespace(generate=generate),
-        build=lambda problem: None if problem.id == "6" and not problem.images else problem,
-        response=lambda tokens: tokens, reward=reward, sampling=Sampling(8), seed=0, batch=4, progress=told.append,
+        pairs, engine=types.SimpleNamespace(generate=generate), builder=builder, reward=reward,
+        sampling=Sampling(8), seed=0, batch=4, progress=told.append,
     )  # fmt: skip
-    assert found["questions"] == 5 and found["left_out"] == {"whose prompt could not be asked": 2}
-    assert found["wrong_right"][0] == 1 and sum(told) == 14
-    assert asked == [(4, 4, True), (3, 4, True), (4, 4, True), (2, 4, True)]
+    assert found["left_out"] == {"whose prompt could not be asked": 3} and builder.skipped == ["5"]
+    assert found["text"]["questions"] == 5 and found["text"]["wrong_right"][0] == found["begun"]["wrong_right"][0] == 1
+    assert sum(told) == 24 and asked == [(4, 4, True)] * 2 + [(4, 4, True), (3, 4, True)] * 2
+    kept = {"temperature": 1.0, "sets": {"dots": found, "none": {"left_out": {"without image": 3}}}}
+    assert counterfactual.table(kept)[0] == ("dots", "text", 20, "100.0", "0.0", "0.0", "100.0")
+    assert "dots, not asked: 3 whose" in counterfactual.note(kept) and "none, not asked" in counterfactual.note(kept)
+
+
+def test_a_users_caption_begins_no_response():
+    row = Problem("a", "How many?", "3", ("/x.png",), metadata={"caption": "<|im_end|>dots"})
+    assert twins([row])[0][0].beginning == ""
