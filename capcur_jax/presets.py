@@ -24,6 +24,13 @@ from capcur_jax.rollout.sglang.settings import Settings
 TINY_CHECKPOINT = str(Path(__file__).parent / "assets" / "tiny_qwen3_vl")
 CAPABILITIES = ("perception", "text", "visual")
 
+# The laptop run's budget, the same for every row of the paper (capcur_jax/grid/): each row sees the same problems of
+# each of its sets once, at a constant rate.
+LAPTOP_STEPS = 200  # of a stage; one merged stage has those of all three
+LAPTOP_PROMPTS = 16  # of a step
+LAPTOP_LEARNING_RATE = 5e-5
+LAPTOP_UPDATES = 2  # of a step
+
 # Keys that are no more, and what does their work.
 DELETED = {
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
@@ -53,6 +60,25 @@ def explained(error: Exception) -> str:
     return deleted(error) or f"the config has no such key, or it holds another type of value: {text}"
 
 
+NO_CONFIG = (
+    "no config: give one of configs/, such as --config=configs/staged.py; then any of its keys can be set, "
+    "--config.seed=1. --help lists the other arguments"
+)
+
+
+def mistyped(error: flags.Error, values: flags.FlagValues) -> str:
+    """What is wrong with a command line, and what to write instead. `values`: its flags, `config` among them."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return str(error)
+    if error.flagname.startswith("config.") and values["config"].value is None:
+        return NO_CONFIG
+    meant = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
+    return (
+        f"unknown argument --{error.flagname}{f' (did you mean --{meant}?)' if meant else ''}; settings look like "
+        "--config.seed=1, and --help lists the other arguments"
+    )
+
+
 def check_deleted(config: ConfigDict) -> None:
     """Raises InputError for a deleted key in a config that was not locked when it was set."""
     for key, instead in DELETED.items():
@@ -78,12 +104,22 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
             "ties": "shuffled",  # problems of one pass rate | kept: in the order of the sets and their files
             "by_set": False,  # True: an epoch takes the sets of `data` one after the other, each in that order
             "weights": (),  # of the sets of `data`, to mix them endlessly; (): one pool
+            "rows": 0,  # at most so many of each set's problems, drawn by the hash of their ids; 0: all
             "pass_rates": (0.0, 1.0),  # problems outside are left out
             "drop_all_right": False,  # problems of pass rate 1 are left out
             "drop_all_wrong": False,  # of pass rate 0
             # True: an epoch's last, partial batch is left out; False: it is filled from the next. Sets that are mixed
             # by weights have no epochs.
             "drop_last": False,
+        },
+        # What ends the stage before its steps are done; the stages after it get those that are left.
+        "switch": {
+            # none | plateau: the validation accuracy of its sets has not risen for `checks` validations | mastered: at
+            # least `above` of all responses of the last `window` steps were right
+            "rule": "none",
+            "checks": 3,
+            "window": 20,
+            "above": 0.8,
         },
     }
 
@@ -214,6 +250,8 @@ def defaults() -> ConfigDict:
                 # Questions of each set that the final weights also answer with the figure's facts as text in place of
                 # the image, where a set has such facts: which errors are of perception. 0: none.
                 "counterfactual": 0,
+                # A folder that keeps what the base scored, for other runs that would ask it the same; "": none.
+                "base_results": "",
             },
             "log": {
                 "rollouts_every": 5,  # steps between logged rollouts
@@ -235,13 +273,14 @@ def laptop() -> ConfigDict:
     """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
     config = defaults()
     config.checkpoint = TINY_CHECKPOINT
-    config.stages = {name: stage((name,), 150, 16, 1e-4) for name in CAPABILITIES}
-    config.stages.perception.steps = 250  # features move slower than answers
+    numbers = {"prompts": LAPTOP_PROMPTS, "learning_rate": LAPTOP_LEARNING_RATE}
+    config.stages = {name: stage((name,), LAPTOP_STEPS, **numbers) for name in CAPABILITIES}
     # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
     config.stages.text.freeze = "^visual"
-    config.stages.merged = stage(CAPABILITIES, 550, 16, 1e-4, freeze="^visual")
-    for entry in config.stages.values():  # small batches are noisy: at a constant 1.5e-4 the KL runs away in 50 steps
-        entry.update({"learning_rate_schedule": "cosine", "warmup_steps": 10})
+    config.stages.merged = stage(CAPABILITIES, len(CAPABILITIES) * LAPTOP_STEPS, **numbers, freeze="^visual")
+    for entry in config.stages.values():
+        entry.curriculum.rows = LAPTOP_STEPS * LAPTOP_PROMPTS
+    config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})

@@ -24,7 +24,7 @@ from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation.heldout import Heldout
-from capcur_jax.evaluation.kept import Kept
+from capcur_jax.evaluation.keeper import Keeper
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
@@ -175,7 +175,7 @@ class Run:
         shared = policy.engine_kind(config).shares_devices(config)
         self.turns = Turns(self.trainer, self.engine, shared)
         self.display.watch(self.engine.health)
-        kept = Kept(self._evaluation, self._asked_model)
+        kept = Keeper(self._evaluation, self._asked_model)
         parts = self.sets, self.engine, self.policy.builder, self.reward
         self.heldout = Heldout(config, *parts, self.display.progress, self.stop_if_asked, kept)
 

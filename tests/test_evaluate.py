@@ -84,9 +84,9 @@ def test_many_rows_take_no_time(tmp_path, capsys):
     first = choices(0)
     data = table(tmp_path / "MMStar.tsv", [first, *(first | {"index": at, "image": "0"} for at in range(1, 20_000))])
     predictions = lines(tmp_path / "p", [{"index": at, "prediction": "I think (B)."} for at in range(20_000)])
-    start = time.monotonic()
+    start = time.process_time()
     found, _ = scored(capsys, "mmstar", predictions, f"--data={data}")
-    assert found["kit"]["right"] == 20_000 and time.monotonic() - start < 20
+    assert found["kit"]["right"] == 20_000 and time.process_time() - start < 20
 
 
 # ---------------------------------------------------------------------- published files

@@ -12,7 +12,7 @@ LAYERS = """
     main
     train
     results ablations
-    run
+    run grid
     curation plan generate evaluate checks
     evaluation
     policy learner presets

@@ -17,7 +17,7 @@ from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
-from capcur_jax.evaluation.kept import Kept
+from capcur_jax.evaluation.keeper import Keeper
 from capcur_jax.evaluation.local import answers
 from capcur_jax.models.inputs import BadInput, Processor
 from capcur_jax.rewards.reward import Reward, Score
@@ -124,7 +124,7 @@ class Heldout:
         reward: Reward,
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
         stop: Callable[[], None],
-        kept: Kept | None = None,
+        kept: Keeper | None = None,
     ):
         self._config, self._sets, self._engine, self._reward = config, sets, engine, reward
         self._progress, self._stop, self._kept = progress, stop, kept

@@ -1,79 +1,73 @@
-"""What a training run keeps of its evaluations: the files that `capcur_jax.evaluate` writes, of each moment."""
+"""What the base scored, kept for the runs that would ask it the same: those of a grid share it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.data.problem import Problem
-from capcur_jax.data.prompts import PromptBuilder
+from ml_collections import ConfigDict
+
+from capcur_jax.data import identity
+from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
-from capcur_jax.evaluation import asking, local, outcome
-from capcur_jax.evaluation.benchmarks import capability
-from capcur_jax.evaluation.benchmarks.base import MODES, Reply, Verdict
-from capcur_jax.evaluation.folders import Answered
-from capcur_jax.rewards.reward import Score
-from capcur_jax.rollout.engine import Sample, Sampling
+from capcur_jax.records import jsonl, metrics
 
-Keep = Callable[[int, str, "Sample | None", "Score | None"], None]
+Results = list[dict[str, Any]]
+RESULTS = "results.json"
+FOLDER = Path("evaluation", "base")  # of a work directory: what else an evaluation leaves there
+# What a greedy or sampled answer and its grade depend on, besides what `identity` reads.
+_SECTIONS = ("model", "prompt", "rollout", "reward", "evaluation")
+_ELSEWHERE = {"evaluation": ("base_results", "blind"), "reward": ("workers",), "rollout": ("sglang",)}
 
 
-class Kept:
-    """Gathers the answers of an evaluation, and writes them.
+def once(config: ConfigDict, sets: Sets, workdir: Path, evaluate: Callable[[], Results]) -> Results:
+    """The base's results from `config.evaluation.base_results`, or those of `evaluate`, which are kept there then.
 
-    The verdicts are the reward's: both modes have the same. `metrics.jsonl` and the summary have its figures too.
-
-    Args:
-      folder: gives the one of a moment; its argument is "base", a stage's name, or "" for a validation.
-      facts: gives what tells the model and the run, at that moment.
+    What `workdir` holds in evaluation/base is kept and given with them. Of several processes all call this.
     """
-
-    def __init__(self, folder: Callable[[str], Path], facts: Callable[[], Mapping[str, Any]]):
-        self._folder, self._facts = folder, facts
-        self._sets: dict[str, tuple[Sequence[Problem], list[list[Any]]]] = {}
-
-    def begin(self, name: str, problems: Sequence[Problem], builder: PromptBuilder) -> Keep:
-        """What is to be told of the answers of a set (see heldout.evaluate)."""
-        answers: list[list[Any]] = []
-        self._sets[name] = problems, answers
-
-        def keep(place: int, text: str, sample: Sample | None, score: Score | None) -> None:
-            if sample is None or score is None:
-                why = builder.skipped.get(problems[place], "refused by the engine")
-                answers.append([place, Reply("", failed=why), None, None])
-            else:
-                reply = Reply(text, sample.finish, len(sample.tokens))
-                answers.append([place, reply, score.accuracy, score.answer])
-
-        return keep
-
-    def write(self, label: str, asked: Mapping[str, Any], sampling: Sampling, builder: PromptBuilder) -> None:
-        """Writes what was told since the last time. Of several processes all call it, and process 0 writes."""
-        sets, self._sets = self._sets, {}
-        parts = distributed.gather(json.dumps({name: answers for name, (_, answers) in sets.items()}).encode())
-        if not distributed.is_owner():
-            return
-        conditions = {
-            **self._facts(), **asked, **asking.sampled(sampling, builder.placement), **local.seen(builder.processor)
-        }  # fmt: skip
-        answered: dict[str, list[Answered]] = {}
-        for name, (problems, _) in sets.items():
-            told = {place: (reply, *rest) for part in parts for place, reply, *rest in json.loads(part)[name]}
-            answered[name] = [_answered(problem, *told[place]) for place, problem in enumerate(problems)]
-        scores = {
-            name: outcome.outcome(rows, capability.benchmark(name).metrics, {}) for name, rows in answered.items()
-        }
-        outcome.write(self._folder(label), {"conditions": conditions, "benchmarks": scores}, answered)
+    entry = Path(config.evaluation.base_results).expanduser() / key(config, sets)
+    there = (entry / RESULTS).is_file()
+    distributed.barrier("base results")  # before another process writes them
+    if not distributed.agree(not there):
+        if distributed.is_owner() and (entry / FOLDER).is_dir():
+            shutil.copytree(entry / FOLDER, workdir / FOLDER, dirs_exist_ok=True)
+        return json.loads((entry / RESULTS).read_text(encoding="utf-8"))
+    results = evaluate()
+    if distributed.is_owner():
+        _keep(entry, results, workdir)
+    return results
 
 
-def _answered(problem: Problem, reply: list[Any], accuracy: float | None, answer: str | None) -> Answered:
-    """A reward on a scale of its own gives no verdict."""
-    row, verdicts = capability.row_of(problem), {}
-    credit = 0.0 if accuracy is None else accuracy
-    if math.isfinite(credit):
-        verdict = Verdict(min(1.0, max(0.0, credit)), "rule", answer)
-        verdicts = dict.fromkeys(MODES, verdict)
-    return Answered(row, Reply(*reply), verdicts)
+def key(config: ConfigDict, sets: Sets) -> str:
+    """By content: checkpoint, questions, reward, packages and commit; settings; the seed where answers are sampled."""
+    read = identity.of_run(config, sets, [(name, config.evaluation.split) for name in config.evaluation.sets])
+    settings = {name: config[name].to_dict() for name in _SECTIONS}
+    for section, names in _ELSEWHERE.items():
+        for name in names:
+            del settings[section][name]
+    seed = config.seed if config.evaluation.temperature else 0
+    known = {"read": read, "settings": settings, "seed": seed, "commit": metrics.versions()["commit"]}
+    return hashlib.sha256(jsonl.to_json(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _keep(entry: Path, results: Results, workdir: Path) -> None:
+    """The entry has all of it or is not there; where another run was first, its entry stays."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=".", dir=entry.parent))
+    try:
+        if (workdir / FOLDER).is_dir():
+            shutil.copytree(workdir / FOLDER, made / FOLDER)
+        jsonl.write_json_atomic(made / RESULTS, results)
+        if not entry.exists():
+            os.rename(made, entry)
+    except OSError:
+        if not entry.exists():
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

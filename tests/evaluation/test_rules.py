@@ -77,9 +77,9 @@ def test_formulas_have_values(text, value):
     "1e999", r"\sqrt{-1}", "(" * 30 + "1" + ")" * 30, "nan", "1" * 300, "--" * 40 + "1",
 ])  # fmt: skip
 def test_hostile_formulas_have_none_and_cost_nothing(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert arithmetic.value(text) is None
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 @given(st.text(st.sampled_from("0123456789+-*/^(){}[]|!., \\abefgiqrstx√π"), max_size=80))

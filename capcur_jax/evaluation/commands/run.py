@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from capcur_jax import presets
 from capcur_jax.data.prompts import PLACEMENTS
 from capcur_jax.errors import InputError, RolloutError
-from capcur_jax.evaluation import asking, judge, outcome, rules
+from capcur_jax.evaluation import asking, judge, outcome, page, rules
 from capcur_jax.evaluation.asking import Answerer, Replies, Said
 from capcur_jax.evaluation.benchmarks.base import MODES
 from capcur_jax.evaluation.chosen import Chosen, Source, choose
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         judged = closing.enter_context(judge.Judge(judging, workdir / judge.FILE)) if judging else None
         for one, replies in zip(chosen, said, strict=True):
             result[one.benchmark.name] = score_and_write(one, replies, read, judged, {**model, **settings}, workdir)
-    tell(f"{workdir / SCORES}")
+    tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
     _meet()
     return {"workdir": str(workdir), "benchmarks": result}
 

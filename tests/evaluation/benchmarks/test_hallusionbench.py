@@ -7,7 +7,9 @@ import math
 import pytest
 
 from capcur_jax.errors import InputError
+from capcur_jax.evaluation.benchmarks.base import NOTHING, Reply, Row
 from capcur_jax.evaluation.benchmarks.hallusionbench import BENCHMARK
+from capcur_jax.evaluation.scoring import score
 from tests.evaluation.benchmarks.extended_fixtures import cell, credit, image, table, verdicts, withstand, written
 
 
@@ -76,8 +78,6 @@ def test_equal_numbers_in_two_subcategories_are_two_figures():
 
 
 def _ocr():
-    from capcur_jax.evaluation.benchmarks.base import Row
-
     shared = {"set": "0", "figure": "1", "question": "0", "seen": True}
     return [
         Row(name, "?", ("Yes",), facts=shared | {"category": name, "subcategory": f"{name}_ocr"})
@@ -110,6 +110,18 @@ def test_unclear_is_right_without_a_figure(rows):
     assert credit(BENCHMARK, unseen, "hm", "official", "unclear") == 1
     assert credit(BENCHMARK, unseen, "No", "official") == 0
     assert credit(BENCHMARK, shown, "hm", "official", "unclear") == 0
+
+
+def test_a_judge_who_finds_no_answer(rows):
+    class Judge:
+        def decide_all(self, asks):
+            return [NOTHING] * len(asks)
+
+    replies = [Reply("hm")] * len(rows)
+    for mode, right in (("official", {"4"}), ("kit", set())):
+        found = score(BENCHMARK, rows, replies, mode, judge=Judge())
+        assert {row.index for row, one in zip(rows, found.verdicts, strict=True) if one.credit} == right
+        assert {one.by for one in found.verdicts} == {"judge"}
 
 
 def test_hostile_replies(rows):

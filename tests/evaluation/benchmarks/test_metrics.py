@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capcur_jax.evaluation.benchmarks import capability, registry
@@ -258,6 +258,7 @@ def test_pope(random):
         same(registry.get("pope").metrics(rows, verdicts, mode), pope(rows, said), mode)
 
 
+@settings(max_examples=10)
 @given(random=st.randoms(use_true_random=False))
 def test_the_order_of_rows_plays_no_part(random):
     for name in EXPECTED:
