@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "asks a model about benchmarks and scores its replies: what is done without a command",
     "score": "scores recorded predictions, without any model",
     "compare": "whether evaluations differ by more than chance, on the questions that they share",
+    "counterfactual": "which errors are of perception: the figures' facts as text in place of the images",
     "errors": "what kind of error wrong answers make, by a judge or by the figures' facts as text",
 }
 

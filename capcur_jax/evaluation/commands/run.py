@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,10 +68,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--process_count", type=int, metavar="N", help="of several processes: how many there are")
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Who is asked what. read: what of a reply the rules read."""
+
+    chosen: Sequence[Chosen]
+    answerer: Answerer
+    sampling: Sampling
+    instruction: str
+    read: str
+    workdir: Path
+    data: Path | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What replies depend on."""
+        return {**self.answerer.settings, **asking.sampled(self.sampling, self.instruction)}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the scores of both modes by benchmark; all else is in the work directory. Raises InputError."""
-    _check(arguments)
     judging = judge.model_of(arguments.judge, arguments.judge_model, arguments.judge_key_variable)
+    setting = opened(arguments)
+    chosen, workdir, settings = setting.chosen, setting.workdir, setting.settings
+    said = ask(chosen, setting.answerer, settings, workdir)
+    if not _is_owner():
+        meet()
+        return {}
+    model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
+    result = {}
+    with contextlib.ExitStack() as closing:
+        judged = closing.enter_context(judge.Judge(judging, workdir / judge.FILE)) if judging else None
+        for one, replies in zip(chosen, said, strict=True):
+            conditions = {**model, **settings}
+            result[one.benchmark.name] = score_and_write(one, replies, setting.read, judged, conditions, workdir)
+    tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
+    meet()
+    return {"workdir": str(workdir), "benchmarks": result}
+
+
+def opened(arguments: argparse.Namespace) -> Setting:
+    """What the options of `add_arguments` mean; of several processes all call it. Raises InputError."""
+    _check(arguments)
     config, instruction = None, arguments.instruction or "none"
     if arguments.checkpoint:
         _join(arguments)
@@ -79,35 +118,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     workdir = prepare_workdir(arguments.workdir, "evaluation")
     built = _run_folder(arguments) or workdir
     images = Path(arguments.images) if arguments.images else workdir / "images"
-    source = Source(Path(arguments.data) if arguments.data else None, images, config, built / "data")
+    data = Path(arguments.data) if arguments.data else None
+    source = Source(data, images, config, built / "data")
     chosen = _in_turn(lambda: choose(arguments.benchmarks.split(","), source, arguments.limit))
     for one in chosen:
         tell(described(one.benchmark, one.rows) if not one.conditions["partial"] else _partial(one))
     sampling = _sampling(arguments, config)
     answerer = _answerer(arguments, config, sampling, workdir)
-    settings = {**answerer.settings, **asking.sampled(sampling, instruction)}
-    try:
-        said = ask(chosen, answerer, settings, workdir)
-    except RolloutError as error:
-        raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
-    if not _is_owner():
-        _meet()
-        return {}
     read = arguments.read or ("raw" if instruction == "none" else "box")
-    model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
-    result = {}
-    with contextlib.ExitStack() as closing:
-        judged = closing.enter_context(judge.Judge(judging, workdir / judge.FILE)) if judging else None
-        for one, replies in zip(chosen, said, strict=True):
-            result[one.benchmark.name] = score_and_write(one, replies, read, judged, {**model, **settings}, workdir)
-    tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
-    _meet()
-    return {"workdir": str(workdir), "benchmarks": result}
+    return Setting(chosen, answerer, sampling, instruction, read, workdir, data)
 
 
 def ask(chosen: Sequence[Chosen], answerer: Answerer, settings: dict[str, Any], workdir: Path) -> list[list[Said]]:
     """The replies to the rows of each benchmark, of which those that are known are not asked again. Of several
-    processes all call it, and process 0 keeps the journals; the others get nothing."""
+    processes all call it, and process 0 keeps the journals; the others get nothing. Raises InputError."""
     from capcur_jax.devices import distributed
 
     questions = [[asking.asked(one.benchmark, row, settings["instruction"]) for row in one.rows] for one in chosen]
@@ -128,7 +152,10 @@ def ask(chosen: Sequence[Chosen], answerer: Answerer, settings: dict[str, Any], 
             answerer.prepare(question for each in questions for question in each)
         for at, one in enumerate(chosen):
             if any(wanted[at]):
-                _ask_one(one, answerer, questions[at], wanted[at], journals[at] if journals else None)
+                try:
+                    _ask_one(one, answerer, questions[at], wanted[at], journals[at] if journals else None)
+                except RolloutError as error:
+                    raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
         return [journal.said() for journal in journals] if journals else []
 
 
@@ -227,7 +254,8 @@ def _is_owner() -> bool:
     return distributed.is_owner()
 
 
-def _meet() -> None:
+def meet() -> None:
+    """Waits for the other processes."""
     from capcur_jax.devices import distributed
 
     distributed.barrier("end")  # a process that leaves earlier would take the others with it
