@@ -116,11 +116,11 @@ def _print(result: dict[str, Any], told: dict[str, Any]) -> None:
         title = f"Wrong answers by kind of error, % of {whole['classified']:,} classified"
         rows = [(name, *_shares(whole["first"][name]), *_shares(whole["anywhere"][name])) for name in CLASSES]
         console.print(titled(title, ["kind", "first error", "95 %", "anywhere", "95 % of it"], rows))
-        judge = result["judge"]
+        judge, spent = result["judge"], result["judge"]["spent"]
         saw = ", ".join(f"{count:,} {what}" for what, count in whole["judge saw"].items())
         said = [
             f"Judge {judge['judge']}, prompts {judge['prompts']}, saw: {saw}. Undecided: {whole['undecided']:,}.",
-            f"{judge['calls']:,} calls, {judge['prompt_tokens'] + judge['tokens']:,} tokens.",
+            f"{spent['calls']:,} calls, {spent['prompt_tokens'] + spent['tokens']:,} tokens.",
             f"The paper: {PAPER['share']} % are perception errors, of {PAPER['of']}. Not known: {PAPER['not known']}.",
             f"Perception: {CLASSES['perception']}. All definitions are in {FILE}.",
         ]
