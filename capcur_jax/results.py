@@ -278,7 +278,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     jsonl.write_json_atomic(run.workdir / "summary.json", summary)
     files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
     if (run.workdir / folders.FINAL / folders.SCORES).is_file():
-        files["wrong answers"] = page.write(run.workdir / folders.FINAL)
+        files["answers"] = page.write(run.workdir / folders.FINAL)
     for line in explain_skipped(builder):
         run.display.warn(f"left out: {line}")
     run.display.final(summary, files)
