@@ -4,9 +4,9 @@
 
 Each side, a process of its own, opens the shipped base checkpoint with the laptop's settings, asks the held-out
 questions of all three sets, and grades them; the working tree also writes what it keeps of them. Sides take turns.
-Printed are seconds by the clock and of the processor (which say more where others use the machine), compiling included,
-and their ratio by medians. Then the command asks a file of --rows questions with images (0: it is left out), and what it
-holds of memory after the first tenth of them and at the end is printed.
+Printed are seconds by the clock and of the processor (which say more where others use the machine), with compilation,
+and their ratio by medians. Then the command asks a file of --rows questions with images (0: it is left out), and
+its memory after the first tenth of them and at the end is printed.
 """
 
 from __future__ import annotations
