@@ -55,6 +55,7 @@ setup(
         "pyarrow>=26.0.1",
         "rich>=15.0.0",
         "safetensors>=0.8.0",
+        "scipy>=1.17.1",
         "sympy>=1.14.0",
         "tensorboardX>=2.6.5",
         "text2num>=3.1.0",

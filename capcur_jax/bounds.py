@@ -23,6 +23,7 @@ _KEYS = {  # interval: keys; * is any stage
         objective.clip_high objective.kl_coefficient objective.entropy_coefficient
         optimizer.weight_decay optimizer.max_gradient_norm
         validation.every validation.questions validation.temperature evaluation.questions evaluation.temperature
+        evaluation.counterfactual
         log.rollout_prompts stages.*.steps stages.*.epochs stages.*.warmup_steps stages.*.curriculum.rows
         rollout.sglang.retries rollout.sglang.restarts rollout.sglang.gpus""",
     "[1, inf)": """

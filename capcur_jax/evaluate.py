@@ -1,4 +1,7 @@
-"""Scores models on benchmarks: python -m capcur_jax.evaluate [COMMAND] --help; --list names the benchmarks."""
+"""Scores models on benchmarks: python -m capcur_jax.evaluate [COMMAND] --help; --list names the benchmarks.
+
+Without a COMMAND a model is asked: --benchmarks=NAME,... --checkpoint=DIR, or --address=URL --model=NAME.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,15 @@ from collections.abc import Sequence
 
 from capcur_jax.errors import InputError
 from capcur_jax.records import streams
+from capcur_jax.records.terminal import files_explained
 
 # Each is a module of capcur_jax.evaluation.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
 COMMANDS = {
+    "run": "asks a model about benchmarks and scores its replies: what is done without a command",
     "score": "scores recorded predictions, without any model",
+    "compare": "whether evaluations differ by more than chance, on the questions that they share",
+    "counterfactual": "which errors are of perception: the figures' facts as text in place of the images",
+    "errors": "what kind of error wrong answers make, by a judge or by the figures' facts as text",
 }
 
 
@@ -25,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print("\n".join(listing.lines()))
         return 0
+    if arguments and arguments[0].startswith("--") and arguments[0] not in ("--help", "--list"):
+        arguments.insert(0, "run")
     parser = argparse.ArgumentParser(prog="python -m capcur_jax.evaluate", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the benchmarks: rows, files, where from")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -33,13 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[:1] == [name]:  # the others' modules are not imported: some of them bring JAX
             module = importlib.import_module(f"capcur_jax.evaluation.commands.{name}")
             module.add_arguments(command)
-    chosen = parser.parse_args(arguments)
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(chosen, "config"):
+        parser.error(f"unknown argument {rest[0]}")
+    chosen.overrides = rest  # --config.key=value, of a command that takes a config
     try:
-        result = module.run(chosen)
+        with files_explained():
+            result = module.run(chosen)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped; the same command with its --workdir goes on", file=sys.stderr)
         return 130
     print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     return 0

@@ -1,11 +1,14 @@
-"""Files that are whole or not there: what is written beside its place, and renamed over it."""
+"""Files that are whole or not there: what is written beside its place, and renamed over it. Work directories."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from capcur_jax.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes, *, sync: bool = True) -> None:
@@ -44,3 +47,20 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def prepare_workdir(path: str | None, name: str) -> Path:
+    """The work directory: a new one, dated and with the name, or the given one, which may hold what is to go on.
+
+    Raises InputError: it can't be made.
+    """
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    workdir = Path(path) if path else Path("runs") / f"{stamp}_{name}"
+    try:
+        # Two runs that start in the same second must not share a dated folder.
+        while not path and workdir.exists():
+            workdir = workdir.with_name(workdir.name + "_")
+        workdir.mkdir(parents=True, exist_ok=bool(path))
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} can't be made ({error.strerror}); give another one") from None
+    return workdir

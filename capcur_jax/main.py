@@ -8,7 +8,6 @@ same command in each, started by Slurm, Kubernetes, on TPU VMs, or with --coordi
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.files import prepare_workdir
 from capcur_jax.interruption import Interrupted
 from capcur_jax.records import streams
 
@@ -34,20 +34,6 @@ _ACCEPT = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, in a run of several processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes the run has.")
-
-
-def prepare_workdir(path: str | None, config_file: str) -> Path:
-    """The work directory: a new one, or the given one, which may hold a run to go on with."""
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    workdir = Path(path) if path else Path("runs") / f"{stamp}_{Path(config_file).stem}"
-    try:
-        # Two runs that start in the same second must not share a dated folder.
-        while not path and workdir.exists():
-            workdir = workdir.with_name(workdir.name + "_")
-        workdir.mkdir(parents=True, exist_ok=bool(path))
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} can't be made ({error.strerror}); give another one") from None
-    return workdir
 
 
 def _take_devices(config: ConfigDict) -> None:
@@ -79,7 +65,8 @@ def main(arguments: list[str]) -> None:
         cluster.initialize(cluster.Settings(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value))
         if distributed.process_count() > 1 and not _WORKDIR.value:
             raise InputError("a run of several processes needs --workdir, one that all of them see")
-        workdir = prepare_workdir(_WORKDIR.value, config_flags.get_config_filename(flags.FLAGS["config"]))
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+        workdir = prepare_workdir(_WORKDIR.value, Path(config_file).stem)
         from capcur_jax.checks import finished
         from capcur_jax.train import train
 

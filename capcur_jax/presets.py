@@ -247,6 +247,9 @@ def defaults() -> ConfigDict:
                 "instruction": "",  # where it stands then: as in prompt.instruction, unless it is set
                 "base_instruction": "",  # before the first stage: as in evaluation.instruction, unless it is set
                 "blind": True,  # report what guessing without the image scores
+                # Questions of each set that the final weights also answer with the figure's facts as text in place of
+                # the image, where a set has such facts: which errors are of perception. 0: none.
+                "counterfactual": 0,
                 # A folder that keeps what the base scored, for other runs that would ask it the same; "": none.
                 "base_results": "",
             },
@@ -283,6 +286,7 @@ def laptop() -> ConfigDict:
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
     config.packing.update({"micro_prompts": 8, "buckets": ((16,), (20,), (32,), (48,))})
+    config.evaluation.counterfactual = 200
     return config
 
 

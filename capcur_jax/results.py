@@ -14,7 +14,8 @@ from flax import nnx
 
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
-from capcur_jax.evaluation import kept
+from capcur_jax.evaluation import counterfactual as twins
+from capcur_jax.evaluation import folders, kept, page
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
@@ -176,6 +177,38 @@ def evaluate(run: Run, label: str) -> None:
     run.recorder.evaluation(records, time.monotonic() - started)
 
 
+def counterfactual(run: Run) -> None:
+    """How many of the final weights' errors the figures' facts as text would mend; config.evaluation.counterfactual.
+
+    Written to WORKDIR/evaluation/final, for the report and for `errors`; nothing where no set has such facts."""
+    settings, builder = run.config.evaluation, run.heldout.builders["evaluation"]
+    if not settings.counterfactual:
+        return
+    found, started = {}, time.monotonic()
+    with run.interruption.at_once():
+        for name in settings.sets:
+            pairs, left_out = twins.twins(run.heldout.questions(name))
+            if not pairs:
+                continue
+            pairs = pairs[: settings.counterfactual]  # the questions come in the order of their hashes
+            count = len(twins.ways_of(pairs)) * len(pairs)
+            with run.display.progress(f"counterfactual ({name})", count) as progress:
+                result = twins.ask(
+                    pairs,
+                    engine=run.engine,
+                    builder=builder,
+                    reward=run.reward,
+                    sampling=run.sampling,
+                    seed=run.config.seed,
+                    batch=max(1, 4 * run.config.rollout.slots // twins.SAMPLES),
+                    progress=progress,
+                )
+            found[name] = {**result, "left_out": left_out | result["left_out"]}
+    if found and run.owner:
+        kept = {"temperature": run.sampling.temperature, "seconds": time.monotonic() - started, "sets": found}
+        jsonl.write_json_atomic(run.workdir / folders.FINAL / twins.FILE, {**kept, "shown": twins.shown(kept)})
+
+
 def validate(run: Run, stage: str) -> float:
     """Mean accuracy over the capabilities on validation questions."""
     started = time.monotonic()
@@ -244,6 +277,8 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         return summary
     jsonl.write_json_atomic(run.workdir / "summary.json", summary)
     files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
+    if (run.workdir / folders.FINAL / folders.SCORES).is_file():
+        files["answers"] = page.write(run.workdir / folders.FINAL)
     for line in explain_skipped(builder):
         run.display.warn(f"left out: {line}")
     run.display.final(summary, files)

@@ -24,6 +24,7 @@ from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation.heldout import Heldout
+from capcur_jax.evaluation.keeper import Keeper
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
@@ -34,7 +35,7 @@ from capcur_jax.models import fresh
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.config import dtype_of
 from capcur_jax.models.qwen_vl import QwenVL
-from capcur_jax.records import jsonl, metrics
+from capcur_jax.records import journal, jsonl, metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.jsonl import JsonLines, Nowhere
 from capcur_jax.records.lock import Lock
@@ -73,6 +74,7 @@ class Run:
         self._export_dtype = dtype_of(config.export.dtype, "config.export.dtype")
         self.display, self.interruption = display, interruption
         self.owner, self._accept = distributed.is_owner(), accept
+        self._versions = functools.cache(metrics.versions)
         with contextlib.ExitStack() as self._closing:  # an error on the way leaves no server and no worker behind
             with interruption.at_once():
                 self._open()
@@ -107,15 +109,7 @@ class Run:
 
     def _by_owner(self, act: Callable[[], Any]) -> Any:
         """What `act` gives in process 0; None in the others. An InputError of its is one of all processes."""
-        given = refused = None
-        if self.owner:
-            try:
-                given = act()
-            except InputError as error:
-                refused = error
-        if distributed.agree(refused is not None):
-            raise refused or InputError(f"process 0 refuses {self.workdir}, and says why")
-        return given
+        return distributed.by_owner(act, str(self.workdir))
 
     def _check_inputs(self, step: int | None) -> None:
         """That a run that goes on after `step` reads what it read when it began (None). Raises InputError."""
@@ -181,9 +175,32 @@ class Run:
         shared = policy.engine_kind(config).shares_devices(config)
         self.turns = Turns(self.trainer, self.engine, shared)
         self.display.watch(self.engine.health)
-        self.heldout = Heldout(
-            config, self.sets, self.engine, self.policy.builder, self.reward, self.display.progress, self.stop_if_asked
-        )
+        kept = Keeper(self._evaluation, self._asked_model)
+        parts = self.sets, self.engine, self.policy.builder, self.reward
+        self.heldout = Heldout(config, *parts, self.display.progress, self.stop_if_asked, kept)
+
+    def _evaluation(self, label: str) -> Path:
+        """Where an evaluation is kept, named as the checkpoint of that moment; "": the validation of this step."""
+        if not label:
+            return self.workdir / "evaluation" / f"validation-{self.progress.step}"
+        names = [stage.name for stage in self.stages]
+        number = names.index(label) + 1 if label in names else 0
+        moment = label if not number else "final" if number == len(names) else f"{number}-{label}"
+        return self.workdir / "evaluation" / moment
+
+    def _asked_model(self) -> dict[str, Any]:
+        """What tells the present weights, and how they are asked."""
+        config, at = self.config, self.progress
+        digest = journal.fingerprint(self.policy.source) if config.checkpoint and not at.version else None
+        return {
+            "checkpoint": digest or f"step {at.step} of {self.workdir}, seed {config.seed}",
+            "step": at.step,
+            "engine": config.rollout.engine,
+            "dtype": config.model.dtype,
+            "seed": config.seed,
+            "reward": config.reward.function or "accuracy",
+            "versions": self._versions(),
+        }
 
     def _open_records(self) -> None:
         config, sinks = self.config, None

@@ -94,6 +94,7 @@ def train(
                 if config.export.each_stage and number + 1 < len(stages):
                     run.export(f"{number + 1}-{stage.name}")
                 results.evaluate(run, stage.name)
+            results.counterfactual(run)
             status = "finished"
         except Interrupted as signal:
             display.warn(f"{signal}: stopping here; the same command with --workdir={workdir} goes on")

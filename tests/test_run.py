@@ -14,7 +14,8 @@ def by_owner(monkeypatch, act, owner, refused):
     """Run._by_owner in a process of several; `refused`: whether process 0 met an InputError."""
     told = []
     monkeypatch.setattr(run.distributed, "agree", lambda flag: told.append(flag) or refused)
-    stand_in = types.SimpleNamespace(owner=owner, workdir=Path("runs/here"))
+    monkeypatch.setattr(run.distributed, "is_owner", lambda: owner)
+    stand_in = types.SimpleNamespace(workdir=Path("runs/here"))
     try:
         return run.Run._by_owner(stand_in, act), told
     except InputError as error:

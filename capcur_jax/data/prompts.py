@@ -61,17 +61,24 @@ class PromptBuilder:
 
     def build(self, problem: Problem) -> Prompt:
         """Raises BadInput: a missing or broken image, a prompt over a limit."""
-        text = self.render(problem)
-        sizes = [self._size(path) for path in problem.images]
+        return self.prompt(self.render(problem), problem.images)
+
+    def prompt(self, text: str, images: Sequence[str]) -> Prompt:
+        """Of a rendered text and the files of its images. Raises BadInput as `build` does."""
+        sizes = [self._size(path) for path in images]
         self._measure(text, sizes)  # first: nothing is decoded for a prompt that is left out
         resample = self.processor.images.resample
-        loaded = [self._store.load(path, size, resample) for path, size in zip(problem.images, sizes, strict=True)]
+        loaded = [self._store.load(path, size, resample) for path, size in zip(images, sizes, strict=True)]
         return self.processor.prepare(text, loaded)
 
     def measure(self, problem: Problem) -> PromptSize:
         """Tokens of the prompt and patches of each image; no pixel is decoded. Raises BadInput as `build` does, but for
         images whose header alone is sound."""
-        return self._measure(self.render(problem), [self._size(path) for path in problem.images])
+        return self.prompt_size(self.render(problem), problem.images)
+
+    def prompt_size(self, text: str, images: Sequence[str]) -> PromptSize:
+        """`measure` of a rendered text and the files of its images."""
+        return self._measure(text, [self._size(path) for path in images])
 
     def _size(self, path: str) -> tuple[int, int]:
         """(height, width) at which the model sees an image. Raises BadImage."""

@@ -1,10 +1,10 @@
 """Several processes as one run: which of them owns what, and small values between hosts (cluster.py joins them).
 
 Process 0 is the owner: servers, records and refill decisions are its own, and the others are told what it decided.
-`exchange`, `agree`, `broadcast`, `barrier` and `describe` are collective: every process calls the same ones in the same
-order, from one thread. They go through JAX's coordination service (the one that `jax.distributed` starts) and not
-through the devices: a device collective waits behind the step that is running, is compiled for each shape, and without
-x64 cuts 64-bit values.
+`exchange`, `gather`, `agree`, `broadcast`, `by_owner`, `barrier` and `describe` are collective: every process calls the
+same ones in the same order, from one thread. They go through JAX's coordination service (the one that
+`jax.distributed` starts) and not through the devices: a device collective waits behind the step that is running, is
+compiled for each shape, and without x64 cuts 64-bit values.
 
 A run ends well with `barrier("end")`: at exit JAX waits half a minute for the other processes and then ends them all,
 so that an error in one of them isn't waited out by the rest.
@@ -17,13 +17,19 @@ import io
 import itertools
 import socket
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax._src import distributed as jax_distributed
 
+from capcur_jax.errors import InputError
+
 _WAIT_S = 3 * 3600  # a dead process ends the others within minutes by its heartbeat; this is for one that is slow
+
+_PIECE = 1 << 20  # bytes that the coordination service gets at once
+_Value = TypeVar("_Value")
 
 _turns = itertools.count()
 _lock = threading.Lock()
@@ -85,6 +91,33 @@ def agree(flag: bool) -> bool:
 def broadcast(values: Any) -> np.ndarray:
     """The owner's `values`, bit for bit; what the others pass is ignored (None will do). Collective."""
     return _unpack(_gather("broadcast", _pack(np.asarray(values)) if is_owner() else b"")[0])
+
+
+def gather(payload: bytes) -> list[bytes]:
+    """Everybody's bytes, in the processes' order; lengths may differ. Collective."""
+    sizes = exchange(np.array(len(payload))).tolist()
+    parts = [b""] * len(sizes)
+    for at in range(0, max(sizes), _PIECE):
+        pieces = _gather("gather", payload[at : at + _PIECE])
+        parts = [part + piece for part, piece in zip(parts, pieces, strict=True)]
+    return parts
+
+
+def by_owner(act: Callable[[], _Value], where: str) -> _Value | None:
+    """What `act` gives in process 0; None in the others. Collective.
+
+    Raises:
+      InputError: it did there; `where`, for the others' messages, is what it was about.
+    """
+    given = refused = None
+    if is_owner():
+        try:
+            given = act()
+        except InputError as error:
+            refused = error
+    if agree(refused is not None):
+        raise refused or InputError(f"process 0 refuses {where}, and says why")
+    return given
 
 
 def barrier(name: str) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,14 +17,11 @@ from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
+from capcur_jax.evaluation.keeper import Keeper
+from capcur_jax.evaluation.local import answers
 from capcur_jax.models.inputs import BadInput, Processor
-from capcur_jax.rewards.reward import Reward
-from capcur_jax.rollout.engine import Engine, Sampling, sampling_of
-
-
-def _parts(problems: Sequence[Problem], size: int) -> Iterator[Sequence[Problem]]:
-    for at in range(0, len(problems), size):
-        yield problems[at : at + size]
+from capcur_jax.rewards.reward import Reward, Score
+from capcur_jax.rollout.engine import Engine, Sample, Sampling, sampling_of
 
 
 def evaluate(
@@ -39,8 +34,13 @@ def evaluate(
     seed: int = 0,
     batch: int = 80,
     progress: Callable[[int], None] = lambda count: None,
+    keep: Callable[[int, str, Sample | None, Score | None], None] = lambda place, text, sample, score: None,
 ) -> dict:
     """One answer to each problem.
+
+    Args:
+        keep: told of each problem that this process asks: its place, the response, the sample and its score; of one
+            that is left out "", None and None.
 
     Returns:
         accuracy: the share that is right of all problems, also of those that are left out because their prompt can't be
@@ -61,25 +61,22 @@ def evaluate(
             sums[row] += values
 
     images = any(problem.images for problem in problems)
-    for number, part in enumerate(_parts(problems, batch)):
-        # Of several processes each asks its share; all of them sample together.
-        mine = part[jax.process_index() :: jax.process_count()]
-        with ThreadPoolExecutor() as pool:  # the workers that decode images are kept busy
-            built = list(zip(mine, pool.map(builder.try_build, mine), strict=True))
-        for problem in (problem for problem, prompt in built if prompt is None):
-            add(problem, 0, 0, 0, 0, 1, 0)
-        built = [(problem, prompt) for problem, prompt in built if prompt is not None]
-        groups = engine.generate([prompt for _, prompt in built], sampling, 1, seed + number, images)
-        for (problem, _), group in zip(built, groups, strict=True):
-            if not group:  # refused by the engine
+    found = answers(
+        problems, engine=engine, build=builder.try_build, sampling=sampling, seed=seed, batch=batch, images=images
+    )
+    for size, answered in found:
+        for problem, sample in answered:
+            if sample is None:  # no prompt, or refused by the engine
                 add(problem, 0, 0, 0, 0, 1, 0)
-        asked = [problem for (problem, _), group in zip(built, groups, strict=True) if group]
-        samples = [group[0] for group in groups if group]
-        scores = reward(asked, [processor.response(sample.tokens) for sample in samples])
-        for problem, sample, score in zip(asked, samples, scores, strict=True):
+                keep(places[id(problem)], "", None, None)
+        asked = [(problem, sample) for problem, sample in answered if sample is not None]
+        texts = [processor.response(sample.tokens) for _, sample in asked]
+        scores = reward([problem for problem, _ in asked], texts)
+        for (problem, sample), text, score in zip(asked, texts, scores, strict=True):
             add(problem, score.accuracy, score.format, len(sample.tokens), 1, 0, score.timed_out)
             right_of[places[id(problem)]] = score.accuracy
-        progress(len(part))
+            keep(places[id(problem)], text, sample, score)
+        progress(size)
     sums, right_of = distributed.exchange(sums).sum(0), distributed.exchange(right_of).sum(0)
     right, answered, left_out = sums[:, 0], sums[:, 3], sums[:, 4]
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan: of nothing
@@ -115,6 +112,7 @@ class Heldout:
         progress: opens a bar: (title, questions) -> a context manager that gives what is told of answered questions.
         stop: called between batches of an evaluation; raises what shall end it. A validation is not stopped: the
             checkpoint of its step is to have the figure.
+        kept: writes what was answered; None: nothing is written.
     """
 
     def __init__(
@@ -126,9 +124,10 @@ class Heldout:
         reward: Reward,
         progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
         stop: Callable[[], None],
+        kept: Keeper | None = None,
     ):
         self._config, self._sets, self._engine, self._reward = config, sets, engine, reward
-        self._progress, self._stop = progress, stop
+        self._progress, self._stop, self._kept = progress, stop, kept
         self._evaluating, self._validating = sampling_of(config, "evaluation"), sampling_of(config, "validation")
         # What asks: a validation as training does.
         self.builders = {
@@ -162,13 +161,14 @@ class Heldout:
         """A result for each set, see `evaluate` above; `label`: "base", or the stage just done. Raises InputError."""
         settings = self._config.evaluation
         title, builder = f"evaluating ({label})", self.builders["base" if label == "base" else "evaluation"]
-        return self._accuracies(title, settings.split, settings.questions, builder, self._evaluating, self._stop)
+        asked = settings.split, settings.questions
+        return self._accuracies(label, title, *asked, builder, self._evaluating, self._stop)
 
     def validate(self, label: str) -> list[dict[str, Any]]:
         """The same on validation questions, in the stage `label`."""
         questions = self._config.validation.questions
         title, builder = f"validating ({label})", self.builders["training"]
-        return self._accuracies(title, "validation", questions, builder, self._validating, lambda: None)
+        return self._accuracies("", title, "validation", questions, builder, self._validating, lambda: None)
 
     def warm_up(self) -> None:
         """Compiles what `validate` samples with, so that it does not look like a late compilation."""
@@ -182,6 +182,7 @@ class Heldout:
 
     def _accuracies(
         self,
+        label: str,
         title: str,
         split: str,
         questions: int,
@@ -198,6 +199,7 @@ class Heldout:
                 progress(count)
 
             for name, problems in sets.items():
+                keeping = {"keep": self._kept.begin(name, problems, builder)} if self._kept else {}
                 result = evaluate(
                     problems,
                     engine=self._engine,
@@ -207,8 +209,11 @@ class Heldout:
                     seed=self._config.seed,
                     batch=4 * self._config.rollout.slots,  # slots that become free find work
                     progress=advance,
+                    **keeping,
                 )
                 if not result["questions"]:
                     raise InputError(f"no {split} question of '{name}' can be used: {builder.reasons()}")
                 results.append({"capability": name, **result})
+        if self._kept:
+            self._kept.write(label, {"split": split, "questions": questions}, sampling, builder)
         return results

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Journal:
     Args:
       path: the file, made where it is missing, with its folders.
       settings: JSON values that the records depend on.
+      option: of the command line, which says where the file lies.
 
     Attributes:
       done: the records, by key.
@@ -75,8 +76,8 @@ class Journal:
         A journal of other settings without a record is begun anew.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, settings: Mapping[str, Any], option: str = "--output"):
+        self.path, self._option = Path(path), option
         self.done: dict[str, Any] = {}
         self._settings = json.loads(json.dumps(settings))  # as they will be read
         try:
@@ -93,8 +94,13 @@ class Journal:
 
     def add(self, key: str, record: Any) -> None:
         """Keeps a record (a JSON value), on disk when this returns."""
-        self._append({"key": key, "record": record})
-        self.done[key] = record
+        self.add_all([(key, record)])
+
+    def add_all(self, records: Iterable[tuple[str, Any]]) -> None:
+        """Keeps several, by key, and waits for the disk once."""
+        records = list(records)
+        self._append(*({"key": key, "record": record} for key, record in records))
+        self.done.update(records)
 
     def close(self) -> None:
         self._file.close()
@@ -105,8 +111,9 @@ class Journal:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _append(self, line: dict) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")  # ASCII: half of a surrogate pair can be written too
+    def _append(self, *lines: dict) -> None:
+        # ASCII: half of a surrogate pair can be written too.
+        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -137,7 +144,7 @@ class Journal:
             if other and self.done:
                 raise InputError(
                     f"{self.path}: its answers came with other settings: {other}. Run with those of then, write to "
-                    "another --output, or delete this file to begin anew"
+                    f"another {self._option}, or delete this file to begin anew"
                 )
             whole = 0 if other else whole
         elif not b'{"settings": '.startswith(header[:13]):

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from capcur_jax.errors import InputError
+from capcur_jax.records.lines import duration
 from capcur_jax.records.tables import titled
 
 _Item = TypeVar("_Item")
@@ -70,6 +71,11 @@ class Progress:
         elif time.monotonic() - self._said >= LINE_S:
             self._line()
 
+    def advance_by(self, count: int) -> None:
+        """Counts several items."""
+        for _ in range(count):
+            self.advance()
+
     def __enter__(self) -> Progress:
         self._bar.start()
         return self
@@ -81,9 +87,11 @@ class Progress:
 
     def _line(self) -> None:
         self._said = time.monotonic()
+        since, left = self._done - self._first, self._total - self._done
+        after = f", {duration(left * (self._said - self._started) / since)} left" if since and left > 0 else ""
         # Not wrapped: one line of a log.
         self._console.print(
-            f"{self._what}: {self._done} of {self._total}, {self._words()}", soft_wrap=True, markup=False
+            f"{self._what}: {self._done} of {self._total}, {self._words()}{after}", soft_wrap=True, markup=False
         )
 
     def _words(self) -> str:

@@ -20,9 +20,9 @@ class Picture(NamedTuple):
     trouble: str = ""
 
 
-def embedded(image: PIL.Image.Image, title: str) -> Picture:
-    """The image, shrunk in place to at most SIDE pixels; JPEG where it is large enough to be a photo."""
-    image.thumbnail((SIDE, SIDE))
+def embedded(image: PIL.Image.Image, title: str, side: int = SIDE) -> Picture:
+    """The image, shrunk in place to at most `side` pixels; JPEG where it is large enough to be a photo."""
+    image.thumbnail((side, side))
     photo = image.mode == "RGB" and max(image.size) > 128
     buffer = io.BytesIO()
     image.save(buffer, "JPEG" if photo else "PNG", **({"quality": 80} if photo else {"optimize": True}))

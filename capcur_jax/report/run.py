@@ -65,6 +65,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         curves=curves,
         window=window,
         kinds=_kinds(evaluations),
+        told=_read_json(workdir / "evaluation/final/counterfactual.json").get("shown") or {},
         rollouts=sampled,
         prompts_each=prompts_each,
         files={name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items() if content},

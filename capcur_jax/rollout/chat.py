@@ -1,4 +1,4 @@
-"""Questions to models behind OpenAI-compatible servers (SGLang, vLLM, hosted ones): many at once, with retries.
+"""Questions to models behind servers (SGLang, vLLM, hosted ones; see dialects.py): many at once, with retries.
 
 Not by the package openai: its retries stay at one address, it bounds no answer's size, it takes keys and addresses from
 the environment unasked. What would be left for it is one POST.
@@ -15,17 +15,17 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 from PIL import Image
 
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.rollout.dialects import OPENAI, Dialect, Reply, Unreadable, read_openai
 from capcur_jax.rollout.sglang.client import error_message
 
 MAX_BODY = 8 << 20  # bytes of an answer; nobody's few hundred tokens are longer
-MAX_TEXT = 100_000  # characters of a reply that are kept
 # <|im_end|>, <|image_pad|>: a server reads them as its own wherever they stand in a text, unlike `Processor.render`.
 CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>")
 _PATIENCE_S = 60.0  # the longest pause between two tries
@@ -33,13 +33,6 @@ _BASE64 = re.compile(r"data:[^\s\"']*|[A-Za-z0-9+/=_-]{80,}")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class Reply(NamedTuple):
-    """What a model said."""
-
-    text: str
-    finish: str  # "stop", "length" (cut off at max_tokens), or the server's own word
 
 
 class Failed(Exception):
@@ -75,6 +68,8 @@ class Chat:
       retries: further tries of a question after time-outs, broken connections, 429 and 5xx, on another address if there
         is one, with pauses that double from `pause_s`.
       key_variable: environment variable that holds the API key; "": none is sent.
+      dialect: the servers' interface.
+      options: what errors call the options that hold an address and the key's variable.
 
     Raises:
       InputError: an address is no address, or the variable is not set.
@@ -90,46 +85,50 @@ class Chat:
         retries: int = 6,
         pause_s: float = 1.0,
         key_variable: str = "",
+        dialect: Dialect = OPENAI,
+        options: tuple[str, str] = ("--address", "--api-key-variable"),
     ):
+        self._options, self._dialect = options, dialect
         for address in addresses:
-            _check_address(address)
+            _check_address(address, *options)
         if not addresses or concurrency < 1 or retries < 0 or not timeout_s > 0:
             raise InputError("a chat needs an address, a concurrency of at least 1, and a time-out above 0")
         self._servers = [_Server(address) for address in dict.fromkeys(addresses)]
         self.model, self.concurrency, self._timeout_s = model, concurrency, timeout_s
         self._retries, self._pause_s = retries, pause_s
-        self._key = _key(key_variable)
+        self._key = _key(key_variable, options[1])
         self.requests = 0  # tries, the first ones included
         self._answered, self._failed_in_a_row = False, 0
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         # Connections are dropped before an idle server does it (5 s), which would look like a dying one. Proxies and
         # .netrc are not looked at: the servers are on this host, in its network, or named by a whole address.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0))
-        self._http = httpx2.AsyncClient(headers=headers, trust_env=False, limits=limits, timeout=timeout)
+        self._http = httpx2.AsyncClient(
+            headers=dialect.headers(self._key), trust_env=False, limits=limits, timeout=timeout
+        )
 
     async def ask(self, messages: Sequence[dict], *, max_tokens: int, temperature: float = 0.0, **more: Any) -> Reply:
-        """The reply to a conversation (/v1/chat/completions); `more` are further fields of the request.
+        """The reply to a conversation; `more` are further fields of the request.
 
         Raises:
           Failed: this question gets no answer.
           InputError, RolloutError: none will; before and after the first answer of all.
         """
-        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature, **more}
-        return await self._until_answered("/v1/chat/completions", body)
+        body = self._dialect.body(messages, max_tokens, temperature, more)
+        return await self._until_answered(self._dialect.path, body, self._dialect.read)
 
     async def complete(self, prompt: str, *, max_tokens: int, temperature: float = 0.0, **more: Any) -> Reply:
         """How a bare text goes on (/v1/completions, no chat template). Raises as `ask`."""
-        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, **more}
-        return await self._until_answered("/v1/completions", body)
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, **more, "stream": False}
+        return await self._until_answered("/v1/completions", body, read_openai)
 
     async def close(self) -> None:
         await self._http.aclose()
 
     # ------------------------------------------------------------------ tries
 
-    async def _until_answered(self, path: str, body: dict) -> Reply:
-        content = json.dumps({"model": self.model, **body, "stream": False}).encode()
+    async def _until_answered(self, path: str, body: dict, read: Callable[[bytes | bytearray], Reply]) -> Reply:
+        content = json.dumps({"model": self.model, **body}).encode()
         pause, last, gone = self._pause_s, None, True
         for number in range(self._retries + 1):
             server = self._freest(last)
@@ -138,7 +137,7 @@ class Chat:
                 await asyncio.sleep(min(_PATIENCE_S, max(rest, pause * random.uniform(0.5, 1.0))))
                 pause = min(_PATIENCE_S, 2 * pause)
             try:
-                reply = await self._try(server, path, content)
+                reply = self._read(read, await self._try(server, path, content))
             except _Try as error:
                 last, failure, gone = server, error, gone and error.gone
                 if not error.again:
@@ -155,7 +154,7 @@ class Chat:
             kind = RolloutError if self._answered else InputError
             raise kind(
                 f"no answer from {', '.join(server.address for server in self._servers)} ({failure}); start the "
-                "server or check --address, then give the same command: it goes on"
+                f"server or check {self._options[0]}, then give the same command: it goes on"
             )
         raise Failed("refused by the server" if not failure.again else "no answer from the server", str(failure))
 
@@ -164,7 +163,7 @@ class Chat:
         now = time.monotonic()
         return min(others, key=lambda server: (server.resting_until > now, server.running))
 
-    async def _try(self, server: _Server, path: str, content: bytes) -> Reply:
+    async def _try(self, server: _Server, path: str, content: bytes) -> bytearray:
         self.requests += 1
         server.running += 1
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # a compressed one may be a bomb
@@ -181,7 +180,7 @@ class Chat:
             gone = isinstance(error, httpx2.ConnectTimeout)
             raise _Try(f"{server.address}: no answer within {self._timeout_s:g} s", gone=gone) from None
         except httpx2.InvalidURL as error:
-            raise InputError(f"{server.address}: no address ({error}); check --address") from None
+            raise InputError(f"{server.address}: no address ({error}); check {self._options[0]}") from None
         except (httpx2.HTTPError, OSError) as error:
             gone = isinstance(error, httpx2.ConnectError)
             raise _Try(f"{server.address}: {type(error).__name__} {self._clean(str(error))}", gone=gone) from None
@@ -189,15 +188,23 @@ class Chat:
             server.running -= 1
         if status != 200:
             raise self._refusal(server, path, status, bytes(raw), wait)
-        return _reply(raw)
+        return raw
+
+    def _read(self, read: Callable[[bytes | bytearray], Reply], raw: bytearray) -> Reply:
+        try:
+            reply = read(raw)
+        except Unreadable as error:
+            raise _Try(str(error)) from None
+        # A server that repeats the key does not bring it into a file.
+        return reply._replace(text=reply.text.replace(self._key, "***")) if self._key else reply
 
     def _refusal(self, server: _Server, path: str, status: int, raw: bytes, wait: str) -> Exception:
         message = error_message(raw[:10_000].decode("utf-8", "replace"))
         said = f"{server.address}: HTTP {status} {self._clean(message)}".rstrip()
         if status in (401, 403):
-            return InputError(f"{said}; name the variable that holds the API key (--api-key-variable)")
+            return InputError(f"{said}; name the variable that holds the API key ({self._options[1]})")
         if status in (404, 405) or 300 <= status < 400:
-            remedy = "check --address and the model's name"
+            remedy = f"check {self._options[0]} and the model's name"
             if path == "/v1/completions":
                 remedy += "; a server for conversations alone needs --caption-chat"
             return InputError(f"{said} for {path}: {remedy}")
@@ -257,7 +264,7 @@ def image_part(image: Image.Image) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _check_address(address: str) -> None:
+def _check_address(address: str, option: str, key_option: str) -> None:
     try:
         parts = urlsplit(address)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -265,31 +272,16 @@ def _check_address(address: str) -> None:
         good = False
         parts = None
     if parts and parts.username is not None:
-        raise InputError("--address holds a user name; give a key by --api-key-variable, so that no log has it")
+        raise InputError(f"{option} holds a user name; give a key by {key_option}, so that no log has it")
     if not good or parts.query or parts.fragment:
-        raise InputError(f"--address {address[:100]!r} is no address; give http://HOST:PORT")
+        raise InputError(f"{option} {address[:100]!r} is no address; give http://HOST:PORT")
 
 
-def _key(variable: str) -> str:
+def _key(variable: str, option: str) -> str:
     if not variable:
         return ""
     key = os.environ.get(variable, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         # The variable's name may be a key put in the wrong place: it is not repeated.
-        raise InputError("--api-key-variable names no environment variable that holds a key; export it first")
+        raise InputError(f"{option} names no environment variable that holds a key; export it first")
     return key
-
-
-def _reply(raw: bytes | bytearray) -> Reply:
-    """Raises _Try for what is no answer of this interface."""
-    try:
-        choice = json.loads(raw)["choices"][0]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        finish = choice.get("finish_reason") or ""
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise _Try("an answer that is none of this interface (no choices[0] with a text)") from None
-    if text is None:  # all its tokens went into reasoning, which servers keep apart
-        text = ""
-    if not isinstance(text, str) or not isinstance(finish, str):
-        raise _Try("an answer that is none of this interface (its text is no text)")
-    return Reply(text[:MAX_TEXT], finish)

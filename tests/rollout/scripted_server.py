@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -19,11 +20,16 @@ class Raw:
         self.status, self.body, self.headers, self.delay_s = status, body, headers or {}, delay_s
 
 
-def completion(text: str | None, finish: str = "stop", chat: bool = True) -> bytes:
-    """The body of a good answer."""
+def completion(
+    text: str | None, finish: str = "stop", chat: bool = True, tokens: int | None = None, thinking: str = ""
+) -> bytes:
+    """The body of a good answer; `tokens` of it are counted, and a thought kept apart from the text, where given."""
     said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    if thinking:
+        said["message"]["reasoning_content"] = thinking
+    usage = {} if tokens is None else {"usage": {"completion_tokens": tokens}}
     return json.dumps(
-        {"object": "chat.completion", "choices": [{"index": 0, "finish_reason": finish, **said}]}
+        {"object": "chat.completion", "choices": [{"index": 0, "finish_reason": finish, **said}], **usage}
     ).encode()
 
 
@@ -106,6 +112,17 @@ def turn_text(body: dict[str, Any]) -> str:
         return body["prompt"]
     content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def images(body: dict[str, Any]) -> list[tuple[str, bytes]]:
+    """(media type, bytes) of the images in a request's last turn, which come before any text."""
+    parts, found = body["messages"][-1]["content"], []
+    for at, part in enumerate(parts if isinstance(parts, list) else []):
+        if part["type"] == "image_url":
+            assert all(before["type"] == "image_url" for before in parts[:at]), "a text stands before an image"
+            head, data = part["image_url"]["url"].split(";base64,")
+            found.append((head.removeprefix("data:"), base64.b64decode(data, validate=True)))
+    return found
 
 
 def has_image(body: dict[str, Any]) -> bool:

@@ -33,6 +33,8 @@ def row_of(problem: Problem) -> Row:
     while question.startswith(IMAGE_MARK):
         question = question.removeprefix(IMAGE_MARK).lstrip()
     facts = {"problem": problem, "kind": problem.kind, "source": problem.source}
+    if isinstance(caption := problem.metadata.get("caption"), str):
+        facts["caption"] = caption
     gold = problem.answers or (problem.answer,)
     images = tuple(map(Path, problem.images))
     return Row(problem.id, question, gold, images, facts=facts, cluster="\n".join(problem.images))
