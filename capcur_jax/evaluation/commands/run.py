@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +86,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sampling = _sampling(arguments, config)
     answerer = _answerer(arguments, config, sampling, workdir)
     settings = {**answerer.settings, **asking.sampled(sampling, instruction)}
-    try:
-        said = ask(chosen, answerer, settings, workdir)
-    except RolloutError as error:
-        raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
-    if not _is_owner():
-        _meet()
-        return {}
+    tell(f"work directory: {workdir}")
     read = arguments.read or ("raw" if instruction == "none" else "box")
     model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
     result = {}
     with contextlib.ExitStack() as closing:
-        judged = closing.enter_context(judge.Judge(judging, workdir / judge.FILE)) if judging else None
-        for one, replies in zip(chosen, said, strict=True):
-            result[one.benchmark.name] = score_and_write(one, replies, read, judged, {**model, **settings}, workdir)
-    tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
+        # Opened first: what is wrong with a judge is said before a model answers for hours.
+        journal = workdir / judge.FILE
+        judged = _by_owner(lambda: closing.enter_context(judge.Judge(judging, journal)) if judging else None)
+        try:
+            said = ask(chosen, answerer, settings, workdir)
+            for one, replies in zip(chosen, said, strict=False):  # process 0 has them
+                name = one.benchmark.name
+                result[name] = score_and_write(one, replies, read, judged, {**model, **settings}, workdir)
+        except RolloutError as error:
+            raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
+    if result:
+        tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
     _meet()
     return {"workdir": str(workdir), "benchmarks": result}
 
@@ -213,18 +215,17 @@ def _join(arguments: argparse.Namespace) -> None:
         raise InputError("an evaluation by several processes needs --workdir, one that all of them see")
 
 
-def _in_turn(read: Any) -> Any:
+def _by_owner(act: Callable[[], Any]) -> Any:
+    """What `act` gives in process 0, None in the others. Raises InputError in all."""
+    from capcur_jax.devices import distributed
+
+    return distributed.by_owner(act, "what the command was given")
+
+
+def _in_turn(read: Callable[[], Any]) -> Any:
     """What `read` gives, first in process 0, which unpacks and builds what the others then find."""
-    from capcur_jax.devices import distributed
-
-    given = distributed.by_owner(read, "the benchmarks")
+    given = _by_owner(read)
     return read() if given is None else given
-
-
-def _is_owner() -> bool:
-    from capcur_jax.devices import distributed
-
-    return distributed.is_owner()
 
 
 def _meet() -> None:
