@@ -94,6 +94,8 @@ class Checkpoint:
         if policy.engine_kind(config).shares_devices(config):
             raise InputError("config.rollout.sglang.colocate: nothing is trained here; set it to False")
         policy.engine_kind(config).check(config)
+        if missing := policy.engine_kind(config).missing(config):
+            raise InputError("\n".join(["--checkpoint: its engine needs what is not there:", *missing]))
         self._directory, self._config, self._sampling, self._workdir = directory, config, sampling, workdir
         prompt = config.prompt
         self.processor = Processor.from_directory(directory, prompt.min_pixels, prompt.max_pixels)

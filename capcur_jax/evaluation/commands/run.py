@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +91,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     judging = judge.model_of(arguments.judge, arguments.judge_model, arguments.judge_key_variable)
     setting = opened(arguments)
     chosen, workdir, settings = setting.chosen, setting.workdir, setting.settings
-    said = ask(chosen, setting.answerer, settings, workdir)
-    if not _is_owner():
-        meet()
-        return {}
     model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
     result = {}
     with contextlib.ExitStack() as closing:
-        judged = closing.enter_context(judge.Judge(judging, workdir / judge.FILE)) if judging else None
-        for one, replies in zip(chosen, said, strict=True):
-            conditions = {**model, **settings}
-            result[one.benchmark.name] = score_and_write(one, replies, setting.read, judged, conditions, workdir)
-    tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
+        # Opened first: what is wrong with a judge is said before a model answers for hours.
+        journal = workdir / judge.FILE
+        judged = _by_owner(lambda: closing.enter_context(judge.Judge(judging, journal)) if judging else None)
+        try:
+            said = ask(chosen, setting.answerer, settings, workdir)
+            for one, replies in zip(chosen, said, strict=False):  # process 0 has them
+                name, conditions = one.benchmark.name, {**model, **settings}
+                result[name] = score_and_write(one, replies, setting.read, judged, conditions, workdir)
+        except RolloutError as error:
+            raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
+    if result:
+        tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
     meet()
     return {"workdir": str(workdir), "benchmarks": result}
 
@@ -125,6 +128,7 @@ def opened(arguments: argparse.Namespace) -> Setting:
         tell(described(one.benchmark, one.rows) if not one.conditions["partial"] else _partial(one))
     sampling = _sampling(arguments, config)
     answerer = _answerer(arguments, config, sampling, workdir)
+    tell(f"work directory: {workdir}")
     read = arguments.read or ("raw" if instruction == "none" else "box")
     return Setting(chosen, answerer, sampling, instruction, read, workdir, data)
 
@@ -240,18 +244,17 @@ def _join(arguments: argparse.Namespace) -> None:
         raise InputError("an evaluation by several processes needs --workdir, one that all of them see")
 
 
-def _in_turn(read: Any) -> Any:
+def _by_owner(act: Callable[[], Any]) -> Any:
+    """What `act` gives in process 0, None in the others. Raises InputError in all."""
+    from capcur_jax.devices import distributed
+
+    return distributed.by_owner(act, "what the command was given")
+
+
+def _in_turn(read: Callable[[], Any]) -> Any:
     """What `read` gives, first in process 0, which unpacks and builds what the others then find."""
-    from capcur_jax.devices import distributed
-
-    given = distributed.by_owner(read, "the benchmarks")
+    given = _by_owner(read)
     return read() if given is None else given
-
-
-def _is_owner() -> bool:
-    from capcur_jax.devices import distributed
-
-    return distributed.is_owner()
 
 
 def meet() -> None:

@@ -227,3 +227,26 @@ def test_a_checkpoint_s_command_goes_on_and_says_what_it_is(checkpoint, problems
     assert (tmp_path / "w" / "replies" / "own.jsonl").read_bytes() == before
     assert evaluate.main([*given, "--max_new_tokens=5", "--instruction=suffix"]) == 2
     assert "max_new_tokens 4, now 5" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.environ.get("CAPCUR_PUBLIC_DATA"), reason="CAPCUR_PUBLIC_DATA names no folder of real sets")
+@pytest.mark.parametrize("name", ["mathvision", "wemath", "visonlyqa"])
+def test_real_questions_go_out_with_their_images_and_without_their_answers(tmp_path, name):
+    data = Path(os.environ["CAPCUR_PUBLIC_DATA"]) / name
+    with ScriptedServer(lambda body: Raw(200, completion("\\boxed{B}", tokens=4))) as server:
+        given = [f"--benchmarks={name}", f"--data={data}", f"--address={server.address}", "--model=m", "--limit=24"]
+        assert evaluate.main([*given, f"--workdir={tmp_path / 'w'}", "--instruction=system"]) == 0
+        assert evaluate.main([*given, f"--workdir={tmp_path / 'w'}", "--instruction=system"]) == 0
+    assert len(server.requests) == 24
+    read = folders.read(tmp_path / "w")
+    (rows,) = read.answered.values()
+    published = {file.read_bytes() for one in rows.values() for file in one.row.images}
+    sent = [data for body in server.requests for _, data in images(body)]
+    assert len(sent) >= 24 and set(sent) == published
+    for body in server.requests:
+        assert not {"answer", "solution", "gold", "reference"} & set(body)
+        assert all(set(message) == {"role", "content"} for message in body["messages"])
+    (entry,) = read.scores["benchmarks"].values()
+    low, high = entry["kit"]["interval"]
+    assert entry["rows"] == 24 and entry["conditions"]["partial"] and low <= entry["kit"]["score"] <= high
+    assert entry["replies"]["tokens"] == 4
