@@ -23,19 +23,22 @@ _KEYS = {  # interval: keys; * is any stage
         objective.clip_high objective.kl_coefficient objective.entropy_coefficient
         optimizer.weight_decay optimizer.max_gradient_norm
         validation.every validation.questions validation.temperature evaluation.questions evaluation.temperature
-        log.rollout_prompts stages.*.steps stages.*.epochs stages.*.warmup_steps
+        log.rollout_prompts stages.*.steps stages.*.epochs stages.*.warmup_steps stages.*.curriculum.rows
         rollout.sglang.retries rollout.sglang.restarts rollout.sglang.gpus""",
     "[1, inf)": """
         prompt.max_tokens prompt.token_buckets prompt.patch_row
         rollout.group rollout.max_new_tokens rollout.slots rollout.prefill packing.slabs packing.buckets
         reward.workers objective.sampler_cap objective.updates_per_batch
         checkpointing.every checkpointing.keep log.rollouts_every stages.*.prompts
+        stages.*.switch.checks stages.*.switch.window
         rollout.sglang.servers rollout.sglang.tensor_parallel rollout.sglang.concurrency rollout.sglang.file_mb""",
     "(0, inf)": """
         model.lora.alpha prompt.patch_rows objective.advantage_epsilon optimizer.epsilon
         stages.*.curriculum.weights
         rollout.sglang.request_timeout_s rollout.sglang.start_timeout_s rollout.sglang.update_timeout_s""",
-    "(0, 1]": "rollout.top_p validation.top_p evaluation.top_p stages.*.learning_rate",
+    "(0, 1]": """
+        rollout.top_p validation.top_p evaluation.top_p stages.*.learning_rate
+        stages.*.switch.above""",
     "[0, 1)": "optimizer.beta1 optimizer.beta2 rollout.sglang.memory_fraction",
     "[0, 1]": "objective.clip_low rollout.async_steps stages.*.curriculum.pass_rates",
     "0 or (1, inf)": "objective.clip_dual",

@@ -30,7 +30,7 @@ from capcur_jax.schedule import Stage
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
 MAY_CHANGE = (
     "mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers",
-    "data.workers", "data.image_cache_mb",
+    "data.workers", "data.image_cache_mb", "evaluation.base_results",
     "rollout.slots", "rollout.prefill", "rollout.gathered", "rollout.sglang",
 )  # fmt: skip
 
@@ -109,6 +109,7 @@ def _check_together(config: ConfigDict, stages: Sequence[Stage]) -> None:
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("config.log.wandb needs Weights & Biases: pip install -e '.[wandb]', or leave it empty")
     for stage in stages:
+        _check_rule(config, stage)
         if not objectives.of_stage(stage).sampled:
             continue
         if stage.prompts % config.objective.updates_per_batch:
@@ -122,6 +123,18 @@ def _check_together(config: ConfigDict, stages: Sequence[Stage]) -> None:
             raise InputError("config.rollout.temperature must be above 0: greedy groups are all equal")
     if max(config.prompt.token_buckets, default=0) < config.prompt.max_tokens:
         raise InputError("config.prompt.token_buckets must reach config.prompt.max_tokens")
+
+
+def _check_rule(config: ConfigDict, stage: Stage) -> None:
+    """That what decides of the stage's end is measured. Raises InputError."""
+    where = f"config.stages.{stage.name}.switch.rule = {stage.switch.rule!r}"
+    if stage.switch.rule == "plateau":
+        if not config.validation.every:
+            raise InputError(f"{where} needs validations: --config.validation.every=20")
+        if not set(stage.data) & set(config.evaluation.sets):
+            raise InputError(f"{where}: config.evaluation.sets has none of {', '.join(stage.data)} to be validated")
+    if stage.switch.rule == "mastered" and not objectives.of_stage(stage).sampled:
+        raise InputError(f"{where}: objective '{stage.objective}' samples no response that could be right")
 
 
 def check_data(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:

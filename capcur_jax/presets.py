@@ -11,17 +11,25 @@ import functools
 import operator
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
+from capcur_jax import bounds
 from capcur_jax.errors import InputError
 from capcur_jax.rollout.sglang.settings import Settings
 
 TINY_CHECKPOINT = str(Path(__file__).parent / "assets" / "tiny_qwen3_vl")
 CAPABILITIES = ("perception", "text", "visual")
+
+# The laptop run's budget, the same for every row of the paper (capcur_jax/grid/): each row sees the same problems of
+# each of its sets once, at a constant rate.
+LAPTOP_STEPS = 300  # of a stage; one merged stage has those of all three
+LAPTOP_PROMPTS = 32  # of a step
+LAPTOP_LEARNING_RATE = 1e-4
+LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
 DELETED = {
@@ -96,12 +104,22 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
             "ties": "shuffled",  # problems of one pass rate | kept: in the order of the sets and their files
             "by_set": False,  # True: an epoch takes the sets of `data` one after the other, each in that order
             "weights": (),  # of the sets of `data`, to mix them endlessly; (): one pool
+            "rows": 0,  # at most so many of each set's problems, drawn by the hash of their ids; 0: all
             "pass_rates": (0.0, 1.0),  # problems outside are left out
             "drop_all_right": False,  # problems of pass rate 1 are left out
             "drop_all_wrong": False,  # of pass rate 0
             # True: an epoch's last, partial batch is left out; False: it is filled from the next. Sets that are mixed
             # by weights have no epochs.
             "drop_last": False,
+        },
+        # What ends the stage before its steps are done; the stages after it get those that are left.
+        "switch": {
+            # none | plateau: the validation accuracy of its sets has not risen for `checks` validations | mastered: at
+            # least `above` of all responses of the last `window` steps were right
+            "rule": "none",
+            "checks": 3,
+            "window": 20,
+            "above": 0.8,
         },
     }
 
@@ -229,6 +247,8 @@ def defaults() -> ConfigDict:
                 "instruction": "",  # where it stands then: as in prompt.instruction, unless it is set
                 "base_instruction": "",  # before the first stage: as in evaluation.instruction, unless it is set
                 "blind": True,  # report what guessing without the image scores
+                # A folder that keeps what the base scored, for other runs that would ask it the same; "": none.
+                "base_results": "",
             },
             "log": {
                 "rollouts_every": 5,  # steps between logged rollouts
@@ -250,13 +270,14 @@ def laptop() -> ConfigDict:
     """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
     config = defaults()
     config.checkpoint = TINY_CHECKPOINT
-    config.stages = {name: stage((name,), 150, 16, 1e-4) for name in CAPABILITIES}
-    config.stages.perception.steps = 250  # features move slower than answers
+    numbers = {"prompts": LAPTOP_PROMPTS, "learning_rate": LAPTOP_LEARNING_RATE}
+    config.stages = {name: stage((name,), LAPTOP_STEPS, **numbers) for name in CAPABILITIES}
     # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
     config.stages.text.freeze = "^visual"
-    config.stages.merged = stage(CAPABILITIES, 550, 16, 1e-4, freeze="^visual")
-    for entry in config.stages.values():  # small batches are noisy: at a constant 1.5e-4 the KL runs away in 50 steps
-        entry.update({"learning_rate_schedule": "cosine", "warmup_steps": 10})
+    config.stages.merged = stage(CAPABILITIES, len(CAPABILITIES) * LAPTOP_STEPS, **numbers, freeze="^visual")
+    for entry in config.stages.values():
+        entry.curriculum.rows = LAPTOP_STEPS * LAPTOP_PROMPTS
+    config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
@@ -354,3 +375,24 @@ def get(preset: str, order: tuple[str, ...] = CAPABILITIES) -> ConfigDict:
     config = PRESETS[preset]()
     config.order = order
     return config.lock()
+
+
+def read(name: str, overrides: Sequence[str]) -> ConfigDict:
+    """The config file with the command line's --config.key=value. Raises InputError."""
+    if not Path(name.partition(":")[0]).is_file():
+        raise InputError(f"--config {name}: no such config file; configs/ has some")
+    values, given = flags.FlagValues(), ["config", f"--config={name}", *overrides]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=given)
+    try:
+        rest = values(given)
+        config = values.config
+    except flags.UnrecognizedFlagError as error:
+        raise InputError(f"unknown argument --{error.flagname}; settings look like --config.checkpoint=DIR") from None
+    except (flags.Error, OSError) as error:
+        raise InputError(f"--config {name}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--config {name}: {explained(error)}") from None
+    if len(rest) > 1:
+        raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
+    bounds.check(config)
+    return config

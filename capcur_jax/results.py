@@ -14,6 +14,7 @@ from flax import nnx
 
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
+from capcur_jax.evaluation import kept
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
@@ -106,7 +107,7 @@ def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:
         "data": " + ".join(stage.data) + stage.curriculum.described(),
         "problems": sum(map(len, run.sets.selected(stage.data, stage.curriculum))),
         "objective": stage.objective,
-        "steps": stage.steps,
+        "steps": f"{stage.steps:,}, or {rule}" if (rule := stage.switch.described()) else stage.steps,
         "a step": f"{stage.prompts}{group}",
         "learning rate": f"{stage.learning_rate:g}",
         "frozen": "all but LoRA's factors" if run.policy.lora else stage.freeze or "nothing",
@@ -167,7 +168,10 @@ def evaluate(run: Run, label: str) -> None:
     """Held-out accuracy of every capability now; `label` is "base" or the name of the stage just done."""
     started = time.monotonic()
     with run.interruption.at_once():
-        results = run.heldout.evaluate(label)
+        if label == "base" and run.config.evaluation.base_results:
+            results = kept.once(run.config, run.sets, run.workdir, lambda: run.heldout.evaluate(label))
+        else:
+            results = run.heldout.evaluate(label)
     records = [{"type": "evaluation", "step": run.progress.step, "after": label, **result} for result in results]
     run.recorder.evaluation(records, time.monotonic() - started)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ def train(
             if run.restored is None:
                 results.evaluate(run, "base")
             for number, stage in enumerate(stages[at.stage :], at.stage):
+                stage = schedule.with_what_is_left(stages, number, run.progress.before(number))
                 train_stage(run, stage, number, measured.pop(stage.name, None), tracer)
                 if config.export.each_stage and number + 1 < len(stages):
                     run.export(f"{number + 1}-{stage.name}")
@@ -115,9 +117,9 @@ def train(
 def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tracer: Profile) -> None:
     """One stage: its own reference policy, its own optimizer state, its own order of data."""
     config, trainer, recorder, kind = run.config, run.trainer, run.recorder, policy.engine_kind(run.config)
-    with open_stage(run, stage, number, measured) as (layout, examples, collector):
+    with open_stage(run, stage, number, measured) as (layout, examples, collector, steps):
         recorder.begin_stage()
-        for step in range(run.progress.stage_step, stage.steps):
+        for step in steps:
             tracer.before(run.progress.step + 1)
             timer, last = PhaseTimer(), step + 1 == stage.steps
             with stopping_here(run):
@@ -142,9 +144,9 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
                 for line in rollout.shown(config.log.rollout_prompts, run.workdir):
                     run.rollouts.write({"step": run.progress.step, "stage": stage.name, **line})
             tracer.after(run.progress.step)
-            end_of_step(run, stage, step, last)
-            if last:
+            if end_of_step(run, stage, step, last):
                 end_if_idle(run, minis, layout, 1)
+                break
     recorder.complete()
 
 
@@ -154,6 +156,7 @@ class OpenStage(NamedTuple):
     layout: Layout
     examples: Iterator[list[Example]]  # those of each step, of this process
     collector: Collector
+    steps: range  # that are left
 
 
 @contextlib.contextmanager
@@ -177,7 +180,10 @@ def open_stage(run: Run, stage: Stage, number: int, measured: Usable | None) -> 
         run.checkpoints.save_reference(name, trainer.stage_start(number))
         run.progress = run.progress.begin_stage(number, run.recorder.skipped)
         save(run, wait=True)
-    if run.progress.stage_step < stage.steps:  # else it was stopped between its last step and the next stage
+    steps = range(run.progress.stage_step, stage.steps)
+    if over(run, stage):  # it was stopped between its last step and the next stage
+        steps = range(0)
+    if steps:
         with run.interruption.at_once():
             warm_up(run, stage, layout, sizes, images)
     if run.turns.shared:
@@ -200,7 +206,7 @@ def open_stage(run: Run, stage: Stage, number: int, measured: Usable | None) -> 
         settings=config.rollout,
         seed=config.seed,
     ) as collector:
-        yield OpenStage(layout, examples, collector)
+        yield OpenStage(layout, examples, collector, steps)
 
 
 def draw(
@@ -226,8 +232,28 @@ def due(every: int, step: int) -> bool:
     return bool(every) and (step + 1) % every == 0
 
 
-def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> None:
-    """What is due between two steps: a validation, whose best is exported, and a checkpoint."""
+def over(run: Run, stage: Stage) -> bool:
+    """Whether the stage's rule ends it now. The records decide, which a run that goes on has up to its checkpoint."""
+    if stage.switch.rule == "none":
+        return False
+    run.recorder.complete()
+    steps = [_share(record.get("accuracy")) for record in run.recorder.steps if record["stage"] == stage.name]
+    checks = [
+        statistics.fmean(_share(record[name]["accuracy"]) for name in stage.data if name in record)
+        for record in run.recorder.validations
+        if record["stage"] == stage.name
+    ]
+    return distributed.agree(stage.switch.over(steps, checks))
+
+
+def _share(value: float | None) -> float:
+    """A record's; what is not finite in memory is None in a file, and no share."""
+    return -math.inf if value is None or not math.isfinite(value) else value
+
+
+def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> bool:
+    """What is due between two steps: a validation, whose best is exported, and a checkpoint. Returns whether the stage
+    ends here: it was its last step, or its rule says so."""
     metric = None
     if due(run.config.validation.every, step):
         run.recorder.complete()
@@ -237,10 +263,19 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> None:
             if metric is not None and (run.progress.best is None or metric > run.progress.best):
                 run.progress = dataclasses.replace(run.progress, best=metric)
                 run.export("best")
+    if not last and over(run, stage):
+        last, left = True, stage.steps - step - 1
+        rule = {"rule": stage.switch.rule, "stage_step": step + 1, "steps_left": left}
+        run.recorder.write({"type": "switch", "step": run.progress.step, "stage": stage.name, **rule})
+        run.display.note(
+            f"stage {stage.name} ends after {step + 1:,} steps ({stage.switch.described()}); the next one gets the "
+            f"{left:,} that are left"
+        )
     if metric is not None or due(run.config.checkpointing.every, step) or last:
         run.recorder.complete()
         with run.recorder.between("seconds_checkpoint"):
             save(run, metric)
+    return last
 
 
 def end_if_idle(run: Run, minis: Sequence[Sequence[UpdateBatch]], layout: Layout, most: int) -> None:

@@ -2,10 +2,8 @@
 
     python -m capcur_jax.main --config=configs/capability_x_difficulty.py --config.data.sets.perception.train=FILE ...
 
-Every training row needs a pass rate: python -m capcur_jax.data difficulty (docs/data.md has the commands). The paper's
-release runs this as one stage with one reference and the vision encoder frozen; so does
-
-    python -m capcur_jax.main --config=configs/difficulty.py --config.stages.merged.curriculum.by_set=True ...
+Every training row needs a pass rate, as in configs/difficulty.py. The paper's release runs this as one stage:
+configs/capability_x_difficulty_one_run.py.
 """
 
 from capcur_jax import presets

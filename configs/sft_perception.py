@@ -21,10 +21,6 @@ PAPER = presets.stage(
     learning_rate=5e-5,
     freeze="^visual",  # LLaMA-Factory's freeze_vision_tower and freeze_multi_modal_projector
 ) | {"objective": "sft", "epochs": 3, "learning_rate_schedule": "linear"}
-# A guess: steps, batch and learning rate of the perception stage that this one replaces.
-LAPTOP = presets.stage(("captions",), steps=250, prompts=16, learning_rate=1e-4) | {
-    "objective": "sft", "learning_rate_schedule": "cosine", "warmup_steps": 10,
-}  # fmt: skip
 
 
 def get_config(preset: str = "laptop"):
@@ -33,5 +29,13 @@ def get_config(preset: str = "laptop"):
     with config.unlocked():
         source = {"source": "tiny_base" if laptop else "", "train": "", "validation": "", "test": ""}
         config.data.sets.captions = source
-        config.stages.captions = LAPTOP if laptop else PAPER
+        config.stages.captions = _like(config.stages.perception, config) if laptop else PAPER
     return config
+
+
+def _like(replaced, config) -> dict:
+    """A guess: as many captions, in as many updates, at the rate of the stage that this one replaces. A step of an
+    imitation is one update."""
+    updates, entry = config.objective.updates_per_batch, replaced.to_dict()
+    numbers = {"steps": entry["steps"] * updates, "prompts": entry["prompts"] // updates}
+    return entry | {"data": ("captions",), "objective": "sft"} | numbers

@@ -12,9 +12,10 @@ LAYERS = """
     main
     train
     results ablations
-    run
+    run grid
     curation plan generate evaluate checks
-    evaluation policy learner presets
+    evaluation
+    policy learner presets
     rollout
     rewards schedule
     data

@@ -205,7 +205,7 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
     }
     (stage,), held = plan["Stages"], plan["Held-out questions (test)"]
     assert (stage["stage"], stage["data"], stage["problems"], stage["objective"]) == ("text", "text", 7, "grpo")
-    assert (stage["steps"], stage["a step"], stage["frozen"]) == (150, "16 x 3", "^visual")
+    assert (stage["steps"], stage["a step"], stage["frozen"]) == (200, "16 x 3", "^visual")
     assert held == [
         {"set": name, "questions": 3, "of": 5, "blind guess": "33.3%", "kinds and sources": "shape 67%, color 33%"}
         for name in SETS

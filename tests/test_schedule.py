@@ -91,7 +91,7 @@ MISTAKES = {
     "schedule": ("stages.text.learning_rate_schedule", "square", r"stages\.text\.learning_rate_schedule.*constant"),
     "no steps": ("stages.text.steps", 0, r"config\.stages\.text\.steps = 0.*at least 1"),
     "negative steps": ("stages.text.steps", -1, r"config\.stages\.text\.steps = -1.*at least 1"),
-    "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = 150 and epochs = 2"),
+    "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = 200 and epochs = 2"),
     "unknown set": ("stages.text.data", ("words",), r"config\.stages\.text\.data.*words.*perception, text, visual"),
     "no set": ("stages.text.data", (), r"config\.stages\.text\.data"),
 }

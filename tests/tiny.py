@@ -27,6 +27,7 @@ SETTINGS = {
     "evaluation.questions": 12,
     "export.dtype": "bfloat16",
     "log.rollouts_every": 1,
+    "objective.updates_per_batch": 1,
 }
 ROWS = 24  # of each split; no answer is right for more than a quarter of them
 

@@ -39,6 +39,10 @@ class Progress:
         before are at the same step, and each has a checkpoint."""
         return self.step + self.stage
 
+    def before(self, number: int) -> int:
+        """Steps that were done before stage `number`, which is this one or the next."""
+        return self.step - self.stage_step if self.stage == number else self.step
+
     def begin_stage(self, number: int, skipped: int) -> Progress:
         return dataclasses.replace(self, stage=number, stage_step=0, batches=0, skipped=skipped)
 

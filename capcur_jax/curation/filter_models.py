@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 
 from capcur_jax.data.problem import IMAGE_MARK, Drop
 from capcur_jax.errors import InputError
+from capcur_jax.records.journal import fingerprint
 from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all, image_part
 
 PASSES = ("image", "caption")
@@ -172,19 +172,6 @@ class ServedModel:
 
 
 # ---------------------------------------------------------------------- local
-
-
-def fingerprint(directory: Path) -> str:
-    """Of a checkpoint: its settings and tokenizer, and the sizes, beginnings, middles and ends of its weight files."""
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in ("*.json", "*.jinja", "*.safetensors") for file in directory.glob(pattern)):
-        size, piece = file.stat().st_size, 1 << 20
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for start in sorted({0, max(0, size // 2 - piece // 2), max(0, size - piece)}):
-                opened.seek(start)
-                digest.update(opened.read(piece))
-    return digest.hexdigest()[:16]
 
 
 class LocalModel:

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.curation.terminal import Progress
 from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem, stable_hash
 from capcur_jax.records.journal import Journal, key_of
+from capcur_jax.records.terminal import Progress
 from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all
 
 LETTERS = "ABCD"

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from capcur_jax.answers.letters import LETTERS, letter_in, option_letters
 from capcur_jax.curation.filter_models import PASSES, Asked, FilterModel, How, parts_of
-from capcur_jax.curation.terminal import Progress
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem
 from capcur_jax.records.journal import Journal, digest_of, key_of
+from capcur_jax.records.terminal import Progress
 
 LETTER_ALONE = "Reply with the letter of the right option and nothing else."
 FROM_CAPTION = "This is the description of an image:\n\n{caption}\n\nA question about the image:\n\n{question}\n"

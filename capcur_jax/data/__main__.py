@@ -8,9 +8,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from capcur_jax.curation.terminal import files_explained
 from capcur_jax.errors import InputError
 from capcur_jax.records import streams
+from capcur_jax.records.terminal import files_explained
 
 # Each is a module of capcur_jax.curation.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
 COMMANDS = {

@@ -29,6 +29,7 @@ class Curriculum:
     ties: str = "shuffled"
     by_set: bool = False
     weights: tuple[float, ...] = ()
+    rows: int = 0
     pass_rates: tuple[float, float] = (0.0, 1.0)
     drop_all_right: bool = False
     drop_all_wrong: bool = False
@@ -55,6 +56,7 @@ class Curriculum:
         said = [] if self.order == "shuffled" else [self.order]
         said += [f"mixed {':'.join(f'{weight:g}' for weight in self.weights)}"] if self.weights else []
         said += ["set by set"] if self.by_set else []
+        said += [f"{self.rows:,} of each set"] if self.rows else []
         return f" ({', '.join(said)})" if said else ""
 
     @property

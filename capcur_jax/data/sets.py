@@ -81,8 +81,15 @@ class Sets:
         return [problem for name in names for problem in self.problems(name, split)]
 
     def selected(self, names: Sequence[str], curriculum: Curriculum) -> list[list[Problem]]:
-        """The training problems of each set that the curriculum leaves. Raises InputError."""
-        return [curriculum.select(self.problems(name, "train"), f"config.data.sets.{name}.train") for name in names]
+        """The training problems of each set that the curriculum leaves, in the order of the file. Raises InputError."""
+        found = []
+        for name in names:
+            kept = curriculum.select(self.problems(name, "train"), f"config.data.sets.{name}.train")
+            if 0 < curriculum.rows < len(kept):
+                taken = {problem.id for problem in drawn(kept, curriculum.rows, self.path(name, "train"))}
+                kept = [problem for problem in kept if problem.id in taken]
+            found.append(kept)
+        return found
 
     def capabilities(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the sets' training problems, in the same order in every process."""

@@ -164,6 +164,10 @@ class Display:
         moment += f" (step {step:,})" if isinstance(step, int) else ""
         self._print(Text(), Text(f"Held-out accuracy {moment}", style="bold"), tables.table(columns, rows))
 
+    def note(self, text: str) -> None:
+        """Prints a line."""
+        self._print(Text(visible(text)))
+
     def warn(self, text: str) -> None:
         """Prints a warning; `quiet` doesn't hide it."""
         self.console.print(Text.assemble(("warning: ", "bold yellow"), visible(text)), soft_wrap=not self._live)

@@ -63,6 +63,7 @@ class StepRecorder:
         earlier = read_jsonl(file) if file.exists() else []
         self.steps = [record for record in earlier if record["type"] == "step"]
         self.evaluations = [record for record in earlier if record["type"] == "evaluation"]
+        self.validations = [record for record in earlier if record["type"] == "validation"]
         self._alarmed = alarmed
         self._lines = JsonLines(file) if owner else Nowhere()
         self._combined, self._counter, self._display, self._sinks = combined, counter, display, sinks
@@ -86,6 +87,8 @@ class StepRecorder:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """A record of any type, as it is."""
+        if record["type"] == "validation":
+            self.validations.append(record)
         self._lines.write(record)
         if self._sinks:
             self._sinks.write(record)

@@ -41,7 +41,6 @@ from capcur_jax.checkpoints.checkpointing import (
 from capcur_jax.checkpoints.store import Store
 from capcur_jax.errors import InputError
 from capcur_jax.records.metrics import CompilationCounter
-from tests.environment import TOGETHER
 
 
 class State(NamedTuple):
@@ -571,7 +570,7 @@ def test_a_run_that_goes_on_has_the_records_of_its_checkpoint(tmp_path):
 
 def start(name: str, *arguments: Any, devices: int = 1) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[2])
-    settings = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices), **TOGETHER}
+    settings = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, __file__, name, *map(str, arguments)]
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

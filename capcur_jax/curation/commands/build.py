@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from capcur_jax.curation import terminal
 from capcur_jax.curation.commands.options import output_file
 from capcur_jax.data.rows import FORMATS, Tally, write_rows
 from capcur_jax.data.sources import published
 from capcur_jax.errors import InputError
+from capcur_jax.records import terminal
 
 SHOWN = 5  # drops that are named one by one
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from capcur_jax.curation import terminal
-from capcur_jax.curation.commands.options import at_least
+from capcur_jax.records import terminal
+from capcur_jax.records.command_line import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

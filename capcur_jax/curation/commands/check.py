@@ -8,8 +8,8 @@ import sys
 import tempfile
 from typing import Any
 
-from capcur_jax.curation import terminal
-from capcur_jax.curation.commands.options import at_least
+from capcur_jax.records import terminal
+from capcur_jax.records.command_line import at_least
 from capcur_jax.records.tables import titled
 
 

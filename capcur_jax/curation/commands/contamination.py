@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.curation import terminal
 from capcur_jax.curation.commands.options import not_among, output_file
 from capcur_jax.errors import InputError
+from capcur_jax.records import terminal
 from capcur_jax.records.tables import titled
 
 _SHOWN = 10  # pairs of the JSON line; --output has the others

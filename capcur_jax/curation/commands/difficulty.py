@@ -9,19 +9,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
-
-from capcur_jax import bounds, presets
-from capcur_jax.curation.commands.options import at_least, journal_file, output_file
-from capcur_jax.curation.filter_models import fingerprint
-from capcur_jax.curation.terminal import Progress, kept_and_dropped, stderr_console
+from capcur_jax import presets
+from capcur_jax.curation.commands.options import journal_file, output_file
 from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import Drop, Problem
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
-from capcur_jax.records.journal import Journal
+from capcur_jax.records.command_line import at_least
+from capcur_jax.records.journal import Journal, fingerprint
 from capcur_jax.records.tables import titled
+from capcur_jax.records.terminal import Progress, kept_and_dropped, stderr_console
 
 TENTHS = 10
 
@@ -45,27 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "their ids; 0: all")  # fmt: skip
 
 
-def read_config(name: str, overrides: list[str]) -> ConfigDict:
-    """The config file with the command line's --config.key=value. Raises InputError."""
-    if not Path(name.partition(":")[0]).is_file():
-        raise InputError(f"--config {name}: no such config file; configs/ has some")
-    values, given = flags.FlagValues(), ["difficulty", f"--config={name}", *overrides]
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=given)
-    try:
-        rest = values(given)
-        config = values.config
-    except flags.UnrecognizedFlagError as error:
-        raise InputError(f"unknown argument --{error.flagname}; settings look like --config.checkpoint=DIR") from None
-    except (flags.Error, OSError) as error:
-        raise InputError(f"--config {name}: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--config {name}: {presets.explained(error)}") from None
-    if len(rest) > 1:
-        raise InputError(f"unknown argument {rest[1]!r}; settings look like --config.checkpoint=DIR")
-    bounds.check(config)
-    return config
-
-
 def _chosen(rows: Iterable[Problem | Drop], limit: int, file: str) -> Iterable[Problem | Drop]:
     """The rows that are measured, and those that can't be read, in the order of the file."""
     if not limit:
@@ -78,7 +54,7 @@ def _chosen(rows: Iterable[Problem | Drop], limit: int, file: str) -> Iterable[P
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns rows, kept, dropped by reason, the mean pass rate and its histogram in tenths (the last: all right)."""
     output = output_file(arguments.output, arguments.input)
-    config = read_config(arguments.config, arguments.overrides)
+    config = presets.read(arguments.config, arguments.overrides)
     if not config.checkpoint:
         raise InputError("config.checkpoint is empty: name the model to measure, --config.checkpoint=DIR")
     from capcur_jax import policy

@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.curation import filter_models, perception_filter, terminal
-from capcur_jax.curation.commands.options import add_server, at_least, journal_file, output_file
+from capcur_jax.curation import filter_models, perception_filter
+from capcur_jax.curation.commands.options import journal_file, output_file
 from capcur_jax.curation.filter_models import FilterModel, How
 from capcur_jax.curation.perception_filter import KEPT
 from capcur_jax.data.problem import Drop, stable_hash
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.records import terminal
+from capcur_jax.records.command_line import add_server, at_least
 from capcur_jax.records.journal import Journal
 
 

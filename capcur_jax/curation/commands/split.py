@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from capcur_jax.curation import terminal
+from capcur_jax.records import terminal
 from capcur_jax.records.tables import titled
 
 

@@ -7,10 +7,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from capcur_jax.curation import perception, terminal
-from capcur_jax.curation.commands.options import add_server, at_least, journal_file, output_file
+from capcur_jax.curation import perception
+from capcur_jax.curation.commands.options import journal_file, output_file
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.records import terminal
+from capcur_jax.records.command_line import add_server, at_least
 from capcur_jax.records.journal import Journal
 from capcur_jax.rollout.chat import Chat
 

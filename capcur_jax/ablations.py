@@ -1,0 +1,135 @@
+"""Runs the paper's tables as one grid: rows x seeds, each a run of its own.
+
+python -m capcur_jax.ablations --rows=staged,merged --seeds=0,1,2 --workdir=runs/ablations [--jobs=N] [--dry_run]
+
+The same command goes on where it was stopped: what is finished is left alone. Any --config.key=value is given to every
+run. docs/ablations.md has the rows, what they are compared with, and what differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from capcur_jax import presets
+from capcur_jax.errors import InputError
+from capcur_jax.grid import budget, hours, runner, watch
+from capcur_jax.grid.executors import EXECUTORS
+from capcur_jax.grid.jobs import Plan, config_file
+from capcur_jax.grid.rows import ROWS
+from capcur_jax.interruption import Interrupted, Interruption
+from capcur_jax.records import streams
+from capcur_jax.records.lock import Lock
+from capcur_jax.records.tables import titled
+from capcur_jax.records.text import visible
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m capcur_jax.ablations", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = made.add_argument
+    add("--rows", default=",".join(ROWS), help="names of rows (default: all): %(default)s")
+    add("--seeds", default="0", help="such as 0,1,2 (default: %(default)s)")
+    add("--preset", default="laptop", choices=sorted(presets.PRESETS), help="size of the runs (default: %(default)s)")
+    add("--workdir", default="runs/ablations", help="a folder for the grid (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="runs side by side, which share cores and GPUs (default: %(default)s)")
+    add("--executor", default="local", choices=sorted(EXECUTORS), help="where runs take place (default: %(default)s)")
+    add("--dry_run", action="store_true", help="print each run's row, seed, device-hours and command; write nothing")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code. 0: every run is finished; 1: one failed; 2: the command can't be used; 130: it was stopped."""
+    options, overrides = parser().parse_known_args(arguments)
+    try:
+        if wrong := [given for given in overrides if not given.startswith("--config.")]:
+            raise InputError(f"unknown argument {wrong[0]!r}; settings look like --config.log.tensorboard=False")
+        if options.jobs < 1:
+            raise InputError(f"--jobs={options.jobs}: at least one run at a time")
+        names, seeds = _names(options.rows), _seeds(options.seeds)
+        plan = Plan.of(names, seeds, options.preset, Path(options.workdir), overrides)
+        budgets = _budgets(names, options.preset, overrides)
+        if options.dry_run:
+            _console(sys.stderr).print(budgets)
+            for job in plan.runs:
+                said = (job.row, str(job.seed), hours.device_hours(job.config, options.preset))
+                print("\t".join([*said, shlex.join(["python", *job.arguments])]))
+            return 0
+        return _run(plan, options, budgets)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(plan: Plan, options: argparse.Namespace, budgets) -> int:
+    from capcur_jax.checks import finished  # here: --help should not wait for JAX
+
+    board = watch.Board(_console(sys.stdout))
+    if options.jobs > 1 and any(job.config.mesh.gpus for job in plan.runs):
+        raise InputError(f"--jobs={options.jobs}: preset {options.preset} takes GPUs by their numbers; give --jobs=1")
+    executor = EXECUTORS[options.executor](options.jobs)
+    try:
+        with Interruption() as interruption, Lock(plan.workdir):
+            board.print(budgets)
+            with interruption.at_once():
+                done = [job for job in plan.runs if finished(job.folder, job.config, lambda line: _warn(board, line))]
+                todo = [job for job in plan.runs if job not in done]
+                needed = {name for job in todo for name in job.needs}
+                jobs = [job for job in plan.preparations() if job.name in needed] + todo
+            with board:
+                states = runner.run(jobs, done, executor, board, interruption)
+    except Interrupted as signal:
+        print(f"{signal}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    failed = [state for state in states if state.state == "failed"]
+    for state in failed:
+        _warn(board, f"{state.job.name} failed, {state.note} ({state.tries} tries; {state.job.log})")
+    board.print(Text(f"{len(states) - len(failed)} of {len(states)} done in {plan.workdir}"))
+    return 1 if failed else 0
+
+
+def _console(file: TextIO) -> Console:
+    """Wide enough for the tables where nobody's window says otherwise."""
+    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
+
+
+def _warn(board: watch.Board, text: str) -> None:
+    board.print(Text.assemble(("warning: ", "bold yellow"), visible(text)))
+
+
+def _budgets(names: Sequence[str], preset: str, overrides: Sequence[str]):
+    """The table of what the rows train on, and in what they differ from those that they are compared with."""
+    compared = {name: list(ROWS[name].compared) for name in names}
+    wanted = dict.fromkeys([*names, *(other for others in compared.values() for other in others)])
+    found = {name: budget.of(presets.read(config_file(ROWS[name], preset), overrides)) for name in wanted}
+    rows = budget.described(names, found, compared)
+    return titled("Prompts of each set, updates, and what differs", budget.HEAD, rows)
+
+
+def _names(given: str) -> list[str]:
+    names = list(dict.fromkeys(filter(None, (name.strip() for name in given.split(",")))))
+    if not names:
+        raise InputError(f"--rows is empty; choose from {', '.join(ROWS)}")
+    return names
+
+
+def _seeds(given: str) -> list[int]:
+    try:
+        seeds = list(dict.fromkeys(int(seed) for seed in given.split(",")))
+    except ValueError:
+        raise InputError(f"--seeds={given}: give whole numbers, such as 0,1,2") from None
+    return seeds
+
+
+if __name__ == "__main__":
+    streams.prepare()
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The command of a grid: what a dry run prints and writes, mistakes, and grids of tiny runs that are killed or fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from capcur_jax import ablations, presets
+from capcur_jax.grid import hours
+from capcur_jax.grid.rows import ROWS
+from capcur_jax.records.jsonl import read_jsonl
+from tests import tiny
+from tests.grid.test_executors import until
+from tests.test_resume import killed_somewhere, records
+
+ROOT = Path(ablations.__file__).parents[1]
+
+
+@pytest.fixture
+def dry(tmp_path, monkeypatch, capsys):
+    """dry(*arguments): the fields of each line, printed from an empty folder in which nothing is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        assert ablations.main([*arguments, "--dry_run"]) == 0
+        assert list(tmp_path.iterdir()) == []
+        return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_a_dry_run_of_everything_needs_nothing_and_writes_nothing(dry):
+    lines = dry("--seeds=0,2")
+    assert [(line[0], line[1]) for line in lines] == [(name, seed) for name in ROWS for seed in ("0", "2")]
+    assert {line[2] for line in lines} == {"-"}  # no plan is of the laptop
+    for name, seed, _, command in lines:
+        arguments = shlex.split(command)
+        assert arguments[:3] == ["python", "-m", "capcur_jax.main"]
+        config, workdir, *settings = arguments[3:]
+        assert workdir == f"--workdir=runs/ablations/{name}/seed{seed}"
+        made = presets.read(config.removeprefix("--config="), settings)
+        assert made.seed == int(seed) and made.evaluation.base_results == "runs/ablations/base"
+        trained = made.data.sets.text.train
+        assert trained == ("runs/ablations/rated/text.jsonl" if "difficulty" in name else "")
+    assert len({line[3] for line in lines}) == len(lines)
+
+
+def test_device_hours_are_those_of_the_plans(dry):
+    lines = {line[0]: line for line in dry("--preset=qwen3_vl_8b", "--rows=staged,visual,sft_perception")}
+    plan = json.loads((hours.PLANS / "qwen3_vl_8b-h200-8.json").read_text())
+    low, high = plan["estimate"]["device_hours"]
+    assert lines["staged"][2] == f"{low:,.0f} to {high:,.0f}"
+    assert lines["sft_perception"][2].endswith(" and captions")
+    step = plan["stages"][0]["estimate"]["seconds_a_step"]
+    assert lines["visual"][2] == " to ".join(f"{465 * seconds * 8 / 3600:,.0f}" for seconds in step)
+    assert dry("--preset=qwen2_5_vl_72b", "--rows=staged")[0][2] != "-"
+    assert "--config.data.sets" not in lines["staged"][3]  # the user's files bring their pass rates
+
+
+def test_settings_are_given_to_every_run(dry):
+    lines = dry("--rows=staged,merged", "--workdir=some where", "--config.checkpoint=/models/a b")
+    for line in lines:
+        assert "'--config.checkpoint=/models/a b'" in line[3] and "'--workdir=some where/" in line[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rows=stagd"], "there is no row 'stagd'; choose from staged, order_132"),
+        (["--rows=base"], "base has no run of its own"),
+        (["--rows=,"], "--rows is empty"),
+        (["--seeds=0,x"], "--seeds=0,x: give whole numbers"),
+        (["--seeds=-1"], "config.seed = -1: it must lie in"),
+        (["--jobs=0"], "--jobs=0"),
+        (["--config.seed=3"], "use --seeds=0,1,2"),
+        (["--config.sed=3"], "sed"),
+        (["stray"], "unknown argument 'stray'"),
+    ],
+)
+def test_mistakes_get_one_clear_line(arguments, words, capsys, tmp_path):
+    assert ablations.main([*arguments, f"--workdir={tmp_path / 'grid'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and not (tmp_path / "grid").exists()
+
+
+# ---------------------------------------------------------------------- whole grids
+
+SETTINGS = {
+    **tiny.SETTINGS, "reward.function": "tests.own_rewards:by_length", "evaluation.questions": 4,
+    "evaluation.blind": False, "log.tensorboard": False, "checkpointing.every": 2, "objective.updates_per_batch": 2,
+    "rollout.max_new_tokens": 4, "packing.buckets": ((4,),),
+    **{f"stages.{name}.steps": 5 for name in presets.CAPABILITIES},
+    **{f"stages.{name}.prompts": 4 for name in presets.CAPABILITIES},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grid(checkpoint, sets):
+    """grid(workdir, *arguments): a grid of two tiny runs in a process of its own."""
+    settings = {**SETTINGS, **sets, "checkpoint": str(checkpoint)}
+
+    def start(workdir: Path, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "capcur_jax.ablations", "--rows=visual,perception", f"--workdir={workdir}"]
+        return subprocess.Popen(
+            [*command, *tiny.arguments(settings), *arguments], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    return start
+
+
+def running_below(process: subprocess.Popen) -> list[int]:
+    """The runs that the grid has started and that live."""
+    try:
+        return [child.pid for child in psutil.Process(process.pid).children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ended(process: subprocess.Popen, code: int = 0) -> str:
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+RUNS = ("visual/seed0", "perception/seed0")
+
+
+@pytest.fixture(scope="module")
+def unbroken(grid, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "grid"
+    output = ended(grid(workdir))
+    assert "2 of 2 done" in output and "visual seed 0  done" in output
+    return workdir
+
+
+@pytest.mark.e2e
+def test_the_base_is_asked_once_and_every_summary_is_whole(unbroken):
+    (kept,) = (unbroken / "base").glob("*/results.json")
+    first, second = (json.loads((unbroken / run / "summary.json").read_text()) for run in RUNS)
+    assert first["accuracy"].keys() == second["accuracy"].keys() == set(presets.CAPABILITIES)
+    for name, values in first["accuracy"].items():
+        assert values["base"] == second["accuracy"][name]["base"] is not None
+    results = json.loads(kept.read_text())
+    for run in RUNS:
+        base = [r for r in read_jsonl(unbroken / run / "metrics.jsonl") if r.get("after") == "base"]
+        assert [{key: record[key] for key in results[0]} for record in base] == results
+    assert "evaluating (base)" in (unbroken / RUNS[0] / "log.txt").read_text()
+    assert "evaluating (base)" not in (unbroken / RUNS[1] / "log.txt").read_text()
+
+
+@pytest.mark.e2e
+def test_a_grid_killed_at_random_points_ends_with_the_same_files(grid, unbroken, tmp_path):
+    choice, workdir = random.Random(1), tmp_path / "grid"
+    for run in RUNS:  # killed in each of them
+        assert killed_somewhere(grid(workdir), workdir / run, choice)
+    process = grid(workdir)
+    assert until(lambda: running_below(process), 120)
+    children = running_below(process)
+    process.terminate()
+    assert "the same command goes on" in ended(process, code=130)
+    assert not any(map(psutil.pid_exists, children))
+    assert "2 of 2 done" in ended(grid(workdir))
+    for run in RUNS:
+        assert records(workdir / run) == records(unbroken / run)
+        ours, theirs = (load_file(d / run / "checkpoints" / "final" / "model.safetensors") for d in (workdir, unbroken))
+        assert ours.keys() == theirs.keys() and all((ours[key] == theirs[key]).all() for key in theirs)
+        ours, theirs = (json.loads((d / run / "summary.json").read_text()) for d in (workdir, unbroken))
+        assert all(ours[key] == theirs[key] for key in ("accuracy", "steps", "status", "skipped"))
+
+
+@pytest.mark.e2e
+def test_a_finished_grid_is_left_alone_and_another_config_is_refused(grid, unbroken):
+    def state():
+        return {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file()}
+
+    before = state()
+    assert "2 of 2 done" in ended(grid(unbroken))
+    assert state() == before
+    assert "seed" not in (output := ended(grid(unbroken, "--config.stages.visual.learning_rate=0.5"), code=2))
+    assert "started with another config" in output and "learning_rate: 5e-05 -> 0.5" in output
+
+
+@pytest.mark.e2e
+def test_a_grid_goes_on_although_a_run_fails(grid, unbroken, tmp_path):
+    workdir = tmp_path / "grid"
+    (workdir / "visual").mkdir(parents=True)
+    (workdir / "visual" / "seed0").write_text("no folder")
+    workdir.joinpath("base").symlink_to(unbroken / "base")
+    output = ended(grid(workdir), code=1)
+    assert "1 of 2 done" in output and "visual seed 0 failed" in output
+    summary = json.loads((workdir / "perception" / "seed0" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert os.path.isfile(workdir / "visual" / "seed0")
