@@ -380,9 +380,10 @@ def test_another_config_is_refused_with_the_difference(checkpoint, sets, unfinis
     assert (unfinished / "metrics.jsonl").read_bytes() == before
 
 
-def test_running_again_does_what_is_left(finished, checkpoint, sets, unfinished):
+def test_running_again_does_what_is_left(finished, checkpoint, sets, unfinished, capsys):
     _, summary, _ = finished
-    again = train(tiny.config(checkpoint, sets), unfinished, quiet=True)
+    again = train(tiny.config(checkpoint, sets), unfinished)
+    assert "vs base" in capsys.readouterr().out  # which another process measured
     assert again["status"] == "finished" and again["steps"] == summary["steps"]
     assert again["accuracy"] == summary["accuracy"] and again["seconds"] > 0
     assert Path(again["checkpoint"]) == unfinished / "checkpoints" / "final"

@@ -240,8 +240,10 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
         "the template begins": "<think>: rewards count it as part of every response",
     }
     (stage,), held = plan["Stages"], plan["Held-out questions (test)"]
-    assert (stage["stage"], stage["data"], stage["problems"], stage["objective"]) == ("text", "text", 7, "grpo")
-    assert (stage["steps"], stage["a step"], stage["frozen"]) == (200, "16 x 3", "^visual")
+    given = run.config.stages.text
+    assert (stage["stage"], stage["problems"], stage["objective"]) == ("text", 7, "grpo")
+    assert stage["data"] == f"text ({given.curriculum.rows:,} of each set)"
+    assert (stage["steps"], stage["a step"], stage["frozen"]) == (given.steps, f"{given.prompts} x 3", "^visual")
     assert held == [
         {"set": name, "questions": 3, "of": 5, "blind guess": "33.3%", "kinds and sources": "shape 67%, color 33%"}
         for name in SETS
@@ -268,13 +270,15 @@ def test_the_plan_shows_each_way_of_asking_and_warns_where_the_base_has_its_own(
 
 def test_the_plan_of_an_imitation_and_of_low_rank_factors(tmp_path):
     run = Run(tmp_path, **{"stages.text.objective": "sft", "stages.text.freeze": "", "stages.text.data": SETS})
-    run.config.stages.text.curriculum.order = "file"
+    run.config.stages.text.curriculum.update({"order": "file", "rows": 0})
     run.stages = schedule.stages(run.config)
     results.plan(run, run.stages)
     run.policy.lora = object()
     results.plan(run, run.stages)
     plain, low_rank = (call[1]["Stages"][0] for call in run.shown if call[0] == "plan")
-    assert (plain["data"], plain["a step"], plain["frozen"]) == ("perception + text (file)", "16", "nothing")
+    assert (plain["data"], plain["a step"], plain["frozen"]) == (
+        "perception + text (file)", f"{run.config.stages.text.prompts}", "nothing",
+    )  # fmt: skip
     assert low_rank["frozen"] == "all but LoRA's factors"
 
 

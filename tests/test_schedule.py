@@ -28,7 +28,9 @@ def test_stages_come_in_the_config_s_order_with_its_values():
     config.stages.visual.update(given)
     first, second = schedule.stages(config)
     found = dataclasses.asdict(first)
-    assert found.pop("curriculum") == dataclasses.asdict(Curriculum()) and found.pop("epochs") == 0
+    curriculum = Curriculum(rows=presets.LAPTOP_STEPS * presets.LAPTOP_PROMPTS)
+    assert found.pop("curriculum") == dataclasses.asdict(curriculum) and found.pop("epochs") == 0
+    assert found.pop("switch")["rule"] == "none"
     assert found == {"name": "visual", **given}
     assert (second.name, second.data) == ("perception", ("perception",))
 
@@ -74,12 +76,17 @@ def test_the_sft_ablation_imitates_captions_with_numbers_of_its_own():
     assert captions.freeze == "^visual" and not captions.curriculum.drop_last
     assert (text.objective, visual.objective) == ("grpo", "grpo")
     assert {(stage.learning_rate, stage.prompts) for stage in (text, visual)} == {(1e-6, 512)}
-    laptop, replaced = schedule.stages(get())[0], presets.get("laptop").stages.perception
-    for key in ("steps", "prompts", "learning_rate", "learning_rate_schedule", "warmup_steps", "freeze"):
+    config = get()
+    laptop, replaced = schedule.stages(config)[0], config.stages.perception
+    for key in ("learning_rate", "learning_rate_schedule", "warmup_steps", "freeze"):
         assert getattr(laptop, key) == replaced[key]
-    other = get()
-    other.stages.captions.learning_rate = 1e-3
-    assert schedule.stages(get())[0].learning_rate == 1e-4  # of another config of the same file
+    # A step is one update there: as many of them, with as many captions in all.
+    assert laptop.steps == replaced.steps * config.objective.updates_per_batch
+    assert laptop.steps * laptop.prompts == replaced.steps * replaced.prompts
+    for preset in ("laptop", "qwen3_vl_8b"):  # of another config of the same file
+        before, changed = schedule.stages(get(preset))[0], get(preset)
+        changed.stages.captions.learning_rate, changed.stages.captions.curriculum.drop_last = 1e-3, True
+        assert schedule.stages(get(preset))[0] == before
 
 
 MISTAKES = {
@@ -91,7 +98,7 @@ MISTAKES = {
     "schedule": ("stages.text.learning_rate_schedule", "square", r"stages\.text\.learning_rate_schedule.*constant"),
     "no steps": ("stages.text.steps", 0, r"config\.stages\.text\.steps = 0.*at least 1"),
     "negative steps": ("stages.text.steps", -1, r"config\.stages\.text\.steps = -1.*at least 1"),
-    "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = 200 and epochs = 2"),
+    "both": ("stages.text.epochs", 2, r"config\.stages\.text\.steps = \d+ and epochs = 2"),
     "unknown set": ("stages.text.data", ("words",), r"config\.stages\.text\.data.*words.*perception, text, visual"),
     "no set": ("stages.text.data", (), r"config\.stages\.text\.data"),
 }
