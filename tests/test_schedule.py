@@ -28,7 +28,8 @@ def test_stages_come_in_the_config_s_order_with_its_values():
     config.stages.visual.update(given)
     first, second = schedule.stages(config)
     found = dataclasses.asdict(first)
-    assert found.pop("curriculum") == dataclasses.asdict(Curriculum()) and found.pop("epochs") == 0
+    assert found.pop("curriculum") == dataclasses.asdict(Curriculum(rows=3200)) and found.pop("epochs") == 0
+    assert found.pop("switch") == dataclasses.asdict(schedule.Switch())
     assert found == {"name": "visual", **given}
     assert (second.name, second.data) == ("perception", ("perception",))
 
@@ -75,11 +76,13 @@ def test_the_sft_ablation_imitates_captions_with_numbers_of_its_own():
     assert (text.objective, visual.objective) == ("grpo", "grpo")
     assert {(stage.learning_rate, stage.prompts) for stage in (text, visual)} == {(1e-6, 512)}
     laptop, replaced = schedule.stages(get())[0], presets.get("laptop").stages.perception
-    for key in ("steps", "prompts", "learning_rate", "learning_rate_schedule", "warmup_steps", "freeze"):
+    for key in ("learning_rate", "learning_rate_schedule", "warmup_steps", "freeze"):
         assert getattr(laptop, key) == replaced[key]
+    updates = get().objective.updates_per_batch  # of a rollout batch; an imitation's step is one
+    assert (laptop.steps, laptop.prompts) == (updates * replaced.steps, replaced.prompts // updates)
     other = get()
     other.stages.captions.learning_rate = 1e-3
-    assert schedule.stages(get())[0].learning_rate == 1e-4  # of another config of the same file
+    assert schedule.stages(get())[0].learning_rate == presets.LAPTOP_LEARNING_RATE  # of another config of the same file
 
 
 MISTAKES = {
