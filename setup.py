@@ -46,6 +46,7 @@ setup(
         "matplotlib>=3.11.2",
         "ml-collections>=1.1.0",
         "numpy>=2.3.5",
+        "openpyxl>=3.1.5",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13.0.0",

@@ -108,39 +108,20 @@ def _end(text: str) -> NoReturn:
     os._exit(130)  # not through Python's shutdown, which would wait for a program that is being compiled
 
 
-_NO_CONFIG = (
-    "no config: give one of configs/, such as --config=configs/staged.py; then any of its keys can be set, "
-    "--config.seed=1. --help lists the other arguments"
-)
-
-
-def _mistyped(error: flags.Error) -> str:
-    """What is wrong with the command line, and what to write instead."""
-    if not isinstance(error, flags.UnrecognizedFlagError):
-        return str(error)
-    if error.flagname.startswith("config.") and flags.FLAGS["config"].value is None:
-        return _NO_CONFIG
-    meant = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
-    return (
-        f"unknown argument --{error.flagname}{f' (did you mean --{meant}?)' if meant else ''}; settings look like "
-        "--config.seed=1, and --help lists the other arguments"
-    )
-
-
 def _parse(arguments: list[str]) -> list[str]:
+    from capcur_jax import presets
+
     try:
         rest = flags.FLAGS(arguments)
         if _CONFIG.value is None:
-            raise InputError(_NO_CONFIG)
+            raise InputError(presets.NO_CONFIG)
         _ = _CONFIG.value.order  # a config file that can't be read shows itself here only
         return rest
     except flags.Error as error:
-        sys.exit(f"error: {_mistyped(error)}")
+        sys.exit(f"error: {presets.mistyped(error, flags.FLAGS)}")
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        from capcur_jax import presets
-
         sys.exit(f"error: {presets.explained(error)}")
 
 

@@ -26,9 +26,9 @@ CAPABILITIES = ("perception", "text", "visual")
 
 # The laptop run's budget, the same for every row of the paper (capcur_jax/grid/): each row sees the same problems of
 # each of its sets once, at a constant rate.
-LAPTOP_STEPS = 200  # of a stage; one merged stage has those of all three
-LAPTOP_PROMPTS = 16  # of a step
-LAPTOP_LEARNING_RATE = 5e-5
+LAPTOP_STEPS = 300  # of a stage; one merged stage has those of all three
+LAPTOP_PROMPTS = 32  # of a step
+LAPTOP_LEARNING_RATE = 1e-4
 LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
@@ -58,6 +58,25 @@ def explained(error: Exception) -> str:
     text = re.sub(r"\. Other fields present: .*?(?=\nDid you mean|\Z)", "", str(said.args[0]), flags=re.DOTALL)
     text = text.replace("\n", "; ")
     return deleted(error) or f"the config has no such key, or it holds another type of value: {text}"
+
+
+NO_CONFIG = (
+    "no config: give one of configs/, such as --config=configs/staged.py; then any of its keys can be set, "
+    "--config.seed=1. --help lists the other arguments"
+)
+
+
+def mistyped(error: flags.Error, values: flags.FlagValues) -> str:
+    """What is wrong with a command line, and what to write instead. `values`: its flags, `config` among them."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return str(error)
+    if error.flagname.startswith("config.") and values["config"].value is None:
+        return NO_CONFIG
+    meant = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
+    return (
+        f"unknown argument --{error.flagname}{f' (did you mean --{meant}?)' if meant else ''}; settings look like "
+        "--config.seed=1, and --help lists the other arguments"
+    )
 
 
 def check_deleted(config: ConfigDict) -> None:

@@ -44,13 +44,13 @@ def get_config():
             },
         }
         files = {"source": "tiny_base", "train": "", "validation": "", "test": ""}
-        config.data.sets.update({"captions": files, "base": files})
+        config.data.sets.update({"captions": files, "sums": files, "base": files})
         sft = {"objective": "sft", "warmup_steps": 50}
-        config.stages = {  # eyes first: questions alone teach them slowly
-            "captions": presets.stage(("captions",), 500, 64, 1.5e-3) | sft | {"learning_rate_schedule": "cosine"},
-            "answers": presets.stage(("base",), 900, 64, 1e-3) | sft,
+        config.stages = {  # eyes and sums first: questions alone teach them slowly
+            "first": presets.stage(("captions", "sums"), 700, 64, 1.5e-3) | sft,
+            "answers": presets.stage(("base",), 150, 64, 1e-3) | sft,
         }
-        config.order = ("captions", "answers")
+        config.order = ("first", "answers")
         config.prompt.token_buckets = (40, 84, 96)
         config.packing.update({"micro_prompts": 0, "buckets": ((16,), (32,), (48,))})
     return config

@@ -34,7 +34,15 @@ settings.load_profile("capcur_jax")
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"capcur_jax-hypothesis-{os.getuid()}")
 
 # Whole runs and servers first, the longest ahead: a worker that gets one last makes the other wait for it.
-LONGEST = ("rollout/sglang", "test_resume", "test_whole_way", "test_main", "test_sharding", "test_processes")
+LONGEST = (
+    "rollout/sglang",
+    "test_resume",
+    "test_processes",
+    "test_sharding",
+    "test_whole_way",
+    "test_main",
+    "test_plan",
+)
 TEXTS = [
     "What shape is in the image?",
     "The shape is a red circle. 3 x 4 = 12.",

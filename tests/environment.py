@@ -14,10 +14,6 @@ import shutil
 import signal
 from pathlib import Path
 
-# For processes, or many devices of one, that compute together. Without the fusion emitters programs have many small
-# pieces. Now and then collectives begin in another order in each of them, and wait for each other for ever. The replay
-# of tests/devices hung in 4 of 11 tries, and with this in none of 10; eight devices of one process hung once in CI.
-TOGETHER = {"XLA_FLAGS": ""}
 MOST_BYTES = 2**30  # of the cache: what no test asks for any more is never read again
 
 

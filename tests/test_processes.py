@@ -14,7 +14,7 @@ import pytest
 
 from capcur_jax.models import huggingface
 from capcur_jax.records.jsonl import read_jsonl
-from tests import environment, tiny
+from tests import tiny
 from tests.test_main import ROOT
 
 pytestmark = pytest.mark.e2e
@@ -33,7 +33,7 @@ def together(processes: int, devices: int, workdir: Path, settings: dict) -> lis
                 *joined, *([f"--process_id={i}"] if joined else []), *tiny.arguments(settings),
             ],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), **environment.TOGETHER},
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
         )
         for i in range(processes)
     ]  # fmt: skip

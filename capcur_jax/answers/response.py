@@ -5,9 +5,9 @@ Responses are untrusted. Both functions take the whole of one and run in time li
 
 import re
 
+from capcur_jax.answers.brackets import closing
+
 _BOX = re.compile(r"\\boxed\s*\{")
-# An escaped character (\{ and \} are printed braces, \\ a line break) is one unit, so that it opens and closes nothing.
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # White space inside a tag is allowed, which is what the release does by removing it around <, > and / everywhere first.
 _THINK_TAG = re.compile(r"<\s*(?P<close>/\s*)?think\s*>")
 
@@ -21,17 +21,8 @@ def last_boxed(text: str) -> str | None:
     start = None
     for match in _BOX.finditer(text):
         start = match.end()
-    if start is None:
-        return None
-    depth = 1
-    for match in _BRACE.finditer(text, start):
-        if match.group() == "{":
-            depth += 1
-        elif match.group() == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start : match.start()]
-    return None
+    end = None if start is None else closing(text, start)
+    return None if end is None else text[start : end.start()]
 
 
 def is_formatted(text: str) -> bool:

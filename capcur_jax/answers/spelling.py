@@ -7,6 +7,8 @@ import functools
 import re
 import unicodedata
 
+from capcur_jax.answers.brackets import closing
+
 ANSWER_LENGTH = 512  # characters; a longer answer can't be graded
 
 _SYMBOLS = {
@@ -209,30 +211,16 @@ def _unwrapped(text: str) -> str:
     r"""Without `\text{...}` and its kin, whose contents stay."""
     start = 0
     while match := _WRAPPER.search(text, start):
-        end = _closing(text, match.end())
+        end = closing(text, match.end())
         if end is None:
             start = match.end()
             continue
-        inner = text[match.end() : end]
-        before, after = text[: match.start()], text[end + 1 :]
+        inner = text[match.end() : end.start()]
+        before, after = text[: match.start()], text[end.end() :]
         joined = bool(re.search(r"\\[a-zA-Z]+\Z", before)) and inner[:1].isalpha()
         text = before + " " * joined + inner + after
         start = match.start()
     return text
-
-
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace that is open at `start` closes."""
-    depth, place = 1, start
-    while place < len(text):
-        if text[place] == "\\":
-            place += 2
-            continue
-        depth += (text[place] == "{") - (text[place] == "}")
-        if not depth:
-            return place
-        place += 1
-    return None
 
 
 def _trimmed(text: str) -> str:
@@ -245,7 +233,7 @@ def _trimmed(text: str) -> str:
             stripped = stripped[:-1]
         if stripped.startswith('"') and stripped.endswith('"') and stripped.count('"') == 2:
             stripped = stripped[1:-1]
-        if stripped.startswith("{") and _closing(stripped, 1) == len(stripped) - 1:
+        if stripped.startswith("{") and (end := closing(stripped, 1)) and end.end() == len(stripped):
             stripped = stripped[1:-1]
         if stripped == text:
             return text

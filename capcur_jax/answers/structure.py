@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from capcur_jax.answers.brackets import ALL, closing
+
 
 class Node(NamedTuple):
     """A piece of an answer.
@@ -130,7 +132,8 @@ def _bracketed(text: str, depth: int) -> Node | None:
         sort = "half" if _PAIRS[first] != last else "tuple" if first == "(" else "bracket"
     else:
         return None
-    if not _whole(text, len(first)):
+    end = closing(text, len(first), ALL)
+    if end is None or end.end() < len(text):  # the first one closes before the end, or never
         return None
     if sort == "set" and (builder := _BUILDER.fullmatch(inner)):
         return parse(builder["condition"], depth + 1)
@@ -140,23 +143,6 @@ def _bracketed(text: str, depth: int) -> Node | None:
     if len(values) == 1 and sort != "set":  # brackets around one value
         return parse(inner, depth + 1) if sort == "tuple" else None
     return Node(sort, text, tuple(parse(value, depth + 1) for value in values), (first, last))
-
-
-def _whole(text: str, start: int) -> bool:
-    """Whether the bracket that begins the text closes at its end and not before."""
-    depth, place = 1, start
-    while place < len(text):
-        if text.startswith(("\\{", "\\}"), place):
-            depth += 1 if text[place + 1] == "{" else -1
-            place += 2
-        elif text[place] == "\\":
-            place += 2
-        else:
-            depth += (text[place] in "([{") - (text[place] in ")]}")
-            place += 1
-        if not depth:
-            return place == len(text)
-    return False
 
 
 _NAME = re.compile(

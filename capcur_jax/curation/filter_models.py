@@ -6,7 +6,6 @@ import functools
 import gc
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +16,10 @@ from PIL import Image
 from capcur_jax.data.problem import IMAGE_MARK, Drop
 from capcur_jax.errors import InputError
 from capcur_jax.records.journal import fingerprint
-from capcur_jax.rollout.chat import Chat, Failed, ask_all, image_part
+from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all, image_part
 
 PASSES = ("image", "caption")
 SERVED = "served:"
-_CONTROL = re.compile(r"<\|[^|<>\s]{1,40}\|>")  # <|im_end|>, <|image_pad|>
 _ROUND = 128  # lengths are rounded up to multiples of this: few shapes, few programs
 
 
@@ -152,9 +150,8 @@ class ServedModel:
         from capcur_jax.models.inputs import BadInput
 
         limits = {"max_tokens": self._how.max_new_tokens, "temperature": 0.0}
-        # A server reads them as its own wherever they stand, unlike `Processor.render`.
         texts = [part for part in asked.parts if isinstance(part, str)]
-        token = next((found[0] for text in texts if (found := _CONTROL.search(text))), "")
+        token = next((found[0] for text in texts if (found := CONTROL_TOKEN.search(text))), "")
         if token:
             detail = f"the text holds {token}, which a server takes for a token of its own; take it out"
             return Drop(f"row {asked.name}", "unusable prompt", detail)

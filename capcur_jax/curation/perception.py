@@ -23,7 +23,7 @@ from capcur_jax.data.draw import drawn
 from capcur_jax.data.problem import IMAGE_MARK, Drop, Problem, stable_hash
 from capcur_jax.records.journal import Journal, key_of
 from capcur_jax.records.terminal import Progress
-from capcur_jax.rollout.chat import Chat, Failed, ask_all
+from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all
 
 LETTERS = "ABCD"
 KINDS = ("detail", "relation")
@@ -327,6 +327,9 @@ def _unusable(caption: Problem) -> Drop | None:
         return Drop(where, "no caption", "`response` holds no caption; build the set from a source of captions")
     if len(caption.images) != 1:
         return Drop(where, "not one image", f"the row has {len(caption.images)} images; a caption describes one")
+    if token := CONTROL_TOKEN.search(caption.response):
+        detail = f"the caption holds {token[0]}, which a server takes for a token of its own; take it out"
+        return Drop(where, "unusable prompt", detail)
     return None
 
 
@@ -340,7 +343,8 @@ def _messages(caption: Problem, replies: Sequence[dict]) -> list[dict]:
         try:
             parse(**_said(reply))
         except BadQuestion as error:
-            messages.append({"role": "assistant", "content": reply["text"][:4000] or "(nothing)"})
+            said = CONTROL_TOKEN.sub("(a token)", reply["text"][:4000])  # of the server's, it would end the turn
+            messages.append({"role": "assistant", "content": said or "(nothing)"})
             messages.append({"role": "user", "content": REPAIR.format(detail=error.detail)})
     return messages
 

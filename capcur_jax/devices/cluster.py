@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax._src import cloud_tpu_init
 
+from capcur_jax.devices import drivers
 from capcur_jax.errors import InputError
 
 COORDINATOR, PROCESS_ID, PROCESS_COUNT = "JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"
@@ -51,6 +52,9 @@ def initialize(settings: Settings | None = None) -> None:
       InputError: an incomplete or wrong setting, processes that can't reach each other, a cluster that doesn't answer.
     """
     given = _given(settings or Settings(), os.environ)
+    source = "" if given.process_count else detect(os.environ)
+    if (given.process_count or 1) > 1 or source or jax.config.jax_num_cpu_devices > 1:
+        drivers.threads_for_collectives()
     if given.process_count == 1:
         return
     if jax.config.jax_cpu_collectives_implementation in (None, "none"):
@@ -60,7 +64,7 @@ def initialize(settings: Settings | None = None) -> None:
     if given.process_count:
         _meet(given)
         _start("flags", given.coordinator, given.process_count, given.process_id, cluster_detection_method="deactivate")
-    elif source := detect(os.environ):
+    elif source:
         if source == "Kubernetes":
             _need_kubernetes()
         options: dict[str, Any] = {}

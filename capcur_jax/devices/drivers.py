@@ -13,6 +13,7 @@ import jax
 # What a driver of an accelerator makes; a TPU's is vfio on new hosts, a GPU's dxg under Windows.
 DRIVERS = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd", "accel*", "vfio/*")
 MOST_BYTES = 4 * 2**30  # of kept programs; the least recently used ones go
+THREADS = 8  # a device of several, on a CPU: more collectives than one device of ours has under way at once
 
 
 def keep_programs() -> None:
@@ -49,3 +50,16 @@ def without_drivers_cpu() -> None:
     there = any(next(Path("/dev").glob(pattern), None) for pattern in DRIVERS)
     if sys.platform == "linux" and jax.config.jax_platforms is None and not there:
         jax.config.update("jax_platforms", "cpu")
+
+
+def threads_for_collectives() -> None:
+    """Has XLA's pool hold a thread for every collective that may wait. To be called before anything asks JAX for a
+    device, where devices of CPUs compute together.
+
+    A collective on a CPU blocks a thread until all devices have come. The pool has as many threads as the host has
+    cores: with more devices than cores they may all be blocked by those that wait, and those that they wait for never
+    begin. PJRT_NPROC or NPROC, where one is set, decides.
+    """
+    if "NPROC" not in os.environ:
+        most = max(THREADS * max(1, jax.config.jax_num_cpu_devices), os.cpu_count() or 1)
+        os.environ.setdefault("PJRT_NPROC", str(most))

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -142,6 +143,7 @@ class Processor:
 
     def __init__(self, tokenizer, image_processor, config: ModelConfig):
         self.tokenizer, self.images, self.config = tokenizer, image_processor, config
+        self._one_at_a_time = threading.Lock()
         self.end_tokens = tuple(self._ids(END_TOKENS))
         self.banned_tokens = tuple(self._ids(VISION_PLACEHOLDERS))
         self.pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_tokens[-1]
@@ -226,7 +228,7 @@ class Processor:
                 at = match.end()
             ids += self.text_tokens(text[at:].replace(_TEXT, ""))
         else:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self._tokenized(text, split=False)
         tokens = np.asarray(ids, np.int32)
         if (tokens == self.config.published.get("video_token_id")).any():
             raise BadInput("the prompt holds a video placeholder; videos are not supported, images are")
@@ -240,12 +242,17 @@ class Processor:
 
     def text_tokens(self, text: str) -> list[int]:
         """Token ids of a text; a control token in it is text. Raises BadInput where the tokenizer can't write that."""
-        tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        tokens = self._tokenized(text, split=True)
         wrong = sorted(self._control_ids.intersection(tokens))
         if wrong:
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(wrong))
             raise BadInput(f"the text holds {names}, which the tokenizer can't write as text; take it out")
         return tokens
+
+    def _tokenized(self, text: str, split: bool) -> list[int]:
+        """One call at a time: transformers keeps the setting in the tokenizer, where other threads meet it."""
+        with self._one_at_a_time:
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
 
     def as_text(self, text: str) -> str:
         """The text, with a mark inside each control token: `tokenize` takes it for text. Raises BadInput where the

@@ -160,7 +160,9 @@ def _parse(values: flags.FlagValues, arguments: list[str]) -> None:
         rest = values(arguments)
         if values.config is not None:
             _ = values.config.order  # a config file that can't be read shows itself here only
-    except (flags.Error, OSError) as error:
+    except flags.Error as error:
+        raise InputError(presets.mistyped(error, values)) from None
+    except OSError as error:
         raise InputError(str(error)) from None
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(presets.explained(error)) from None

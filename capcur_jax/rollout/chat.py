@@ -26,6 +26,8 @@ from capcur_jax.rollout.sglang.client import error_message
 
 MAX_BODY = 8 << 20  # bytes of an answer; nobody's few hundred tokens are longer
 MAX_TEXT = 100_000  # characters of a reply that are kept
+# <|im_end|>, <|image_pad|>: a server reads them as its own wherever they stand in a text, unlike `Processor.render`.
+CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>")
 _PATIENCE_S = 60.0  # the longest pause between two tries
 _BASE64 = re.compile(r"data:[^\s\"']*|[A-Za-z0-9+/=_-]{80,}")
 

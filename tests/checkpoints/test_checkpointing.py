@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,7 +41,6 @@ from capcur_jax.checkpoints.checkpointing import (
 from capcur_jax.checkpoints.store import Store
 from capcur_jax.errors import InputError
 from capcur_jax.records.metrics import CompilationCounter
-from tests.environment import TOGETHER
 
 
 class State(NamedTuple):
@@ -513,6 +513,15 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_
         assert (tmp_path / "damaged-3").is_dir()
 
 
+def test_a_lost_folder_of_references_is_said_when_the_checkpoints_are_opened(tmp_path):
+    """Long before a stage asks for its reference: a run opens its checkpoints before model, plan and programs."""
+    saved(tmp_path)
+    shutil.rmtree(tmp_path / "reference")
+    with pytest.raises(InputError, match="no checkpoint in") as caught:
+        Checkpoints(tmp_path, keep=2)
+    assert f"3: {tmp_path / 'reference' / '2'}" in str(caught.value) and "Put the files back" in str(caught.value)
+
+
 def test_where_no_checkpoint_is_sound_all_are_named_and_stay(tmp_path):
     saved(tmp_path)
     files = [spoil(tmp_path / str(step), "flipped") for step in (1, 2, 3)]  # 1 is the best
@@ -561,7 +570,7 @@ def test_a_run_that_goes_on_has_the_records_of_its_checkpoint(tmp_path):
 
 def start(name: str, *arguments: Any, devices: int = 1) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[2])
-    settings = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices), **TOGETHER}
+    settings = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, __file__, name, *map(str, arguments)]
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

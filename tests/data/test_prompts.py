@@ -1,5 +1,7 @@
 """Problem -> prompt: what stands where, and which problems are left out with which words."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -219,6 +221,18 @@ def test_a_text_without_control_tokens_is_encoded_as_transformers_does(processor
         rendered = make_builder(processor).render(Problem("1", text, "3"))
         wanted = processor.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         assert make_builder(processor).build(Problem("1", text, "3")).tokens.tolist() == wanted
+
+
+def test_threads_that_tokenize_prompts_and_targets_do_not_meet(processor):
+    """Prompts keep their control tokens and targets have none, whatever another thread tokenizes at that moment."""
+    prompt = processor.render([None, "What is this? " * 20])
+    wanted = processor.tokenize(prompt, 1).tolist(), processor.text_tokens("A circle. <|im_end|>")
+
+    def both(number):
+        return processor.tokenize(prompt, 1).tolist(), processor.text_tokens("A circle. <|im_end|>")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(found == wanted for found in pool.map(both, range(2000)))
 
 
 class Careless:

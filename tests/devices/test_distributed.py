@@ -16,7 +16,6 @@ from capcur_jax.devices import cluster, distributed
 from capcur_jax.devices.cluster import Settings
 from capcur_jax.errors import InputError
 from capcur_jax.records.metrics import CompilationCounter
-from tests.environment import TOGETHER
 
 CLUSTERS = (
     "SLURM_",
@@ -52,7 +51,7 @@ def processes(code: str, *environments: dict[str, str]):
     preamble = "import sys, jax, numpy as np\nfrom capcur_jax.devices import cluster, distributed\n"
     preamble += "i = int(sys.argv[1])\n"
     bare = {key: value for key, value in os.environ.items() if not key.startswith(CLUSTERS)}
-    bare |= {"JAX_NUM_CPU_DEVICES": "2", **TOGETHER}
+    bare |= {"JAX_NUM_CPU_DEVICES": "2"}
     started = [
         subprocess.Popen(
             [sys.executable, "-u", "-c", preamble + textwrap.dedent(code), str(i)],

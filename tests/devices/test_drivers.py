@@ -100,3 +100,25 @@ def test_a_second_start_reads_what_the_first_one_compiled(tmp_path):
     assert int(kept(tmp_path).communicate(timeout=120)[0].split()[0]) > 0
     other = kept(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")).communicate(timeout=120)[0].split()
     assert other == ["0", str(tmp_path / "mine")]
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({"JAX_NUM_CPU_DEVICES": "8"}, "64"),
+        ({"JAX_NUM_CPU_DEVICES": "8", "PJRT_NPROC": "3"}, "3"),
+        ({"JAX_NUM_CPU_DEVICES": "8", "NPROC": "3"}, None),
+        ({}, None),
+    ],
+)
+def test_devices_that_wait_for_each_other_have_threads_to_wait_in(variables, threads):
+    """With two threads for eight devices, collectives of one program hung in one try of a few."""
+    code = f"""if True:
+        import os
+        from capcur_jax.devices import cluster
+        cluster.initialize()
+        assert os.environ.get("PJRT_NPROC") == {threads!r}, os.environ.get("PJRT_NPROC")
+    """
+    names = ("JAX_NUM_CPU_DEVICES", "PJRT_NPROC", "NPROC")
+    bare = {name: value for name, value in os.environ.items() if name not in names}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=bare | variables, check=True)

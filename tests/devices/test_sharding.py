@@ -23,7 +23,6 @@ from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import published
 from capcur_jax.models.qwen_vl import QwenVL
-from tests import environment
 from tests.test_main import ROOT
 
 LAYOUTS = {
@@ -39,7 +38,6 @@ def start(checkpoint, layout: tuple[int, ...], devices: int, **variables: str) -
         **os.environ,
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": str(ROOT),
-        **environment.TOGETHER,
         **variables,
     }
     return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

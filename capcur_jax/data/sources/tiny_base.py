@@ -21,25 +21,27 @@ VERSION = f"tiny-base-6/{easy_vqa.VERSION}/{word_problems.VERSION}"  # raise it 
 BROKEN = 0.03  # share of question responses without the asked format, so that the format reward has work too
 
 COUNTS = {
-    "train": {"perception": 4_000, "text": 24_000, "visual": 6_000},
+    "train": {"perception": 6_000, "text": 18_000, "visual": 6_000},
     "validation": {"perception": 300, "text": 300, "visual": 300},
 }
+MIXED = 6_000  # of the texts are in the mixed set
 VARIANTS = 3  # how often one image may be asked a kind of question
 CAPTION_WORDINGS = ("Describe the image.", "What is in the image?", "What does the image show?")
-CAPTIONS_PER_IMAGE = {"train": 2, "validation": 1}
+CAPTIONS_PER_IMAGE = {"train": 3, "validation": 1}
 
 
 def build(directory: str | os.PathLike, capability: str = "base") -> dict[str, Path]:
     """Gives the files below `directory`, building them and the train images on first use (seconds).
 
-    "captions" are the captions alone, for a first stage that learns to see; "base" mixes them with answered questions.
+    "captions" and "sums" (answered texts) are for a first stage that learns to see and to reckon; "base" mixes some of
+    both with answered questions about images.
     The "test" file is the validation file: SFT is judged by its loss there, and the real tests are the other sets'.
     `answer` is the right answer, whatever the response says ("" for captions).
 
     Raises:
-      ValueError: another capability than "base" and "captions".
+      ValueError: another capability than these.
     """
-    makers = {"base": rows, "captions": captions}
+    makers = {"base": rows, "captions": captions, "sums": sums}
     if capability not in makers:
         raise ValueError(f"tiny_base has no capability {capability!r}; use one of {', '.join(makers)}")
     easy_vqa.copy_images(directory, ("train",))
@@ -52,9 +54,18 @@ def build(directory: str | os.PathLike, capability: str = "base") -> dict[str, P
 
 
 def rows(directory: str | os.PathLike, split: str) -> list[Problem]:
-    """The captions and answered questions of "train" or "validation", mixed."""
-    answered = [respond(problem, facts) for problem, facts in _questions(directory, split)]
+    """Captions, answered texts and answered questions about images of "train" or "validation", mixed."""
+    answered = sums(directory, split)[:MIXED]
+    for capability, kinds in easy_vqa.KINDS.items():
+        for kind, count in even_shares(COUNTS[split][capability], kinds).items():
+            asked = easy_vqa.questions(directory, split, kind, count, variants=VARIANTS)
+            answered += [respond(problem, facts) for problem, facts in asked]
     return sorted(captions(directory, split) + answered, key=lambda row: stable_hash("base order", row.id))
+
+
+def sums(directory: str | os.PathLike, split: str) -> list[Problem]:
+    """Answered texts."""
+    return [respond(problem, facts) for problem, facts in word_problems.questions(split, "base", COUNTS[split]["text"])]
 
 
 def respond(problem: Problem, facts: dict) -> Problem:
@@ -87,11 +98,3 @@ def caption(image: easy_vqa.ImageFacts) -> str:
     """For example "A small red circle at the top left."; size and position are left out where they aren't certain."""
     words = " ".join(word for word in ("A", image.size, image.color, image.shape) if word)
     return f"{words} at the {image.position}." if image.position else f"{words}."
-
-
-def _questions(directory: str | os.PathLike, split: str) -> list[tuple[Problem, dict]]:
-    found = word_problems.questions(split, "base", COUNTS[split]["text"])
-    for capability, kinds in easy_vqa.KINDS.items():
-        for kind, count in even_shares(COUNTS[split][capability], kinds).items():
-            found += easy_vqa.questions(directory, split, kind, count, variants=VARIANTS)
-    return found

@@ -41,6 +41,9 @@ class Verdict(NamedTuple):
     read: str | None = None  # what was taken for the answer; None: nothing was
 
 
+NOTHING = "unanswered"  # a judge's word for a reply that gives no answer
+
+
 class Ask(NamedTuple):
     """What only a judge can decide.
 
@@ -71,10 +74,11 @@ class Benchmark:
     where: who publishes them, for `--list`.
     sets: number of rows -> which set that is ("testmini"); another number is a subset, and said to be one.
     digests: first 8 hex digits of the md5 of known tables -> their version.
-    load: file or folder -> rows. Raises InputError that names file and row.
+    load: file or folder -> rows (tables.Rows says what was left out). Raises InputError that names file and row.
     put: the text that follows the images.
     official, kit: the two rules.
     metrics: what is reported.
+    reading: which of rules.READINGS the rules need, whatever is asked for; "": they take both.
     """
 
     name: str
@@ -82,9 +86,10 @@ class Benchmark:
     files: tuple[str, ...]
     where: str
     sets: Mapping[int, str]
-    load: Callable[[Path, Path], list[Row]]  # (file or folder, folder in which images of a table are unpacked)
+    load: Callable[[Path, Path | None], list[Row]]  # (file or folder, folder for unpacked images; None: no images)
     put: Callable[[Row], str]
     official: Rule
     kit: Rule
     metrics: Metrics
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reading: str = ""

@@ -38,7 +38,7 @@ class Progress:
     tokens: int = 0
     started: float = 0.0
     ended: float = 0.0
-    refusal: str = ""  # of the last prompt that all servers refused
+    refusal: str = ""  # of the last prompt that all servers refused, in this call or before
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,7 +58,9 @@ class Pool:
         """n samples of each prompt, in their order; none of one that every server refuses. Raises RolloutError."""
         if self.sync.version is None:
             raise RolloutError("the SGLang servers have no weights yet: update_weights comes before generate")
-        self.progress = progress = Progress(queued=n * len(prompts), started=time.monotonic())
+        # The last refusal stays known: who asks for the reason has had others drawn meanwhile.
+        refusal, started = self.progress.refusal, time.monotonic()
+        self.progress = progress = Progress(queued=n * len(prompts), started=started, refusal=refusal)
         tasks = [
             asyncio.create_task(self._group(prompt, sampling, n, seed + 7919 * number, progress))
             for number, prompt in enumerate(prompts)

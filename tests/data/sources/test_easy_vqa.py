@@ -83,51 +83,25 @@ PRICES = {"circle": 4, "rectangle": 9, "triangle": 7}
 
 
 @pytest.mark.parametrize(
-    ("kind", "facts", "right", "careless"),
+    ("kind", "facts", "reasoning", "answer"),
     [
-        (
-            "shape",
-            {"shape": "triangle"},
-            ("The shape is a triangle.", "triangle"),
-            ("The shape is a circle.", "circle"),
-        ),
-        ("color", {"color": "yellow"}, ("The shape is yellow.", "yellow"), ("The shape is black.", "black")),
-        (
-            "position",
-            {"position": "top left"},
-            ("The shape is at the top left.", "top left"),
-            ("The shape is at the top right.", "top right"),
-        ),
-        ("size", {"size": "large"}, ("The shape is large.", "large"), ("The shape is medium.", "medium")),
-        (
-            "corners",
-            {"shape": "triangle", "price": 7},
-            ("The shape is a triangle. It has 3 corners. 3 x 7 = 21.", "21"),
-            ("The shape is a triangle. It has 3 corners. 3 + 7 = 10.", "10"),
-        ),
-        (
-            "corners",
-            {"shape": "circle", "price": 5},
-            ("The shape is a circle. It has 0 corners. 0 x 5 = 0.", "0"),
-            ("The shape is a circle. It has 0 corners. 0 + 5 = 5.", "5"),
-        ),
+        ("shape", {"shape": "triangle"}, "The shape is a triangle.", "triangle"),
+        ("color", {"color": "yellow"}, "The shape is yellow.", "yellow"),
+        ("position", {"position": "top left"}, "The shape is at the top left.", "top left"),
+        ("size", {"size": "large"}, "The shape is large.", "large"),
+        ("corners", {"shape": "triangle", "price": 7}, "The shape is a triangle. It has 3 corners. 3 x 7 = 21.", "21"),
+        ("corners", {"shape": "circle", "price": 5}, "The shape is a circle. It has 0 corners. 0 x 5 = 0.", "0"),
         (
             "prices",
-            {"shape": "circle", "prices": PRICES, "count": 3},
-            ("The shape is a circle. A circle costs 4 coins. 3 x 4 = 12.", "12"),
-            ("The shape is a circle. A circle costs 4 coins. 3 + 4 = 7.", "7"),
+            {"shape": "rectangle", "prices": {"circle": 2, "rectangle": 6, "triangle": 9}, "count": 4},
+            "The shape is a rectangle. A rectangle costs 6 coins. 4 x 6 = 24.",
+            "24",
         ),
-        (
-            "code",
-            {"color": "red", "plus": 3},
-            ("The shape is red. Red has code 6. 6 + 3 = 9.", "9"),
-            ("The shape is red. Red has code 5. 5 + 3 = 8.", "8"),
-        ),
+        ("code", {"color": "red", "plus": 8}, "The shape is red. Red has code 6. 6 + 8 = 14.", "14"),
     ],
 )
-def test_worked_solution_of_both_annotators(kind, facts, right, careless):
-    assert easy_vqa.worked(kind, facts) == right
-    assert easy_vqa.worked(kind, facts, careless=True) == careless
+def test_worked_solution(kind, facts, reasoning, answer):
+    assert easy_vqa.worked(kind, facts) == (reasoning, answer)
 
 
 def test_unknown_kind_capability_and_missing_package_are_clear_errors(tmp_path, monkeypatch):
@@ -252,9 +226,9 @@ def test_damaged_images_are_put_right_and_nothing_else_is_touched(files):
 @needs_images
 def test_bytes_are_those_of_the_version(files):
     known = {
-        "easy-vqa-2": {
-            "perception": "d15718fcc9438aac165fc111ea46472e5bf0c12afd85feaaa3885984643340ce",
-            "visual": "b8f0ddebb0dec564af35802f409e0382eb4c139678bd84d1bd19308985ac2bd0",
+        "easy-vqa-3": {
+            "perception": "18614c92dc04a832d33136d12627c721dbaacc5da4f2e7bc1473e52a89de99ef",
+            "visual": "53fd2248330cddfb2c7d5c5218a231b913d511dc5320d7e6757c069230050cb0",
         }
     }
     digests = {

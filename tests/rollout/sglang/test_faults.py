@@ -98,6 +98,17 @@ def test_a_prompt_that_nothing_answers_ends_the_call_with_the_reason(engine, ser
     assert sum(len(one.sent("/generate")) for one in servers) == 3
 
 
+def test_why_a_prompt_was_refused_is_known_after_others_took_its_place(engine, servers, prompt):
+    for one in servers:
+        one.faults = [lambda body, right: (400, {"error": {"message": "not to my taste"}})] * 3
+    pool = engine(retries=2)
+    assert pool.generate([prompt]) == [[]] and "not to my taste" in pool.pool.progress.refusal
+    for one in servers:
+        one.faults = []
+    (group,) = pool.generate([prompt])
+    assert len(group) == 3 and "not to my taste" in pool.pool.progress.refusal
+
+
 def test_another_prompt_in_the_server_ends_the_call_at_once(engine, servers, prompt):
     def another(body, right):
         for one in right:
