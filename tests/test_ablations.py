@@ -121,8 +121,9 @@ def grid(checkpoint, sets):
 def running_below(process: subprocess.Popen) -> list[int]:
     """The runs that the grid has started and that live."""
     try:
-        return [child.pid for child in psutil.Process(process.pid).children()]
-    except psutil.NoSuchProcess:
+        children = psutil.Process(process.pid).children()
+        return [child.pid for child in children if "capcur_jax.main" in child.cmdline()]
+    except psutil.Error:  # it has just ended
         return []
 
 
