@@ -132,4 +132,7 @@ def _seeds(given: str) -> list[int]:
 
 if __name__ == "__main__":
     streams.prepare()
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before a run was started, or the second signal
+        sys.exit(130)

@@ -121,8 +121,9 @@ def grid(checkpoint, sets):
 def running_below(process: subprocess.Popen) -> list[int]:
     """The runs that the grid has started and that live."""
     try:
-        return [child.pid for child in psutil.Process(process.pid).children()]
-    except psutil.NoSuchProcess:
+        children = psutil.Process(process.pid).children()
+        return [child.pid for child in children if "capcur_jax.main" in child.cmdline()]
+    except psutil.Error:  # it has just ended
         return []
 
 
@@ -187,7 +188,7 @@ def test_a_finished_grid_is_left_alone_and_another_config_is_refused(grid, unbro
     assert "2 of 2 done" in ended(grid(unbroken))
     assert state() == before
     assert "seed" not in (output := ended(grid(unbroken, "--config.stages.visual.learning_rate=0.5"), code=2))
-    assert "started with another config" in output and "learning_rate: 5e-05 -> 0.5" in output
+    assert "started with another config" in output and f"learning_rate: {presets.LAPTOP_LEARNING_RATE} -> 0.5" in output
 
 
 @pytest.mark.e2e

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from capcur_jax import presets
 from capcur_jax.records.jsonl import read_jsonl
 from tests import tiny
 from tests.test_main import ROOT
@@ -142,7 +143,7 @@ def test_a_finished_run_says_so_and_another_config_is_refused(command, unbroken)
     process = command(unbroken, "--config.seed=3", "--config.stages.text.learning_rate=0.5")
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and "Traceback" not in output
-    assert "seed: 0 -> 3" in output and "stages.text.learning_rate: 0.0001 -> 0.5" in output
+    assert "seed: 0 -> 3" in output and f"stages.text.learning_rate: {presets.LAPTOP_LEARNING_RATE} -> 0.5" in output
 
 
 def test_a_run_goes_on_on_another_mesh(command, unbroken, tmp_path):

@@ -56,7 +56,6 @@ class Curriculum:
         said = [] if self.order == "shuffled" else [self.order]
         said += [f"mixed {':'.join(f'{weight:g}' for weight in self.weights)}"] if self.weights else []
         said += ["set by set"] if self.by_set else []
-        said += [f"{self.rows:,} of each set"] if self.rows else []
         return f" ({', '.join(said)})" if said else ""
 
     @property

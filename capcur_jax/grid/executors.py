@@ -82,7 +82,7 @@ class Local:
 
     def start(self, command: Sequence[str], log: Path) -> Running:
         log.parent.mkdir(parents=True, exist_ok=True)
-        share = self._free.pop(0)
+        share = self._free[0]
         cores, environment = self._shares[share]
         own = [sys.executable, "-m", "capcur_jax.grid.child", str(os.getpid()), cores, *command]
         with log.open("ab") as file:
@@ -90,6 +90,7 @@ class Local:
                 own, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment},
                 start_new_session=True,  # Ctrl-C is for the grid, which stops its runs itself
             )  # fmt: skip
+        self._free.remove(share)
         return _Process(process, share, self._free)
 
 
@@ -97,7 +98,7 @@ EXECUTORS = {"local": Local}
 
 
 def shared(things: Sequence[int], jobs: int, what: str) -> list[list[int]]:
-    """Neighbours together, the first ones one more. Raises InputError where there is none for each."""
+    """Neighbours together, shares as even as can be. Raises InputError where there is none for each."""
     if len(things) < jobs:
         raise InputError(f"--jobs={jobs}, but this machine has {len(things)} {what}s for them; give at most that many")
     ends = [round(number * len(things) / jobs) for number in range(jobs + 1)]

@@ -76,9 +76,14 @@ def _start(states: Sequence[State], executor: Executor) -> None:
         elif all(other.state == "done" for other in needed):
             if sum(other.running is not None for other in states) >= executor.width:
                 return
-            state.log_from = state.job.log.stat().st_size if state.job.log.exists() else 0
-            state.running = executor.start(command(state.job), state.job.log)
-            state.state, state.tries = "running", state.tries + 1
+            state.tries += 1
+            try:
+                state.log_from = state.job.log.stat().st_size if state.job.log.exists() else 0
+                state.running = executor.start(command(state.job), state.job.log)
+            except OSError as error:  # the others may be luckier
+                state.state, state.note = "failed", f"can't be started: {error}"
+            else:
+                state.state = "running"
 
 
 def _ended(state: State) -> None:

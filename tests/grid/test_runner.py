@@ -102,6 +102,12 @@ def test_what_needs_another_waits_for_it_and_fails_with_it(tmp_path):
     assert ends["run"] == ends["other"] == ends["free"] == ("done", 1)
 
 
+def test_what_can_t_be_started_fails_and_the_others_go_on(tmp_path):
+    (tmp_path / "a").write_text("no folder")
+    ends, _, _, (state, _) = run(tmp_path, [("a", tmp_path), ("b", tmp_path)], {})
+    assert ends == {"a": ("failed", 1), "b": ("done", 1)} and state.note.startswith("can't be started: ")
+
+
 def test_a_signal_stops_what_runs(tmp_path):
     executor, seen = Pretended({"a": ["never"], "b": ["never"]}), []
 

@@ -122,6 +122,7 @@ def test_servers_sample_on_their_own_and_the_trainer_takes_its_gpus(kind, sampli
     config = presets.get("laptop")
     with config.unlocked():
         config.rollout.engine, config.mesh.gpus = "another", (0,)
+    config.objective.updates_per_batch = 1
     (variant, *_) = plan_programs.variants(config, jax.devices() * 2, ())
     assert [program.name for program in variant.programs] == ["reference log-probs", "gradient", "update", *sampling]
     assert variant.mesh.size == 1
