@@ -330,16 +330,6 @@ def _paper(architecture: str) -> ConfigDict:
     return config
 
 
-def qwen3_vl_8b() -> ConfigDict:
-    """The paper's first model."""
-    return _paper("qwen3_vl_8b")
-
-
-def qwen2_5_vl_7b() -> ConfigDict:
-    """The paper's second model."""
-    return _paper("qwen2_5_vl_7b")
-
-
 def qwen2_5_vl_72b() -> ConfigDict:
     """Beyond the paper: what the sharded trainer is for. docs/plan.md has the smallest topologies that hold it."""
     config = _paper("qwen2_5_vl_72b")
@@ -364,12 +354,11 @@ def _turns(preset: Callable[[], ConfigDict]) -> ConfigDict:
     return config
 
 
-PRESETS = {"laptop": laptop}
-for _size in (qwen3_vl_8b, qwen2_5_vl_7b, qwen2_5_vl_72b):
-    PRESETS[_size.__name__] = _size
-for _size in (qwen3_vl_8b, qwen2_5_vl_7b):
-    PRESETS[f"{_size.__name__}_split"] = functools.partial(_split, _size)
-    PRESETS[f"{_size.__name__}_turns"] = functools.partial(_turns, _size)
+PRESETS = {"laptop": laptop, "qwen2_5_vl_72b": qwen2_5_vl_72b}
+for _size in ("qwen3_vl_8b", "qwen2_5_vl_7b"):  # the paper's two models
+    PRESETS[_size] = _published = functools.partial(_paper, _size)
+    PRESETS[f"{_size}_split"] = functools.partial(_split, _published)
+    PRESETS[f"{_size}_turns"] = functools.partial(_turns, _published)
 
 
 def get(preset: str, order: tuple[str, ...] = CAPABILITIES) -> ConfigDict:
