@@ -35,7 +35,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the orders.")
 
 
 def main(_) -> None:
-    preset = presets.qwen3_vl_8b().prompt
+    preset = presets.get("qwen3_vl_8b").prompt
     limit, row = _MAX_TOKENS.value or preset.max_tokens, _PATCH_ROW.value or preset.patch_row
     buckets = Buckets(tuple(sorted({*preset.token_buckets, limit})), row, tuple(preset.patch_rows))
     with tempfile.TemporaryDirectory() as directory:
