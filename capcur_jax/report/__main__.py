@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capcur_jax.errors import InputError
+from capcur_jax.grid.rows import ROWS
 from capcur_jax.records import streams
 from capcur_jax.report.run import write_report
 
@@ -34,19 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(places: Sequence[str], output: str) -> Sequence[Path]:
-    alone = Path(places[0])
-    if len(places) == 1 and not output and (not alone.is_dir() or (alone / "metrics.jsonl").is_file() or _empty(alone)):
-        return [write_report(alone)]
+    folder = Path(output or places[0])
+    if not output:
+        if len(places) > 1 or places[0].partition("=")[0] in ROWS:
+            raise InputError("several places, or ROW=DIR: give --output=FOLDER for report.html and tables.md")
+        if (folder / "metrics.jsonl").is_file() or not any(folder.glob("*/seed*/metrics.jsonl")):
+            return [write_report(folder)]
     from capcur_jax.grid.report import page  # here: a run's report needs no evaluations
 
-    if len(places) > 1 and not output:
-        raise InputError("several places: give --output=FOLDER for report.html and tables.md")
-    return page.write(places, Path(output) if output else alone)
-
-
-def _empty(folder: Path) -> bool:
-    """Whether it holds neither a run nor a grid; then the error is that of a run."""
-    return not any(folder.glob("*/seed*/metrics.jsonl"))
+    return page.write(places, folder)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def claims(found: Sequence[Found]) -> str:
 
 
 def _moments(row: str, runs: Sequence[Run]) -> str:
-    """"" where the runs have different moments, or none."""
+    """Nothing where the runs have different moments, or none."""
     accuracies = [run.summary.get("accuracy") or metrics.accuracy_of(_evaluations(run)) for run in runs]
     moments = {key: title for key, title in moments_of(accuracies[0]).items() if key != "final"}
     lines = {

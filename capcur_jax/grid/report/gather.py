@@ -100,7 +100,9 @@ def find(places: Sequence[str]) -> list[tuple[str, Path]]:
     """
     found = []
     for place in places:
-        told, _, path = place.rpartition("=") if place.partition("=")[0] in ROWS else ("", "", place)
+        told, _, path = place.partition("=")
+        if told not in ROWS:
+            told, path = "", place
         folder = Path(path)
         if (folder / METRICS).is_file():
             name = told or next((part for part in reversed(folder.resolve().parts[-2:]) if part in ROWS), "")

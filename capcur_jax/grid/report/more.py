@@ -41,7 +41,7 @@ def comparisons(measures: Measures) -> Table:
             found = {name: measures.difference(row, other, name) for name in metrics} if row != other else {}
             if not any(found.values()):
                 continue
-            cells = [change(one[0], metric_is_length(name)) if one else Cell("-") for name, one in found.items()]
+            cells = [change(one[0], METRICS[name].tokens) if one else Cell("-") for name, one in found.items()]
             lines.append(Line(row, (Cell(row), Cell(other), *cells)))
     note = (
         "Points, of lengths per cent, with 95 % intervals that are not adjusted: of so many comparisons some look like "
@@ -49,10 +49,6 @@ def comparisons(measures: Measures) -> Table:
     )
     head = ("row", "against", *(METRICS[name].title for name in metrics))
     return Table("All comparisons", note, head, tuple(lines))
-
-
-def metric_is_length(name: str) -> bool:
-    return METRICS[name].tokens
 
 
 def kinds(grid: Grid) -> list[Table]:
@@ -74,7 +70,8 @@ def kinds(grid: Grid) -> list[Table]:
         head = ("row", *(visible(f"{kind} ({counts[kind]:,})") for kind in chosen))
         tables.append(Table(f"{name} by kind of question", "", head, tuple(lines)))
     if tables:
-        tables[0] = tables[0]._replace(note="Per cent right; in small: lowest and highest seed. In brackets: questions.")
+        note = "Per cent right; in small: lowest and highest seed. In brackets: questions."
+        tables[0] = tables[0]._replace(note=note)
     return tables
 
 

@@ -7,9 +7,8 @@ on the safe side):
     is pooled over all rows of the grid. Where the own seeds differ more, theirs counts, for rows may differ in noise.
   questions: Liang and Zeger's of clusters (evaluation/statistics.py), of the answers' means over the seeds.
 
-Quantiles are Student's t with Satterthwaite's degrees of freedom. With fewer than FEW of the seeds (a grid of one or two
-rows) that is too bold, and the seeds' own are taken. A percentile bootstrap of three seeds is too narrow, too.
-tests/grid/report/test_seeds.py measures the rate of false claims, with equal and with unequal noise.
+Quantiles are Student's t with Satterthwaite's degrees of freedom. With fewer than FEW of the seeds (a grid of one or
+two rows) that is too bold, and the seeds' own are taken. tests/grid/report/test_seeds.py measures the rate of false claims, with equal and with unequal noise.
 
 All functions work on arrays of figures alike: shapes [..., S] and [...].
 """

@@ -191,8 +191,8 @@ def _benchmarks(measures: Measures) -> Table:
             ours = value(measures.value(row, metric)) if metric in measures.grid.clusters else Cell("not measured")
             lines.append(Line(row, (Cell(row), Cell(metric), ours, Cell(paper_value(row, metric)))))
     note = (
-        "Public benchmarks: measured where a grid's evaluations have them; capability sets of a laptop stand for groups "
-        f"of them (Table 2). The paper's models everywhere: {_MODELS}."
+        "Public benchmarks: measured where a grid's evaluations have them. A laptop's sets stand for groups of them "
+        f"(Table 2). The paper's models, in this order everywhere: {_MODELS}."
     )
     return Table("Table 1: benchmarks", note, ("row", "benchmark", "ours, %", "paper"), tuple(lines))
 
@@ -207,17 +207,14 @@ def claims(found: Sequence[Found]) -> Table:
         head = Cell(claim.title), Cell(f"{claim.better} {sign} {claim.worse}"), Cell(METRICS[claim.metric].title)
         told = Cell(paper or UNKNOWN, claim.paper)
         if one.difference is None:
-            lines.append(Line("", (*head, told, Cell("-"), Cell("-"), Cell("-"), Cell("-"), Cell(MISSING, one.missing))))
+            lines.append(Line("", (*head, told, *[Cell("-")] * 4, Cell(MISSING, one.missing))))
             continue
         unit = " %" if METRICS[claim.metric].tokens else ""
         ours = change(one.difference, claim.less)
-        lines.append(
-            Line("", (
-                *head, told, ours._replace(text=f"{ours.text}{unit}"), Cell(f"{one.same_sign} of {len(one.seeds) or 1}"),
-                Cell(_p(one.p_holm)), Cell(f"{one.detectable:.1f}{unit}" if np.isfinite(one.detectable) else "-"),
-                _verdict(one),
-            ))
-        )  # fmt: skip
+        ours = ours._replace(text=f"{ours.text}{unit}")
+        signs = Cell(f"{one.same_sign} of {len(one.seeds) or 1}")
+        sees = Cell(f"{one.detectable:.1f}{unit}" if np.isfinite(one.detectable) else "-")
+        lines.append(Line("", (*head, told, ours, signs, Cell(_p(one.p_holm)), sees, _verdict(one))))
     note = (
         "Points, of lengths per cent; paired by question and seed. In small: the 95 % interval of this claim alone. p: "
         f"Holm's over the {tested} claims that this grid can test. Sees: the smallest true difference that is found in "
