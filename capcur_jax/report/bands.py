@@ -74,11 +74,11 @@ def spans_chart(title: str, unit: str, spans: Sequence[Span]) -> str:
                 axes.plot([span.low, span.high], [place, place], color=SERIES[0], linewidth=2.2, alpha=0.6)
             axes.plot([span.mean], [place], "o", color=SERIES[0], markersize=5)
             axes.plot(span.marks, [place] * len(span.marks), "x", color=SERIES[1], markersize=5)
-        axes.set_yticks(places, [charts.short_label(span.label, 40) for span in spans])
+        axes.set_yticks(places, [charts.short_label(span.label, 56) for span in spans])
         axes.set_xlabel(unit)
         axes.grid(axis="x")
         axes.set_ylim(-0.7, len(spans) - 0.3)
-        return charts.svg(figure, legend=False, left=0.4, tall=0.6 + 0.26 * len(spans), wide=6.4)
+        return charts.svg(figure, legend=False, left=0.46, tall=0.6 + 0.26 * len(spans), wide=7.0)
 
 
 def _means(values: np.ndarray, points: int) -> np.ndarray:

@@ -57,6 +57,10 @@ class Claim(NamedTuple):
     paper: str
     less: bool = False
 
+    @property
+    def rows(self) -> str:
+        return f"{self.better} {'<' if self.less else '>'} {self.worse}"
+
 
 CLAIMS = (
     Claim("staged training helps", "staged", "base", "overall", "overall"),

@@ -50,9 +50,7 @@ def claims(found: Sequence[Found]) -> str:
         if one.difference is None:
             continue
         low, high = map(float, one.difference.interval())
-        what = METRICS[one.claim.metric].title
-        sign = "<" if one.claim.less else ">"
-        label = f"{one.claim.better} {sign} {one.claim.worse}\n{what}"
+        label = f"{one.claim.rows}, {METRICS[one.claim.metric].title}"
         spans.append(bands.Span(label, float(one.difference.mean), low, high, tuple(one.paper.values())))
     return bands.spans_chart("Claims: ours, and the paper's (x)", "points; of lengths %", spans) if spans else ""
 

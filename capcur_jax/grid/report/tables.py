@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from capcur_jax.grid.report.claims import METRICS, NAMES, Found, Measures
+from capcur_jax.grid.report.claims import METRICS, NAMES, Found, Measures, paper_difference
 from capcur_jax.grid.report.gather import KNOWN
 from capcur_jax.grid.report.seeds import Estimate
 from capcur_jax.grid.rows import QWEN3, QWEN25
@@ -173,13 +173,17 @@ def _interval(found: Estimate, form: str) -> str:
 
 def paper_value(row: str, metric: str, over: str = "") -> str:
     """What the paper's page has of a row, of both of its models, or "not known"."""
-    known = {p.model: p.value for p in KNOWN[row].paper if (p.metric, p.over) == (metric, over)}
+    if row == over:
+        return "-"
+    if over:
+        known, form = paper_difference(row, over, metric), "+.2f"
+    else:
+        known, form = {NAMES[p.model]: p.value for p in KNOWN[row].paper if (p.metric, p.over) == (metric, "")}, ".2f"
     if not known:
-        return "-" if over == row else UNKNOWN
-    form = "+.2f" if over else ".2f"
-    if None in known:
-        return f"{known[None]:{form}}"
-    return " / ".join(f"{known[model]:{form}}" if model in known else UNKNOWN for model in (QWEN3, QWEN25))
+        return UNKNOWN
+    if NAMES[None] in known:
+        return f"{known[NAMES[None]]:{form}}"
+    return " / ".join(f"{known[NAMES[model]]:{form}}" if NAMES[model] in known else UNKNOWN for model in (QWEN3, QWEN25))
 
 
 def _benchmarks(measures: Measures) -> Table:
@@ -202,25 +206,24 @@ def claims(found: Sequence[Found]) -> Table:
     tested = sum(bool(one.verdict) for one in found)
     lines = []
     for one in found:
-        claim, paper = one.claim, "; ".join(f"{value:+.2f} ({model})" for model, value in one.paper.items())
-        sign = "<" if claim.less else ">"
-        head = Cell(claim.title), Cell(f"{claim.better} {sign} {claim.worse}"), Cell(METRICS[claim.metric].title)
-        told = Cell(paper or UNKNOWN, claim.paper)
+        claim = one.claim
+        head = Cell(claim.title, f"{claim.rows}: {METRICS[claim.metric].title}")
+        paper = Cell(paper_value(claim.better, claim.paper, claim.worse), claim.paper)
         if one.difference is None:
-            lines.append(Line("", (*head, told, *[Cell("-")] * 4, Cell(MISSING, one.missing))))
+            lines.append(Line("", (head, Cell(MISSING, one.missing), Cell("-"), paper, *[Cell("-")] * 3)))
             continue
         unit = " %" if METRICS[claim.metric].tokens else ""
         ours = change(one.difference, claim.less)
         ours = ours._replace(text=f"{ours.text}{unit}")
         signs = Cell(f"{one.same_sign} of {len(one.seeds) or 1}")
         sees = Cell(f"{one.detectable:.1f}{unit}" if np.isfinite(one.detectable) else "-")
-        lines.append(Line("", (*head, told, ours, signs, Cell(_p(one.p_holm)), sees, _verdict(one))))
+        lines.append(Line("", (head, _verdict(one), ours, paper, signs, Cell(_p(one.p_holm)), sees)))
     note = (
         "Points, of lengths per cent; paired by question and seed. In small: the 95 % interval of this claim alone. p: "
         f"Holm's over the {tested} claims that this grid can test. Sees: the smallest true difference that is found in "
         "80 % of such grids, whatever the other claims are. Not shown is not refuted: look at what the grid can see."
     )
-    head = ("claim", "rows", "figure", "paper", "ours", "seeds with its sign", "p (Holm)", "sees", "verdict")
+    head = ("claim", "verdict", "ours", "paper", "seeds with its sign", "p (Holm)", "sees")
     return Table("The paper's claims", note, head, tuple(lines))
 
 
