@@ -110,7 +110,7 @@ def _records(run: Path, row: str, seed: int, steps: int, right: dict, rng: np.ra
                 "seconds": 0.4,
             })  # fmt: skip
     moments = ["base", *(f"after_{stage}" for stage in stages), "final"]
-    path = np.linspace(0, 1, len(moments) - 1).tolist() + [1.0]
+    path = [*np.linspace(0, 1, len(moments) - 1).tolist(), 1.0]
     accuracy = {name: {m: 0.5 + (end - 0.5) * p for m, p in zip(moments, path, strict=True)}
                 for name, end in right.items()}  # fmt: skip
     summary = {"status": "finished", "accuracy": accuracy, "seconds": 200.0 + seed, "steps": steps, "devices": 1}

@@ -8,7 +8,8 @@ on the safe side):
   questions: Liang and Zeger's of clusters (evaluation/statistics.py), of the answers' means over the seeds.
 
 Quantiles are Student's t with Satterthwaite's degrees of freedom. With fewer than FEW of the seeds (a grid of one or
-two rows) that is too bold, and the seeds' own are taken. tests/grid/report/test_seeds.py measures the rate of false claims, with equal and with unequal noise.
+two rows) that is too bold, and the seeds' own are taken. tests/grid/report/test_seeds.py measures the rate of false
+claims, with equal and with unequal noise.
 
 All functions work on arrays of figures alike: shapes [..., S] and [...].
 """

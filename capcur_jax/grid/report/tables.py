@@ -183,7 +183,9 @@ def paper_value(row: str, metric: str, over: str = "") -> str:
         return UNKNOWN
     if NAMES[None] in known:
         return f"{known[NAMES[None]]:{form}}"
-    return " / ".join(f"{known[NAMES[model]]:{form}}" if NAMES[model] in known else UNKNOWN for model in (QWEN3, QWEN25))
+    return " / ".join(
+        f"{known[NAMES[model]]:{form}}" if NAMES[model] in known else UNKNOWN for model in (QWEN3, QWEN25)
+    )
 
 
 def _benchmarks(measures: Measures) -> Table:
