@@ -183,9 +183,8 @@ def paper_value(row: str, metric: str, over: str = "") -> str:
         return UNKNOWN
     if NAMES[None] in known:
         return f"{known[NAMES[None]]:{form}}"
-    return " / ".join(
-        f"{known[NAMES[model]]:{form}}" if NAMES[model] in known else UNKNOWN for model in (QWEN3, QWEN25)
-    )
+    names = NAMES[QWEN3], NAMES[QWEN25]
+    return " / ".join(f"{known[name]:{form}}" if name in known else UNKNOWN for name in names)
 
 
 def _benchmarks(measures: Measures) -> Table:
