@@ -51,28 +51,21 @@ def comparisons(measures: Measures) -> Table:
     return Table("All comparisons", note, head, tuple(lines))
 
 
-def kinds(grid: Grid) -> list[Table]:
-    """A table for each set: accuracy of each kind of question, mean over seeds, and their range."""
-    tables = []
-    for name, of in grid.kinds.items():
-        counts = Counter(kind for kind in of if kind)
-        if not counts:
-            continue
-        chosen = sorted(counts)
-        lines = []
-        for row, figures in grid.rows.items():
-            cells = []
-            for kind in chosen:
-                found = 100 * figures.credit[name][:, [one == kind for one in of]].mean(1)
-                spread = f"{found.min():.1f} to {found.max():.1f}" if len(found) > 1 else ""
-                cells.append(Cell(f"{found.mean():.1f}", spread))
-            lines.append(Line(row, (Cell(row), *cells)))
-        head = ("row", *(visible(f"{kind} ({counts[kind]:,})") for kind in chosen))
-        tables.append(Table(f"{name} by kind of question", "", head, tuple(lines)))
-    if tables:
-        note = "Per cent right; in small: lowest and highest seed. In brackets: questions."
-        tables[0] = tables[0]._replace(note=note)
-    return tables
+def kinds(grid: Grid) -> Table:
+    """Accuracy of each kind of question of each set, mean over seeds, and their range."""
+    counts = {(name, kind): count for name, of in grid.kinds.items() for kind, count in sorted(Counter(of).items())}
+    chosen = [one for one in counts if one[1]]
+    lines = []
+    for row, figures in grid.rows.items():
+        cells = []
+        for name, kind in chosen:
+            found = 100 * figures.credit[name][:, [one == kind for one in grid.kinds[name]]].mean(1)
+            spread = f"{found.min():.1f} to {found.max():.1f}" if len(found) > 1 else ""
+            cells.append(Cell(f"{found.mean():.1f}", spread))
+        lines.append(Line(row, (Cell(row), *cells)))
+    head = ("row", *(visible(f"{name}: {kind} ({counts[name, kind]:,})") for name, kind in chosen))
+    note = "Per cent right; in small: lowest and highest seed. In brackets: questions."
+    return Table("Accuracy by kind of question", note, head, tuple(lines) if chosen else ())
 
 
 def perception_errors(grid: Grid) -> Table | None:

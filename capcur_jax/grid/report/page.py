@@ -33,7 +33,7 @@ def write(places: Sequence[str], folder: Path) -> tuple[Path, Path]:
     found = claims.judged(measures)
     missing, claimed = more.missing(grid), tables.claims(found)
     papers, errors = tables.papers(measures), more.perception_errors(grid)
-    further = [*([errors] if errors else []), *more.kinds(grid), more.cost(grid), more.comparisons(measures)]
+    further = [*([errors] if errors else []), more.kinds(grid), more.cost(grid), more.comparisons(measures)]
     shown, of = examples.choose(grid)
     filters = {
         name: sorted({one.values[name] for one in shown if one.values[name]})

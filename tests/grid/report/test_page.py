@@ -100,6 +100,26 @@ def test_a_grid_that_only_began(tmp_path):
     assert "not finished, step 0" in said and "no finished run of staged, base" in said
 
 
+def test_errors_of_perception_are_shown_where_runs_have_them(grid, tmp_path):
+    for seed, share in enumerate((0.4, 0.6)):
+        shutil.copytree(grid / f"staged/seed{seed}", tmp_path / f"staged/seed{seed}")
+        told = {"sets": {"visual": {"text": {"limited_of_wrong": [share, 0.1, 0.9]}}, "text": {}}}
+        (tmp_path / f"staged/seed{seed}/evaluation/final/counterfactual.json").write_text(json.dumps(told))
+    said = text_of(page.write([str(tmp_path)], tmp_path)[1])
+    assert "| staged | visual | told the facts: text | 2 | 50.0 (40.0 to 60.0) |" in said
+    assert "## Errors of perception" not in text_of(grid / "tables.md")
+
+
+def test_cost_and_kinds_are_means_of_the_seeds(grid):
+    said = text_of(grid / "tables.md")
+    assert "| staged | 3 | 30 | 3 min 21 s | 0.06 | 57,000 | 33,000 |" in said  # 200, 201 and 202 s; 30 x 1,900 tokens
+    head = next(line for line in said.splitlines() if line.startswith("| row | perception: color (30)"))
+    found = gather.read([str(grid)])
+    right = found.rows["merged"].credit["perception"][:, [kind == "color" for kind in found.kinds["perception"]]]
+    line = next(line for line in said.partition(head)[2].splitlines() if line.startswith("| merged |"))
+    assert line.startswith(f"| merged | {100 * right.mean():.1f} (")
+
+
 PROBE = """
 const errors = [], done = [];
 addEventListener("error", event => errors.push(event.message));
