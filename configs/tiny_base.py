@@ -48,7 +48,7 @@ def get_config():
         sft = {"objective": "sft", "warmup_steps": 50}
         config.stages = {  # eyes and sums first: questions alone teach them slowly
             "first": presets.stage(("captions", "sums"), 700, 64, 1.5e-3) | sft,
-            "answers": presets.stage(("base",), 300, 64, 1e-3) | sft,
+            "answers": presets.stage(("base",), 150, 64, 1e-3) | sft,
         }
         config.order = ("first", "answers")
         config.prompt.token_buckets = (40, 84, 96)

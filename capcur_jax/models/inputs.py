@@ -250,7 +250,7 @@ class Processor:
         return tokens
 
     def _tokenized(self, text: str, split: bool) -> list[int]:
-        """One call at a time: transformers keeps `split_special_tokens` in the tokenizer, where other threads meet it."""
+        """One call at a time: transformers keeps the setting in the tokenizer, where other threads meet it."""
         with self._one_at_a_time:
             return self.tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess

@@ -52,7 +52,8 @@ def test_the_same_question_is_asked_once_and_what_lay_beside_comes_with_it(setti
     ("changes", "same"),
     [
         ({"seed": 5}, True), ({"order": ("text",)}, True), ({"stages.text.steps": 9}, True),
-        ({"reward.workers": 1}, True), ({"evaluation.base_results": "elsewhere"}, True), ({"objective.clip_low": 0.1}, True),
+        ({"reward.workers": 1}, True), ({"evaluation.base_results": "elsewhere"}, True),
+        ({"objective.clip_low": 0.1}, True),
         ({"seed": 5, "evaluation.temperature": 0.6}, False), ({"evaluation.questions": 3}, False),
         ({"evaluation.sets": ("text",)}, False), ({"prompt.instruction": "system"}, False),
         ({"rollout.max_new_tokens": 4}, False), ({"reward.function": "tests.own_rewards:by_length"}, False),

@@ -12,6 +12,7 @@ from capcur_jax.data.sets import SOURCES
 from capcur_jax.errors import InputError
 from capcur_jax.grid import jobs
 from capcur_jax.grid.jobs import Plan, rated_file
+from capcur_jax.presets import LAPTOP_STEPS
 
 ROWS = ("staged", "difficulty", "capability_x_difficulty")
 
@@ -67,7 +68,7 @@ def test_the_user_s_own_files_bring_their_pass_rates(plan):
 
 def test_a_run_is_what_the_row_s_config_says(plan, tmp_path):
     job = plan("--config.log.tensorboard=False").runs[1]
-    assert (job.row, job.seed, job.steps, job.config.seed) == ("staged", 1, 600, 1)
+    assert (job.row, job.seed, job.steps, job.config.seed) == ("staged", 1, 3 * LAPTOP_STEPS, 1)
     assert job.folder == tmp_path / "staged" / "seed1" and not job.config.log.tensorboard
     assert job.log.parent == job.folder
     assert jobs.command(job)[1:3] == ["-m", "capcur_jax.main"]

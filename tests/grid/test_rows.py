@@ -14,6 +14,7 @@ from capcur_jax.data.problem import Problem
 from capcur_jax.grid import budget
 from capcur_jax.grid.rows import BASE, ROWS
 from capcur_jax.learner.objectives import OBJECTIVES
+from capcur_jax.presets import LAPTOP_PROMPTS, LAPTOP_STEPS
 
 PAIRS = [(name, other) for name, row in ROWS.items() for other in row.compared]
 MAY_DIFFER = ("order", "stages.", "data.sets.captions.")  # between two rows' configs
@@ -138,4 +139,5 @@ def test_a_description_has_a_line_for_each_comparison():
     assert [line[-2:] for line in lines] == [
         ["staged", "order, references"], ["merged", "tower"], ["staged", "order, prompts, rates, references, updates"],
     ]  # fmt: skip
-    assert lines[0][:4] == ["merged_trained", "3,200", "3,200", "3,200"] and lines[1][0] == "" and lines[2][1] == "0"
+    prompts = f"{LAPTOP_STEPS * LAPTOP_PROMPTS:,}"
+    assert lines[0][:4] == ["merged_trained", prompts, prompts, prompts] and lines[1][0] == "" and lines[2][1] == "0"

@@ -26,9 +26,9 @@ from capcur_jax.data.built import build_set
 from capcur_jax.data.problem import Problem, even_shares, stable_hash
 from capcur_jax.files import write_atomically
 
-VERSION = "easy-vqa-2"  # raise it with every change of the rows
+VERSION = "easy-vqa-3"  # raise it with every change of the rows
 KINDS = {"perception": ("shape", "color", "position", "size"), "visual": ("corners", "prices", "code")}
-COUNTS = {"train": 6000, "validation": 300, "test": 1000}
+COUNTS = {"train": 9600, "validation": 300, "test": 1000}
 
 SHAPES = ("circle", "rectangle", "triangle")
 CORNERS = {"circle": 0, "rectangle": 4, "triangle": 3}

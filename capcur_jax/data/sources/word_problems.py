@@ -16,7 +16,7 @@ from capcur_jax.data.problem import Problem, even_shares, stable_hash
 
 VERSION = "word-problems-3"  # raise it with every change of the rows
 KINDS = ("add", "subtract", "multiply")
-COUNTS = {"train": 6000, "validation": 300, "test": 1000}
+COUNTS = {"train": 9600, "validation": 300, "test": 1000}
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -226,9 +226,9 @@ def test_damaged_images_are_put_right_and_nothing_else_is_touched(files):
 @needs_images
 def test_bytes_are_those_of_the_version(files):
     known = {
-        "easy-vqa-2": {
-            "perception": "d15718fcc9438aac165fc111ea46472e5bf0c12afd85feaaa3885984643340ce",
-            "visual": "b8f0ddebb0dec564af35802f409e0382eb4c139678bd84d1bd19308985ac2bd0",
+        "easy-vqa-3": {
+            "perception": "18614c92dc04a832d33136d12627c721dbaacc5da4f2e7bc1473e52a89de99ef",
+            "visual": "53fd2248330cddfb2c7d5c5218a231b913d511dc5320d7e6757c069230050cb0",
         }
     }
     digests = {
