@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from capcur_jax.errors import InputError
+from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.records import streams
 from capcur_jax.records.terminal import files_explained
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "asks a model about benchmarks and scores its replies: what is done without a command",
     "score": "scores recorded predictions, without any model",
     "compare": "whether evaluations differ by more than chance, on the questions that they share",
+    "counterfactual": "which errors are of perception: the figures' facts as text in place of the images",
     "errors": "what kind of error wrong answers make, by a judge or by the figures' facts as text",
 }
 
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = module.run(chosen)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RolloutError as error:  # a server or a judge that went away: what was answered is kept
+        print(f"error: {error}; the same command with its --workdir goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command with its --workdir goes on", file=sys.stderr)

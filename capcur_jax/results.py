@@ -181,7 +181,7 @@ def counterfactual(run: Run) -> None:
     """How many of the final weights' errors the figures' facts as text would mend; config.evaluation.counterfactual.
 
     Written to WORKDIR/evaluation/final, for the report and for `errors`; nothing where no set has such facts."""
-    settings, builder = run.config.evaluation, run.policy.builder
+    settings, builder = run.config.evaluation, run.heldout.builders["evaluation"]
     if not settings.counterfactual:
         return
     found, started = {}, time.monotonic()
@@ -191,7 +191,8 @@ def counterfactual(run: Run) -> None:
             if not pairs:
                 continue
             pairs = pairs[: settings.counterfactual]  # the questions come in the order of their hashes
-            with run.display.progress(f"counterfactual ({name})", (1 + len(twins.WAYS)) * len(pairs)) as progress:
+            count = len(twins.ways_of(pairs)) * len(pairs)
+            with run.display.progress(f"counterfactual ({name})", count) as progress:
                 result = twins.ask(
                     pairs,
                     engine=run.engine,
@@ -277,7 +278,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     jsonl.write_json_atomic(run.workdir / "summary.json", summary)
     files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
     if (run.workdir / folders.FINAL / folders.SCORES).is_file():
-        files["wrong answers"] = page.write(run.workdir / folders.FINAL)
+        files["answers"] = page.write(run.workdir / folders.FINAL)
     for line in explain_skipped(builder):
         run.display.warn(f"left out: {line}")
     run.display.final(summary, files)

@@ -16,6 +16,7 @@ from capcur_jax import presets, results, schedule
 from capcur_jax.checkpoints.checkpointing import Progress
 from capcur_jax.data.problem import Problem
 from capcur_jax.records.jsonl import JsonLines
+from capcur_jax.rollout.engine import sampling_of
 from capcur_jax.rollout.groups import Rollout
 from tests.rollout.test_groups import group as graded
 
@@ -187,6 +188,41 @@ def test_a_process_that_owns_no_file_writes_none(tmp_path):
     assert run.finish()["status"] == "finished" and run.closed == ["checkpoints"]
     results.plan(run, run.stages)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("owner", [True, False])
+def test_the_facts_as_text_are_told_in_the_reports_and_nowhere_where_a_set_has_none(tmp_path, owner):
+    run, told = Run(tmp_path, owner, **{"evaluation.counterfactual": 3}), []
+    dots = [Problem(str(at), "How many?", "3", ("/x.png",), metadata={"caption": "Some dots."}) for at in range(5)]
+    run.heldout.questions = {"perception": dots, "text": [Problem("0", "2+1?", "3")]}.__getitem__
+    builder = run.heldout.builders["evaluation"]
+    builder.try_build, builder.processor = (
+        (lambda problem: problem),
+        types.SimpleNamespace(response=lambda tokens: tokens),
+    )
+    run.display.progress = lambda title, total: contextlib.nullcontext(told.append)
+    run.engine.generate = lambda prompts, sampling, n, *_: [[types.SimpleNamespace(tokens=p)] * n for p in prompts]
+    run.sampling = sampling_of(run.config, "rollout")
+    right = lambda problems, texts: [types.SimpleNamespace(accuracy=float(not one.images)) for one in texts]  # noqa: E731
+    counters, run.reward = run.reward.counters, right
+    results.counterfactual(run)
+    run.reward = types.SimpleNamespace(counters=counters)
+    run.finish()
+    kept = tmp_path / "evaluation" / "final" / "counterfactual.json"
+    assert sum(told) == 6 and kept.is_file() == owner
+    if owner:
+        found = json.loads(kept.read_text())
+        assert list(found["sets"]) == ["perception"] and found["sets"]["perception"]["text"]["questions"] == 3
+        assert found["sets"]["perception"]["text"]["wrong_right"][0] == 1
+        report = (tmp_path / "report.html").read_text()
+        assert "facts as text" in report and "<td>100.0</td>" in report and "Chance alone" in report
+
+
+def test_no_counterfactual_is_asked_where_none_is_wanted(tmp_path):
+    run = Run(tmp_path, **{"evaluation.counterfactual": 0})
+    results.counterfactual(run)
+    run.finish()
+    assert not (tmp_path / "evaluation").exists() and "facts as text" not in (tmp_path / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------- the plan

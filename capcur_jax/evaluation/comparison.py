@@ -13,7 +13,9 @@ from capcur_jax.evaluation.benchmarks.base import MODES
 from capcur_jax.evaluation.folders import Answered, Folder, conditions, score_of
 
 # Conditions under which answers differ though the models may not. What tells the models themselves is not among them.
-THE_MODELS = ("checkpoint", "model", "address", "digest", "workdir", "date", "seconds", "versions", "started")
+THE_MODELS = (
+    "checkpoint", "model", "address", "workdir", "versions", "step", "stage", "moment", "spent",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,12 @@ def notes(pair: Pair) -> list[str]:
         said.append(f"other row sets: {pair.only[0]:,} rows of A alone, {pair.only[1]:,} of B alone; left out")
     if pair.other_questions:
         said.append(f"{pair.other_questions:,} rows have another question or right answer; left out")
+    rows = [100 * one["right"] for one in pair.lengths]
+    for score, right in zip(pair.scores, rows, strict=True):
+        if score is not None and abs(score - right) > 0.05:
+            a, b = ("none" if one is None else f"{one:.1f}" for one in pair.scores)
+            said.append(f"main number: {a} / {b}; it is no mean of rows, which are what is compared")
+            break
     said += [f"{key}: {_short(a)} / {_short(b)}" for key, (a, b) in pair.conditions.items()]
     return said
 

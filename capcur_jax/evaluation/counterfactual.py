@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from capcur_jax.data.sources import easy_vqa
 from capcur_jax.devices import distributed
 from capcur_jax.evaluation import statistics
 from capcur_jax.models.inputs import BadInput
+from capcur_jax.records.text import number
 from capcur_jax.rewards.reward import Reward
 from capcur_jax.rollout.engine import Engine, Sampling
 
@@ -151,8 +153,8 @@ def note(kept: Mapping[str, Any]) -> str:
     for name, ways in kept["sets"].items():
         for way in WAYS:
             if (found := ways.get(way)) and found["limited_of_wrong"]:
-                _, low, high = (100 * value for value in found["limited_of_wrong"])
-                said.append(f"{name}, {way}: of perception {low:.1f} to {high:.1f} (95 %).")
+                low, high = (number(value and 100 * value, ".1f") or "?" for value in found["limited_of_wrong"][1:])
+                said.append(f"{name}, {way}: of perception {low} to {high} (95 %).")
                 chance = _percent(found["again"])
                 said.append(f"Chance alone turns {chance} to right, and as many to wrong.")
         if ways["left_out"]:
@@ -171,6 +173,11 @@ def _percent(found: Sequence[float] | None) -> str:
 
 
 # ---------------------------------------------------------------------- asking
+
+
+def ways_of(pairs: Sequence[Twin]) -> list[str]:
+    """How all of the questions can be put."""
+    return ["image", "text", *(["begun"] if all(pair.beginning for pair in pairs) else [])]
 
 
 def ask(
@@ -193,7 +200,7 @@ def ask(
     Returns:
       Of each way its `outcome`; left_out: reason -> how many questions could not be asked.
     """
-    ways = ["image", "text", *(["begun"] if all(pair.beginning for pair in pairs) else [])]
+    ways = ways_of(pairs)
     # [questions, ways, samples]; of several processes each asks its share.
     right, known = np.zeros((len(pairs), len(ways), samples)), np.zeros((len(pairs), len(ways)))
     for place, way in enumerate(ways):
@@ -211,8 +218,9 @@ def ask(
             texts = [builder.processor.response(sample.tokens) for _, group in answered for sample in group]
             scores = iter(reward(asked, texts))
             for at, group in answered:
-                known[at, place] = 1
-                right[at, place] = [next(scores).accuracy >= 1 for _ in group]
+                credit = np.array([next(scores).accuracy for _ in group], float)
+                known[at, place] = np.isfinite(credit).all()  # a reward on a scale of its own says nothing of it
+                right[at, place] = credit >= 1
             progress(size)
     right, known = distributed.exchange(right).sum(0), distributed.exchange(known).sum(0)
     both = np.flatnonzero(known.all(1))
@@ -247,7 +255,7 @@ def outcome(image_QxS: np.ndarray, text_QxS: np.ndarray, clusters: Sequence[Hash
       clusters: [questions], what belongs together, such as the image.
 
     Returns:
-      Shares of all answers, each [share, low, high] with its 95 % interval:
+      Shares of all answers, each [share, low, high] with its 95 % interval (None: a single cluster has none):
       wrong_right, wrong_wrong, right_wrong, right_right: of an answer with the image and one with the text.
       again: of two answers with the image, that the first is wrong and the second right: what chance alone turns.
       limited: wrong_right minus right_wrong. limited_of_wrong: the same of the wrong answers alone; None without any.
@@ -267,8 +275,8 @@ def outcome(image_QxS: np.ndarray, text_QxS: np.ndarray, clusters: Sequence[Hash
     found: dict[str, Any] = {
         "questions": len(image),
         "samples": samples,
-        **{name: list(statistics.mean_interval(values, clusters)) for name, values in shares.items()},
-        "limited": list(
+        **{name: _listed(statistics.mean_interval(values, clusters)) for name, values in shares.items()},
+        "limited": _listed(
             statistics.mean_interval(shares["wrong_right"] - shares["right_wrong"], clusters, bounded=False)
         ),
     }
@@ -278,5 +286,12 @@ def outcome(image_QxS: np.ndarray, text_QxS: np.ndarray, clusters: Sequence[Hash
         return float((text[rows] - image[rows]).sum() / wrong) if wrong else 0.0
 
     wrong = float((1 - image).sum())
-    found["limited_of_wrong"] = list(statistics.jackknife_interval(of_wrong, len(image), clusters)) if wrong else None
+    found["limited_of_wrong"] = None
+    if wrong:
+        found["limited_of_wrong"] = _listed(statistics.jackknife_interval(of_wrong, len(image), clusters))
     return found
+
+
+def _listed(interval: statistics.Interval) -> list[float | None]:
+    """For JSON: None for limits that a single cluster can't have."""
+    return [value if math.isfinite(value) else None for value in interval]

@@ -147,8 +147,7 @@ class Judge:
         return [done[key]["verdict"] if key in done else None for key in keys]
 
     def described(self) -> dict[str, Any]:
-        """What a score that it took part in depends on, and what it cost since this was opened."""
-        count = self.counts
+        """What a score that it took part in depends on, and under "spent" what it cost since this was opened."""
         return {
             "judge": self.model.name,
             "address": self.model.address,
@@ -156,6 +155,12 @@ class Judge:
             "max_tokens": self.model.max_tokens,
             "temperature": 0.0,
             "tries": self.model.tries,
+            "spent": self._spent(),
+        }
+
+    def _spent(self) -> dict[str, Any]:
+        count = self.counts
+        return {
             "questions": count["asked"] + count["known"] + count["no answer"],
             "from the journal": count["known"],
             "calls": count["calls"],

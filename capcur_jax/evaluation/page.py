@@ -66,23 +66,24 @@ def write(workdir: Path, mode: str = MODES[0]) -> Path:
 
 def html(folder: Folder, mode: str) -> str:
     """The page's text."""
+    parts = folder.path.resolve().parts
+    name = f"{parts[-3]}, {parts[-1]}" if parts[-2:-1] == ("evaluation",) else folder.name  # of a run
     judged, told = _json(folder.path / errors.FILE), _json(folder.path / counterfactual.FILE)
     shown, of = _drawn(folder, judged, mode)
     room = _Room(PICTURES)
     articles = [_article(wrong, mode, room) for wrong in shown]
     filters = {
-        name: sorted({article[name] for article in articles if article[name]})
-        for name in ("benchmark", "category", "kind")
+        key: sorted({article[key] for article in articles if article[key]}) for key in ("benchmark", "category", "kind")
     }
-    numbers = {name: {value: at for at, value in enumerate(values, 1)} for name, values in filters.items()}
+    numbers = {key: {value: at for at, value in enumerate(values, 1)} for key, values in filters.items()}
     return render(
         "evaluation.html",
-        title=f"{folder.name}: evaluation",
-        name=folder.name,
+        title=f"{name}: evaluation",
+        name=name,
         head=["benchmark", "rows", *(f"{which}, %" for which in MODES), *_SHARES, "tokens"],
-        scores=[_score(folder, name) for name in folder.answered],
-        classes={name: list(_classes(folder, name)) for name in folder.answered},
-        conditions={name: folders.conditions(folder, name) for name in folder.answered},
+        scores=[_score(folder, each) for each in folder.answered],
+        classes={each: list(_classes(folder, each)) for each in folder.answered},
+        conditions={each: folders.conditions(folder, each) for each in folder.answered},
         errors=_errors(judged),
         told=counterfactual.shown(told) if told else {},
         articles=articles,

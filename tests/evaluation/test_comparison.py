@@ -60,6 +60,21 @@ def test_conditions_that_differ_are_said_and_the_model_is_none(tmp_path):
     assert pair.conditions == {"max_tokens": (48, 96)} and comparison.notes(pair) == ["max_tokens: 48 / 96"]
 
 
+def test_a_main_number_that_is_no_mean_of_rows_is_said(tmp_path):
+    sides = [folders.read(folder(tmp_path / name, {"x": rows(0, 0.5)})) for name in "ab"]
+    sides[1].scores["benchmarks"]["x"]["kit"]["score"] = 12.25
+    (pair,) = comparison.compare(*sides, "kit")
+    assert comparison.notes(pair)[0].startswith(f"main number: {pair.scores[0]:.1f} / 12.2;")
+
+
+def test_another_table_and_another_judge_are_said_but_not_what_judges_cost(tmp_path):
+    judge = {"judge": "j1", "prompts": "1-a", "spent": {"calls": 5}}
+    a = folder(tmp_path / "a", {"x": rows(0, 0.5)}, {"digest": "aa", "judge": judge})
+    b = folder(tmp_path / "b", {"x": rows(0, 0.5)}, {"digest": "bb", "judge": judge | {"spent": {"calls": 7}}})
+    (pair,) = comparison.compare(folders.read(a), folders.read(b), "kit")
+    assert comparison.notes(pair) == ["digest: aa / bb"]
+
+
 def test_lengths_are_of_all_of_right_answers_and_with_the_share_cut():
     found = comparison.lengths(
         [answered(1, True, tokens=10), answered(2, False, tokens=50, finish="length"), answered(3, True, tokens=None),

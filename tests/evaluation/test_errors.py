@@ -150,7 +150,7 @@ def test_the_command(tmp_path, capsys, picture):
         again = run(path, *words)
         assert len(server.requests) == 4
     assert result["classified"] == 4 and result["perception"]["first"]["share"][0] == 1 and result["paper"] == 86.9
-    assert again["judge"]["calls"] == 0 and again["classified"] == 4
+    assert again["judge"]["spent"]["calls"] == 0 and again["classified"] == 4
     kept = json.loads((path / "errors.json").read_text())
     assert kept["definition"] == CLASSES and kept["judge"]["prompts"] == errors.VERSION
     assert kept["all"]["wrong"] == 5 and len(kept["rows"]["x"]) == 4

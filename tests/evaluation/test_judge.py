@@ -102,7 +102,7 @@ def test_every_kind_is_asked_and_decided(tmp_path):
     asks = [(ROW, "square", LETTER), (ROW, "sure", YES_NO), (OPEN, "it is 50 cm", EXTRACT), (OPEN, "", EQUAL)]
     found, described, requests = decide(tmp_path, reply, asks)
     assert found == ["B", "yes", "50 cm", "same"] and len(requests) == 4
-    assert described["questions"] == described["calls"] == 4 and described["unreadable"] == 0
+    assert described["spent"]["questions"] == described["spent"]["calls"] == 4 and described["spent"]["unreadable"] == 0
     assert described["prompts"] == judge_prompts.VERSION and described["judge"] == "judge-1"
     assert all(request["temperature"] == 0 for request in requests)
 
@@ -115,7 +115,7 @@ def test_prose_is_asked_again_and_told_what_is_missing(tmp_path):
         return "B" if len(body["messages"]) == 3 else "Well, yes: it says the answer is B."
 
     found, described, requests = decide(tmp_path, reply, [(ROW, "square", LETTER)])
-    assert found == ["B"] and described["calls"] == 2
+    assert found == ["B"] and described["spent"]["calls"] == 2
     assert [turn["role"] for turn in requests[1]["messages"]] == ["user", "assistant", "user"]
     assert "A or B or unanswered" in turn_text(requests[1])
 
@@ -125,7 +125,7 @@ def test_prose_is_asked_again_and_told_what_is_missing(tmp_path):
 )
 def test_a_judge_that_never_gives_a_verdict_is_unreadable_and_never_yes(tmp_path, reply):
     found, described, requests = decide(tmp_path, reply, [(ROW, "yes", YES_NO)], tries=3)
-    assert found == [None] and described["unreadable"] == 1 and len(requests) == 3
+    assert found == [None] and described["spent"]["unreadable"] == 1 and len(requests) == 3
 
 
 def test_a_silent_judge_gets_more_room_and_no_empty_turn(tmp_path):
@@ -139,7 +139,7 @@ def test_an_unreadable_judge_is_not_asked_again_by_the_next_command(tmp_path):
         for calls in (3, 0):
             with judge_of(server, tmp_path) as judge:
                 assert judge.decide(ROW, "x", LETTER) is None
-                assert (judge.described()["unreadable"], judge.described()["calls"]) == (1, calls)
+                assert (judge.described()["spent"]["unreadable"], judge.described()["spent"]["calls"]) == (1, calls)
 
 
 def test_a_question_without_an_answer_is_counted_and_asked_the_next_time(tmp_path):
@@ -147,7 +147,7 @@ def test_a_question_without_an_answer_is_counted_and_asked_the_next_time(tmp_pat
     with ScriptedServer(lambda body: replies.pop(0)) as server:
         with judge_of(server, tmp_path) as judge:
             assert judge.decide(ROW, "x", LETTER) is None
-            said = judge.described()
+            said = judge.described()["spent"]
             assert (said["no answer"], said["unreadable"]) == (1, 0) and "too long" in said["trouble"]
         with judge_of(server, tmp_path) as judge:
             assert judge.decide(ROW, "x", LETTER) == "B"
@@ -180,7 +180,7 @@ def test_equal_questions_are_asked_once_and_never_again(tmp_path):
         with judge_of(server, tmp_path) as judge:
             assert judge.decide_all([(ROW, "x", LETTER)] * 3) == ["B"] * 3
         with judge_of(server, tmp_path) as judge:
-            assert judge.decide(ROW, "x", LETTER) == "B" and judge.described()["from the journal"] == 1
+            assert judge.decide(ROW, "x", LETTER) == "B" and judge.described()["spent"]["from the journal"] == 1
         assert len(server.requests) == 1
 
 
@@ -217,9 +217,13 @@ def test_tokens_are_counted_and_their_absence_said(tmp_path):
     _, counted, _ = decide(
         tmp_path, Raw(200, json.dumps(body | usage).encode()), [(ROW, "x", LETTER), (ROW, "y", LETTER)]
     )
-    assert (counted["prompt_tokens"], counted["tokens"], counted["replies without token counts"]) == (200, 10, 0)
+    assert (
+        counted["spent"]["prompt_tokens"],
+        counted["spent"]["tokens"],
+        counted["spent"]["replies without token counts"],
+    ) == (200, 10, 0)
     _, silent, _ = decide(tmp_path, "B", [(ROW, "z", LETTER)])
-    assert silent["replies without token counts"] == 1
+    assert silent["spent"]["replies without token counts"] == 1
 
 
 def test_progress_is_told_of_every_question(tmp_path):

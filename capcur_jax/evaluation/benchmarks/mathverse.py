@@ -40,7 +40,8 @@ def _rule(row: Row, text: str, extracted: str | None) -> Verdict | Ask:
     return Ask("equal", answer=extracted.strip(), question=row.facts["judged"])
 
 
-def _benchmark(version: str, digest: str) -> Benchmark:
+def benchmark(version: str, digest: str = "") -> Benchmark:
+    """One of the versions, by its name in the files."""
     words = version.replace(" ", "_")
     files = (f"MathVerse_MINI_{words}.tsv", "MathVerse_MINI.tsv", "testmini*.json", "testmini*.parquet")
     return Benchmark(
@@ -52,4 +53,4 @@ def _benchmark(version: str, digest: str) -> Benchmark:
     )  # fmt: skip
 
 
-BENCHMARKS = (_benchmark("Vision Intensive", "01cbd35b"), _benchmark("Vision Only", "68a11d46"))
+BENCHMARKS = (benchmark("Vision Intensive", "01cbd35b"), benchmark("Vision Only", "68a11d46"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints the table, and writes DIR/errors.json. Without a judge: what the run's counterfactual says."""
     from capcur_jax.evaluation import errors, folders, judge, page
+    from capcur_jax.evaluation.commands import counterfactual
     from capcur_jax.records import jsonl
     from capcur_jax.records.terminal import Progress
 
     folder = folders.read(arguments.folder)
     model = judge.model_of(arguments.judge, arguments.judge_model, arguments.judge_key_variable)
-    told = _counterfactual(folder.path)
+    told = counterfactual.read(folder.path)
     if model is None:
         return _without(folder.path, told)
     names = _chosen(folder, arguments.benchmarks)
@@ -92,19 +92,12 @@ def _facts(one: Any) -> str:
     return facts_text(one.row.index, one.row.facts.get("caption"), one.row.images)
 
 
-def _counterfactual(folder: Path) -> dict[str, Any]:
-    from capcur_jax.evaluation.counterfactual import FILE as TOLD
-
-    file = folder / TOLD
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def _without(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
     """Without a judge the counterfactual alone says what can be said."""
     if not told:
         raise InputError(
-            f"{folder}: no judge (--judge) says of which kind the errors are, and no counterfactual is kept here; a "
-            "training run makes one where config.evaluation.counterfactual is above 0"
+            f"{folder}: no judge (--judge) says of which kind the errors are, and no counterfactual is kept here: give "
+            "a judge, or ask with `counterfactual --workdir`; runs do where evaluation.counterfactual is above 0"
         )
     _print({}, told)
     return {"judge": "none", "counterfactual": told["sets"]}
@@ -114,7 +107,7 @@ def _print(result: dict[str, Any], told: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from capcur_jax.evaluation import counterfactual
+    from capcur_jax.evaluation.commands.counterfactual import show
     from capcur_jax.records.tables import titled
 
     console = Console(stderr=True, width=WIDTH, highlight=False)
@@ -123,11 +116,11 @@ def _print(result: dict[str, Any], told: dict[str, Any]) -> None:
         title = f"Wrong answers by kind of error, % of {whole['classified']:,} classified"
         rows = [(name, *_shares(whole["first"][name]), *_shares(whole["anywhere"][name])) for name in CLASSES]
         console.print(titled(title, ["kind", "first error", "95 %", "anywhere", "95 % of it"], rows))
-        judge = result["judge"]
+        judge, spent = result["judge"], result["judge"]["spent"]
         saw = ", ".join(f"{count:,} {what}" for what, count in whole["judge saw"].items())
         said = [
             f"Judge {judge['judge']}, prompts {judge['prompts']}, saw: {saw}. Undecided: {whole['undecided']:,}.",
-            f"{judge['calls']:,} calls, {judge['prompt_tokens'] + judge['tokens']:,} tokens.",
+            f"{spent['calls']:,} calls, {spent['prompt_tokens'] + spent['tokens']:,} tokens.",
             f"The paper: {PAPER['share']} % are perception errors, of {PAPER['of']}. Not known: {PAPER['not known']}.",
             f"Perception: {CLASSES['perception']}. All definitions are in {FILE}.",
         ]
@@ -135,10 +128,7 @@ def _print(result: dict[str, Any], told: dict[str, Any]) -> None:
             console.print(Text(line), soft_wrap=False)
         console.print()
     if told:
-        console.print(
-            titled("The figure's facts as text in place of the image", counterfactual.HEAD, counterfactual.table(told))
-        )
-        console.print(Text(counterfactual.note(told)))
+        show(told)
 
 
 def _shares(found: dict[str, Any]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax import presets
 from capcur_jax.data.prompts import PLACEMENTS
-from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.errors import InputError
 from capcur_jax.evaluation import asking, judge, outcome, page, rules
 from capcur_jax.evaluation.asking import Answerer, Replies, Said
 from capcur_jax.evaluation.benchmarks.base import MODES
@@ -67,10 +68,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--process_count", type=int, metavar="N", help="of several processes: how many there are")
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Who is asked what. read: what of a reply the rules read."""
+
+    chosen: Sequence[Chosen]
+    answerer: Answerer
+    sampling: Sampling
+    instruction: str
+    read: str
+    workdir: Path
+    data: Path | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What replies depend on."""
+        return {**self.answerer.settings, **asking.sampled(self.sampling, self.instruction)}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the scores of both modes by benchmark; all else is in the work directory. Raises InputError."""
-    _check(arguments)
     judging = judge.model_of(arguments.judge, arguments.judge_model, arguments.judge_key_variable)
+    setting = opened(arguments)
+    workdir, settings = setting.workdir, setting.settings
+    model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
+    result = {}
+    with contextlib.ExitStack() as closing:
+        # Opened first: what is wrong with a judge is said before a model answers for hours.
+        journal = workdir / judge.FILE
+        judged = _by_owner(lambda: closing.enter_context(judge.Judge(judging, journal)) if judging else None)
+        said = ask(setting.chosen, setting.answerer, settings, workdir)
+        for one, replies in zip(setting.chosen, said, strict=False):  # process 0 has them
+            conditions = {**model, **settings}
+            result[one.benchmark.name] = score_and_write(one, replies, setting.read, judged, conditions, workdir)
+    if result:
+        tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
+    meet()
+    return {"workdir": str(workdir), "benchmarks": result}
+
+
+def opened(arguments: argparse.Namespace) -> Setting:
+    """What the options of `add_arguments` mean; of several processes all call it. Raises InputError."""
+    _check(arguments)
     config, instruction = None, arguments.instruction or "none"
     if arguments.checkpoint:
         _join(arguments)
@@ -79,37 +118,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     workdir = prepare_workdir(arguments.workdir, "evaluation")
     built = _run_folder(arguments) or workdir
     images = Path(arguments.images) if arguments.images else workdir / "images"
-    source = Source(Path(arguments.data) if arguments.data else None, images, config, built / "data")
+    data = Path(arguments.data) if arguments.data else None
+    source = Source(data, images, config, built / "data")
     chosen = _in_turn(lambda: choose(arguments.benchmarks.split(","), source, arguments.limit))
     for one in chosen:
         tell(described(one.benchmark, one.rows) if not one.conditions["partial"] else _partial(one))
+    tell(f"work directory: {workdir}")
     sampling = _sampling(arguments, config)
     answerer = _answerer(arguments, config, sampling, workdir)
-    settings = {**answerer.settings, **asking.sampled(sampling, instruction)}
-    tell(f"work directory: {workdir}")
     read = arguments.read or ("raw" if instruction == "none" else "box")
-    model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
-    result = {}
-    with contextlib.ExitStack() as closing:
-        # Opened first: what is wrong with a judge is said before a model answers for hours.
-        journal = workdir / judge.FILE
-        judged = _by_owner(lambda: closing.enter_context(judge.Judge(judging, journal)) if judging else None)
-        try:
-            said = ask(chosen, answerer, settings, workdir)
-            for one, replies in zip(chosen, said, strict=False):  # process 0 has them
-                name = one.benchmark.name
-                result[name] = score_and_write(one, replies, read, judged, {**model, **settings}, workdir)
-        except RolloutError as error:
-            raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
-    if result:
-        tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
-    _meet()
-    return {"workdir": str(workdir), "benchmarks": result}
+    return Setting(chosen, answerer, sampling, instruction, read, workdir, data)
 
 
 def ask(chosen: Sequence[Chosen], answerer: Answerer, settings: dict[str, Any], workdir: Path) -> list[list[Said]]:
     """The replies to the rows of each benchmark, of which those that are known are not asked again. Of several
-    processes all call it, and process 0 keeps the journals; the others get nothing."""
+    processes all call it, and process 0 keeps the journals; the others get nothing. Raises InputError, RolloutError."""
     from capcur_jax.devices import distributed
 
     questions = [[asking.asked(one.benchmark, row, settings["instruction"]) for row in one.rows] for one in chosen]
@@ -228,7 +251,8 @@ def _in_turn(read: Callable[[], Any]) -> Any:
     return read() if given is None else given
 
 
-def _meet() -> None:
+def meet() -> None:
+    """Waits for the other processes."""
     from capcur_jax.devices import distributed
 
     distributed.barrier("end")  # a process that leaves earlier would take the others with it
