@@ -4,7 +4,7 @@ about images. It answers about half of the questions: it has not been shown enou
     python -m capcur_jax.main --config=configs/tiny_base.py --workdir=runs/tiny_base
     cp runs/tiny_base/checkpoints/final/* capcur_jax/assets/tiny_qwen3_vl/
 
-600 updates on captions and sums, then 125 on everything: about 7 minutes on two CPU cores.
+600 updates on captions and sums, then 150 on everything: about 7 minutes on two CPU cores.
 """
 
 from capcur_jax import presets
@@ -48,7 +48,7 @@ def get_config():
         sft = {"objective": "sft", "warmup_steps": 50}
         config.stages = {  # eyes and sums first: questions alone teach them slowly
             "first": presets.stage(("captions", "sums"), 600, 64, 1.5e-3) | sft,
-            "answers": presets.stage(("base",), 125, 64, 1e-3) | sft,
+            "answers": presets.stage(("base",), 150, 64, 1e-3) | sft,
         }
         config.order = ("first", "answers")
         config.prompt.token_buckets = (40, 84, 96)
