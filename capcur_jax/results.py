@@ -264,6 +264,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         "logprob_difference_mean": _over(statistics.fmean, [step.get("logprob_difference_mean") for step in steps]),
         "format_reward_final": _over(statistics.fmean, [record["format"] for record in last]),
         "steps": run.progress.step,
+        "devices": run.mesh.size,
         "best_validation": run.progress.best,
         "parameters": facts["parameters"],
         "checkpoint": str(checkpoint) if checkpoint else None,

@@ -70,7 +70,7 @@ def html(folder: Folder, mode: str) -> str:
     name = f"{parts[-3]}, {parts[-1]}" if parts[-2:-1] == ("evaluation",) else folder.name  # of a run
     judged, told = _json(folder.path / errors.FILE), _json(folder.path / counterfactual.FILE)
     shown, of = _drawn(folder, judged, mode)
-    room = _Room(PICTURES)
+    room = Room(PICTURES)
     articles = [_article(wrong, mode, room) for wrong in shown]
     filters = {
         key: sorted({article[key] for article in articles if article[key]}) for key in ("benchmark", "category", "kind")
@@ -174,7 +174,7 @@ def _drawn(folder: Folder, judged: Mapping[str, Any], mode: str) -> tuple[list[_
     return shown, len(turns)
 
 
-def _article(wrong: _Wrong, mode: str, room: _Room) -> dict[str, Any]:
+def _article(wrong: _Wrong, mode: str, room: Room) -> dict[str, Any]:
     one, verdict = wrong.one, wrong.one.verdicts[mode]
     row, reply, error = one.row, one.reply, wrong.error or {}
     other = [f"{name}: {one.verdicts[name].credit:g}" for name in MODES if name != mode and name in one.verdicts]
@@ -204,7 +204,7 @@ def _article(wrong: _Wrong, mode: str, room: _Room) -> dict[str, Any]:
     }
 
 
-class _Room:
+class Room:
     """Makes small pictures until `limit` bytes are taken; `refused` counts those that had no place."""
 
     def __init__(self, limit: int):

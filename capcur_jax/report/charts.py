@@ -66,24 +66,24 @@ PANELS = (
 _PHASES = ("data", "rollout", "reward", "pack", "update", "sync")
 
 # Charts are drawn in these colors; in the SVG text they become the page's CSS variables.
-_INK, _GRID, _SERIES = "#0a0001", "#0a0002", tuple(f"#0b000{index}" for index in range(1, 7))
-_STYLE = {
+INK, _GRID, SERIES = "#0a0001", "#0a0002", tuple(f"#0b000{index}" for index in range(1, 7))
+STYLE = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "svg.hashsalt": "capcur_jax",  # the same run gives the same file
     "text.parse_math": False,  # a stage's name may hold dollar signs
     "font.size": 9,
     "font.family": "DejaVu Sans",  # measured with this; drawn in the page's font
-    "text.color": _INK,
+    "text.color": INK,
     "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
     "axes.formatter.useoffset": False,
     "axes.unicode_minus": False,
     "figure.facecolor": "none",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
@@ -120,7 +120,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 def curves(steps: Sequence[Record], stages: Sequence[Stage]) -> tuple[list[str], int]:
     """SVG texts, one for each panel that has data, and the window of their running means in steps."""
     window = max(5, len(steps) // 30) | 1
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         charts = [_panel_chart(panel, shown, stages, window) for panel, shown in _panels(steps)]
         charts.insert(-1, _phases_chart(steps, stages))
     return [chart for chart in charts if chart], window
@@ -147,30 +147,30 @@ def accuracy_chart(accuracy: Mapping[str, Record], moments: Mapping[str, str]) -
       accuracy: capability -> moment -> share, as in summary.json.
       moments: key of a moment -> its title, in order.
     """
-    with rc_context(_STYLE):
-        figure, axes = _new_axes("Held-out accuracy", "%", ())
+    with rc_context(STYLE):
+        figure, axes = new_axes("Held-out accuracy", "%", ())
         for index, (name, values) in enumerate(accuracy.items()):
             y = _series([values], *moments) * 100
-            style = {"color": _SERIES[index % len(_SERIES)], "marker": "os^Dv"[index % 5], "markersize": 5}
-            axes.plot(range(len(moments)), y, label=_label(name), linewidth=1.8, **style)
+            style = {"color": SERIES[index % len(SERIES)], "marker": "os^Dv"[index % 5], "markersize": 5}
+            axes.plot(range(len(moments)), y, label=short_label(name), linewidth=1.8, **style)
         narrow = max(6, 52 // max(1, len(moments)))  # characters that fit under a tick
         axes.set_xticks(
-            range(len(moments)), [_label(title.replace(" ", "\n", 1), narrow) for title in moments.values()]
+            range(len(moments)), [short_label(title.replace(" ", "\n", 1), narrow) for title in moments.values()]
         )
         axes.set_xlabel("")
         axes.margins(x=0.08, y=0.12)
-        return _svg(figure, legend=True)
+        return svg(figure, legend=True)
 
 
 def bar_chart(title: str, unit: str, heights: Mapping[str, float], below: str = "") -> str:
     """SVG of a bar for each label, in the order given; `unit` names the heights, `below` the labels."""
-    with rc_context(_STYLE):
-        figure, axes = _new_axes(title, unit, ())
-        axes.bar(range(len(heights)), list(heights.values()), width=0.85, color=_SERIES[0])
+    with rc_context(STYLE):
+        figure, axes = new_axes(title, unit, ())
+        axes.bar(range(len(heights)), list(heights.values()), width=0.85, color=SERIES[0])
         narrow = max(3, 66 // max(1, len(heights)))  # characters that fit under a bar
-        axes.set_xticks(range(len(heights)), [_label(label, narrow) for label in heights])
-        axes.set_xlabel(_label(below))
-        return _svg(figure, legend=False)
+        axes.set_xticks(range(len(heights)), [short_label(label, narrow) for label in heights])
+        axes.set_xlabel(short_label(below))
+        return svg(figure, legend=False)
 
 
 def _panel_chart(panel: Panel, steps: Sequence[Record], stages: Sequence[Stage], window: int) -> str:
@@ -178,12 +178,12 @@ def _panel_chart(panel: Panel, steps: Sequence[Record], stages: Sequence[Stage],
     keys = [(key, label) for key, label in zip(panel.keys, panel.labels, strict=True) if _has(steps, key)]
     if not keys:
         return ""
-    figure, axes = _new_axes(panel.title, panel.unit, stages)
+    figure, axes = new_axes(panel.title, panel.unit, stages)
     series = {key: _series(steps, key) * panel.scale for key, _ in keys}
     everything = np.concatenate([*series.values()])
     log = panel.log and bool((everything > 0).any())
     bottom, top = (1e-30, np.inf) if log else _limit(figure, axes, everything)
-    for (key, label), color in zip(keys, _SERIES, strict=False):
+    for (key, label), color in zip(keys, SERIES, strict=False):
         for stage in stages:
             inside = np.array([stage.first <= step["step"] <= stage.last for step in steps])
             x, y = _series(steps, "step")[inside], series[key][inside]
@@ -199,7 +199,7 @@ def _panel_chart(panel: Panel, steps: Sequence[Record], stages: Sequence[Stage],
         axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    return _svg(figure, legend=len(keys) > 1)
+    return svg(figure, legend=len(keys) > 1)
 
 
 def _phases_chart(steps: Sequence[Record], stages: Sequence[Stage]) -> str:
@@ -211,12 +211,12 @@ def _phases_chart(steps: Sequence[Record], stages: Sequence[Stage]) -> str:
     rest = np.nan_to_num(_series(steps, "seconds")) - sum(bands.values(), np.zeros(len(steps)))
     bands["other" if bands else "whole step"] = np.maximum(rest, 0.0)
     x, *heights = _thin(_series(steps, "step"), *bands.values())
-    figure, axes = _new_axes("Time of a step", "seconds", stages)
-    axes.stackplot(x, *heights, labels=list(bands), colors=_SERIES[: len(bands)], alpha=0.8, linewidth=0)
+    figure, axes = new_axes("Time of a step", "seconds", stages)
+    axes.stackplot(x, *heights, labels=list(bands), colors=SERIES[: len(bands)], alpha=0.8, linewidth=0)
     axes.set_ylim(bottom=0)
     _, top = _limit(figure, axes, np.sum(heights, axis=0))
     axes.set_ylim(0, top)
-    return _svg(figure, legend=True)
+    return svg(figure, legend=True)
 
 
 def _limit(figure: Figure, axes: Axes, values: np.ndarray) -> tuple[float, float]:
@@ -258,7 +258,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def _new_axes(title: str, unit: str, stages: Sequence[Stage]) -> tuple[Figure, Axes]:
+def new_axes(title: str, unit: str, stages: Sequence[Stage]) -> tuple[Figure, Axes]:
     """Axes over global steps with a band and a name for each stage."""
     figure = Figure(figsize=(4.2, 2.6))
     axes = figure.add_subplot()
@@ -277,24 +277,28 @@ def _new_axes(title: str, unit: str, stages: Sequence[Stage]) -> tuple[Figure, A
         room = int(48 * share)  # characters that fit above the band
         if room >= 3:
             place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
-            axes.annotate(_label(stage.name, room), ((stage.first + stage.last) / 2, 1.02), **place)
+            axes.annotate(short_label(stage.name, room), ((stage.first + stage.last) / 2, 1.02), **place)
     return figure, axes
 
 
-def _label(text: str, length: int = 24) -> str:
+def short_label(text: str, length: int = 24) -> str:
     """Text for a chart: each line short, without the control characters that XML forbids even escaped."""
     lines = [re.sub(r"[^\x20-\x7e\xa1-\ud7ff\ue000-\ufffd]", "?", line) for line in str(text).split("\n")[:2]]
     return "\n".join(line if len(line) <= length else line[: max(1, length - 2)] + ".." for line in lines)
 
 
-def _svg(figure: Figure, legend: bool) -> str:
-    """The figure as an <svg> element that scales with its container. Margins are fixed, so that charts line up."""
+def svg(figure: Figure, legend: bool, *, left: float = 0.16, tall: float = 2.15, wide: float = 4.2) -> str:
+    """The figure as an <svg> element that scales with its container. Margins are fixed, so that charts line up.
+
+    Args:
+      left: share of the width for the labels of the axis. tall, wide: inches, without what is below the axis.
+    """
     labels = figure.axes[0].get_legend_handles_labels()[1] if legend else []
     columns = max(1, min(len(labels), 66 // (max(map(len, labels), default=0) + 5)))
     below = 0.48 + (0.1 + 0.17 * math.ceil(len(labels) / columns) if labels else 0.0)  # inches
-    height = 2.15 + below
-    figure.set_figheight(height)
-    figure.subplots_adjust(left=0.16, right=0.965, top=1 - 0.5 / height, bottom=below / height)
+    height = tall + below
+    figure.set_size_inches(wide, height)
+    figure.subplots_adjust(left=left, right=0.965, top=1 - 0.5 / height, bottom=below / height)
     if labels:
         spacing = {
             "handlelength": 1.1,
@@ -315,6 +319,6 @@ def _svg(figure: Figure, legend: bool) -> str:
     # Hundredths of a point are enough for curves, and half the size.
     rest = re.sub(r' d="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), rest)
     text = f"{opening}>{rest}"
-    for color, name in ((_INK, "ink"), (_GRID, "rule"), *((c, f"c{i}") for i, c in enumerate(_SERIES, 1))):
+    for color, name in ((INK, "ink"), (_GRID, "rule"), *((c, f"c{i}") for i, c in enumerate(SERIES, 1))):
         text = text.replace(color, f"var(--{name})")
     return text
