@@ -130,6 +130,7 @@ def test_the_summary_of_a_finished_run(tmp_path):
         "logprob_difference_mean": 0.25,
         "format_reward_final": 0.5,  # of the last evaluation alone
         "steps": 9,  # those before the records begin included
+        "devices": 1,
         "best_validation": 0.75,
         "parameters": 100,
         "checkpoint": str(tmp_path / "checkpoints" / "final"),

@@ -17,7 +17,6 @@ from capcur_jax.report import bands, charts
 CURVES = (
     ("accuracy", "training accuracy", "% of responses", 100),
     ("response_length", "response length", "tokens", 1),
-    ("kl", "KL to the stage's start", "nats per token", 1),
 )
 
 

@@ -147,7 +147,7 @@ def _cell(row: str, column: _Column, measures: Measures) -> Cell:
         return Cell("-")
     if column.kind == "change":
         found = measures.difference(row, column.over, column.metric)
-        return change(found[0]) if found else Cell("-")
+        return change(found[0], METRICS[column.metric].tokens) if found else Cell("-")
     return value(measures.value(row, column.metric))
 
 
@@ -183,9 +183,8 @@ def paper_value(row: str, metric: str, over: str = "") -> str:
         return UNKNOWN
     if NAMES[None] in known:
         return f"{known[NAMES[None]]:{form}}"
-    return " / ".join(
-        f"{known[NAMES[model]]:{form}}" if NAMES[model] in known else UNKNOWN for model in (QWEN3, QWEN25)
-    )
+    names = NAMES[QWEN3], NAMES[QWEN25]
+    return " / ".join(f"{known[name]:{form}}" if name in known else UNKNOWN for name in names)
 
 
 def _benchmarks(measures: Measures) -> Table:
@@ -215,8 +214,9 @@ def claims(found: Sequence[Found]) -> Table:
             lines.append(Line("", (head, Cell(MISSING, one.missing), Cell("-"), paper, *[Cell("-")] * 3)))
             continue
         unit = " %" if METRICS[claim.metric].tokens else ""
-        ours = change(one.difference, claim.less)
-        ours = ours._replace(text=f"{ours.text}{unit}")
+        ours = change(one.difference)
+        # No color: the interval is not adjusted, the verdict is.
+        ours = ours._replace(text=f"{ours.text}{unit}", mood="")
         signs = Cell(f"{one.same_sign} of {len(one.seeds) or 1}")
         sees = Cell(f"{one.detectable:.1f}{unit}" if np.isfinite(one.detectable) else "-")
         lines.append(Line("", (head, _verdict(one), ours, paper, signs, Cell(_p(one.p_holm)), sees)))

@@ -35,9 +35,9 @@ def test_a_difference_is_that_of_the_files(grid, measures):
     assert by_seed == pytest.approx(np.mean(gains, axis=1))
     answered = folders.read(grid / "staged/seed0").answered["visual"]
     mean, clusters = np.mean(gains, axis=0), [one.cluster for one in answered.values()]
+    rows = "staged", "merged", "order_321", "sft_perception"
     pool = seeds.pool(
-        [np.mean([100 * np.array([*credits(grid, row, seed, "visual").values()])], axis=2)[0, 0] for seed in range(3)]
-        for row in ("staged", "merged", "order_321", "sft_perception")
+        np.array([100 * np.mean([*credits(grid, row, seed, "visual").values()]) for seed in range(3)]) for row in rows
     )
     by_hand = seeds.estimate(by_seed, 2, pool, statistics.standard_error(mean, clusters) ** 2, len(set(clusters)))
     assert (found.error, found.df) == (pytest.approx(by_hand.error), pytest.approx(by_hand.df))
@@ -82,13 +82,10 @@ def test_the_opposite_is_said(grid, tmp_path):
 def test_one_seed_has_differences_but_no_verdict(grid, tmp_path):
     for row in ("staged", "merged"):
         shutil.copytree(grid / row / "seed0", tmp_path / row / "seed0")
-    found = {one.claim.title: one for one in claims.judged(claims.Measures(gather.read([str(tmp_path)])))}
-    one = found["staged beats merged"]
+    measures = claims.Measures(gather.read([str(tmp_path)]))
+    one = next(one for one in claims.judged(measures) if one.claim.title == "staged beats merged")
     assert not one.verdict and np.isnan(one.p_holm) and "training noise is not known" in one.missing
-    assert (
-        one.difference.mean
-        == claims.Measures(gather.read([str(tmp_path)])).difference("staged", "merged", "visual")[0].mean
-    )
+    assert one.difference.mean == measures.difference("staged", "merged", "visual")[0].mean
 
 
 def test_same_seeds_alone_are_compared(grid, tmp_path):
