@@ -3,7 +3,9 @@
     python benchmarks/three_seeds.py [--config=configs/staged.py] [--workdir=runs/three_seeds] [more flags of the run]
 
 Prints a markdown table: base and final greedy accuracy of each seed, the mean gain in points, format reward, seconds.
-A seed whose summary lies there already is not run again.
+Then one of each kind of question: greedy, and sampled at temperature 1. A base that samples right more rarely than it
+answers greedily is unsure; one that samples right more often was only to be told to prefer it. A seed whose summary
+lies there already is not run again, and questions are not asked again.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import sys
 from pathlib import Path
 
 from absl import app, flags
+
+from capcur_jax.presets import CAPABILITIES, TINY_CHECKPOINT
 
 _CONFIG = flags.DEFINE_string("config", "configs/staged.py", "The run's config.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/three_seeds", "A folder for each seed goes here.")
@@ -29,6 +33,40 @@ def run(seed: str, more: list[str]) -> dict:
         command = [sys.executable, "-m", "capcur_jax.main", f"--config={_CONFIG.value}", f"--config.seed={seed}"]
         subprocess.run([*command, f"--workdir={workdir}", *more], check=True)
     return json.loads(summary.read_text(encoding="utf-8"))
+
+
+def by_kind(name: str, checkpoint: str, temperature: float) -> dict[str, float]:
+    """The share of right answers of each kind, per cent."""
+    workdir = Path(_WORKDIR.value) / "kinds" / f"{name}-{temperature:g}"
+    command = [
+        sys.executable,
+        "-m",
+        "capcur_jax.evaluate",
+        f"--benchmarks={','.join(CAPABILITIES)}",
+        f"--config={_CONFIG.value}",
+    ]
+    settings = [
+        f"--checkpoint={checkpoint}",
+        f"--temperature={temperature}",
+        "--instruction=suffix",
+        f"--workdir={workdir}",
+    ]
+    subprocess.run([*command, *settings], check=True, stdout=sys.stderr)
+    scores = json.loads((workdir / "scores.json").read_text(encoding="utf-8"))["benchmarks"]
+    return {kind: share for name in CAPABILITIES for kind, share in scores[name]["official"]["kinds"].items()}
+
+
+def kinds(checkpoints: list[str]) -> None:
+    """The table of kinds: the base, and the mean of what the seeds made of it."""
+    columns = []
+    for temperature in (0.0, 1.0):
+        columns.append(by_kind("base", TINY_CHECKPOINT, temperature))
+    for temperature in (0.0, 1.0):
+        of_seeds = [by_kind(f"seed{seed}", c, temperature) for seed, c in zip(_SEEDS.value, checkpoints, strict=True)]
+        columns.append({kind: statistics.fmean(one[kind] for one in of_seeds) for kind in of_seeds[0]})
+    print("\n| kind | base, greedy | base, sampled | after the stages, greedy | sampled |\n|---|---|---|---|---|")
+    for kind in columns[0]:
+        print(f"| {kind} | " + " | ".join(f"{column[kind]:.1f} %" for column in columns) + " |")
 
 
 def main(arguments: list[str]) -> None:
@@ -47,6 +85,7 @@ def main(arguments: list[str]) -> None:
     print("| mean gain, points | " + " | ".join(f"{gain:+.1f}" for gain in gains) + " | | | |")
     print("compilations after warm-up: " + ", ".join(str(s["compilations_after_warmup"]) for s in summaries))
     print("log-prob difference: " + ", ".join(f"{s['logprob_difference_mean']:.1e}" for s in summaries))
+    kinds([summary["checkpoint"] for summary in summaries])
 
 
 if __name__ == "__main__":

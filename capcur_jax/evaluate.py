@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from capcur_jax.errors import InputError
+from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.records import streams
 from capcur_jax.records.terminal import files_explained
 
@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = module.run(chosen)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RolloutError as error:  # a server or a judge that went away: what was answered is kept
+        print(f"error: {error}; the same command with its --workdir goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command with its --workdir goes on", file=sys.stderr)

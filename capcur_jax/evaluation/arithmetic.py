@@ -1,7 +1,7 @@
 r"""The value of a formula in numbers, of `\frac{1}{3}`, `2\pi`, `3**2`, `1:2`: by a grammar, in floats, not by `eval`.
 
 As in the parsers of the published scorers, a formula ends at a bracket that nothing opened, `\log` is of base 10, `5\%`
-is a twentieth, and dollars mean nothing.
+is a twentieth, and dollars and primes mean nothing.
 
 The formula comes from a model. It is short, brackets nest to a bound, and a float has a bound of its own: `9**9**9` has
 no value, and costs nothing.
@@ -15,16 +15,17 @@ from collections.abc import Callable
 
 LONGEST = 256  # characters
 DEEPEST = 24  # brackets inside each other
-_SPACE = re.compile(r"(?:\s|\$|\\[,;:! ]|\\q?quad(?![a-zA-Z])|~|\\left(?![a-zA-Z])|\\right(?![a-zA-Z]))+")
+_SPACE = re.compile(r"(?:\s|\$|\\[, ]|~|\\(?:q?quad|left|right|displaystyle)(?![a-zA-Z]))+")
 _TOKEN = re.compile(
-    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3}(?!\d))?|\.\d+)|(?P<name>\\?[a-zA-Z]+|\\%)|(?P<mark>\*\*|[-+*/:^(){}\[\]|!π√÷×·−])"
+    r"(?P<number>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d{1,3}(?!\d))?|\.\d+)|(?P<name>\\?[a-zA-Z]+|\\%)|(?P<mark>\*\*|\\[{}]|[-+*/:^(){}\[\]|!'π√÷×·−])"
 )
 _SAME = {
     "**": "^", "\\times": "*", "\\cdot": "*", "×": "*", "·": "*", "\\div": "/", "÷": "/", ":": "/", "−": "-",
     "π": "\\pi", "pi": "\\pi", "√": "\\sqrt", "sqrt": "\\sqrt", "\\dfrac": "\\frac", "\\tfrac": "\\frac",
     "\\cfrac": "\\frac",
 }  # fmt: skip
-_PAIRS = {"(": ")", "{": "}", "[": "]", "|": "|"}
+_PAIRS = {"(": ")", "{": "}", "[": "]", "\\{": "\\}", "|": "|"}
+_CLOSING = (")", "}", "]", "\\}")
 _FUNCTIONS: dict[str, Callable[[float], float]] = {
     "sin": math.sin, "cos": math.cos, "tan": math.tan, "ln": math.log, "log": math.log10, "exp": math.exp,
     "arcsin": math.asin, "arccos": math.acos, "arctan": math.atan,
@@ -69,7 +70,7 @@ class _Reader:
 
     def is_done(self) -> bool:
         """Whether nothing comes any more, or a bracket that nothing opened."""
-        return not self.tokens or self._next() in (")", "]", "}")
+        return not self.tokens or self._next() in _CLOSING
 
     def _next(self) -> str:
         return self.tokens[-1] if self.tokens else ""
@@ -101,6 +102,8 @@ class _Reader:
     @staticmethod
     def _begins(token: str) -> bool:
         """Whether it begins a factor that no sign of multiplication precedes."""
+        if token in _CLOSING:
+            return False
         return token in ("(", "{", "[") or token[:1].isdigit() or token[:1] in (".", "\\") or token == "e"
 
     def _signed(self) -> float:
@@ -111,6 +114,8 @@ class _Reader:
 
     def _power(self) -> float:
         base = self._atom()
+        while self._next() == "'":
+            self._take("'")
         while self._next() == "!":
             self._take("!")
             if base < 0 or base > 170 or base != int(base):

@@ -52,6 +52,8 @@ def kind_of(path: Path) -> str:
         raise InputError(f"{path}: a Git LFS pointer, not the file; get it with `git lfs pull`")
     if head.startswith(b"\x80"):
         raise InputError(f"{path}: a pickle, which can run anything when it is read; give the kit's .tsv or .xlsx")
+    if head.startswith(b"\x1f\x8b"):
+        raise InputError(f"{path}: compressed with gzip; unpack it first")
     for mark, kind in ((b"PAR1", "parquet"), (b"PK\x03\x04", "xlsx")):
         if head.startswith(mark):
             return kind

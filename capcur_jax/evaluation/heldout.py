@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +16,7 @@ from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
+from capcur_jax.evaluation import statistics
 from capcur_jax.evaluation.keeper import Keeper
 from capcur_jax.evaluation.local import answers
 from capcur_jax.models.inputs import BadInput, Processor
@@ -45,7 +45,7 @@ def evaluate(
     Returns:
         accuracy: the share that is right of all problems, also of those that are left out because their prompt can't be
             built or is refused: who leaves out what is hard must not look better. `by_kind`: the same of each kind.
-        standard_error: of `accuracy`, see below.
+        standard_error: of `accuracy`; questions about the same images are right or wrong together.
         accuracy_answered, format, response_length: means over the others, `questions`; `left_out`: how many are not.
         timed_out: answers whose grading took too long, which count as wrong.
     """
@@ -83,7 +83,7 @@ def evaluate(
         accuracy, means = (right / (answered + left_out)).tolist(), (sums[0, :3] / answered[0]).tolist()
     return {
         "accuracy": accuracy[0],
-        "standard_error": standard_error(problems, right_of),
+        "standard_error": statistics.standard_error(right_of, [problem.images or "" for problem in problems]),
         "accuracy_answered": means[0],
         "format": means[1],
         "response_length": means[2],
@@ -92,17 +92,6 @@ def evaluate(
         "timed_out": int(sums[0, 5]),
         "by_kind": dict(zip(kinds, accuracy[1:], strict=True)),
     }
-
-
-def standard_error(problems: Sequence[Problem], right: np.ndarray) -> float:
-    """Of the mean of `right` [problems]; nan for a single cluster. Questions about the same images are one cluster:
-    they are right or wrong together, and a thousand questions about ten images say little more than ten."""
-    clusters: dict[Any, int] = {}
-    of = [clusters.setdefault(p.images or at, len(clusters)) for at, p in enumerate(problems)]
-    if len(clusters) < 2:
-        return math.nan
-    residuals = np.bincount(of, weights=right - right.mean(), minlength=len(clusters))
-    return float(np.sqrt(len(clusters) / (len(clusters) - 1) * (residuals**2).sum()) / len(problems))
 
 
 class Heldout:

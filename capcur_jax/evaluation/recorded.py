@@ -18,7 +18,8 @@ from capcur_jax.evaluation.tables import index_text
 FAILED = "Failed to obtain answer via API"  # what the kit writes where a request failed
 XLSX_CELL = 32767  # characters that a cell of a workbook holds; the rest is lost when it is written
 _OTHERS = "that stand beside another answer than the row's"
-_FEW = 10  # predictions, of which most may differ
+_FEW = 10  # predictions, all of which may differ
+_MANY = 0.2  # of the predictions: more than any new version of a set has changed
 _REPLACED = {code: "�" for code in range(0xD800, 0xE000)}  # half pairs, which are no text
 
 
@@ -62,11 +63,13 @@ def _prediction(value: Any, workbook: bool) -> Prediction:
     if not index:
         raise BadRow("no index", "`index` is missing or empty; rows have `index` and `prediction`")
     text, extracted = _text(value, "prediction"), None
-    if value.get("extracted") is not None:
-        extracted = _text(value, "extracted")
+    if (given := value.get("extracted")) is not None:
+        extracted = _text(value, "extracted") if isinstance(given, str | float) else str(given)  # a list is [1, 2]
     finish = "length" if workbook and len(text) >= XLSX_CELL else ""
     failed = ""
-    if value.get("prediction") is None and not isinstance(value, contents.Cells):
+    if extracted is not None:
+        pass  # there was a reply, whatever became of its text
+    elif value.get("prediction") is None and not isinstance(value, contents.Cells):
         failed = "no reply"
     elif FAILED in text:
         failed = "the request failed"
@@ -89,7 +92,7 @@ def join(
     WeMath's rows are told by `ID` and `key` where predictions have both.
 
     Raises:
-      InputError: none is of a row, or most stand beside another right answer than their row's.
+      InputError: none is of a row, or many stand beside another right answer than their row's.
     """
     by_index = {row.index: at for at, row in enumerate(rows)}
     by_number = {str(at): at for at in range(len(rows))}
@@ -117,7 +120,7 @@ def join(
     if not replies:
         what = f"none of {len(predictions)} predictions is of a row of the data (index {short(indices[0])}, ...)"
         raise InputError(f"{path}: {what}; give the data that they were made with (--data)")
-    if len(replies) > _FEW and count[_OTHERS] > len(replies) / 2:
+    if len(replies) > _FEW and count[_OTHERS] > _MANY * len(replies):
         what = f"{count[_OTHERS]} of {len(replies)} predictions stand beside another answer than that of the row"
         raise InputError(f"{path}: {what} of their index; give the data that they were made with (--data)")
     said = [how] if how else []
@@ -132,5 +135,13 @@ def _agrees(row: Row, answer: str | None) -> bool:
     """Whether the answer that a table of predictions has is the row's; a list of answers is not looked at."""
     if answer is None or answer.startswith("["):
         return True
-    known = {*row.gold, str(row.facts.get("answer", ""))}
-    return answer.strip("() ").casefold() in {gold.strip("() ").casefold() for gold in known}
+    return _plain(answer) in {_plain(known) for known in (*row.gold, str(row.facts.get("answer", "")))}
+
+
+def _plain(answer: str) -> str | float:
+    """Without brackets and case; a number as its value: a workbook makes 30 of 30.0."""
+    answer = answer.strip("() ").casefold()
+    try:
+        return value if (value := float(answer)) == value else answer
+    except ValueError:
+        return answer

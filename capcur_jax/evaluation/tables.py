@@ -26,6 +26,9 @@ LONGEST_REFERENCE = 64  # characters of an `image` that is another row's index
 LONGEST_LITERAL = 1 << 20
 _NOTHING = ("", "nan", "NaN", "None", "none", "null", "NA", "N/A")  # of `image`, where no text can be meant
 
+_WITHOUT_IMAGE = "without image"
+_NO_GOLD = ("no answer", "no label", "no gt_answer", "no ground_truth")  # what a row is refused for without its gold
+
 
 class Rows(list[Row]):
     """A benchmark's rows, and what became of the file's others.
@@ -158,9 +161,17 @@ def load(
       InputError: no such file, it can't be read, or one of its rows is not as published.
     """
     root, files = find(source, names, where)
+    found = _read(root, files, convert, _Pictures(unpacked))
+    if not found and unpacked is None and set(found.left_out) == {_WITHOUT_IMAGE}:  # somebody took the images out
+        found = _read(root, files, convert, _Pictures(None, needed=False))
+    if not found:
+        raise InputError(f"{source}: no row of the benchmark in it ({counted(found.left_out)}); give another --data")
+    return found
+
+
+def _read(root: Path, files: Sequence[Path], convert: Callable[[Entry], Row | str], pictures: _Pictures) -> Rows:
     rows: list[Row] = []
     places: dict[str, int] = {}
-    pictures = _Pictures(unpacked)
     left_out: Counter[str] = Counter()
     number = 0
     for file in files:
@@ -177,13 +188,12 @@ def load(
                 if row.index in places:
                     raise BadRow("index twice", f"index {short(row.index)} is there twice; download the file again")
                 if not row.gold or not all(row.gold):
-                    raise BadRow("no answer", "it has no right answer; give the file with the answers (--data)")
+                    raise BadRow("no answer", "it has no right answer")
             except BadRow as error:
-                raise InputError(f"{label}: {error.args[1]}") from None
+                remedy = "; give the file with the right answers (--data)" if error.args[0] in _NO_GOLD else ""
+                raise InputError(f"{label}: {error.args[1]}{remedy}") from None
             places[row.index] = len(rows)
             rows.append(row)
-    if not rows:
-        raise InputError(f"{source}: no row of the benchmark in it ({counted(left_out)}); give another --data")
     pictures.follow(rows, places, files[0])
     return Rows(rows, files, md5(files[0]), left_out)
 
@@ -226,8 +236,8 @@ def _entry(root: Path, file: Path, number: int, value: Any, pictures: _Pictures)
         paths, picture = pictures.of(image, index_text(value.get("index", "")))
         return dataclasses.replace(entry, pictures=paths, picture=picture)
     path = value.get("image_path", "")
-    if "image" in value.columns and not path:
-        return "without image"
+    if "image" in value.columns and not path and pictures.needed:
+        return _WITHOUT_IMAGE
     names = _parts(literal(path, "image_path") if path.startswith("[") else path or None)
     if pictures.unpacked is None:
         return dataclasses.replace(entry, picture=path)
@@ -237,10 +247,10 @@ def _entry(root: Path, file: Path, number: int, value: Any, pictures: _Pictures)
 
 
 class _Pictures:
-    """The images in a table's cells."""
+    """The images in a table's cells. needed: a row that has none is left out, as the kit does."""
 
-    def __init__(self, unpacked: Path | None):
-        self.unpacked = unpacked
+    def __init__(self, unpacked: Path | None, needed: bool = True):
+        self.unpacked, self.needed = unpacked, needed
         self._known: dict[str, tuple[tuple[Path, ...], str]] = {}
         self._others: dict[str, str] = {}  # index -> that of the row whose picture it shows
 
@@ -269,6 +279,8 @@ class _Pictures:
             if index not in places:
                 continue
             if other not in self._known:
+                if self.unpacked is None:
+                    continue  # nobody looks at it
                 what = f"`image` of row {short(index)} names row {short(other)}, which has no image of its own"
                 raise InputError(f"{file}: {what}; download the file again")
             row, (paths, picture) = rows[places[index]], self._known[other]

@@ -290,15 +290,3 @@ def test_what_is_asked_is_described_for_evaluation_and_validation():
         "ids": ["text-validation2", "text-validation3", "text-validation4", "text-validation5"],
     }  # fmt: skip
     assert found["evaluation"]["sets"]["perception"]["of"] == 13
-
-
-def test_the_standard_error_counts_questions_about_one_image_as_one():
-    alone = [Problem(f"{i}", "?", "1", (f"{i}.png",)) for i in range(100)]
-    right = np.arange(100) % 2
-    assert heldout.standard_error(alone, right) == pytest.approx(0.5 / math.sqrt(99))
-    texts = [Problem(f"{i}", "?", "1") for i in range(100)]
-    assert heldout.standard_error(texts, right) == pytest.approx(0.5 / math.sqrt(99))
-    # Ten questions to each image, all right or all wrong: as sure as ten questions.
-    shared = [Problem(f"{i}", "?", "1", (f"{i // 10}.png",)) for i in range(100)]
-    assert heldout.standard_error(shared, np.arange(100) // 10 % 2) == pytest.approx(0.5 / math.sqrt(9))
-    assert math.isnan(heldout.standard_error(shared[:10], right[:10]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -69,6 +70,32 @@ def test_extracted_and_failed(tmp_path):
     found = [prediction.reply for prediction in made(tmp_path, rows)]
     assert found[0] == Reply("x", extracted="B") and found[1].failed and found[2].failed
     assert found[3].text == "� a" and found[3].extracted == "5"
+
+
+def test_an_extraction_stands_for_a_reply_that_is_missing(tmp_path):
+    rows = [{"index": 1, "prediction": None, "extracted": [1, 2]}, {"index": 2, "prediction": recorded.FAILED,
+            "extracted": "B"}, {"index": 3, "prediction": "x", "extracted": None}]  # fmt: skip
+    found = [prediction.reply for prediction in made(tmp_path, rows)]
+    assert [reply.extracted for reply in found] == ["[1, 2]", "B", None] and not any(reply.failed for reply in found)
+
+
+def test_numbers_in_a_workbook_are_the_same_answers(tmp_path):
+    data = [Row(str(index), "q", (f"{index}.0",)) for index in range(40)]
+    rows = [{"index": index, "prediction": "A", "answer": index} for index in range(40)]
+    assert recorded.join(data, recorded.read(workbook(tmp_path / "a.xlsx", rows)), tmp_path)[2] == []
+
+
+def test_answers_of_yes_and_no_that_agree_by_chance_are_of_another_file(tmp_path):
+    data = [Row(str(index), "q", ("Yes" if index % 2 else "No",)) for index in range(40)]
+    rows = [{"index": index, "prediction": "No", "answer": "Yes" if index % 3 else "No"} for index in range(40)]
+    with pytest.raises(InputError, match="of 40 predictions stand beside another answer"):
+        recorded.join(data, recorded.read(table(tmp_path / "a.tsv", rows)), tmp_path)
+
+
+def test_a_compressed_file_is_named(tmp_path):
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"index": 1, "prediction": "a"}\n'))
+    with pytest.raises(InputError, match="gzip; unpack it"):
+        recorded.read(tmp_path / "p.jsonl.gz")
 
 
 def test_a_cell_as_long_as_can_be_was_cut(tmp_path):

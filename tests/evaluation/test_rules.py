@@ -65,7 +65,7 @@ def test_what_is_read_of_a_reply(reply, box):
     (r"6 \div 3 \times 2", 4),
     ("1e3", 1000), (r"5\%", 0.05), ("$4$", 4), (r"\log 100", 2), ("2)x", 2), ("e^0", 1), ("5!", 120), ("|-3|", 3),
     (r"\left( 1 \right)", 1), (r"2\pi", 6.283185307179586), (".5", 0.5),
-    ("2*-3", -6),
+    ("2*-3", -6), (r"\{5\}", 5), (r"2\left\{5\right\}", 10), (r"5\}", 5), ("5'", 5), (r"\displaystyle\frac{1}{2}", 0.5),
 ])  # fmt: skip
 def test_formulas_have_values(text, value):
     assert arithmetic.value(text) == pytest.approx(value, abs=1e-12)
@@ -74,6 +74,7 @@ def test_formulas_have_values(text, value):
 @pytest.mark.parametrize("text", [
     "9**9**9", "9^{9^{9^9}}", "999!", "1/0", "x", "5 cm", "", "(" * 300, "-" * 200 + "1", "__import__('os')",
     "2 3 (", "(1",
+    r"5\;2", r"\{5",
     "1e999", r"\sqrt{-1}", "(" * 30 + "1" + ")" * 30, "nan", "1" * 300, "--" * 40 + "1",
 ])  # fmt: skip
 def test_hostile_formulas_have_none_and_cost_nothing(text):

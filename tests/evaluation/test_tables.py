@@ -68,6 +68,24 @@ def test_rows_without_image_are_left_out_and_counted(tmp_path):
     assert [row.index for row in rows] == ["2"] and rows.left_out == {"without image": 2}
 
 
+def test_who_wants_no_images_needs_none(tmp_path):
+    for image in ("", "/9j/4AAQ"):  # taken out, or cut short: no row with that index is there
+        cells = [choices(1, image=image), choices(2, image=image)]
+        file = table(tmp_path / "a.tsv", cells)
+        assert [row.index for row in load(file)] == ["1", "2"]
+        with pytest.raises(InputError):
+            load(file, tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "cells", [{"index": 2, "question": "q", "A": "x"}, {"index": 2, "answer": "", "question": "q"}]
+)
+def test_a_row_without_its_right_answer_is_an_error_that_says_so(tmp_path, cells):
+    file = table(tmp_path / "a.tsv", [cells])
+    with pytest.raises(InputError, match=r"a\.tsv, row 1: `answer` is missing or empty; give the file with the right"):
+        load(file)
+
+
 @pytest.mark.parametrize("text", ["None", "NA", "nan", "null", "N/A", "0"])
 def test_texts_that_pandas_takes_for_nothing_survive(tmp_path, text):
     (row,) = load(table(tmp_path / "a.tsv", [choices(1, A=text, C="", question=text)]))

@@ -79,6 +79,7 @@ class Benchmark:
     official, kit: the two rules.
     metrics: what is reported.
     reading: which of rules.READINGS the rules need, whatever is asked for; "": they take both.
+    whole: as `load`, of the set that `load`'s is drawn from, where one folder holds both.
     """
 
     name: str
@@ -93,3 +94,4 @@ class Benchmark:
     metrics: Metrics
     digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
     reading: str = ""
+    whole: Callable[[Path, Path | None], list[Row]] | None = None

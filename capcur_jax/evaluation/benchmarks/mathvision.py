@@ -15,14 +15,8 @@ from capcur_jax.evaluation.benchmarks.accuracy import accuracy
 from capcur_jax.evaluation.benchmarks.base import Ask, Benchmark, Row, Verdict
 from capcur_jax.evaluation.benchmarks.mathvision_answer import equal, final_answer
 
-_FILES = (
-    "MathVision_MINI.tsv",
-    "testmini*.jsonl",
-    "testmini*.parquet",
-    "MathVision.tsv",
-    "test*.jsonl",
-    "test-*.parquet",
-)
+_WHOLE = "MathVision.tsv", "test.jsonl", "test-*.parquet"
+_FILES = "MathVision_MINI.tsv", "testmini*.jsonl", "testmini*.parquet", *_WHOLE
 _WHERE = "github.com/mathllm/MATH-V (data, images), Hugging Face MathLLMs/MathVision, or VLMEvalKit"
 _BOX = re.compile(r"\\boxed\{([^}]*)\}")
 
@@ -77,4 +71,5 @@ BENCHMARK = Benchmark(
     kit=_kit, sets={304: "testmini", 3040: "test, the whole set"}, digests={"060fe4fa": "MINI", "93f6de14": "full"},
     load=lambda source, images: tables.load(source, _FILES, images, _row, _WHERE),
     metrics=accuracy(subjects="subject", levels="level"),
+    whole=lambda source, images: tables.load(source, _WHOLE, images, _row, _WHERE),
 )  # fmt: skip

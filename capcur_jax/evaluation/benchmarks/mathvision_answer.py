@@ -27,6 +27,8 @@ _BARE_ROOT = re.compile(r"\\sqrt(?!\\sqrt)([^{])", re.DOTALL)
 _UNKNOWN = re.compile(
     r"[π√×÷·−|]|\*\*|(?<!\\)(?:pi|sqrt)|\d\.?e(?!\^)|\\(?:ln|exp|arc\w+)|\\[dt]?frac\s*[^\s{]|\\sqrt\s*[^\s{\[]"
 )
+# Where the parser stops without an error, whatever follows: "5.**", "5.</answer>".
+_END = re.compile(r"\.(?!\d)|[_&]|\\\\")
 _FRACTION = re.compile(r"(-?\d+)/(-?\d+)")
 
 
@@ -106,6 +108,7 @@ def equal(first: str, second: str) -> bool:
 
 
 def _value(text: str) -> float | None:
+    text = _END.split(text.strip(), maxsplit=1)[0]
     return None if _UNKNOWN.search(text) else arithmetic.value(text)
 
 

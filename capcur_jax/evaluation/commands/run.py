@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax import presets
 from capcur_jax.data.prompts import PLACEMENTS
-from capcur_jax.errors import InputError, RolloutError
+from capcur_jax.errors import InputError
 from capcur_jax.evaluation import asking, judge, outcome, page, rules
 from capcur_jax.evaluation.asking import Answerer, Replies, Said
 from capcur_jax.evaluation.benchmarks.base import MODES
@@ -90,20 +90,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the scores of both modes by benchmark; all else is in the work directory. Raises InputError."""
     judging = judge.model_of(arguments.judge, arguments.judge_model, arguments.judge_key_variable)
     setting = opened(arguments)
-    chosen, workdir, settings = setting.chosen, setting.workdir, setting.settings
+    workdir, settings = setting.workdir, setting.settings
     model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
     result = {}
     with contextlib.ExitStack() as closing:
         # Opened first: what is wrong with a judge is said before a model answers for hours.
         journal = workdir / judge.FILE
         judged = _by_owner(lambda: closing.enter_context(judge.Judge(judging, journal)) if judging else None)
-        try:
-            said = ask(chosen, setting.answerer, settings, workdir)
-            for one, replies in zip(chosen, said, strict=False):  # process 0 has them
-                name, conditions = one.benchmark.name, {**model, **settings}
-                result[name] = score_and_write(one, replies, setting.read, judged, conditions, workdir)
-        except RolloutError as error:
-            raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
+        said = ask(setting.chosen, setting.answerer, settings, workdir)
+        for one, replies in zip(setting.chosen, said, strict=False):  # process 0 has them
+            conditions = {**model, **settings}
+            result[one.benchmark.name] = score_and_write(one, replies, setting.read, judged, conditions, workdir)
     if result:
         tell(f"{workdir / SCORES}, {page.write(workdir).name}, predictions/")
     meet()
@@ -126,16 +123,16 @@ def opened(arguments: argparse.Namespace) -> Setting:
     chosen = _in_turn(lambda: choose(arguments.benchmarks.split(","), source, arguments.limit))
     for one in chosen:
         tell(described(one.benchmark, one.rows) if not one.conditions["partial"] else _partial(one))
+    tell(f"work directory: {workdir}")
     sampling = _sampling(arguments, config)
     answerer = _answerer(arguments, config, sampling, workdir)
-    tell(f"work directory: {workdir}")
     read = arguments.read or ("raw" if instruction == "none" else "box")
     return Setting(chosen, answerer, sampling, instruction, read, workdir, data)
 
 
 def ask(chosen: Sequence[Chosen], answerer: Answerer, settings: dict[str, Any], workdir: Path) -> list[list[Said]]:
     """The replies to the rows of each benchmark, of which those that are known are not asked again. Of several
-    processes all call it, and process 0 keeps the journals; the others get nothing. Raises InputError."""
+    processes all call it, and process 0 keeps the journals; the others get nothing. Raises InputError, RolloutError."""
     from capcur_jax.devices import distributed
 
     questions = [[asking.asked(one.benchmark, row, settings["instruction"]) for row in one.rows] for one in chosen]
@@ -156,10 +153,7 @@ def ask(chosen: Sequence[Chosen], answerer: Answerer, settings: dict[str, Any], 
             answerer.prepare(question for each in questions for question in each)
         for at, one in enumerate(chosen):
             if any(wanted[at]):
-                try:
-                    _ask_one(one, answerer, questions[at], wanted[at], journals[at] if journals else None)
-                except RolloutError as error:
-                    raise InputError(f"{error}; the same command with --workdir={workdir} goes on") from None
+                _ask_one(one, answerer, questions[at], wanted[at], journals[at] if journals else None)
         return [journal.said() for journal in journals] if journals else []
 
 

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints what was read to stderr, and returns the scores in both modes."""
     benchmark, file = registry.get(arguments.benchmark), Path(arguments.predictions)
     predictions = recorded.read(file)
-    data = benchmark.load(Path(arguments.data) if arguments.data else _with_answers(file), None)
+    data = _data(benchmark, Path(arguments.data) if arguments.data else _with_answers(file), predictions)
     tell(described(benchmark, data))
     rows, replies, said = recorded.join(data, predictions, file)
     for line in said:
@@ -43,6 +43,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         tell(told(mode, scored))
         result[mode] = scored.numbers
     return result
+
+
+def _data(benchmark: Benchmark, source: Path, predictions: Sequence[recorded.Prediction]) -> list[Row]:
+    """The rows; of a folder with a small set and the whole one those of the whole, if it alone has all predictions."""
+    found = benchmark.load(source, None)
+    indices = {prediction.index for prediction in predictions}
+    if benchmark.whole is None or source.is_file() or indices <= {row.index for row in found}:
+        return found
+    try:
+        whole = benchmark.whole(source, None)
+    except InputError:  # there is only one
+        return found
+    return whole if indices <= {row.index for row in whole} else found
 
 
 def _with_answers(file: Path) -> Path:

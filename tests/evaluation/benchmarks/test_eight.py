@@ -187,6 +187,19 @@ def test_equality_to_two_decimals():
     assert not equal("", "") and not equal("x", "y") and not equal("0.34", "0.33") and not equal("(1,2)", "(1,3)")
 
 
+@pytest.mark.parametrize("reply, right", [
+    # Its parser stops where these go on, and has read five: checked with latex2sympy2 1.9.1.
+    ("**The answer is 5.**", 1), ("The answer is 5.</answer>", 1), ("The answer is (5).", 1), (r"\boxed{5...}", 1),
+    (r"\boxed{\{5\}}", 1), (r"\boxed{5'}", 1), (r"\boxed{5_2}", 1), (r"\boxed{5. apples}", 1), (r"\boxed{10/2.cm}", 1),
+    # Here it does not.
+    ("The answer is **5**", 0), ("The answer is 5</answer>", 0), (r"\boxed{5cm}", 0), (r"\boxed{(5.)}", 0),
+    (r"\boxed{5.5.}", 0), (r"\boxed{_5}", 0),
+])  # fmt: skip
+def test_where_mathvisions_parser_stops(tmp_path, reply, right):
+    (row,) = mathvision(tmp_path, {"answer": "5"})
+    assert decided("mathvision", row, reply, "official") == right
+
+
 # ---------------------------------------------------------------------- MathVerse
 
 
