@@ -2,11 +2,11 @@
 
     python benchmarks/evaluation.py REV [--rounds=3] [--questions=1000] [--rows=20000]
 
-Each side, a process of its own, opens the shipped base checkpoint with the laptop's settings, asks the held-out
-questions of all three sets, and grades them; the working tree also writes what it keeps of them. Sides take turns.
-Printed are seconds by the clock and of the processor (which say more where others use the machine), with compilation,
-and their ratio by medians. Then the command asks a file of --rows questions with images (0: it is left out), and
-its memory after the first tenth of them and at the end is printed.
+Each side, a process of its own, opens the working tree's base checkpoint with its own laptop settings, asks the
+working tree's held-out questions of all three sets, and grades them; the working tree also writes what it keeps of
+them. Sides take turns. Printed are seconds by the clock and of the processor (which say more where others use the
+machine), with compilation, and their ratio by medians. Then the command asks a file of --rows questions with images
+(0: it is left out), and its memory after the first tenth of them and at the end is printed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,15 @@ from capcur_jax.rewards.reward import make_reward
 
 drivers.without_drivers_cpu()
 config, workdir = presets.get("laptop"), Path(sys.argv[1])
-config.evaluation.questions = int(sys.argv[2])
+config.evaluation.questions, config.checkpoint = int(sys.argv[2]), sys.argv[3]
+built = Path(sys.argv[4])
+if not built.exists():
+    Sets(config.data, built).build(config.evaluation.sets, "test")
+for name in config.evaluation.sets:  # the same questions for both
+    config.data.sets[name].test = str(built / f"{name}-test.jsonl")
 sets = Sets(config.data, workdir / "data")
-sets.build(config.evaluation.sets, config.evaluation.split)
+if len(sys.argv) > 5:  # only to build them
+    sys.exit(print("{}"))
 model, opened = policy.open_model(config, Path(config.checkpoint), sharding.make_mesh(config.mesh), print)
 engine, reward = policy.open_engine(config, model, opened, workdir), make_reward(config.reward)
 more = []
@@ -98,11 +104,14 @@ def main(arguments: Sequence[str]) -> None:
         archive = subprocess.run(["git", "archive", arguments[1]], cwd=ROOT, check=True, capture_output=True).stdout
         with tarfile.open(fileobj=BytesIO(archive)) as files:
             files.extractall(other, filter="data")
+        checkpoint, built = str(ROOT / "capcur_jax" / "assets" / "tiny_qwen3_vl"), str(Path(temporary) / "data")
+        shared = str(_QUESTIONS.value), checkpoint, built
+        _run(ROOT, SIDE, temporary, *shared, "build")
         sides: dict[str, list[dict]] = {arguments[1]: [], "working tree": []}
         for _ in range(_ROUNDS.value):
             for name, tree in zip(sides, (other, ROOT), strict=True):
                 workdir = Path(temporary) / name.replace(" ", "-").replace("/", "-")
-                sides[name].append(_run(tree, SIDE, str(workdir), str(_QUESTIONS.value)))
+                sides[name].append(_run(tree, SIDE, str(workdir), *shared))
         for what in ("clock", "cpu"):
             before, after = (statistics.median(one[what] for one in found) for found in sides.values())
             print(f"{what}: {before:.1f} s at {arguments[1]}, {after:.1f} s in the working tree, {after / before:.2f}x")
@@ -111,7 +120,6 @@ def main(arguments: Sequence[str]) -> None:
         if _ROWS.value:
             folder = Path(temporary) / "many"
             folder.mkdir()
-            checkpoint = str(ROOT / "capcur_jax" / "assets" / "tiny_qwen3_vl")
             found = _run(ROOT, COMMAND, str(folder), str(_ROWS.value), checkpoint)
             first, last = found["first"], found["last"]
             print(f"memory over {_ROWS.value:,} rows: {first:.0f} MiB after a tenth, {last:.0f} MiB at the end")
