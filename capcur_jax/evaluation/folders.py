@@ -66,9 +66,10 @@ def write_predictions(file: Path, answered: Iterable[Answered], thinking: Mappin
     facts = list(dict.fromkeys(key for one in answered for key in one.row.facts if key not in OURS))
     reserved = {"index", "question", "answer", *letters}
     facts = [key for key in facts if key not in reserved]
+    others = dict.fromkeys(key for one in answered for key in one.row.cells if key not in {*OURS, *reserved, *facts})
     buffer = io.StringIO(newline="")
     table = csv.writer(buffer, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
-    table.writerow(["index", "question", *letters, "answer", *facts, *OURS])
+    table.writerow(["index", "question", *letters, "answer", *facts, *others, *OURS])
     for one in answered:
         row, reply = one.row, one.reply
         gold = row.gold[0] if len(row.gold) == 1 else json.dumps(list(row.gold), ensure_ascii=False)
@@ -79,6 +80,7 @@ def write_predictions(file: Path, answered: Iterable[Answered], thinking: Mappin
                 *(row.options.get(letter, "") for letter in letters),
                 gold,
                 *(_cell(row.facts.get(key)) for key in facts),
+                *(row.cells.get(key, "") for key in others),
                 reply.text,
                 thinking.get(row.index, ""),
                 reply.finish,

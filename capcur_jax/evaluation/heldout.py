@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -78,12 +79,14 @@ def evaluate(
             keep(places[id(problem)], text, sample, score)
         progress(size)
     sums, right_of = distributed.exchange(sums).sum(0), distributed.exchange(right_of).sum(0)
+    clusters = [problem.images or "" for problem in problems]
+    measured = len(problems) and np.isfinite(right_of).all()  # a reward of the user's may be nan
     right, answered, left_out = sums[:, 0], sums[:, 3], sums[:, 4]
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan: of nothing
         accuracy, means = (right / (answered + left_out)).tolist(), (sums[0, :3] / answered[0]).tolist()
     return {
         "accuracy": accuracy[0],
-        "standard_error": statistics.standard_error(right_of, [problem.images or "" for problem in problems]),
+        "standard_error": statistics.standard_error(right_of, clusters) if measured else math.nan,
         "accuracy_answered": means[0],
         "format": means[1],
         "response_length": means[2],

@@ -193,7 +193,7 @@ def _read(root: Path, files: Sequence[Path], convert: Callable[[Entry], Row | st
                 remedy = "; give the file with the right answers (--data)" if error.args[0] in _NO_GOLD else ""
                 raise InputError(f"{label}: {error.args[1]}{remedy}") from None
             places[row.index] = len(rows)
-            rows.append(row)
+            rows.append(dataclasses.replace(row, cells=value) if isinstance(value, Cells) else row)
     pictures.follow(rows, places, files[0])
     return Rows(rows, files, md5(files[0]), left_out)
 

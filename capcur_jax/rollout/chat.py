@@ -196,7 +196,11 @@ class Chat:
         except Unreadable as error:
             raise _Try(str(error)) from None
         # A server that repeats the key does not bring it into a file.
-        return reply._replace(text=reply.text.replace(self._key, "***")) if self._key else reply
+        if not self._key:
+            return reply
+        return reply._replace(
+            **{name: getattr(reply, name).replace(self._key, "***") for name in ("text", "finish", "thinking")}
+        )
 
     def _refusal(self, server: _Server, path: str, status: int, raw: bytes, wait: str) -> Exception:
         message = error_message(raw[:10_000].decode("utf-8", "replace"))

@@ -7,9 +7,11 @@ import pytest
 
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation import folders
+from capcur_jax.evaluation.benchmarks import mathvista
 from capcur_jax.evaluation.benchmarks.base import Reply, Row, Verdict
 from capcur_jax.evaluation.folders import Answered
 from tests.evaluation.made import answered, folder
+from tests.evaluation.published import base64_of, table
 
 HARD = ["None", "nan", "", "NA", 'say "hi"\tthen\n"bye"', "a\r\nb", "'", "\\n", "[1, 2]", "日本", "x" * 200_000, "=1+1"]
 
@@ -44,6 +46,26 @@ def test_tables_are_the_kits_with_every_cell_quoted(tmp_path):
     assert head.split("\t")[:6] == ['"index"', '"question"', '"A"', '"B"', '"answer"', '"category"']
     assert all(cell[0] == cell[-1] == '"' for cell in row.split("\t"))
     assert next(csv.DictReader(file.open(), delimiter="\t"))["prediction"] == "None"
+
+
+def test_a_tables_own_columns_are_there_for_the_kits_scorers(tmp_path):
+    published = table(tmp_path / "MathVista_MINI.tsv", [
+        {"index": 4, "image": base64_of(4), "question": "Hint: ...", "answer": "red", "answer_option": "A",
+         "choices": "['red', 'blue']", "question_type": "multi_choice", "answer_type": "text", "precision": "",
+         "unit": "None", "task": "t", "skills": "['s']"}])  # fmt: skip
+    (row,) = mathvista.BENCHMARK.load(published, None)
+    verdicts = {"official": Verdict(1.0, "rule", "red"), "kit": Verdict(1.0, "rule", "A")}
+    folders.write_predictions(tmp_path / "x.tsv", [Answered(row, Reply("A"), verdicts)])
+    (cells,) = csv.DictReader((tmp_path / "x.tsv").open(), delimiter="\t")
+    assert (cells["answer_option"], cells["choices"], cells["question_type"]) == (
+        "A",
+        "['red', 'blue']",
+        "multi_choice",
+    )
+    assert cells["answer_type"] == "text" and cells["unit"] == "None" and cells["skills"] == '["s"]'
+    assert "image" not in cells and len(next(csv.reader((tmp_path / "x.tsv").open(), delimiter="\t"))) == len(cells)
+    back = folders.read_predictions(tmp_path / "x.tsv")["4"]
+    assert back.row.gold == row.gold == ("A",) and back.row.facts["question_type"] == "multi_choice"
 
 
 def test_a_run_stands_for_its_final_evaluation(tmp_path):

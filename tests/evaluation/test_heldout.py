@@ -290,3 +290,18 @@ def test_what_is_asked_is_described_for_evaluation_and_validation():
         "ids": ["text-validation2", "text-validation3", "text-validation4", "text-validation5"],
     }  # fmt: skip
     assert found["evaluation"]["sets"]["perception"]["of"] == 13
+
+
+def test_the_standard_error_counts_questions_about_one_image_as_one():
+    def error(images):
+        # The engine's answers go 1, 2, 3, 4, 5, 1, ...; the right ones are those of whole tens of questions.
+        asked = [
+            Problem(str(i), f"{i}?", str(i % 5 + 1) if i // 10 % 2 else "x", images(i), kind="k") for i in range(100)
+        ]
+        found = heldout.evaluate(asked, engine=Engine(), builder=Builder(), reward=reward, sampling=Sampling(8))
+        assert found["accuracy"] == 0.5
+        return found["standard_error"]
+
+    assert error(lambda i: ()) == error(lambda i: (f"{i}.png",)) == pytest.approx(0.5 / math.sqrt(99))
+    assert error(lambda i: (f"{i // 10}.png",)) == pytest.approx(0.5 / math.sqrt(9))
+    assert math.isnan(error(lambda i: ("a.png",)))

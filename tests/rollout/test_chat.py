@@ -200,6 +200,14 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch, ca
     assert SECRET not in caplog.text
 
 
+def test_a_key_that_a_server_repeats_is_in_no_part_of_the_reply(monkeypatch):
+    monkeypatch.setenv("MY_KEY", SECRET)
+    said = Raw(200, completion(f"my key is {SECRET}", f"stop {SECRET}", thinking=f"The key {SECRET} ..."))
+    with ScriptedServer(lambda body: said) as server:
+        found, _ = ask([server.address], [0], key_variable="MY_KEY")
+    assert found[0][:2] == ("my key is ***", "stop ***") and found[0].thinking == "The key *** ..."
+
+
 def test_without_a_key_none_is_sent(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     with ScriptedServer(lambda body: "good") as server:

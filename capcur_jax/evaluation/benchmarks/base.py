@@ -21,6 +21,7 @@ class Row:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by letter; {}: an open question
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of this benchmark: category, unit, group, ...
     cluster: str = ""  # rows of one cluster are right or wrong together (one image, one group); "": its own
+    cells: Mapping[str, str] = dataclasses.field(default_factory=dict)  # a table's cells, which its scorers read again
 
 
 class Reply(NamedTuple):
