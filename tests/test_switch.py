@@ -43,7 +43,9 @@ def test_when_a_stage_is_over(switch, steps, validations, over):
 
 
 def test_what_a_stage_leaves_goes_to_the_next():
-    stages = schedule.stages(presets.get("laptop"))
+    config = presets.get("laptop")
+    config.update_from_flattened_dict({f"stages.{name}.steps": 200 for name in config.order})
+    stages = schedule.stages(config)
     assert [schedule.with_what_is_left(stages, n, 200 * n).steps for n in range(3)] == [200, 200, 200]
     assert schedule.with_what_is_left(stages, 1, 120).steps == 280
     assert schedule.with_what_is_left(stages, 2, 120 + 30).steps == 450  # all that is left of 600
@@ -63,7 +65,7 @@ def config_with(rule, **changes):
         (config_with("bored"), r"stages\.text\.switch\.rule = 'bored'; choose one of none, plateau, mastered"),
         (config_with("mastered", order=("perception", "text")), "no stage comes after it"),
         (
-            config_with("mastered", **{"stages.visual.prompts": 32}),
+            config_with("mastered", **{"stages.text.prompts": 16, "stages.visual.prompts": 32}),
             "'visual', whose steps have 32 prompts instead of 16",
         ),
         (config_with("plateau"), r"needs validations: --config\.validation\.every=20"),

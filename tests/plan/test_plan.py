@@ -36,7 +36,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def tiny():
     """The laptop run's text stage on two virtual devices, fsdp."""
-    done = run("--config=configs/staged.py", "--topology=cpu:2", "--json", "--config.order=('text',)", *QUICK)
+    one = "--config.order=('text',)", "--config.stages.text.prompts=16"
+    done = run("--config=configs/staged.py", "--topology=cpu:2", "--json", *one, *QUICK)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -14,6 +14,7 @@ FLAGS = {
     "config.rollout.max_new_tokens": "16",
     "config.packing.buckets": "((16,),)",
     "config.packing.micro_prompts": "0",
+    "config.objective.updates_per_batch": "1",
     "config.prompt.token_buckets": "(96,)",
     "config.evaluation.questions": "4",
     "config.evaluation.blind": "False",
