@@ -1,0 +1,308 @@
+"""Whether VLMEvalKit's own scorers read our tables of predictions, and come to the numbers of our `kit` mode.
+
+    python benchmarks/kit_scorers.py --kit_python=PATH [--data=DIR]
+
+Questions are a small table of each benchmark in the kit's format, or those of the kit's tables in --data; replies are
+scripted: right, wrong and unreadable ones in several forms. Our code scores them and writes predictions/NAME.tsv. A
+process of --kit_python, an environment with VLMEvalKit in it, then runs `evaluate` of the kit's dataset classes on
+these files. Numbers stand side by side; the exit status is 1 where one differs or a file can't be read.
+
+No judge is asked: where the kit insists on one it gets "?", which is no answer. The behaviours that docs/evaluation.md
+names as not copied don't occur in the replies. Only the modules of the scorers are imported, so that the kit's
+libraries for models need not be there:
+
+    pip install --no-deps ms-vlmeval
+    pip install pandas openpyxl xlsxwriter pillow tqdm validators huggingface_hub sty filelock python-dotenv \\
+        portalocker requests timeout-decorator latex2sympy2_extended rich tabulate json_repair
+
+It ran with ms-vlmeval 0.0.20, the kit's package on PyPI of 2026-05. A checkout of the kit was not tried.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from PIL import Image
+
+from capcur_jax.evaluation import outcome
+from capcur_jax.evaluation.benchmarks import registry
+from capcur_jax.evaluation.benchmarks.base import MODES, Benchmark, Reply, Row
+from capcur_jax.evaluation.folders import Answered, predictions_file
+from capcur_jax.evaluation.scoring import score
+from capcur_jax.errors import InputError
+
+_KIT = flags.DEFINE_string("kit_python", None, "Python of an environment with VLMEvalKit.", required=True)
+_DATA = flags.DEFINE_string("data", None, "Folder with the kit's tables (default: small ones of our own).")
+_NEAR = 0.006  # per cent: the kit rounds some numbers to two decimals
+
+# Ours -> the kit's module, class and dataset.
+SETS = {
+    "mmstar": ("image_mcq", "ImageMCQDataset", "MMStar"),
+    "realworldqa": ("image_mcq", "ImageMCQDataset", "RealWorldQA"),
+    "aokvqa": ("image_mcq", "ImageMCQDataset", "A-OKVQA"),
+    "pope": ("image_yorn", "ImageYORNDataset", "POPE"),
+    "hallusionbench": ("image_yorn", "ImageYORNDataset", "HallusionBench"),
+    "mathvision": ("image_vqa", "MathVision", "MathVision"),
+    "mathvista": ("image_vqa", "MathVista", "MathVista_MINI"),
+    "wemath": ("image_mcq", "WeMath", "WeMath"),
+    "dynamath": ("dynamath", "Dynamath", "DynaMath"),
+    "chartqa": ("image_vqa", "ImageVQADataset", "ChartQA_TEST"),
+    "textvqa": ("image_vqa", "ImageVQADataset", "TextVQA_VAL"),
+}
+
+KIT = """
+import importlib, importlib.util, json, pathlib, sys, types
+module, name, dataset, table, predictions, result = sys.argv[1:]
+spec = importlib.util.find_spec("vlmeval")
+if spec is None:
+    sys.exit("no package vlmeval in this environment")
+home = pathlib.Path(list(spec.submodule_search_locations)[0])
+for package in ("vlmeval", "vlmeval.dataset"):  # without their __init__, which import every model and dataset
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = [str(home.joinpath(*package.split(".")[1:]))]
+module = importlib.import_module(f"vlmeval.dataset.{module}")
+
+class Silent:
+    def working(self):
+        return True
+    def generate(self, *arguments, **settings):
+        return "?"
+
+module.build_judge = lambda *arguments, **settings: Silent()
+kind = getattr(module, name)
+made = kind.__new__(kind)  # its __init__ downloads the dataset
+made.dataset_name, made.data = dataset, module.load(table)
+# Of WeMath rules are only tried where a judge is there.
+found = made.evaluate(predictions, model="silent" if name == "WeMath" else "exact_matching", nproc=2)
+pathlib.Path(result).write_text(json.dumps(json.loads(found.to_json(orient="records"))))
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError("it takes flags alone")
+    different = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in SETS:
+            folder = Path(temporary) / name
+            folder.mkdir()
+            different += _benchmark(registry.get(name), folder)
+    if different:
+        raise SystemExit(1)
+
+
+def _benchmark(benchmark: Benchmark, folder: Path) -> int:
+    """Prints both sides' numbers. Returns how many differ."""
+    source = Path(_DATA.value) if _DATA.value else write_table(folder / benchmark.files[0], MADE[benchmark.name]())
+    try:
+        rows = list(benchmark.load(source, folder / "images"))
+    except InputError as error:
+        if not _DATA.value:
+            raise
+        print(f"{benchmark.name:15} left out: {error}")
+        return 0
+    if not all(row.cells for row in rows):
+        print(f"{benchmark.name:15} left out: --data has the benchmark's own file, not the kit's table")
+        return 0
+    replies = [Reply(_reply(benchmark.name, row, number)) for number, row in enumerate(rows)]
+    scored = {mode: score(benchmark, rows, replies, mode) for mode in MODES}
+    answered = [
+        Answered(row, reply, {mode: scored[mode].verdicts[at] for mode in MODES})
+        for at, (row, reply) in enumerate(zip(rows, replies, strict=True))
+    ]
+    entry = outcome.outcome(answered, benchmark.metrics, {}, scored)
+    outcome.write(folder, {"benchmarks": {benchmark.name: entry}}, {benchmark.name: answered})
+    files = getattr(benchmark.load(source, None), "files", (source,))
+    result = folder / "kit.json"
+    done = subprocess.run(
+        [_KIT.value, "-c", KIT, *SETS[benchmark.name], str(files[0]), str(predictions_file(folder, benchmark.name)),
+         str(result)],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        print(f"{benchmark.name:15} VLMEvalKit can't score our table: {done.stderr.strip()[-1500:]}")
+        return 1
+    theirs, ours = kit_numbers(benchmark.name, json.loads(result.read_text())), scored["kit"].numbers
+    different = 0
+    for what, value in theirs.items():
+        mine: Any = ours
+        for key in what:
+            mine = mine[key]
+        same = abs(mine - value) <= _NEAR
+        different += not same
+        print(f"{benchmark.name:15} {len(rows):6} rows  {'/'.join(what):28} ours {mine:8.3f}  kit {value:8.3f}  "
+              f"{'same' if same else 'DIFFERENT'}")  # fmt: skip
+    return different
+
+
+def kit_numbers(name: str, records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
+    """The kit's numbers in per cent, by the keys under which ours stand."""
+    first = records[0]
+    if name in ("mmstar", "realworldqa", "aokvqa"):
+        skipped = {"split", "Overall"}
+        found = {("categories", key): 100 * value for key, value in first.items() if key not in skipped}
+        return {("score",): 100 * first["Overall"], **(found if name == "mmstar" else {})}
+    if name == "pope":
+        names = {"Overall": "f1", "acc": "accuracy", "precision": "precision", "recall": "recall"}
+        return {
+            (*(() if record["split"] == "Overall" else (record["split"],)), ours): record[theirs]
+            for record in records
+            for theirs, ours in names.items()
+        }
+    if name == "hallusionbench":
+        return {(key,): first[key] for key in ("aAcc", "fAcc", "qAcc")}
+    if name == "dynamath":
+        rows = {record["Setting"]: 100 * record["Overall"] for record in records}
+        return {("average",): rows["Average"], ("worst_case",): rows["Worst Case"]}
+    if name in ("mathvision", "mathvista"):
+        column = "Subject" if name == "mathvision" else "Task&Skill"
+        return {("score",): next(record["acc"] for record in records if record[column] == "Overall")}
+    if name == "wemath":
+        return {(key.lower(),): _percent(first[f"Score ({key})"]) for key in ("Strict", "Loose")}
+    return {("score",): first["Overall"]}
+
+
+def _percent(value: Any) -> float:
+    return float(value.rstrip("%")) if isinstance(value, str) else 100 * float(value)
+
+
+# ---------------------------------------------------------------------- replies
+
+
+def _reply(name: str, row: Row, number: int) -> str:
+    """One of several forms, right ones oftener than others."""
+    gold, letters = row.gold[0], list(row.options)
+    right = number % 5 not in (2, 4)
+    if number % 11 == 10:
+        return "It is hard to say what this picture shows us today without any doubt, whoever looks."
+    if letters:
+        letter = gold if right else letters[(letters.index(gold) + 1) % len(letters)]
+        return (letter, f"({letter})", f"The answer is {letter}.", f"Step by step\tfirst, \"second\".\n\n{letter}",
+                f"<think>seen</think>{letter}")[number % 4 if len(letters) < 2 else number % 4]  # fmt: skip
+    if name in ("pope", "hallusionbench"):
+        word = gold if right else {"Yes": "No", "No": "Yes"}[gold]
+        return (word, f"{word}, as one can see.", f"So:\n{word.lower()}.", "Yes and no.")[number % 4]
+    answer = gold if right else "77777"
+    if name == "dynamath":
+        kind = row.facts["kind"]
+        wrong = {"multiple choice": "E", "float": "77777.5", "text": "seldom"}[kind]
+        answer = gold if right else wrong
+        return json.dumps({"solution": "It follows.", "short answer": answer}, indent=number % 3)
+    return answer
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def write_table(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """VLMEvalKit's TSV. Each row gets a picture of its own."""
+    names = ["index", "image", *dict.fromkeys(key for row in rows for key in row if key != "index")]
+    with file.open("w", encoding="utf-8", newline="") as target:
+        table = csv.DictWriter(target, names, delimiter="\t", restval="", lineterminator="\n")
+        table.writeheader()
+        for number, row in enumerate(rows):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (number % 256, 9, 90)).save(picture, "PNG")
+            image = base64.b64encode(picture.getvalue()).decode()
+            table.writerow({"index": number + 3, "image": image} | dict(row))
+    return file
+
+
+_COUNT = 60
+_COLOURS = dict(zip("ABCD", ("crimson", "turquoise", "ochre", "violet"), strict=True))
+
+
+def _choices(**cells: Any) -> list[dict[str, Any]]:
+    """With questions that hold tabs, quotes and breaks of lines."""
+    return [
+        {"question": f'Which "colour"\tis it, {n}?\nLook.', **_COLOURS, "answer": "ABCD"[n % 4],
+         **{key: values[n % len(values)] for key, values in cells.items()}}
+        for n in range(_COUNT)
+    ]  # fmt: skip
+
+
+def _pope() -> list[dict[str, Any]]:
+    splits = "random", "popular,adversarial", "random,popular,adversarial"
+    return [
+        {"question": f"Is there a dog, {n}?", "answer": ("Yes", "No", "No")[n % 3], "category": splits[n % 7 % 3]}
+        for n in range(_COUNT)
+    ]
+
+
+def _hallusion() -> list[dict[str, Any]]:
+    return [
+        {"index": f"VD_chart_x_{n // 6}_{n // 2 % 3}_{n % 2}", "question": f"Is it, {n}?", "answer": ("Yes", "No")[n % 2],
+         "category": "VD", "l2-category": "VD_chart"}
+        for n in range(_COUNT)
+    ]  # fmt: skip
+
+
+def _mathvision() -> list[dict[str, Any]]:
+    chosen = [{"question": f"Which, {n}?", "choices": str(list(_COLOURS.values())), "answer": "ABCD"[n % 4]}
+              for n in range(_COUNT // 2)]  # fmt: skip
+    free = [{"question": f"How many, {n}?", "choices": "[]", "answer": ("12", "0.5", "x+1")[n % 3]} for n in range(30)]
+    return [row | {"category": ("algebra", "counting")[n % 2], "level": n % 5 + 1} for n, row in enumerate(chosen + free)]
+
+
+def _mathvista() -> list[dict[str, Any]]:
+    shared = {"task": "geometry", "skills": "['arithmetic']", "category": "math", "source": "x", "grade": "none",
+              "context": "figure", "split": "testmini", "language": "english"}  # fmt: skip
+    chosen = [
+        {"question": f"Which, {n}?", "choices": str(list(_COLOURS.values())), "answer": list(_COLOURS.values())[n % 4],
+         "answer_option": "ABCD"[n % 4], "question_type": "multi_choice", "answer_type": "text", **shared}
+        for n in range(_COUNT // 2)
+    ]  # fmt: skip
+    free = [
+        {"question": f"How many, {n}?", "choices": "[]", "answer": ("12", "1.5")[n % 2], "question_type": "free_form",
+         "answer_type": ("integer", "float")[n % 2], "precision": ("", "1.0")[n % 2], **shared}
+        for n in range(30)
+    ]  # fmt: skip
+    return chosen + free
+
+
+def _wemath() -> list[dict[str, Any]]:
+    keys = "2steps_1", "2steps_2", "2steps_multi"
+    return [row | {"ID": n // 3 + 1, "key": keys[n % 3], "knowledge concept": "Angles"} for n, row in enumerate(_choices())]
+
+
+def _dynamath() -> list[dict[str, Any]]:
+    kinds = ("float", "3.5"), ("multiple choice", "B"), ("text", "even")
+    # The index of a seed's first variant is the seed's number: the kit's worst case reads it so.
+    return [
+        {"index": seed + 10 * variant, "qid": seed, "varid": variant + 1, "question": f"What, {seed}?",
+         "answer_type": kinds[seed % 3][0], "answer": kinds[seed % 3][1], "subject": "algebra",
+         "knowledge_level": "high school"}
+        for variant in range(10) for seed in range(10)
+    ]  # fmt: skip
+
+
+def _chartqa() -> list[dict[str, Any]]:
+    answers = "12", "45%", "blue", "0.5"
+    splits = "test_human", "test_augmented"
+    return [{"question": f"What, {n}?", "answer": answers[n % 4], "split": splits[n % 2]} for n in range(_COUNT)]
+
+
+def _textvqa() -> list[dict[str, Any]]:
+    return [{"question": f"What is written, {n}?", "answer": str(["the shop", *["shop"] * (n % 4), *["Shop 5"] * (9 - n % 4)])}
+            for n in range(_COUNT)]  # fmt: skip
+
+
+MADE = {
+    "mmstar": lambda: _choices(category=("math", "logic"), l2_category=("number", "code")), "realworldqa": _choices,
+    "aokvqa": _choices, "pope": _pope, "hallusionbench": _hallusion, "mathvision": _mathvision,
+    "mathvista": _mathvista, "wemath": _wemath, "dynamath": _dynamath, "chartqa": _chartqa, "textvqa": _textvqa,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    app.run(main)
