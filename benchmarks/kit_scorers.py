@@ -25,7 +25,6 @@ import csv
 import io
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,12 +33,12 @@ from typing import Any
 from absl import app, flags
 from PIL import Image
 
+from capcur_jax.errors import InputError
 from capcur_jax.evaluation import outcome
 from capcur_jax.evaluation.benchmarks import registry
 from capcur_jax.evaluation.benchmarks.base import MODES, Benchmark, Reply, Row
 from capcur_jax.evaluation.folders import Answered, predictions_file
 from capcur_jax.evaluation.scoring import score
-from capcur_jax.errors import InputError
 
 _KIT = flags.DEFINE_string("kit_python", None, "Python of an environment with VLMEvalKit.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Folder with the kit's tables (default: small ones of our own).")
@@ -188,7 +187,7 @@ def _reply(name: str, row: Row, number: int) -> str:
     if letters:
         letter = gold if right else letters[(letters.index(gold) + 1) % len(letters)]
         return (letter, f"({letter})", f"The answer is {letter}.", f"Step by step\tfirst, \"second\".\n\n{letter}",
-                f"<think>seen</think>{letter}")[number % 4 if len(letters) < 2 else number % 4]  # fmt: skip
+                f"<think>seen</think>{letter}")[number % 4]  # fmt: skip
     if name in ("pope", "hallusionbench"):
         word = gold if right else {"Yes": "No", "No": "Yes"}[gold]
         return (word, f"{word}, as one can see.", f"So:\n{word.lower()}.", "Yes and no.")[number % 4]
@@ -241,8 +240,8 @@ def _pope() -> list[dict[str, Any]]:
 
 def _hallusion() -> list[dict[str, Any]]:
     return [
-        {"index": f"VD_chart_x_{n // 6}_{n // 2 % 3}_{n % 2}", "question": f"Is it, {n}?", "answer": ("Yes", "No")[n % 2],
-         "category": "VD", "l2-category": "VD_chart"}
+        {"index": f"VD_chart_x_{n // 6}_{n // 2 % 3}_{n % 2}", "question": f"Is it, {n}?",
+         "answer": ("Yes", "No")[n % 2], "category": "VD", "l2-category": "VD_chart"}
         for n in range(_COUNT)
     ]  # fmt: skip
 
@@ -251,7 +250,9 @@ def _mathvision() -> list[dict[str, Any]]:
     chosen = [{"question": f"Which, {n}?", "choices": str(list(_COLOURS.values())), "answer": "ABCD"[n % 4]}
               for n in range(_COUNT // 2)]  # fmt: skip
     free = [{"question": f"How many, {n}?", "choices": "[]", "answer": ("12", "0.5", "x+1")[n % 3]} for n in range(30)]
-    return [row | {"category": ("algebra", "counting")[n % 2], "level": n % 5 + 1} for n, row in enumerate(chosen + free)]
+    return [
+        row | {"category": ("algebra", "counting")[n % 2], "level": n % 5 + 1} for n, row in enumerate(chosen + free)
+    ]
 
 
 def _mathvista() -> list[dict[str, Any]]:
@@ -272,7 +273,9 @@ def _mathvista() -> list[dict[str, Any]]:
 
 def _wemath() -> list[dict[str, Any]]:
     keys = "2steps_1", "2steps_2", "2steps_multi"
-    return [row | {"ID": n // 3 + 1, "key": keys[n % 3], "knowledge concept": "Angles"} for n, row in enumerate(_choices())]
+    return [
+        row | {"ID": n // 3 + 1, "key": keys[n % 3], "knowledge concept": "Angles"} for n, row in enumerate(_choices())
+    ]
 
 
 def _dynamath() -> list[dict[str, Any]]:
@@ -293,8 +296,8 @@ def _chartqa() -> list[dict[str, Any]]:
 
 
 def _textvqa() -> list[dict[str, Any]]:
-    return [{"question": f"What is written, {n}?", "answer": str(["the shop", *["shop"] * (n % 4), *["Shop 5"] * (9 - n % 4)])}
-            for n in range(_COUNT)]  # fmt: skip
+    people = [["the shop", *["shop"] * (n % 4), *["Shop 5"] * (9 - n % 4)] for n in range(_COUNT)]
+    return [{"question": f"What is written, {n}?", "answer": str(said)} for n, said in enumerate(people)]
 
 
 MADE = {
