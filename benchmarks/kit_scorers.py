@@ -272,10 +272,14 @@ def _mathvista() -> list[dict[str, Any]]:
 
 
 def _wemath() -> list[dict[str, Any]]:
-    keys = "2steps_1", "2steps_2", "2steps_multi"
-    return [
-        row | {"ID": n // 3 + 1, "key": keys[n % 3], "knowledge concept": "Angles"} for n, row in enumerate(_choices())
+    """As many groups as the whole set has: the kit divides by 525 whatever the table holds."""
+    steps = [2] * 360 + [3] * 165
+    places = [
+        (group, f"{many}steps_{step}") for group, many in enumerate(steps, 1) for step in (*range(1, many + 1), "multi")
     ]
+    rows = _choices()
+    roles = [{"ID": group, "key": key, "knowledge concept": "Angles"} for group, key in places]
+    return [rows[n % 4] | role for n, role in enumerate(roles)]
 
 
 def _dynamath() -> list[dict[str, Any]]:

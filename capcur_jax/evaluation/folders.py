@@ -65,8 +65,10 @@ def write_predictions(file: Path, answered: Iterable[Answered], thinking: Mappin
     letters = sorted({letter for one in answered for letter in one.row.options})
     facts = list(dict.fromkeys(key for one in answered for key in one.row.facts if key not in OURS))
     reserved = {"index", "question", "answer", *letters}
-    facts = [key for key in facts if key not in reserved]
     others = dict.fromkeys(key for one in answered for key in one.row.cells if key not in {*OURS, *reserved, *facts})
+    # Without those that no row has: VLMEvalKit's scorers make a group of each empty cell.
+    told = {key for one in answered for key, value in one.row.facts.items() if value not in ("", None)}
+    facts = [key for key in facts if key not in reserved and key in told]
     buffer = io.StringIO(newline="")
     table = csv.writer(buffer, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n")
     table.writerow(["index", "question", *letters, "answer", *facts, *others, *OURS])

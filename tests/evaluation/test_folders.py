@@ -95,3 +95,13 @@ def test_a_spoiled_folder_is_said(tmp_path, spoil, said):
     spoil(folder(tmp_path, {"x": [answered(1, True)]}))
     with pytest.raises(InputError, match=said):
         folders.read(tmp_path)
+
+
+def test_a_fact_that_no_row_has_is_no_column(tmp_path):
+    """VLMEvalKit's scorers make a group of each empty cell, and then stop at columns of one name."""
+    file, verdicts = tmp_path / "x.tsv", {"official": Verdict(1.0, "rule", "A")}
+    row = Row("1", "What?", ("A",), facts={"category": "", "hint": None, "level": "2"})
+    folders.write_predictions(file, [Answered(row, Reply("A"), verdicts)])
+    with file.open(encoding="utf-8", newline="") as lines:
+        head = next(csv.reader(lines, delimiter="\t"))
+    assert "level" in head and not {"category", "hint"} & {*head}
