@@ -6,13 +6,12 @@ Without a COMMAND a model is asked: --benchmarks=NAME,... --checkpoint=DIR, or -
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
 
 from capcur_jax.errors import InputError, RolloutError
-from capcur_jax.records import streams
+from capcur_jax.records import command_line, streams
 from capcur_jax.records.terminal import files_explained
 
 # Each is a module of capcur_jax.evaluation.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
@@ -37,16 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.insert(0, "run")
     parser = argparse.ArgumentParser(prog="python -m capcur_jax.evaluate", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the benchmarks: rows, files, where from")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        if arguments[:1] == [name]:  # the others' modules are not imported: some of them bring JAX
-            module = importlib.import_module(f"capcur_jax.evaluation.commands.{name}")
-            module.add_arguments(command)
-    chosen, rest = parser.parse_known_args(arguments)
-    if rest and not hasattr(chosen, "config"):
-        parser.error(f"unknown argument {rest[0]}")
-    chosen.overrides = rest  # --config.key=value, of a command that takes a config
+    module, chosen = command_line.chosen_command(parser, COMMANDS, "capcur_jax.evaluation.commands", arguments)
     try:
         with files_explained():
             result = module.run(chosen)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
 
 from capcur_jax.errors import InputError
-from capcur_jax.records import streams
+from capcur_jax.records import command_line, streams
 from capcur_jax.records.terminal import files_explained
 
 # Each is a module of capcur_jax.curation.commands with `add_arguments(parser)` and `run(arguments) -> dict`.
@@ -29,17 +28,8 @@ GOING_ON = ("synthesize", "filter", "difficulty")  # where they were stopped; th
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its last line on stdout is a JSON object. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m capcur_jax.data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        if arguments[:1] == [name]:  # the others' modules are not imported: some of them bring JAX
-            module = importlib.import_module(f"capcur_jax.curation.commands.{name}")
-            module.add_arguments(command)
-    chosen, rest = parser.parse_known_args(arguments)
-    if rest and not hasattr(chosen, "config"):
-        parser.error(f"unknown argument {rest[0]}")
-    chosen.overrides = rest  # --config.key=value, of a command that takes a config
+    module, chosen = command_line.chosen_command(parser, COMMANDS, "capcur_jax.curation.commands", arguments)
     try:
         with files_explained():
             result = module.run(chosen)

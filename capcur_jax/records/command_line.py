@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -34,3 +36,26 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="further tries after time-outs, lost connections, 429 and 5xx (default: %(default)s)")  # fmt: skip
     add("--api-key-variable", default="", metavar="NAME",
         help="environment variable that holds the servers' API key (default: none is sent)")  # fmt: skip
+
+
+def chosen_command(
+    parser: argparse.ArgumentParser, texts: Mapping[str, str], package: str, arguments: Sequence[str]
+) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of the command that the arguments name, and what they set; ends the process where they are wrong.
+
+    Args:
+      texts: what each command does, by name.
+      package: where the modules lie, each with `add_arguments`.
+    """
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    module = ModuleType("none")  # argparse ends the process before it is used
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        if arguments[:1] == [name]:  # the others' modules are not imported: some of them bring JAX
+            module = importlib.import_module(f"{package}.{name}")
+            module.add_arguments(command)
+    chosen, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(chosen, "config"):
+        parser.error(f"unknown argument {rest[0]}")
+    chosen.overrides = rest  # --config.key=value, of a command that takes a config
+    return module, chosen
