@@ -97,15 +97,16 @@ def _end(text: str) -> NoReturn:
 
 def _parse(arguments: list[str]) -> list[str]:
     from capcur_jax import presets
+    from capcur_jax.records import command_line
 
     try:
         rest = flags.FLAGS(arguments)
         if _CONFIG.value is None:
-            raise InputError(presets.NO_CONFIG)
+            raise InputError(command_line.NO_CONFIG)
         _ = _CONFIG.value.order  # a config file that can't be read shows itself here only
         return rest
     except flags.Error as error:
-        sys.exit(f"error: {presets.mistyped(error, flags.FLAGS)}")
+        sys.exit(f"error: {command_line.mistyped(error, flags.FLAGS)}")
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except (KeyError, AttributeError, TypeError, ValueError) as error:

@@ -7,6 +7,13 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
+from absl import flags
+
+NO_CONFIG = (
+    "no config: give one of configs/, such as --config=configs/staged.py; then any of its keys can be set, "
+    "--config.seed=1. --help lists the other arguments"
+)
+
 
 def at_least(least: int) -> Callable[[str], int]:
     """An argparse type: whole numbers from `least`."""
@@ -59,3 +66,16 @@ def chosen_command(
         parser.error(f"unknown argument {rest[0]}")
     chosen.overrides = rest  # --config.key=value, of a command that takes a config
     return module, chosen
+
+
+def mistyped(error: flags.Error, values: flags.FlagValues) -> str:
+    """What is wrong with a command line, and what to write instead. `values`: its flags, `config` among them."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return str(error)
+    if error.flagname.startswith("config.") and values["config"].value is None:
+        return NO_CONFIG
+    meant = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
+    return (
+        f"unknown argument --{error.flagname}{f' (did you mean --{meant}?)' if meant else ''}; settings look like "
+        "--config.seed=1, and --help lists the other arguments"
+    )
