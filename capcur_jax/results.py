@@ -73,7 +73,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
         run.display.warn(
             f"config.evaluation: base_instruction = {config.evaluation.base_instruction!r} asks the base otherwise "
             f"than trained models, instruction = {config.evaluation.instruction!r}: gains over it have that in them, "
-            "too, and only boxed answers are right (docs/running.md, The paper's presets)"
+            "too, and only boxed answers are right (docs/configs.md, The paper's presets)"
         )
     for (name, split), lines in run.sets.skipped_rows.items():
         run.display.warn(f"{name} {split}: {len(lines)} rows skipped, the first: {lines[0]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -10,14 +9,15 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import model_parity
 import pytest
+import record
+import write
 from absl import flags
 
 from tests.test_layers import PACKAGE
 
 ROOT = PACKAGE.parent
-sys.path += [str(ROOT / "docs"), str(ROOT / "benchmarks")]
-record, write = (importlib.import_module(name) for name in ("record", "write"))
 RESULTS = write.results()
 
 
@@ -124,9 +124,9 @@ def test_parity_takes_the_worst_of_all_cases():
     add("test_a_prompt_computed_once_equals_full_sequences", "qwen3_vl", gradient="1e-6", logprobs="2e-6")
     halves = {"ours, float32 parameters,": "0.2", "transformers'": "0.3"}
     add("test_bfloat16_is_as_near_to_float32_as_transformers_is", "qwen3_vl", **halves)
-    found = importlib.import_module("model_parity").figures(list(cases))
+    found = model_parity.figures(list(cases))
     assert [one["text"] for one in found["largest"]] == [5e-6, 2e-6, 3e-6, 2e-6]
     assert found["shared_prompt"] == 2e-6 and found["bfloat16"] == {"ours": [0.2], "transformers": [0.3]}
-    tests = "".join((ROOT / name).read_text(encoding="utf-8") for name in importlib.import_module("model_parity").FILES)
+    tests = "".join((ROOT / name).read_text(encoding="utf-8") for name in model_parity.FILES)
     for case in cases:
         assert f"def {case.get('name').partition('[')[0]}(" in tests
