@@ -125,7 +125,7 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
 
 
 def _set(source: str = "") -> dict:
-    # `source` builds the set on first use; a path to the user's own JSONL file of a split overrides it.
+    # `source` builds the set on first use; a file of a split, or its hf://datasets/OWNER/NAME/FILE, overrides it.
     return {"source": source, "train": "", "validation": "", "test": ""}
 
 
@@ -134,7 +134,7 @@ def defaults() -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,
-            "checkpoint": "",  # a Hugging Face checkpoint directory; "": random weights, see `create`
+            "checkpoint": "",  # a directory, or OWNER/NAME[@REVISION] on the Hub; "": random weights, see `create`
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
             "order": CAPABILITIES,  # names of `stages`
             "stages": {},  # by name, each a `stage`: the preset's
