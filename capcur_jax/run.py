@@ -216,7 +216,14 @@ class Run:
         self.recorder = self._closing.enter_context(recorder)
         self.display.earlier(recorder.evaluations)
         rollouts = JsonLines(self.workdir / "rollouts.jsonl") if self.owner else Nowhere()
-        self.rollouts = self._closing.enter_context(contextlib.closing(rollouts))
+        self._rollouts, self._sinks = self._closing.enter_context(contextlib.closing(rollouts)), sinks
+
+    def show_rollouts(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Sampled groups of the last step, for rollouts.jsonl and for whoever shows the run."""
+        for group in groups:
+            self._rollouts.write(group)
+        if self._sinks:
+            self._sinks.rollouts(self.progress.step, groups)
 
     def _alarmed(self, name: str, text: str) -> None:
         if self.owner:
