@@ -7,6 +7,7 @@ and with HF_HUB_OFFLINE=1. A folder or a file of that name on this machine alway
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -72,7 +73,7 @@ def checkpoint(
     wanted = named(spec)
     if wanted is None:
         return Path(spec).expanduser()
-    from huggingface_hub import snapshot_download  # late: a run from a directory needs none of it
+    from huggingface_hub import constants, snapshot_download  # late: a run from a directory needs none of it
 
     from capcur_jax.devices import distributed  # JAX comes with it, which commands do without
 
@@ -80,6 +81,8 @@ def checkpoint(
     commit = _commit(wanted, "config.json", where, commits)
 
     def download() -> Path:
+        cache = constants.HF_HUB_CACHE  # a line for logs, in which progress bars are not shown
+        print(f"{where}: commit {commit}; what {cache} lacks of it is downloaded", file=sys.stderr, flush=True)
         folder = snapshot_download(wanted.repository, revision=commit, allow_patterns=patterns, ignore_patterns="*/*")
         return Path(folder)
 
