@@ -15,6 +15,7 @@ from PIL import Image
 
 from capcur_jax.data.problem import IMAGE_MARK, Drop
 from capcur_jax.errors import InputError
+from capcur_jax.hub import download
 from capcur_jax.records.journal import fingerprint
 from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all, image_part
 
@@ -178,8 +179,6 @@ class LocalModel:
     """A checkpoint of a directory or of the Hub, on this process's devices (its weights are split over them)."""
 
     def __init__(self, spec: str, how: How):
-        from capcur_jax.hub import download
-
         directory = download.checkpoint(spec, "--model")
         if not (directory / "config.json").is_file():
             raise InputError(

@@ -35,7 +35,7 @@ def test_a_run_from_the_hub_to_the_hub(hub, checkpoint, sets, tmp_path, monkeypa
 
     def run(**variables):
         environment = os.environ | {"PYTHONPATH": path} | variables
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
     early = run()
     assert early.returncode == 1 and "`hf auth login`" in early.stderr and not (workdir / "metrics.jsonl").exists()
