@@ -62,7 +62,10 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
         objectives.of_stage(stage)
     missing = []
     if not config.checkpoint and not config.create:
-        missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
+        missing.append(
+            "config.checkpoint: a Qwen3-VL, as a Hugging Face checkpoint directory (--config.checkpoint=DIR) or by its "
+            "name on the Hub (--config.checkpoint=OWNER/NAME)"
+        )
     for name, split in sorted(splits(config, stages)):
         if name not in config.data.sets:
             missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")

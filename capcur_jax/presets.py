@@ -108,7 +108,7 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
 def _set(source: str = "") -> dict:
     return {
         "source": source,  # builds the set on first use (data/sets.py); a file of your own below overrides it
-        "train": "",  # a file of problems, docs/data.md
+        "train": "",  # a file of problems (docs/data.md), or hf://datasets/OWNER/NAME/FILE
         "validation": "",  # the same, for validation.every
         "test": "",  # the same, for evaluation
     }
@@ -119,7 +119,7 @@ def defaults() -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,  # of everything that is drawn: data order, samples, fresh weights
-            "checkpoint": "",  # a Hugging Face checkpoint directory; "": random weights, see `create`
+            "checkpoint": "",  # a directory, or OWNER/NAME[@REVISION] on the Hub; "": random weights, see `create`
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
             "order": CAPABILITIES,  # names of `stages`, in the order in which they run
             "stages": {},  # by name, each with the keys of stages.NAME: the preset's

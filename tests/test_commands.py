@@ -22,6 +22,7 @@ from capcur_jax import ablations, evaluate, generate, presets
 from capcur_jax.data import __main__ as data
 from capcur_jax.errors import InputError
 from capcur_jax.grid import rows
+from capcur_jax.hub import push
 from capcur_jax.plan import __main__ as plan
 from capcur_jax.plan import topologies
 from capcur_jax.records import command_line
@@ -109,6 +110,8 @@ def parse_module(module: str, arguments: list[str]) -> None:
         assert set(options.rows.split(",") if isinstance(options.rows, str) else options.rows) <= {*rows.ROWS, ""}
     elif module == "capcur_jax.generate":
         generate.parse(arguments)
+    elif module == "capcur_jax.hub.push":
+        push.parser().parse_args(arguments)
     elif module == "capcur_jax.report":
         assert report.main(arguments) in (0, 2)  # the folder isn't there; a mistyped argument exits
     else:

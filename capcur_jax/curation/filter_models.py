@@ -15,6 +15,7 @@ from PIL import Image
 
 from capcur_jax.data.problem import IMAGE_MARK, Drop
 from capcur_jax.errors import InputError
+from capcur_jax.hub import download
 from capcur_jax.records.journal import fingerprint
 from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all, image_part
 
@@ -175,16 +176,17 @@ class ServedModel:
 
 
 class LocalModel:
-    """A Hugging Face checkpoint directory, on this process's devices (its weights are split over them)."""
+    """A checkpoint of a directory or of the Hub, on this process's devices (its weights are split over them)."""
 
     def __init__(self, spec: str, how: How):
-        directory = Path(spec).expanduser()
+        directory = download.checkpoint(spec, "--model")
         if not (directory / "config.json").is_file():
             raise InputError(
-                f"--model {spec[:200]}: no checkpoint directory (config.json is not in it); give one, or "
+                f"--model {spec[:200]}: no checkpoint directory (config.json is not in it); give one, OWNER/NAME, or "
                 "served:http://HOST:PORT,NAME"
             )
-        self.name, self._directory, self._how = directory.resolve().name, directory, how
+        self.name, self._directory, self._how = download.version(spec, directory).partition("@")[0], directory, how
+        self.name = self.name or directory.resolve().name
         self.settings = {"model": self.name, "weights": fingerprint(directory)}
         self._model = self._processor = None
 

@@ -35,7 +35,8 @@ REPLIES = "replies"  # journals, in the work directory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--benchmarks", required=True, metavar="NAME,...", help="which ones; --list names them; or files of problems")
-    add("--checkpoint", metavar="DIR", help="a Hugging Face checkpoint, asked by this project's engines")
+    add("--checkpoint", metavar="DIR", help="a Hugging Face checkpoint, or OWNER/NAME on the Hub: asked by this "
+        "project's engines")  # fmt: skip
     add("--address", metavar="URL[,URL]", help="an OpenAI-compatible server, or several of one model")
     add("--model", metavar="NAME", help="the name under which the server at --address has it")
     add("--config", metavar="FILE[:PRESET]",
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     judging = judge.model_of(arguments.judge, arguments.judge_model, arguments.judge_key_variable)
     setting = opened(arguments)
     workdir, settings = setting.workdir, setting.settings
-    model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
+    model = {"model": arguments.model or arguments.checkpoint_name, "versions": metrics.versions()}
     result = {}
     with contextlib.ExitStack() as closing:
         # Opened first: what is wrong with a judge is said before a model answers for hours.
@@ -113,6 +114,7 @@ def opened(arguments: argparse.Namespace) -> Setting:
     config, instruction = None, arguments.instruction or "none"
     if arguments.checkpoint:
         _join(arguments)
+        _find(arguments)
         config = _config(arguments)
         instruction = arguments.instruction or _instruction(arguments, config)
     workdir = prepare_workdir(arguments.workdir, "evaluation")
@@ -236,6 +238,16 @@ def _join(arguments: argparse.Namespace) -> None:
     cluster.initialize(cluster.Settings(arguments.coordinator, arguments.process_id, arguments.process_count))
     if distributed.process_count() > 1 and not arguments.workdir:
         raise InputError("an evaluation by several processes needs --workdir, one that all of them see")
+
+
+def _find(arguments: argparse.Namespace) -> None:
+    """The directory in place of a name on the Hub. Raises InputError."""
+    from capcur_jax.hub import download
+
+    spec = arguments.checkpoint
+    directory = download.checkpoint(spec, "--checkpoint")
+    arguments.checkpoint = str(directory)
+    arguments.checkpoint_name = download.version(spec, directory) or str(directory.resolve())
 
 
 def _by_owner(act: Callable[[], Any]) -> Any:
