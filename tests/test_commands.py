@@ -145,7 +145,7 @@ def extras() -> set[str]:
 
 def check(command: str) -> None:
     """Raises or exits where a command can't be what a reader types."""
-    if re.match(rf"\w+=\$\({PYTHON} -c", command):
+    if re.match(rf"\w+=\$\({PYTHON} -c|for \w+ in [^;]+; do$|done$", command):
         return
     first, *rest = words(command)
     tool = Path(first).name

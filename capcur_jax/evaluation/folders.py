@@ -110,7 +110,7 @@ def read(place: str | Path) -> Folder:
         raise InputError(
             f"{place}: holds no {SCORES}; give the --workdir of an evaluation, or a training run that has finished"
         )
-    scores = _json(path / SCORES)
+    scores = read_scores(path)
     files = sorted((path / PREDICTIONS).glob("*.tsv"))
     if not files:
         raise InputError(f"{path}: holds no {PREDICTIONS}/NAME.tsv; evaluate again with the same --workdir")
@@ -145,6 +145,18 @@ def conditions(folder: Folder, benchmark: str) -> dict[str, Any]:
     whole = folder.scores.get("conditions")
     own = (folder.scores.get("benchmarks") or {}).get(benchmark) or {}
     return {**_flat(whole or {}), **_flat(own.get("conditions") or {})}
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """What FOLDER/scores.json holds. Raises InputError."""
+    file = folder / SCORES
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: can't be read ({error}); evaluate again with the same --workdir") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds no scores; evaluate again with the same --workdir")
+    return found
 
 
 def score_of(folder: Folder, benchmark: str, mode: str) -> float | None:
@@ -206,16 +218,6 @@ def _verdict(texts: Mapping[str, str], mode: str) -> Verdict | None:
         raise ValueError(f"`{mode}` is {credit}, no credit from 0 to 1")
     read, by = texts.get(f"{mode}_read") or None, texts.get(f"{mode}_by", "")
     return Verdict(credit, by, read)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: can't be read ({error}); evaluate again with the same --workdir") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: holds no scores; evaluate again with the same --workdir")
-    return found
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -43,8 +43,9 @@ METRICS = {
 
 
 def metric_of(name: str) -> Metric:
-    """One of METRICS, or right answers to the set of that name."""
-    return METRICS.get(name) or Metric(name, {name: 1.0})
+    """One of METRICS, or right answers to the set of that name, or to those of "a + b" as their mean."""
+    parts = name.split(" + ")
+    return METRICS.get(name) or Metric(name, dict.fromkeys(parts, 1 / len(parts)))
 
 
 class Claim(NamedTuple):

@@ -5,12 +5,13 @@ One file without scripts and network: filters are form elements and style sheets
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from capcur_jax.errors import InputError
 from capcur_jax.files import write_atomically
-from capcur_jax.grid.report import claims, examples, figures, more, tables
+from capcur_jax.grid.report import benchmarks, claims, examples, figures, more, tables
 from capcur_jax.grid.report.gather import Grid, read
 from capcur_jax.grid.report.tables import Table
 from capcur_jax.records.text import visible
@@ -29,10 +30,12 @@ def write(places: Sequence[str], folder: Path) -> tuple[Path, Path]:
       InputError: no runs, two of one row and seed, or files that can't be read.
     """
     grid = read(places)
+    measured = benchmarks.Measured(grid)
+    grid = dataclasses.replace(grid, notes=(*grid.notes, *measured.notes))
     measures = claims.Measures(grid)
     found = claims.judged(measures)
     missing, claimed = more.missing(grid), tables.claims(found)
-    papers, errors = tables.papers(measures), more.perception_errors(grid)
+    papers, errors = tables.papers(measures, measured), more.perception_errors(grid)
     further = [*([errors] if errors else []), more.kinds(grid), more.cost(grid), more.comparisons(measures)]
     shown, of = examples.choose(grid)
     filters = {

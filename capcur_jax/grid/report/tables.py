@@ -7,12 +7,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from capcur_jax.grid.report.benchmarks import PERCEPTION, VISUAL, Measured
 from capcur_jax.grid.report.claims import METRICS, NAMES, Found, Measures, paper_difference
 from capcur_jax.grid.report.gather import KNOWN
 from capcur_jax.grid.report.seeds import Estimate
 from capcur_jax.grid.rows import QWEN3, QWEN25
 
 UNKNOWN, MISSING = "not known", "missing"
+# The paper's eight, by the names under which its page has figures of them.
+_PAPERS = {
+    "mathvista": "MathVista (mini)", "mathvision": "MathVision (mini)",
+    "mathverse_vision_intensive": "MathVerse (vision intensive)", "wemath": "WeMath", "aokvqa": "A-OKVQA",
+    "realworldqa": "RealWorldQA", "mmstar": "MMStar", "pope": "POPE",
+}  # fmt: skip
+_KNOWN = {*_PAPERS.values(), "visual math", "perception", "overall"}
 _MODELS = f"{NAMES[QWEN3]} / {NAMES[QWEN25]}"
 
 
@@ -126,9 +134,9 @@ _SPECS = (
 )  # fmt: skip
 
 
-def papers(measures: Measures) -> list[Table]:
+def papers(measures: Measures, measured: Measured) -> list[Table]:
     """Tables 1, 2, 5, 6, 7, Figure 3 and the lengths. A row without a finished run says so."""
-    return [_benchmarks(measures), *(_table(spec, measures) for spec in _SPECS)]
+    return [_benchmarks(measured), *(_table(spec, measures) for spec in _SPECS)]
 
 
 def _table(spec: _Spec, measures: Measures) -> Table:
@@ -187,19 +195,33 @@ def paper_value(row: str, metric: str, over: str = "") -> str:
     return " / ".join(f"{known[name]:{form}}" if name in known else UNKNOWN for name in names)
 
 
-def _benchmarks(measures: Measures) -> Table:
-    """Table 1, a line for each benchmark of which the paper's page has a figure."""
-    wanted = dict.fromkeys(p.metric for row in ("base", "staged") for p in KNOWN[row].paper if p.table == "Table 1")
+def _benchmarks(measured: Measured) -> Table:
+    """Table 1: the paper's benchmarks, their groups as the paper averages them, and what else was asked."""
+    wanted = [(title, (name,)) for name, title in _PAPERS.items()]
+    wanted += [("visual math", VISUAL), ("perception", PERCEPTION), ("overall", VISUAL + PERCEPTION)]
+    wanted += [(name, (name,)) for name in measured.names if name not in _PAPERS]
     lines = []
-    for metric in wanted:
-        for row in ("base", "staged"):
-            ours = value(measures.value(row, metric)) if metric in measures.grid.clusters else Cell("not measured")
-            lines.append(Line(row, (Cell(row), Cell(metric), ours, Cell(paper_value(row, metric)))))
+    for title, names in wanted:
+        measures, metric = measured.measures(names), " + ".join(names)
+        for row in dict.fromkeys(("base", "staged", *measured.rows)):
+            found, figures = measures.value(row, metric), measures.grid.rows.get(row)
+            cells = [Cell("not measured"), *[Cell("-")] * 3] if found is None or figures is None else [
+                value(found), Cell(str(len(figures.seeds) or 1)),
+                *(_against(measures, row, over, metric) for over in ("base", "merged"))]  # fmt: skip
+            paper = paper_value(row, title) if title in _KNOWN else UNKNOWN
+            lines.append(Line(row, (Cell(title), Cell(row), *cells, Cell(paper))))
     note = (
-        "Public benchmarks: measured where a grid's evaluations have them. A laptop's sets stand for groups of them "
-        f"(Table 2). The paper's models, in this order everywhere: {_MODELS}."
+        "Public benchmarks, where `capcur_jax.evaluate` asked the runs' checkpoints (docs/ablations.md), by the rules "
+        "of VLMEvalKit. A laptop's sets stand for groups of them (Table 2). The paper's models, in this order "
+        f"everywhere: {_MODELS}."
     )
-    return Table("Table 1: benchmarks", note, ("row", "benchmark", "ours, %", "paper"), tuple(lines))
+    head = ("benchmark", "row", "ours, %", "runs", "against base, points", "against merged, points", "paper")
+    return Table("Table 1: benchmarks", note, head, tuple(lines))
+
+
+def _against(measures: Measures, row: str, over: str, metric: str) -> Cell:
+    found = measures.difference(row, over, metric) if row != over else None
+    return change(found[0]) if found else Cell("-")
 
 
 def claims(found: Sequence[Found]) -> Table:
