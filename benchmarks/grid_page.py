@@ -115,8 +115,10 @@ def _records(run: Path, row: str, seed: int, steps: int, right: dict, rng: np.ra
     accuracy = {name: {m: 0.5 + (end - 0.5) * p for m, p in zip(moments, path, strict=True)}
                 for name, end in right.items()}  # fmt: skip
     summary = {"status": "finished", "accuracy": accuracy, "seconds": 200.0 + seed, "steps": steps, "devices": 1}
+    summary["stages"] = [{"stage": stage, "problems": 160} for stage in stages]
     jsonl.write_json_atomic(run / "summary.json", summary)
-    jsonl.write_json_atomic(run / "config.json", {"seed": seed})
+    config = {"seed": seed, "stages": {stage: {"prompts": 32} for stage in stages}}
+    jsonl.write_json_atomic(run / "config.json", config)
     jsonl.write_json_atomic(run / "versions.json", {"commit": "0" * 40})
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,9 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     for (name, split), rows in run.sets.repaired_rows.items():
         first = f"{rows[0].id}: {', '.join(rows[0].repaired)}"
         run.display.warn(f"{name} {split}: {len(rows)} rows put right, the first: {first} (`data check` shows them)")
+    for stage in stages:
+        for line in _fewer(run, stage):
+            run.display.warn(line)
     return {"parameters": count, "blind": blind, "stages": planned}
 
 
@@ -102,6 +105,19 @@ def _shares(shares: dict[str, float], shown: int = 5) -> str:
     """The largest, for people."""
     said = [f"{name} {share:.0%}" for name, share in list(shares.items())[:shown]]
     return ", ".join([*said, *([f"{len(shares) - shown} more"] if len(shares) > shown else [])])
+
+
+def _fewer(run: Run, stage: Stage) -> Iterator[str]:
+    """Of sets of which the stage's selection by pass rate leaves fewer problems than the stage was to draw."""
+    if not stage.curriculum.by_difficulty:
+        return
+    for name, left in zip(stage.data, run.sets.selected(stage.data, stage.curriculum), strict=True):
+        of = len(run.sets.problems(name, "train"))
+        if len(left) < (wanted := min(of, stage.curriculum.rows)):
+            yield (
+                f"stage {stage.name}: selection by pass rate leaves {len(left):,} of {of:,} problems of {name}, fewer "
+                f"than curriculum.rows = {wanted:,}: what is left comes more often"
+            )
 
 
 def _plan_of(run: Run, stage: Stage) -> dict[str, Any]:

@@ -287,6 +287,18 @@ def test_the_plan_of_an_imitation_and_of_low_rank_factors(tmp_path):
     assert low_rank["frozen"] == "all but LoRA's factors"
 
 
+def test_a_selection_that_leaves_fewer_than_were_to_be_drawn_is_told(tmp_path):
+    run = Run(tmp_path)
+    run.sets.selected = lambda data, curriculum: [["p"] * 7]
+    run.sets.problems = lambda name, split: ["p"] * 10
+    for rows, told in ((9, "7 of 10 problems of text, fewer than curriculum.rows = 9"), (20, "= 10"), (7, ""), (0, "")):
+        run.config.stages.text.curriculum.update({"rows": rows, "drop_all_right": True})
+        run.shown.clear()
+        results.plan(run, schedule.stages(run.config))
+        said = [one[1] for one in run.shown if one[0] == "warn" and "pass rate" in one[1]]
+        assert len(said) == bool(told) and all(told in one for one in said)
+
+
 def test_blind_guesses_are_for_every_set_that_is_evaluated(tmp_path):
     run = Run(tmp_path)
     # Learned from "train", asked on the test; perception has no stage.

@@ -54,17 +54,39 @@ def claims(found: Sequence[Found]) -> str:
     return bands.spans_chart("Claims: ours, and the paper's (x)", "points; of lengths %", spans) if spans else ""
 
 
-def _moments(row: str, runs: Sequence[Run]) -> str:
-    """Nothing where the runs have different moments, or none."""
+class Moments(NamedTuple):
+    """Held-out accuracy of a row's runs, in per cent.
+
+    titles, steps: of the moments: the first at 0, then the end of each stage; of one without a step that of the one
+    before. accuracy: set -> [seeds, moments]. stages: (name, first step less 1, last step) of the first run.
+    """
+
+    titles: list[str]
+    steps: list[int]
+    accuracy: dict[str, np.ndarray]
+    stages: list[tuple[str, int, int]]
+
+
+def moments(runs: Sequence[Run]) -> Moments | None:
+    """None where the runs have different moments, or none."""
     accuracies = [run.summary.get("accuracy") or metrics.accuracy_of(_evaluations(run)) for run in runs]
-    moments = {key: title for key, title in moments_of(accuracies[0]).items() if key != "final"}
+    titles = {key: title for key, title in moments_of(accuracies[0]).items() if key != "final"}
     lines = {
-        name: [[100 * _number(accuracy.get(name, {}).get(moment)) for moment in moments] for accuracy in accuracies]
+        name: np.array([[100 * _number(some.get(name, {}).get(moment)) for moment in titles] for some in accuracies])
         for name in accuracies[0]
     }
-    if not moments or not all(np.isfinite(values).all() for values in lines.values()):
-        return ""
-    return bands.moments_chart(f"{row}: held-out accuracy", list(moments.values()), lines)
+    stages = charts.stages_of(list(_steps(runs[0]).values()))
+    if not titles or not all(np.isfinite(each).all() for each in lines.values()):
+        return None
+    ends, steps = {f"after_{stage.name}": stage.last for stage in stages}, [0]
+    steps += [ends.get(key, 0) for key in list(titles)[1:]]
+    spans = [(stage.name, stage.first - 1, stage.last) for stage in stages]
+    return Moments(list(titles.values()), np.maximum.accumulate(steps).tolist(), lines, spans)
+
+
+def _moments(row: str, runs: Sequence[Run]) -> str:
+    found = moments(runs)
+    return bands.moments_chart(f"{row}: held-out accuracy", found.titles, found.accuracy) if found else ""
 
 
 def _evaluations(run: Run) -> list[Mapping[str, Any]]:

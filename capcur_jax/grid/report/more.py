@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from capcur_jax.evaluation import counterfactual, errors, folders
@@ -95,6 +97,31 @@ def perception_errors(grid: Grid) -> Table | None:
     return Table("Errors of perception", note, ("row", "set", "how", "seeds", "perception, %"), tuple(lines))
 
 
+def seen(grid: Grid) -> Table:
+    """What the rows were really trained on: a selection by pass rate may leave fewer problems than were planned."""
+    lines = []
+    for row in dict.fromkeys(run.row for run in grid.runs):
+        found = [_seen(run) for run in grid.of(row)]
+        prompts, problems = (statistics.fmean(one[at] for one in found) for at in (0, 1))
+        times = number(prompts / problems, ".2f") if problems else ""
+        cells = (number(prompts, ",.0f"), number(problems, ",.0f"), times)
+        lines.append(Line(row, (Cell(row), *(Cell(one or "-") for one in cells))))
+    note = (
+        "Means over seeds. Prompts: of all steps in the records. Problems: of the stages' plans, after selection, so "
+        "that a row that leaves some out shows here how often it saw the others."
+    )
+    return Table("What was seen", note, ("row", "prompts", "different problems", "times each"), tuple(lines))
+
+
+def _seen(run: Run) -> tuple[float, float]:
+    """(prompts, problems); nan where the run's files do not say."""
+    stages = _file(run.folder / "config.json").get("stages") or {}
+    steps = {record["step"]: record.get("stage") for record in run.records if record.get("type") == "step"}
+    sizes = [(stages.get(stage) or {}).get("prompts", math.nan) for stage in steps.values()]
+    planned = [stage.get("problems", math.nan) for stage in run.summary.get("stages") or ()]
+    return math.fsum(sizes), math.fsum(planned) if planned else math.nan
+
+
 def cost(grid: Grid) -> Table:
     """What the runs took, means over seeds."""
     lines = []
@@ -137,8 +164,13 @@ def _range(shares: Sequence[float]) -> Cell:
 
 
 def _json(run: Run, name: str) -> dict[str, Any]:
+    return _file(run.folder / folders.FINAL / name)
+
+
+def _file(path: Path) -> dict[str, Any]:
+    """{} of one that is not there."""
     try:
-        found = json.loads((run.folder / folders.FINAL / name).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -6,6 +6,7 @@ One file without scripts and network: filters are form elements and style sheets
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,13 @@ def write(places: Sequence[str], folder: Path) -> tuple[Path, Path]:
     found = claims.judged(measures)
     missing, claimed = more.missing(grid), tables.claims(found)
     papers, errors = tables.papers(measures, measured), more.perception_errors(grid)
-    further = [*([errors] if errors else []), more.kinds(grid), more.cost(grid), more.comparisons(measures)]
+    further = [
+        *([errors] if errors else []),
+        more.kinds(grid),
+        more.seen(grid),
+        more.cost(grid),
+        more.comparisons(measures),
+    ]
     shown, of = examples.choose(grid)
     filters = {
         name: sorted({one.values[name] for one in shown if one.values[name]})
@@ -65,7 +72,9 @@ def write(places: Sequence[str], folder: Path) -> tuple[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / PAGE, html.encode())
-        write_atomically(folder / TABLES, _markdown(grid, title, [claimed, *papers, *further, missing]).encode())
+        write_atomically(
+            folder / TABLES, _markdown(grid, title, places, [claimed, *papers, *further, missing]).encode()
+        )
     except OSError as error:
         raise InputError(f"{folder}: can't be written ({error.strerror}); give another --output") from None
     return folder / PAGE, folder / TABLES
@@ -84,8 +93,18 @@ def _facts(grid: Grid) -> dict[str, str]:
     }
 
 
-def _markdown(grid: Grid, title: str, made: Sequence[Table]) -> str:
+def _markdown(grid: Grid, title: str, places: Sequence[str], made: Sequence[Table]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in _facts(grid).items() if value)
     notes = "\n".join(f"- {visible(note)}" for note in grid.notes)
-    head = f"# {visible(title)}\n\n{facts}\n{notes}\n\nIn brackets: 95 % intervals, over seeds and questions.\n"
+    head = f"# {visible(title)}\n\n{facts}\n{notes}\n\n{_commands(grid, places)}\n\n"
+    head += "In brackets: 95 % intervals, over seeds and questions.\n"
     return tables.markdown([table for table in made if table.lines], head)
+
+
+def _commands(grid: Grid, places: Sequence[str]) -> str:
+    """What makes these runs, with the grid's preset and settings, and this page of them."""
+    rows: dict[str, list[str]] = {}  # seeds -> rows
+    for row in dict.fromkeys(run.row for run in grid.runs):
+        rows.setdefault(",".join(str(run.seed) for run in grid.of(row)), []).append(row)
+    runs = [f"python -m capcur_jax.ablations --rows={','.join(some)} --seeds={seeds}" for seeds, some in rows.items()]
+    return "\n".join(["```bash", *runs, f"python -m capcur_jax.report {shlex.join(places)}", "```"])

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.grid_page import BROWSER
-from capcur_jax.evaluation import folders
-from capcur_jax.grid.report import examples, gather, page
+from capcur_jax.evaluation import errors, folders
+from capcur_jax.grid.report import examples, gather, more, page
 from capcur_jax.report.__main__ import main
 
 CHROMIUM = shutil.which("chromium")
@@ -33,6 +33,8 @@ def test_tables_are_the_papers_and_say_what_is_missing(grid):
     assert re.search(r"\| staged \| 3 \| [\d.]+ \([\d.]+ to [\d.]+\) \| 51.10 / 42.26 \|", said)
     assert "| order_213 | missing | - | not known |" in said
     assert "| difficulty | 0 | not finished, step 7 |" in said and "| adaptive | all | no run |" in said
+    assert "python -m capcur_jax.ablations --rows=staged,order_321,merged,sft_perception --seeds=0,1,2\n" in said
+    assert f"python -m capcur_jax.report {grid}\n" in said and "- commit: 0000000\n" in said
     assert "not known / 37.70" in said and "-1.60 / -8.10" in said and "+5.20 / +7.40" in said
 
 
@@ -108,6 +110,40 @@ def test_errors_of_perception_are_shown_where_runs_have_them(grid, tmp_path):
     said = text_of(page.write([str(tmp_path)], tmp_path)[1])
     assert "| staged | visual | told the facts: text | 2 | 50.0 (40.0 to 60.0) |" in said
     assert "## Errors of perception" not in text_of(grid / "tables.md")
+
+
+def test_a_judge_s_errors_of_perception_are_shown_too(grid, tmp_path):
+    """As `evaluate errors` writes them: of the first error, and of any."""
+    for seed, (first, anywhere) in enumerate(((2, 3), (1, 3), (0, 0))):
+        run = tmp_path / f"staged/seed{seed}"
+        shutil.copytree(grid / f"staged/seed{seed}", run)
+        wrong = list(folders.read(run).answered["visual"].values())[:4]
+        kinds = ["perception"] * first + ["reasoning"] * (4 - first)
+        named = [{"first": kind, "present": [kind, *(["perception"] if at < anywhere else [])], "confidence": "high",
+                  "saw": "image", "quoted": True} for at, kind in enumerate(kinds)]  # fmt: skip
+        found = {"all": errors.summary(wrong, named if seed < 2 else [None] * 4)}  # the third judge decided nothing
+        (run / folders.FINAL / errors.FILE).write_text(json.dumps(found))
+    table = more.perception_errors(gather.read([str(tmp_path)]))
+    cells = {line.cells[2].text: [(cell.text, cell.small) for cell in line.cells[3:]] for line in table.lines}
+    assert cells == {
+        "judge: first": [("2", ""), ("37.5", "25.0 to 50.0")],
+        "judge: anywhere": [("2", ""), ("75.0", "75.0 to 75.0")],
+    }
+    assert "86.9 %" in table.note
+
+
+def test_what_was_seen_is_that_of_the_records_and_plans(grid, tmp_path):
+    """A row whose selection left fewer problems saw them more often."""
+    shutil.copytree(grid / "staged", tmp_path / "staged")
+    shutil.copytree(grid / "merged", tmp_path / "difficulty_filtered")
+    for seed in range(3):
+        file = tmp_path / f"difficulty_filtered/seed{seed}/summary.json"
+        summary = json.loads(file.read_text())
+        summary["stages"][0]["problems"] = 400
+        file.write_text(json.dumps(summary))
+    (tmp_path / "staged/seed2/summary.json").write_text('{"status": "finished"}')  # of an earlier version
+    lines = {line.row: [cell.text for cell in line.cells[1:]] for line in more.seen(gather.read([str(tmp_path)])).lines}
+    assert lines == {"difficulty_filtered": ["960", "400", "2.40"], "staged": ["960", "-", "-"]}
 
 
 def test_cost_and_kinds_are_means_of_the_seeds(grid):
