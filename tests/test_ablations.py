@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -189,6 +190,45 @@ def test_a_finished_grid_is_left_alone_and_another_config_is_refused(grid, unbro
     assert state() == before
     assert "seed" not in (output := ended(grid(unbroken, "--config.stages.visual.learning_rate=0.5"), code=2))
     assert "started with another config" in output and f"learning_rate: {presets.LAPTOP_LEARNING_RATE} -> 0.5" in output
+
+
+@pytest.mark.e2e
+def test_a_second_run_of_the_same_shapes_compiles_nothing(grid, tmp_path, monkeypatch):
+    """JAX's log of its cache on the disk, which the runs share; the test's own cache keeps every program."""
+    monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
+    ended(grid(tmp_path / "grid", "--rows=visual", "--seeds=0,1"))
+    logs = [(tmp_path / "grid" / "visual" / f"seed{seed}" / "log.txt").read_text() for seed in range(2)]
+    words = (f"persistent compilation cache {what} for" for what in ("hit", "miss"))
+    read, compiled = ([log.lower().count(word) for log in logs] for word in words)
+    assert read[0] + compiled[0] > 10 and read[1] > 10 and compiled[1] == 0, (read, compiled)
+
+
+@pytest.mark.e2e
+def test_rows_from_easy_to_hard_see_their_problems_in_that_order(grid, sets, tmp_path):
+    """By the runs' records: what every step sampled for is no easier than what comes after it is hard."""
+    rates, given = {}, ["--config.stages.merged.steps=15", "--config.stages.merged.prompts=4"]
+    for name in presets.CAPABILITIES:
+        file = Path(sets[f"data.sets.{name}.train"])
+        lines = read_jsonl(file)
+        for at, line in enumerate(lines):
+            line |= {"id": f"{name}-{at}", "pass_rate": (7 * at % len(lines)) / len(lines)}
+            line["images"] = [str(file.parent / image) for image in line["images"]]
+            rates[line["id"]] = line["pass_rate"]
+        rated = tmp_path / f"{name}.jsonl"
+        rated.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        given.append(f"--config.data.sets.{name}.train={rated}")
+    given += ["--rows=difficulty,capability_x_difficulty", "--config.log.rollout_prompts=4"]
+    ended(grid(tmp_path / "grid", *given))
+    for row, stages in (("difficulty", ["merged"]), ("capability_x_difficulty", [*presets.CAPABILITIES])):
+        groups = read_jsonl(tmp_path / "grid" / row / "seed0" / "rollouts.jsonl")
+        assert list(dict.fromkeys(group["stage"] for group in groups)) == stages
+        for stage in stages:
+            seen: dict[int, list[float]] = {}
+            for group in (group for group in groups if group["stage"] == stage):
+                seen.setdefault(group["step"], []).append(rates[group["id"]])
+            steps = [seen[step] for step in sorted(seen)]
+            assert len(steps) == (15 if stage == "merged" else 5) and max(steps[0]) > 0.9 and min(steps[-1]) < 0.25
+            assert all(min(easier) >= max(harder) for easier, harder in itertools.pairwise(steps)), (row, stage, steps)
 
 
 @pytest.mark.e2e
