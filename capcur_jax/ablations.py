@@ -20,6 +20,7 @@ from rich.text import Text
 
 from capcur_jax import presets
 from capcur_jax.errors import InputError
+from capcur_jax.files import must_be_local
 from capcur_jax.grid import budget, hours, runner, watch
 from capcur_jax.grid.executors import EXECUTORS, executor
 from capcur_jax.grid.jobs import Plan, config_file
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, help="runs side by side, which share cores and GPUs (default: %(default)s)")
     add("--executor", default="local", choices=EXECUTORS, help="where runs take place (default: %(default)s)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE",
-        help="of each job, with --executor=slurm: partition=gpu, time=600 (minutes), nodes=2, gpus_per_node=8")  # fmt: skip
+        help="of each job, with --executor=slurm: partition=gpu, time=600 (minutes), nodes=2, ...")  # fmt: skip
     add("--dry_run", action="store_true", help="print each run's row, seed, device-hours and command; write nothing")
     return made
 
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown argument {wrong[0]!r}; settings look like --config.log.tensorboard=False")
         if options.jobs < 1:
             raise InputError(f"--jobs={options.jobs}: at least one run at a time")
+        must_be_local("--workdir", options.workdir)
         names, seeds = _names(options.rows), _seeds(options.seeds)
         plan = Plan.of(names, seeds, options.preset, Path(options.workdir), overrides)
         budgets = _budgets(names, options.preset, overrides)

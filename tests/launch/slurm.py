@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # where Debian has the daemons
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "setpriv")
 NODES = 2
 CONFIG = """
 ClusterName=tests
@@ -82,20 +82,15 @@ def cluster(folder: Path) -> Iterator[Path]:
         def start(*command: str) -> None:
             started.append(
                 subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                    ["setpriv", "--pdeathsig=KILL", *command],  # they end with this process, also if it is killed
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     env={**os.environ, "SLURM_CONF": str(config)},
                 )
             )  # fmt: skip
 
         try:
-            start(
-                "munged",
-                "--foreground",
-                "--force",
-                "--num-threads=2",
-                f"--socket={folder}/munge.socket",
-                *named.values(),
-            )
+            place = f"--socket={folder}/munge.socket"
+            start("munged", "--foreground", "--force", "--num-threads=2", place, *named.values())
             _until(lambda: (folder / "munge.socket").exists(), folder)
             start("slurmctld", "-D", "-f", str(config))
             for number in range(NODES):
