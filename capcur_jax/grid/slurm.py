@@ -80,6 +80,7 @@ class _Job:
     def __init__(self, executor: Slurm, log: Path, line: Sequence[str]):
         self.executor, self.log, self.line, self.id = executor, log, list(line), ""
         self._gone: float | None = None  # since when Slurm does not list it
+        self._cancelled = False
 
     @property
     def note(self) -> Path:
@@ -95,7 +96,7 @@ class _Job:
             return None
         self._gone = self._gone or time.monotonic()
         code = self._result()
-        if code is None and time.monotonic() - self._gone < LAG_S:
+        if code is None and time.monotonic() - self._gone < LAG_S and not self._cancelled:
             return None
         self.note.unlink(missing_ok=True)
         return LOST if code is None else code
@@ -116,13 +117,14 @@ class _Job:
             return LOST
 
     def stop(self) -> None:
-        if (self.executor.listed() or {}).get(self.id) == "PENDING":
-            _ask("scancel", self.id)
+        if (self.executor.listed(now=True) or {}).get(self.id) == "PENDING":
+            self.kill()
         elif self.id:
             _ask("scancel", "--signal=USR1", self.id)
 
     def kill(self) -> None:
         if self.id:
+            self._cancelled = True
             _ask("scancel", self.id)
 
 
@@ -139,6 +141,7 @@ class Slurm:
     """
 
     def __init__(self, jobs: int, folder: Path, settings: Sequence[str]):
+        wanted = parameters(settings)
         try:
             import submitit
         except ImportError:
@@ -152,7 +155,7 @@ class Slurm:
         # A run may come to its time limit as often as it likes: each time it has learned something.
         self._executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=10**6)
         try:
-            self._executor.update_parameters(**parameters(settings))
+            self._executor.update_parameters(**wanted)
         except ValueError as error:
             raise InputError(f"--slurm: {error}") from None
 
@@ -212,6 +215,8 @@ def parameters(settings: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--slurm={setting}: give KEY=VALUE, such as --slurm=partition=gpu")
         if key in ("signal_delay_s", "use_srun", "map_count"):
             raise InputError(f"--slurm={setting}: the grid sets it itself")
+        if key == "time" and not value.isdecimal():
+            raise InputError(f"--slurm={setting}: give whole minutes, such as --slurm=time=720")
         if key in ("setup", "srun_args"):
             found.setdefault(key, []).append(value)
         else:

@@ -98,14 +98,23 @@ def test_another_grid_finds_the_jobs_that_live_and_refuses_other_commands(played
 
 
 def test_waiting_jobs_are_cancelled_and_running_ones_asked_to_save(played):
-    for job in sent(played)[1]:
+    jobs = sent(played)[1]
+    for job in jobs:
         job.stop()
+    (played / "queue").write_text("7_0 RUNNING\n")
+    assert [job.poll() for job in jobs] == [None, slurm.LOST]
     assert (played / "said").read_text() == "sbatch\nscancel --signal=USR1 7_0\nscancel 7_1\n"
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [("partition", "give KEY=VALUE"), ("=x", "give KEY=VALUE"), ("partitoin=x", "partitoin"), ("use_srun=0", "itself")],
+    [
+        ("partition", "give KEY=VALUE"),
+        ("=x", "give KEY=VALUE"),
+        ("partitoin=x", "partitoin"),
+        ("use_srun=0", "itself"),
+        ("time=1:00:00", "whole minutes"),
+    ],
 )
 def test_mistakes_get_one_clear_line(played, setting, words):
     with pytest.raises(InputError, match=words):
