@@ -59,6 +59,6 @@ while [ ${#running[@]} -gt 0 ]; do
     [ $code -eq 0 ] || [ $code -eq 130 ] || kill -TERM "${running[@]}" 2>/dev/null || true
   done
   running=("${left[@]}")
-  sleep 0.5
+  sleep 0.5 || true  # Ctrl-C ends it, too
 done
 exit $worst

@@ -31,8 +31,8 @@ setup)
   ;;
 run)  # in the background of each worker: it outlives this connection
   [ $# -gt 0 ] || { echo "error: run needs --config and --workdir" >&2; exit 2; }
-  everywhere "cd capcur && nohup .venv/bin/python -m capcur_jax.main $(printf '%q ' "$@") \
-    >>run.log 2>&1 </dev/null & echo \$! >capcur/run.pid"
+  everywhere "cd capcur || exit; nohup .venv/bin/python -m capcur_jax.main $(printf '%q ' "$@") \
+    >>run.log 2>&1 </dev/null & echo \$! >run.pid"
   ;;
 logs) gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="${1:-0}" --command='tail -n 100 -F capcur/run.log' ;;
 stop) everywhere "kill -TERM \$(cat capcur/run.pid)" ;;

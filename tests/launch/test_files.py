@@ -60,7 +60,7 @@ def job_set(name: str) -> dict:
     text = (LAUNCH / f"{name}.yaml").read_text()
     (named,) = re.findall(r"envsubst '(.+?)'", text)
     given = set(re.findall(r"\$(\w+)", named))
-    exported = set(re.findall(r"\b([A-Z_]+)=", "".join(re.findall(r"^#   export (.+)$", text, re.MULTILINE))))
+    exported = set(re.findall(r"\b([A-Z_]+)=", " ".join(re.findall(r"^#   export (.+)$", text, re.MULTILINE))))
     assert given == exported == set(re.findall(r"\$\{(\w+)\}", text))
     return yaml.safe_load(re.sub(r"\$\{(\w+)\}", lambda found: VALUES[found[1]], text))
 

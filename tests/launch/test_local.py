@@ -66,7 +66,7 @@ def test_a_signal_reaches_each_of_them_once(start, tmp_path, number):
     process = start("2", "--stay", f"--workdir={tmp_path}")
     assert process.stdout.readline() and until(lambda: (tmp_path / "process-1.log").exists())
     os.killpg(process.pid, number)  # as a terminal does
-    assert process.communicate(timeout=60)[0] == "saved\n" and process.returncode == 130
+    assert process.communicate(timeout=60)[0].splitlines().count("saved") == 1 and process.returncode == 130
     assert (tmp_path / "process-1.log").read_text().endswith("saved\n")
 
 
