@@ -18,10 +18,11 @@ SCRIPT = ROOT / "launch" / "local.sh"
 # Says what it was given, and saves when it hears SIGTERM.
 STAND_IN = """#!/bin/bash
 [ "$1" = -c ] && { echo 7777; exit; }
+trap 'echo saved; exit 130' TERM
 echo "$CUDA_VISIBLE_DEVICES: $*"
 case "$*" in
   *fail*--process_id=1*) exit 3 ;;
-  *stay*|*fail*) trap 'echo saved; exit 130' TERM; for _ in $(seq 300); do sleep 0.1; done ;;
+  *stay*|*fail*) for _ in $(seq 300); do sleep 0.1; done ;;
 esac
 """
 
