@@ -50,7 +50,7 @@ def sent(folder: Path, *settings: str, names=("a", "b"), line=LINE):
 def test_what_starts_together_is_one_array(played):
     _, jobs = sent(played, "partition=gpu", "nodes=2", "setup=module load x", "setup=y")
     assert [job.id for job in jobs] == ["7_0", "7_1"] and (played / "said").read_text() == "sbatch\n"
-    (file,) = (played / "slurm").glob("*submission*.sh")
+    (file,) = (played / "slurm").glob("[0-9]*_submission.sh")
     text = file.read_text()
     for words in ("--array=0-1%2", "--partition=gpu", "--nodes=2", "--ntasks-per-node=1", "--signal=USR2@120"):
         assert f"#SBATCH {words}\n" in text

@@ -165,7 +165,7 @@ def test_a_grid_of_two_runs_is_one_array(cluster, checkpoint, sets, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "2 of 2 done" in done.stdout
-    (file,) = (tmp_path / "grid" / "slurm").glob("*submission*.sh")
+    (file,) = (tmp_path / "grid" / "slurm").glob("[0-9]*_submission.sh")
     assert "#SBATCH --array=0-1%2" in file.read_text() and "#SBATCH --requeue" in file.read_text()
     for row in ("visual", "perception"):
         folder = tmp_path / "grid" / row / "seed0"
