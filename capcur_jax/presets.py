@@ -220,7 +220,7 @@ def defaults() -> ConfigDict:
             },
             "checkpointing": {
                 "every": 50,  # steps between checkpoints; a stage's start and end are saved, too
-                "keep": 2,  # how many of the last ones; the best of those that were validated is kept, too
+                "keep": 2,  # how many of the last ones, and of the last validations; the best one is kept, too
             },
             "validation": {
                 "every": 0,  # steps between validations; 0: none. The best checkpoint is exported as checkpoints/best

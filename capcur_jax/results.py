@@ -15,7 +15,7 @@ from flax import nnx
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.evaluation import counterfactual as twins
-from capcur_jax.evaluation import folders, kept, page
+from capcur_jax.evaluation import folders, keeper, kept, page
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.hub import download
 from capcur_jax.learner import objectives, packing
@@ -245,6 +245,13 @@ def validate(run: Run, stage: str) -> float:
     return accuracy
 
 
+def drop_validations(run: Run, complete: float = math.inf) -> None:
+    """Keeps as many validations as checkpoints, and that of the best one; `complete` as keeper.drop_validations."""
+    if run.owner:
+        keep = run.config.checkpointing.keep
+        keeper.drop_validations(run.workdir / "evaluation", run.recorder.validations, keep, complete)
+
+
 # ---------------------------------------------------------------------- the end
 
 
@@ -257,6 +264,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     learned = status == "finished" or run.progress.version > run.recorder.skipped
     checkpoint = run.export("final") if learned else None
     run.checkpoints.close()
+    drop_validations(run)
     steps, evaluations = run.recorder.steps, run.recorder.evaluations
     shown = {key: metrics.accuracy_of(evaluations, key) for key in ("accuracy", "accuracy_answered", "left_out")}
     if status != "finished":

@@ -24,7 +24,7 @@ from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation.heldout import Heldout
-from capcur_jax.evaluation.keeper import Keeper
+from capcur_jax.evaluation.keeper import VALIDATION, Keeper
 from capcur_jax.hub import download
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
@@ -184,7 +184,7 @@ class Run:
     def _evaluation(self, label: str) -> Path:
         """Where an evaluation is kept, named as the checkpoint of that moment; "": the validation of this step."""
         if not label:
-            return self.workdir / "evaluation" / f"validation-{self.progress.step}"
+            return self.workdir / "evaluation" / f"{VALIDATION}{self.progress.step}"
         names = [stage.name for stage in self.stages]
         number = names.index(label) + 1 if label in names else 0
         moment = label if not number else "final" if number == len(names) else f"{number}-{label}"

@@ -276,6 +276,7 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> bool:
         run.recorder.complete()
         with run.recorder.between("seconds_checkpoint"):
             save(run, metric)
+            results.drop_validations(run, complete=run.progress.step)  # this checkpoint is still being written
     return last
 
 

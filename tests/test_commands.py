@@ -68,7 +68,7 @@ def words(command: str) -> list[str]:
     for placeholder, value in STANDS_FOR.items():
         text = text.replace(placeholder, value)
     found = shlex.split(re.sub(r"\[[^\]]*\]", "", text) if " [" in text else text, comments=True)
-    return [word for word in found if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    return [word for word in found if not re.fullmatch(r"[A-Z_]+=[^=]*|>\S+", word) or word.startswith("EXTRA=")]
 
 
 def defined_flags(source: Path) -> set[str]:
@@ -165,6 +165,15 @@ def check(command: str) -> None:
             assert extra in extras(), extra
     elif tool == "pytest":
         check_paths(rest)
+    elif tool in ("sbatch", "local.sh", "sglang_servers.sh"):
+        script = next(word for word in [first, *rest] if word.startswith("launch/"))
+        assert (ROOT / script).is_file(), script
+        arguments = [*rest[rest.index(script) + 1 :]] if script in rest else rest
+        run = [word for word in arguments if word.startswith("--") and not word.startswith("--register=")]
+        parse_module("capcur_jax.main", run)
+    elif tool == "docker":
+        assert rest[0] == "build" and (ROOT / rest[rest.index("-f") + 1]).is_file()
+        assert {word.removeprefix("EXTRA=") for word in rest if word.startswith("EXTRA=")} <= extras()
     elif tool in ("ruff", "pyrefly"):
         assert rest[0] in ("check", "format")
     else:
@@ -192,6 +201,7 @@ def test_a_command_is_one(page, command, tmp_path, monkeypatch):
     "python -m capcur_jax.data check FILE --stric", "python -m capcur_jax.generate --promt=x",
     "python -m capcur_jax.plan --config=configs/staged.py --topology=gpu:9", "python benchmarks/rollout.py --round=3",
     "pip install -e '.[everything]'", "python -m pytest tests/nowhere", "sbatch launch/nowhere.sbatch",
+    "launch/local.sh 2 --config=configs/nowhere.py", "docker build -f launch/Dockerfile --build-arg EXTRA=cpu .",
 ])  # fmt: skip
 def test_a_wrong_command_is_found(command, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -6,9 +6,10 @@ import functools
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
@@ -39,10 +40,7 @@ class How(NamedTuple):
     downsample: int = 1  # images are this much smaller along each side
     max_pixels: int = 0  # larger images are shrunk to this many; 0: to the model's bound
     batch: int = 16  # of a local model
-    concurrency: int = 16  # of a served one, and so on as `Chat` has them
-    timeout_s: float = 120.0
-    retries: int = 6
-    key_variable: str = ""
+    served: Mapping[str, Any] = MappingProxyType({})  # of a served one: `Chat`'s further arguments
 
 
 Done = Callable[[Asked, str | Drop], None]
@@ -135,9 +133,7 @@ class ServedModel:
         pass
 
     def answer(self, questions: Sequence[Asked], done: Done) -> None:
-        how = self._how
-        kinds = {"concurrency": how.concurrency, "timeout_s": how.timeout_s, "retries": how.retries}
-        chat = functools.partial(Chat, self._addresses, self._model, key_variable=how.key_variable, **kinds)
+        chat = functools.partial(Chat, self._addresses, self._model, **self._how.served)
 
         def finished(asked: Asked, result: str | Drop | Failed) -> None:
             failed = isinstance(result, Failed)

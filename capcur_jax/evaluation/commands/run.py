@@ -24,7 +24,7 @@ from capcur_jax.evaluation.folders import SCORES, Answered
 from capcur_jax.evaluation.scoring import Scored, score
 from capcur_jax.files import prepare_workdir
 from capcur_jax.records import metrics
-from capcur_jax.records.command_line import add_server, at_least
+from capcur_jax.records.command_line import add_judge, add_server, at_least, server_settings
 from capcur_jax.records.terminal import Progress
 from capcur_jax.rollout.engine import Sampling
 
@@ -59,10 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"longest reply (default: the config's, else {MAX_NEW_TOKENS:,})")  # fmt: skip
     add("--temperature", type=float, metavar="T", help="default: the config's for evaluation, else 0")
     add("--top_p", type=float, metavar="P", help="default: the config's for evaluation, else 1")
-    add("--judge", default="none", metavar="URL", help="decides where rules don't: an OpenAI-compatible address, "
-        "anthropic, or none (default), which leaves them undecided")  # fmt: skip
-    add("--judge_model", default="", metavar="NAME", help="the judge's model")
-    add("--judge_key_variable", default="", metavar="NAME", help="environment variable that holds the judge's API key")
+    add_judge(parser)
     add_server(parser)
     add("--coordinator", default="", metavar="HOST:PORT", help="of several processes: an address of process 0")
     add("--process_id", type=int, metavar="N", help="of several processes: this one's number, from 0")
@@ -309,10 +306,7 @@ def _answerer(arguments: argparse.Namespace, config: ConfigDict | None, sampling
     if config is None:
         from capcur_jax.evaluation.served import Served
 
-        how = {"concurrency": arguments.concurrency, "timeout_s": arguments.timeout, "retries": arguments.retries}
-        made = Served(
-            arguments.address.split(","), arguments.model, sampling, key_variable=arguments.api_key_variable, **how
-        )
+        made = Served(arguments.address.split(","), arguments.model, sampling, **server_settings(arguments))
         made.check()
         return made
     from capcur_jax.evaluation.checkpoint import Checkpoint
