@@ -124,9 +124,9 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
     }
 
 
-def _set(source: str = "") -> dict:
-    # `source` builds the set on first use; a path to the user's own JSONL file of a split overrides it.
-    return {"source": source, "train": "", "validation": "", "test": ""}
+def problem_set(source: str = "", train: str = "", validation: str = "", test: str = "") -> dict:
+    """An entry of config.data.sets: a set that is built on first use, or the files of its splits (JSONL, Parquet)."""
+    return {"source": source, "train": train, "validation": validation, "test": test}
 
 
 def defaults() -> ConfigDict:
@@ -153,7 +153,7 @@ def defaults() -> ConfigDict:
                 "lora": {"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")},
             },
             "data": {
-                "sets": {name: _set() for name in CAPABILITIES},
+                "sets": {name: problem_set() for name in CAPABILITIES},
                 "workers": 2,  # processes that decode images; 0: the trainer's own threads do
                 "image_cache_mb": 256,  # MiB of resized images that are kept
             },
