@@ -12,6 +12,9 @@ _LINUX = "; sys_platform == 'linux' and platform_machine == 'x86_64'"
 TEST = [
     "beartype>=0.23.1",
     "hypothesis>=6.170.17",
+    "ipykernel>=7.4.0",
+    "nbclient>=0.11.0",
+    "nbformat>=5.11.1",
     "pytest>=9.1.0,<9.2",  # 9.2.0 undoes the groups of pytest-xdist 3.8.0 (pytest-xdist #1386)
     "pytest-xdist>=3.8.0",
     "pyrefly>=1.5.0",
@@ -72,7 +75,7 @@ setup(
         "plan": ["jax[tpu,cuda12-local]", "nvidia-cudnn-cu12>=9.28"],  # compilers and cuDNN's headers, no driver
         "test": TEST,
         "wandb": ["wandb>=0.31.0"],
-        "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "pandas>=2.2"],
+        "notebooks": ["ipykernel>=7.4.0", "jupyterlab>=4", "nbclient>=0.11.0", "nbformat>=5.11.1"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
