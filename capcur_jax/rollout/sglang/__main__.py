@@ -21,6 +21,7 @@ from pathlib import Path
 from capcur_jax import presets
 from capcur_jax.errors import InputError
 from capcur_jax.files import write_atomically
+from capcur_jax.hub import download
 from capcur_jax.rollout.sglang.client import Client
 from capcur_jax.rollout.sglang.fleet import Fleet
 from capcur_jax.rollout.sglang.member import Server
@@ -65,9 +66,10 @@ async def _serve(settings: Settings, config, options: argparse.Namespace) -> int
         loop.add_signal_handler(number, asked.set)
     folder = options.workdir.absolute() / "sglang" / options.host
     seed = config.seed + zlib.crc32(options.host.encode()) % 2**20  # hosts draw different samples
+    source = download.checkpoint(config.checkpoint, weights=False)
     servers = [
         Server(Client(address), settings.concurrency, process)
-        for address, process in own_servers(settings, config.checkpoint, folder, seed)
+        for address, process in own_servers(settings, source, folder, seed)
     ]
     fleet = Fleet(settings, servers)
     stopped = asyncio.ensure_future(asked.wait())
