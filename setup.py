@@ -20,6 +20,7 @@ TEST = [
     "nbclient>=0.11.0",
     "nbformat>=5.11.1",
     "pytest>=9.1.0,<9.2",  # 9.2.0 undoes the groups of pytest-xdist 3.8.0 (pytest-xdist #1386)
+    "pytest-timeout>=2.4.0",
     "pytest-xdist>=3.8.0",
     "pyrefly>=1.5.0",
     "torch==2.13.0",
