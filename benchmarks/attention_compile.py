@@ -11,14 +11,19 @@ install for a target is said in capcur_jax/plan/topologies.py.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+import record
 from absl import app, flags
 
 _TARGETS = flags.DEFINE_list("targets", ["tpu:v5p:2x2x1", "cuda:h100:1x1x2"], "see capcur_jax/plan/topologies.py")
+_KEEP = flags.DEFINE_string("keep", "", "a file for one target's bytes as JSON, for the process that asks all")
 _ONLY = flags.DEFINE_list("only", [], "layouts, by the beginnings of their names; none: all")
 _KERNEL = re.compile(r"splash_mha_(?:fwd|dq|dkv)|__cudnn\$\w+|\bmha_(?:forward|backward)\b")
 _MIB = 2**20
@@ -87,6 +92,7 @@ def measure(target: str) -> None:
 
         return jax.jit(gradients if backward else function).lower(*arrays).compile()
 
+    found: dict[str, dict[str, int]] = {}
     print(f"\n{target}: {devices[0].device_kind}, jax {jax.__version__}; MiB beyond arguments and results, a device")
     print(f"{'layout':<28}{'pass':<10}{'attend':>10}{'xla':>10}  kernels of attend")
     for name, case in cases().items():
@@ -97,22 +103,32 @@ def measure(target: str) -> None:
                 continue
             began = time.perf_counter()
             programs = [compiled(*case, implementation, backward) for implementation in ("auto", "xla")]
-            ours, theirs = (f"{p.memory_analysis().temp_size_in_bytes / _MIB:.0f}" for p in programs)
+            ours, theirs = (round(p.memory_analysis().temp_size_in_bytes / _MIB) for p in programs)
+            way = "backward" if backward else "forward"
+            found.setdefault(name, {}).update({way: ours, f"xla_{way}": theirs})
             calls = re.findall(r".* custom-call\(.*", programs[0].as_text())
             kernels = sorted({kernel for call in calls for kernel in _KERNEL.findall(call)}) or ["none: XLA"]
             seconds = time.perf_counter() - began
-            line = f"{name:<28}{'backward' if backward else 'forward':<10}{ours:>10}{theirs:>10}  {', '.join(kernels)}"
+            line = f"{name:<28}{way:<10}{ours:>10}{theirs:>10}  {', '.join(kernels)}"
             print(f"{line} ({seconds:.0f} s)", flush=True)
+    if _KEEP.value:
+        Path(_KEEP.value).write_text(json.dumps(found), encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:
-    if len(_TARGETS.value) == 1:
+    if _KEEP.value:
         measure(_TARGETS.value[0])
         return
-    # One process a target: each has compiler settings of its own.
-    for target in _TARGETS.value:
-        only = f"--only={','.join(_ONLY.value)}"
-        subprocess.run([sys.executable, argv[0], f"--targets={target}", only], check=True)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:  # one process a target: each has compiler settings of its own
+        for number, target in enumerate(_TARGETS.value):
+            kept = Path(folder) / f"{number}.json"
+            more = [f"--only={','.join(_ONLY.value)}", f"--keep={kept}"]
+            subprocess.run([sys.executable, argv[0], f"--targets={target}", *more], check=True)
+            found.append(json.loads(kept.read_text(encoding="utf-8")))
+    empty = dict.fromkeys(("forward", "backward", "xla_forward", "xla_backward"))
+    layouts = [{"layout": name, "targets": [empty | one[name] for one in found]} for name in found[0]]
+    record.write({"targets": _TARGETS.value, "layouts": layouts}, ("capcur_jax/models/attention*.py",))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import record
 from absl import app, flags
 from image_architecture import ARCHITECTURE
 from PIL import Image, ImageDraw
@@ -209,11 +210,23 @@ def main(_) -> None:
             if shared:
                 real = sorted(str(path) for path in Path(shared, "mathvision", "images").iterdir())
                 paths += real[:: max(len(real) // _IMAGES.value, 1)][: _IMAGES.value]
-            figures["speed"] = speed(processor, paths, spare, console)
+            figures |= {"images": len(paths), "speed": speed(processor, paths, spare, console)}
         if "memory" in _PARTS.value:
             paths = write(folder / "memory", FILES, (100, 80), (360, 300))
             figures["memory"] = memory(processor, paths, console)
     print(json.dumps(figures))
+    if {"speed", "memory"} <= figures.keys():
+        found = {name: side["overhead"] for name, side in figures["speed"].items()}
+        workers = ("0", "1", "2")
+        record.write(
+            {
+                "images": figures["images"], "samples": _SAMPLES.value, "growth": figures["memory"]["growth"],
+                "overhead": {n: found[f"ours, workers={n}, nothing cached"] for n in workers},
+                "overhead_cached": found["ours, workers=0, all cached"],
+            },
+            [*(f"capcur_jax/data/{name}.py" for name in ("prompts", "images", "image_*", "loader")),
+             "capcur_jax/models/inputs.py"],
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ import importlib
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import record
+from absl import app
 
 from capcur_jax.rewards.grade import Grader
 
@@ -39,8 +41,8 @@ def by_math_verify(predicted: str, gold: str) -> bool:
     return bool(peer.verify(*read, timeout_seconds=None))
 
 
-def main() -> None:
-    rows = list(pairs(sys.argv[1:]))
+def main(arguments: list[str]) -> None:
+    rows, figures = list(pairs(arguments[1:])), {}
     graders = {}
     with Grader(workers=1, timeout_s=20.0) as grader:
         grader.grade([("x+1", "1+x"), ("5 cm", "5 m")])  # a worker and the tables of units are ready
@@ -62,7 +64,14 @@ def main() -> None:
             times = f"median {1e3 * statistics.median(seconds):.2f} ms, 95 % {1e3 * late:.1f} ms"
             counts = ", ".join(f"{wrong[sort]} {sort}" for sort in ("wrongly right", "wrongly wrong", "debatable"))
             print(f"{name}: {len(rows)} pairs, {counts}; {times}, longest {max(seconds):.2f} s")
+            figures[name] = {
+                "wrongly_right": wrong["wrongly right"], "wrongly_wrong": wrong["wrongly wrong"],
+                "median_ms": 1e3 * statistics.median(seconds), "late_ms": 1e3 * late,
+            }  # fmt: skip
+    judged = sum("note" not in row for row in rows)
+    peer = ["math-verify"] if "math-verify" in graders else []
+    record.write({"pairs": judged, "graders": figures}, ("capcur_jax/rewards/**", "capcur_jax/answers/**"), peer)
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)

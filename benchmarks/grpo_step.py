@@ -1,6 +1,6 @@
 """A GRPO update on recorded responses: this project against TRL's GRPOTrainer, in time, memory, loss and gradient.
 
-    python benchmarks/grpo_step.py --trl_python=PATH/TO/ENV/bin/python [--steps=5 --rounds=4] [--json=FILE]
+    python benchmarks/grpo_step.py --trl_python=PATH/TO/ENV/bin/python [--steps=5 --rounds=4]
 
 Both sides get the same 3.3 M-parameter Qwen3-VL (written here), the same 16 questions with their images, the same 5
 responses to each of 12 to 48 random tokens that end with the end token, and the same rewards. Each side is a fresh
@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import record
 from absl import app, flags
 from comparison import faster
 from flax import nnx
@@ -53,7 +54,6 @@ _ROUNDS = flags.DEFINE_integer("rounds", 4, "Rounds that count, after one that w
 _ROWS = flags.DEFINE_integer("trl_rows", 20, "Sequences in TRL's micro-batches.")
 _CHECKPOINTING = flags.DEFINE_bool("trl_checkpointing", True, "TRL computes activations again backwards, its default.")
 _MICRO = flags.DEFINE_integer("micro_prompts", 0, "Ours: config.packing.micro_prompts; TRL's 20 sequences are 4.")
-_JSON = flags.DEFINE_string("json", "", "A file for the results as JSON.")
 _SERVE = flags.DEFINE_string("serve", "", "Our side of one case, for the process that compares.")
 CASES = {  # of each: the KL's coefficient, updates on one set of responses
     "policy": {"beta": 0.0, "updates": 1},
@@ -273,6 +273,18 @@ def show(result: dict[str, Any]) -> None:
     print(f"  largest difference of a pixel {peer['pixels']:.1e}")
 
 
+def kept(result: dict[str, Any]) -> dict[str, Any]:
+    """Of a case what the pages show: both sides' medians, peaks and how far apart loss and gradient norm are."""
+    sides = [result["sides"][name] for name in ("capcur_jax", "TRL")]
+    seconds = [side["seconds"]["median"] for side in sides]
+    return {
+        "seconds": seconds,
+        "speedup": seconds[1] / seconds[0],
+        "peak_gib": [side["mib"]["peak"] / 1024 for side in sides],
+        "difference": max(one for values in result["difference"].values() for one in values),
+    }
+
+
 def main(_) -> None:
     if _SERVE.value:
         serve(_SERVE.value)
@@ -283,14 +295,17 @@ def main(_) -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     results = []
     with tempfile.TemporaryDirectory() as directory:
-        record = write_inputs(Path(directory))
+        inputs = write_inputs(Path(directory))
         for name in _CASES.value:
-            results.append(compare(name, record, Path(directory)))
+            results.append(compare(name, inputs, Path(directory)))
             show(results[-1])
     line = json.dumps({"benchmark": "grpo_step", "jax": jax.__version__, "cases": results})
-    if _JSON.value:
-        Path(_JSON.value).write_text(line + "\n", encoding="utf-8")
     print(line)
+    record.write(
+        {"cases": {result["case"]: kept(result) for result in results}},
+        measures=("capcur_jax/learner/**", "capcur_jax/models/**"),
+        versions={"trl": "1.16.0"},
+    )
 
 
 if __name__ == "__main__":

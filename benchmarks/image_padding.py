@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import record
 from absl import app, flags
 from image_architecture import ARCHITECTURE
 from rich.progress import track
@@ -67,6 +68,13 @@ def main(_) -> None:
         f"{len(prompts)} of {len(files)} images, {min(sizes)} to {max(sizes)} patches, {np.mean(sizes):.0f} on average"
     )
     print(f"padding share of patches: {np.mean(shares):.1%}; compiled shapes: {len(shapes)}")
+    record.write(
+        {
+            "max_tokens": limit, "patch_row": row, "images": [len(prompts), len(files)],
+            "patches": [min(sizes), max(sizes)], "padding": np.mean(shares), "shapes": len(shapes),
+        },
+        ("capcur_jax/models/batching.py", "capcur_jax/models/inputs.py"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import record
 from absl import app, flags
 from comparison import faster
 from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, settings, write_checkpoint
@@ -97,6 +98,8 @@ def main(_) -> None:
     if theirs:
         mine, peer = (statistics.median(values) for values in sides.values())
         print(f"{faster(mine, peer)} than TRL: {mine:.2f} s against {peer:.2f} s")
+        measures = ("capcur_jax/learner/**", "capcur_jax/models/**", "capcur_jax/rollout/local/**")
+        record.write({"seconds": [mine, peer]}, measures, versions={"trl": "1.16.0"})
 
 
 if __name__ == "__main__":

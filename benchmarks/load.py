@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import record
 from absl import app, flags
 from comparison import faster
 
@@ -147,6 +148,16 @@ def main(_) -> None:
     allowed = memory["parameters"] + max(sizes)
     print(f"peak memory: {memory['peak'] / 1e9:.3f} GB; parameters {memory['parameters'] / 1e9:.3f} GB, ", end="")
     print(f"with the largest file {allowed / 1e9:.3f} GB")
+    ratios = [raw / ours for ours, raw in turns]
+    record.write(
+        {
+            "gb": total, "files": len(sizes), "rounds": _ROUNDS.value, "faster_median": ratios[len(ratios) // 2],
+            "faster_least": ratios[0], "faster_most": ratios[-1],
+            "seconds_fastest": [min(seconds["load"]), min(seconds["raw"])],
+            "peak_gb": memory["peak"] / 1e9, "parameters_gb": memory["parameters"] / 1e9,
+        },
+        ("capcur_jax/models/huggingface.py", "capcur_jax/models/weight_files.py"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

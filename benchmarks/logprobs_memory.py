@@ -16,6 +16,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import record
 from absl import app, flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -67,7 +68,8 @@ def compiled(loss, mesh: Mesh, tokens: P, kernel: P):
     return step.lower(*arguments).compile()
 
 
-def measure(target: str) -> None:
+def measure(target: str) -> dict[str, float]:
+    """Temporary GiB of both sides, which it prints."""
     devices = topologies.devices(target)
     tensor = _TENSOR.value
     count = len(devices) if tensor else 1
@@ -87,6 +89,7 @@ def measure(target: str) -> None:
         ratio = f"{sizes[name] / sizes['blockwise']:.1f}x" if name != "blockwise" else ""
         seconds = time.perf_counter() - start
         print(f"{target:16} {count:7} {name:12} {sizes[name] / 2**30:9.3f} {ratio:>9} {seconds:8.0f}", flush=True)
+    return {"blockwise": sizes["blockwise"] / 2**30, "plain": sizes["all at once"] / 2**30}
 
 
 def main(argv: list[str]) -> None:
@@ -95,10 +98,10 @@ def main(argv: list[str]) -> None:
     print(f"T = {_TOKENS.value:,}, D = {_WIDTH.value:,}, V = {_VOCABULARY.value:,}, block {_BLOCK.value:,}, bfloat16")
     print(f"{'target':16} {'devices':>7} {'log-probs':12} {'temp, GiB':>9} {'blockwise':>9} {'compile s':>9}")
     try:
-        for target in _TARGET.value:
-            measure(target)
+        found = [{"target": target} | measure(target) for target in _TARGET.value]
     except InputError as error:
         sys.exit(str(error))
+    record.write({"targets": found}, ("capcur_jax/models/logprobs.py",))
 
 
 if __name__ == "__main__":

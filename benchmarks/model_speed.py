@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 
+import record
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin take the cores from JAX
 
 import itertools
@@ -168,6 +170,7 @@ def seconds(function: Callable) -> float:
 
 def main(_) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
+    rows = []
     print("| size | family | pass | ours, tokens/s | transformers, tokens/s | ours is |")
     print("|---|---|---|---|---|---|")
     for name_of_size, family in itertools.product(SIZES, model_config.FAMILIES):
@@ -184,6 +187,9 @@ def main(_) -> None:
                 a, b = (statistics.median(column) for column in zip(*times, strict=True))
                 rates = f"{count / a:,.0f} | {count / b:,.0f} | {faster(a, b)}"
                 print(f"| {name_of_size} | {family} | {name} | {rates} |", flush=True)
+                row = {"size": name_of_size, "family": family, "pass": name}
+                rows.append(row | {"ours": round(count / a), "transformers": round(count / b)})
+    record.write({"rows": rows}, ("capcur_jax/models/**",), packages=("torch", "transformers"))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import record
 from absl import app, flags
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict, config_flags
@@ -45,7 +46,6 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "A recorded run; empty: lengths ar
 _ROWS = flags.DEFINE_integer("rows", 1, "Device rows of the mesh (data x fsdp).")
 _STEPS = flags.DEFINE_integer("steps", 4, "Rollout batches to draw.")
 _IMAGE_SIGMA = flags.DEFINE_float("image_sigma", 0.1, "Spread of image sizes that are drawn.")
-_JSON = flags.DEFINE_string("json", "", "A file for the results as JSON.")
 Group = tuple[PromptSize, list[int]]  # a prompt's size and its responses' lengths
 
 
@@ -185,9 +185,15 @@ def main(_) -> None:
             )
     results["all"] = line_of("all", total)
     line = json.dumps({"benchmark": "packing", "lengths": source, "settings": settings, "results": results})
-    if _JSON.value:
-        Path(_JSON.value).write_text(line + "\n", encoding="utf-8")
     print(line)
+    shown = {
+        name: {k: found[k] for k in ("packing", "token_padding")} for name, found in results.items() if name != "all"
+    }
+    record.write(
+        {"stages": shown, "batches": sum(map(len, batches.values()))},
+        [*(f"capcur_jax/learner/{name}.py" for name in ("packing", "layout", "minibatches")),
+         "capcur_jax/models/batching.py"],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import os
 
+import record
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin take the cores from JAX
 
 import copy
@@ -241,6 +243,13 @@ def show(case: str, load: Load, sides: dict[str, dict]) -> dict[str, float | Non
     return said
 
 
+def kept(sides: dict[str, dict]) -> dict[str, float]:
+    """Of a load what the pages show: every side's tokens/s and the lengths of our responses."""
+    ours = sides["local"]
+    lengths = {"shortest": int(ours["lengths"]["0"]), "longest": int(ours["lengths"]["1"]), "mean": ours["mean_length"]}
+    return {name: side["tokens_per_s"] for name, side in sides.items()} | lengths
+
+
 def main(_) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -271,8 +280,11 @@ def main(_) -> None:
     for side in (side for sides in results.values() for side in sides.values()):
         del side["responses"]
     loadavg = [round(one[0], 1) for one in busy]
-    record = {"benchmark": "rollout", "versions": versions(), "cores": cores, "load_averages": loadavg}
-    print("\n" + json.dumps(record | {"ratios": ratios, "results": results}))
+    said = {"benchmark": "rollout", "versions": versions(), "cores": cores, "load_averages": loadavg}
+    print("\n" + json.dumps(said | {"ratios": ratios, "results": results}))
+    measures = ("capcur_jax/rollout/local/**", "capcur_jax/models/**")
+    record.write({"loads": {case: kept(sides) for case, sides in results.items()}, "temperature": _TEMPERATURE.value},
+                 measures, versions=versions())  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import record
 from absl import app, flags
 from flax import nnx
 
@@ -206,6 +207,10 @@ def main(_) -> None:
         print(f"FAILED: {', '.join(wrong)}")
         sys.exit(1)
     print("all groups arrived once")
+    names = ("asked", "groups", "responses", "kills", "seconds", "retries", "requests cut off",
+             "largest log-prob difference")  # fmt: skip
+    figures = {name.replace("log-prob", "logprob").replace(" ", "_"): found[name] for name in names}
+    record.write(figures, ("capcur_jax/rollout/sglang/**",))
 
 
 if __name__ == "__main__":

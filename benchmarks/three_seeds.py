@@ -6,6 +6,9 @@ Prints a markdown table: base and final greedy accuracy of each seed, the mean g
 Then one of each kind of question: greedy, and sampled at temperature 1. A base that samples right more rarely than it
 answers greedily is unsure; one that samples right more often was only to be told to prefer it. A seed whose summary
 lies there already is not run again, and questions are not asked again.
+
+--record=three_seeds keeps the figures for the pages: the README, docs/figures.md, docs/quickstart.md and the card of
+the base show them. `python docs/write.py` then writes them there.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import record
 from absl import app, flags
 
 from capcur_jax.presets import CAPABILITIES, TINY_CHECKPOINT
@@ -35,8 +39,8 @@ def run(seed: str, more: list[str]) -> dict:
     return json.loads(summary.read_text(encoding="utf-8"))
 
 
-def by_kind(name: str, checkpoint: str, temperature: float) -> dict[str, float]:
-    """The share of right answers of each kind, per cent."""
+def scores(name: str, checkpoint: str, temperature: float) -> dict[str, dict]:
+    """By capability: its `score` and the share of right answers of each of its `kinds`, per cent."""
     workdir = Path(_WORKDIR.value) / "kinds" / f"{name}-{temperature:g}"
     command = [
         sys.executable,
@@ -52,21 +56,34 @@ def by_kind(name: str, checkpoint: str, temperature: float) -> dict[str, float]:
         f"--workdir={workdir}",
     ]
     subprocess.run([*command, *settings], check=True, stdout=sys.stderr)
-    scores = json.loads((workdir / "scores.json").read_text(encoding="utf-8"))["benchmarks"]
-    return {kind: share for name in CAPABILITIES for kind, share in scores[name]["official"]["kinds"].items()}
+    found = json.loads((workdir / "scores.json").read_text(encoding="utf-8"))["benchmarks"]
+    return {capability: found[capability]["official"] for capability in CAPABILITIES}
 
 
-def kinds(checkpoints: list[str]) -> None:
-    """The table of kinds: the base, and the mean of what the seeds made of it."""
-    columns = []
-    for temperature in (0.0, 1.0):
-        columns.append(by_kind("base", TINY_CHECKPOINT, temperature))
-    for temperature in (0.0, 1.0):
-        of_seeds = [by_kind(f"seed{seed}", c, temperature) for seed, c in zip(_SEEDS.value, checkpoints, strict=True)]
-        columns.append({kind: statistics.fmean(one[kind] for one in of_seeds) for kind in of_seeds[0]})
+def flat(found: dict[str, dict]) -> dict[str, float]:
+    return {kind: share for one in found.values() for kind, share in one["kinds"].items()}
+
+
+def kinds(checkpoints: list[str]) -> dict:
+    """Prints the table of kinds: the base, and the mean of what the seeds made of it. Returns what the pages show."""
+    columns, base = {}, {}
+    for shown, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        base[shown] = scores("base", TINY_CHECKPOINT, temperature)
+        columns[f"base_{shown}"] = flat(base[shown])
+    for shown, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        seeds = zip(_SEEDS.value, checkpoints, strict=True)
+        of_seeds = [flat(scores(f"seed{seed}", checkpoint, temperature)) for seed, checkpoint in seeds]
+        columns[f"final_{shown}"] = {kind: statistics.fmean(one[kind] for one in of_seeds) for kind in of_seeds[0]}
     print("\n| kind | base, greedy | base, sampled | after the stages, greedy | sampled |\n|---|---|---|---|---|")
-    for kind in columns[0]:
-        print(f"| {kind} | " + " | ".join(f"{column[kind]:.1f} %" for column in columns) + " |")
+    for kind in columns["base_greedy"]:
+        print(f"| {kind} | " + " | ".join(f"{column[kind]:.1f} %" for column in columns.values()) + " |")
+    return {
+        "base_sampled": {capability: round(one["score"], 1) for capability, one in base["sampled"].items()},
+        "kinds": [
+            {"kind": kind, **{name: round(column[kind], 1) for name, column in columns.items()}}
+            for kind in columns["base_greedy"]
+        ],
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -85,7 +102,16 @@ def main(arguments: list[str]) -> None:
     print("| mean gain, points | " + " | ".join(f"{gain:+.1f}" for gain in gains) + " | | | |")
     print("compilations after warm-up: " + ", ".join(str(s["compilations_after_warmup"]) for s in summaries))
     print("log-prob difference: " + ", ".join(f"{s['logprob_difference_mean']:.1e}" for s in summaries))
-    kinds([summary["checkpoint"] for summary in summaries])
+    of_kinds = kinds([summary["checkpoint"] for summary in summaries])
+    shown = (
+        "accuracy", "format_reward_final", "seconds", "step_seconds_median", "compilations_after_warmup",
+        "logprob_difference_mean",
+    )  # fmt: skip
+    seeds = [
+        {"seed": int(seed)} | {key: summary[key] for key in shown}
+        for seed, summary in zip(_SEEDS.value, summaries, strict=True)
+    ]
+    record.write({"order": capabilities, "seeds": seeds, "blind": summaries[0]["blind"]} | of_kinds, measures=())
 
 
 if __name__ == "__main__":

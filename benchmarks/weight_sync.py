@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import os
 
+import record
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
@@ -248,9 +250,19 @@ def main(_) -> None:
             for place, root in (("memory", _MEMORY.value), ("disk", _DISK.value)):
                 rows += measure(place, Path(root), parameters, config, client)
     report(rows)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows))
+    if _PYTHON.value:
+        names = {"full": "all weights", "frozen vision": "vision tower frozen"}
+        updates = [
+            {"what": names[row["what"]], **{key: row[key] for key in ("bytes", "gather", "write", "verify", "load")}}
+            for row in rows
+            if row["place"] == "memory"
+        ]
+        speeds = [row["writer / raw"] for row in rows]
+        record.write(
+            {"updates": updates, "writer_against_raw": [round(min(speeds), 1), round(max(speeds), 1)]},
+            [f"capcur_jax/rollout/sglang/{name}.py" for name in ("weights", "manifest", "sync")],
+        )
 
 
 if __name__ == "__main__":

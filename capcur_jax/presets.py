@@ -60,25 +60,6 @@ def explained(error: Exception) -> str:
     return deleted(error) or f"the config has no such key, or it holds another type of value: {text}"
 
 
-NO_CONFIG = (
-    "no config: give one of configs/, such as --config=configs/staged.py; then any of its keys can be set, "
-    "--config.seed=1. --help lists the other arguments"
-)
-
-
-def mistyped(error: flags.Error, values: flags.FlagValues) -> str:
-    """What is wrong with a command line, and what to write instead. `values`: its flags, `config` among them."""
-    if not isinstance(error, flags.UnrecognizedFlagError):
-        return str(error)
-    if error.flagname.startswith("config.") and values["config"].value is None:
-        return NO_CONFIG
-    meant = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
-    return (
-        f"unknown argument --{error.flagname}{f' (did you mean --{meant}?)' if meant else ''}; settings look like "
-        "--config.seed=1, and --help lists the other arguments"
-    )
-
-
 def check_deleted(config: ConfigDict) -> None:
     """Raises InputError for a deleted key in a config that was not locked when it was set."""
     for key, instead in DELETED.items():
@@ -91,66 +72,76 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
     """An entry of config.stages."""
     return {
         "data": data,  # sets of config.data.sets; several make one pool, see curriculum
-        "objective": "grpo",  # or "sft"
+        "objective": "grpo",  # or "sft", which imitates each row's `response`
         "steps": steps,  # rollout batches; 0: `epochs` are given
         "epochs": 0,  # times that the stage's problems are seen; 0: `steps` are given
         "prompts": prompts,  # in a rollout batch (sft: examples in an update)
-        "learning_rate": learning_rate,
-        "learning_rate_schedule": "constant",  # | linear | cosine: to zero at the end
-        "warmup_steps": 0,  # updates
-        "freeze": freeze,  # regular expression of parameter paths, e.g. "^visual"
+        "learning_rate": learning_rate,  # the greatest one, after the warm-up
+        "learning_rate_schedule": "constant",  # or "linear", "cosine": to zero at the end
+        "warmup_steps": 0,  # updates in which the learning rate rises from zero
+        "freeze": freeze,  # parameters that are not trained: a regular expression of their paths, e.g. "^visual"
         "curriculum": {
-            "order": "shuffled",  # anew in each epoch | easy_to_hard | hard_to_easy, by pass rate | file: as they come
-            "ties": "shuffled",  # problems of one pass rate | kept: in the order of the sets and their files
+            "order": "shuffled",  # anew each epoch; or easy_to_hard, hard_to_easy (by pass rate), file (as they come)
+            "ties": "shuffled",  # problems of one pass rate; or kept, in the order of the sets and their files
             "by_set": False,  # True: an epoch takes the sets of `data` one after the other, each in that order
             "weights": (),  # of the sets of `data`, to mix them endlessly; (): one pool
             "rows": 0,  # at most so many of each set's problems, drawn by the hash of their ids; 0: all
-            "pass_rates": (0.0, 1.0),  # problems outside are left out
+            "pass_rates": (0.0, 1.0),  # least and greatest; problems outside are left out
             "drop_all_right": False,  # problems of pass rate 1 are left out
-            "drop_all_wrong": False,  # of pass rate 0
+            "drop_all_wrong": False,  # problems of pass rate 0 are left out
             # True: an epoch's last, partial batch is left out; False: it is filled from the next. Sets that are mixed
             # by weights have no epochs.
             "drop_last": False,
         },
         # What ends the stage before its steps are done; the stages after it get those that are left.
         "switch": {
-            # none | plateau: the validation accuracy of its sets has not risen for `checks` validations | mastered: at
+            # none; plateau: the validation accuracy of its sets has not risen for `checks` validations; mastered: at
             # least `above` of all responses of the last `window` steps were right
             "rule": "none",
-            "checks": 3,
-            "window": 20,
-            "above": 0.8,
+            "checks": 3,  # validations (plateau)
+            "window": 20,  # steps (mastered)
+            "above": 0.8,  # a share (mastered)
         },
     }
 
 
 def problem_set(source: str = "", train: str = "", validation: str = "", test: str = "") -> dict:
-    """An entry of config.data.sets: a set that is built on first use, or the files of its splits (JSONL, Parquet)."""
-    return {"source": source, "train": train, "validation": validation, "test": test}
+    """An entry of config.data.sets: a set that is built on first use, or the files of its splits."""
+    return {
+        "source": source,  # builds the set on first use (data/sets.py); a file of your own below overrides it
+        "train": train,  # a file of problems (docs/data.md), or hf://datasets/OWNER/NAME/FILE
+        "validation": validation,  # the same, for validation.every
+        "test": test,  # the same, for evaluation
+    }
 
 
 def defaults() -> ConfigDict:
     """Every key and what it does, with the paper's choices. Sizes are left to the presets: none of them fits all."""
     config = ConfigDict(
         {
-            "seed": 0,
-            "checkpoint": "",  # a Hugging Face checkpoint directory; "": random weights, see `create`
+            "seed": 0,  # of everything that is drawn: data order, samples, fresh weights
+            "checkpoint": "",  # a directory, or OWNER/NAME[@REVISION] on the Hub; "": random weights, see `create`
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
-            "order": CAPABILITIES,  # names of `stages`
-            "stages": {},  # by name, each a `stage`: the preset's
+            "order": CAPABILITIES,  # names of `stages`, in the order in which they run
+            "stages": {},  # by name, each with the keys of stages.NAME: the preset's
             "architecture": "",  # a published size (models/published.py), for `plan` where there is no checkpoint
-            # Devices along each axis, -1: all that are left. data: copies of the model, over hosts; fsdp: parameters,
-            # gradients and optimizer state split; tensor: heads and feed-forward split. data x fsdp split prompts.
-            # gpus: those of this host that the trainer takes, where servers have the others; (): all.
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "gpus": ()},
+            "mesh": {  # devices along each axis, -1: all that are left; data x fsdp split prompts
+                "data": 1,  # copies of the model, over hosts
+                "fsdp": -1,  # parameters, gradients and optimizer state are split
+                "tensor": 1,  # heads and feed-forward are split
+                "gpus": (),  # of this host, those that the trainer takes, where servers have the others; (): all
+            },
             "model": {
-                "dtype": "float32",  # of computation
-                # none | dots | full: what is computed again backwards instead of kept. On a CPU that is faster, too:
+                "dtype": "float32",  # of computation; or bfloat16
+                # What is computed again backwards instead of kept: none, dots, or full. On a CPU that is faster, too:
                 # keeping costs copies of what every layer keeps.
                 "remat": "full",
                 "attention": "auto",  # the platform's kernel where there is one; "xla": never
-                # Low-rank factors beside the decoder's layers; they alone are trained then; exports have them merged.
-                "lora": {"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")},
+                "lora": {  # low-rank factors beside the decoder's layers
+                    "rank": 0,  # above 0: they alone are trained; exports have them merged
+                    "alpha": 16.0,  # they count alpha / rank
+                    "targets": ("q", "k", "v", "o", "gate", "up", "down"),  # the layers that get them
+                },
             },
             "data": {
                 "sets": {name: problem_set() for name in CAPABILITIES},
@@ -158,22 +149,22 @@ def defaults() -> ConfigDict:
                 "image_cache_mb": 256,  # MiB of resized images that are kept
             },
             "prompt": {
-                # Where it stands in training and validation: suffix, after the question | system, a turn | none
+                # Where it stands in training and validation: suffix (after the question), system (a turn), or none
                 "instruction": "suffix",
                 "max_tokens": 0,  # the preset's; a longer prompt is left out, never truncated
-                "min_pixels": 0,  # 0: the checkpoint's own
-                "max_pixels": 0,
+                "min_pixels": 0,  # smaller images are enlarged; 0: the checkpoint's own
+                "max_pixels": 0,  # larger images are shrunk; 0: the checkpoint's own
                 "token_buckets": (),  # the preset's: declared lengths of prompt rows
                 "patch_row": 0,  # the preset's: patches in a row of the vision tower; no image may have more
                 "patch_rows": (1.0,),  # declared numbers of such rows, for each prompt of a batch
             },
             "rollout": {
-                "engine": "local",  # | sglang: servers on GPUs, docs/rollouts.md
-                "group": 5,
-                "max_new_tokens": 0,  # the preset's
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "top_k": 0,  # 0: all tokens
+                "engine": "local",  # or "sglang": servers, docs/rollouts.md
+                "group": 5,  # responses to each prompt
+                "max_new_tokens": 0,  # the preset's: the longest response
+                "temperature": 1.0,  # of sampling in training
+                "top_p": 1.0,  # the likeliest tokens with this mass in all; 1: all tokens
+                "top_k": 0,  # as many of the likeliest tokens; 0: all tokens
                 "slots": 0,  # the preset's: responses that the local engine decodes together
                 "prefill": 1,  # prompts of a device row that it takes at once; their responses start together
                 # True: it samples from a copy of the weights that device rows do not split, in model.dtype.
@@ -190,60 +181,60 @@ def defaults() -> ConfigDict:
                 "buckets": (),  # the preset's: declared lengths, one for each slab
             },
             "reward": {
-                "accuracy_weight": 0.9,
-                "format_weight": 0.1,
-                "function": "",  # "module:function": your own reward
-                "workers": 2,
-                "timeout_s": 5.0,
-                "memory_mb": 1024,
+                "accuracy_weight": 0.9,  # times 1 for a right answer
+                "format_weight": 0.1,  # times 1 for <think>...</think> ... \boxed{...} as a whole
+                "function": "",  # "module:function": your own reward, docs/rewards.md
+                "workers": 2,  # processes that grade
+                "timeout_s": 5.0,  # for a verdict; then it counts as wrong, and the process is replaced
+                "memory_mb": 1024,  # MiB of such a process
             },
             "objective": {  # the paper's choices; objectives.py says what the others are
-                "ratio": "token",  # or "sequence" (GSPO)
-                "clip_low": 0.2,
-                "clip_high": 0.3,
-                "clip_dual": 3.0,  # 0: none
-                "kl_estimator": "k3",  # k1 | k2 | k3 | k3_unbiased | none
+                "ratio": "token",  # of policies; or "sequence" (GSPO)
+                "clip_low": 0.2,  # the ratio counts down to 1 - clip_low
+                "clip_high": 0.3,  # and up to 1 + clip_high
+                "clip_dual": 3.0,  # and up to this where the advantage is negative; 0: no such bound
+                "kl_estimator": "k3",  # or "k1", "k2", "k3_unbiased", "none"
                 "kl_coefficient": 0.01,  # of the KL to the policy that the stage started from; 0: no reference pass
-                "aggregation": "token",  # | sequence | constant (Dr.GRPO, with rollout.max_new_tokens)
+                "aggregation": "token",  # mean over tokens; or "sequence", "constant" (Dr.GRPO: rollout.max_new_tokens)
                 "advantage_std": True,  # False: advantages are not divided by the group's standard deviation
-                "advantage_epsilon": 1e-6,
-                "sampler_correction": "none",  # | truncate | mask: importance weights between sampler and trainer
-                "sampler_cap": 2.0,
-                "sampler_level": "token",  # | sequence
+                "advantage_epsilon": 1e-6,  # is added to that deviation
+                "sampler_correction": "none",  # or "truncate", "mask": importance weights between sampler and trainer
+                "sampler_cap": 2.0,  # the greatest such weight
+                "sampler_level": "token",  # whose weight it is; or "sequence"
                 "mask_truncated": False,  # True: responses cut off at max_new_tokens count for nothing
-                "entropy_coefficient": 0.0,  # of a bonus
-                "updates_per_batch": 1,  # that a rollout batch is split into
+                "entropy_coefficient": 0.0,  # of a bonus for entropy; 0: none
+                "updates_per_batch": 1,  # optimizer updates that a rollout batch is split into
             },
             "reference": {
-                "dtype": "float32",  # of what is kept of it
-                "memory": "device",  # | pinned_host
+                "dtype": "float32",  # in which the reference policy is kept; or bfloat16
+                "memory": "device",  # or "pinned_host": on the devices only while it is read
             },
             "optimizer": {
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "epsilon": 1e-8,
-                "weight_decay": 0.01,
-                "max_gradient_norm": 1.0,
-                "parameters": "float32",  # bfloat16: with a compensation, half the memory
-                "moments": "float32",  # | bfloat16, rounded stochastically
-                "memory": "device",  # pinned_host: moments leave the devices between updates
+                "beta1": 0.9,  # AdamW's, of the gradient's mean
+                "beta2": 0.999,  # of its square
+                "epsilon": 1e-8,  # is added to the root of that
+                "weight_decay": 0.01,  # times the learning rate, of a weight in an update
+                "max_gradient_norm": 1.0,  # a longer gradient is shortened to it; 0: never
+                "parameters": "float32",  # or "bfloat16": with a compensation, half the memory
+                "moments": "float32",  # or "bfloat16", rounded stochastically
+                "memory": "device",  # or "pinned_host": moments leave the devices between updates
             },
             "checkpointing": {
-                "every": 50,  # steps; a stage's start and end are saved, too
-                "keep": 2,  # of the last checkpoints; the best of those that were validated is kept, too
+                "every": 50,  # steps between checkpoints; a stage's start and end are saved, too
+                "keep": 2,  # how many of the last ones, and of the last validations; the best one is kept, too
             },
             "validation": {
-                "every": 0,  # steps of a stage; 0: none. The best checkpoint is exported as checkpoints/best
+                "every": 0,  # steps between validations; 0: none. The best checkpoint is exported as checkpoints/best
                 "questions": 100,  # of each of evaluation.sets; 0: all
-                "temperature": 0.0,
-                "top_p": 1.0,
+                "temperature": 0.0,  # of its answers; 0: greedy
+                "top_p": 1.0,  # as rollout.top_p
             },
             "evaluation": {
-                "sets": CAPABILITIES,
-                "split": "test",
+                "sets": CAPABILITIES,  # the sets that held-out questions come from
+                "split": "test",  # their split; or "validation", "train"
                 "questions": 1000,  # of each set; 0: all
-                "temperature": 0.0,
-                "top_p": 1.0,
+                "temperature": 0.0,  # of its answers; 0: greedy
+                "top_p": 1.0,  # as rollout.top_p
                 "instruction": "",  # where it stands then: as in prompt.instruction, unless it is set
                 "base_instruction": "",  # before the first stage: as in evaluation.instruction, unless it is set
                 "blind": True,  # report what guessing without the image scores
@@ -256,11 +247,14 @@ def defaults() -> ConfigDict:
             "log": {
                 "rollouts_every": 5,  # steps between logged rollouts
                 "rollout_prompts": 2,  # prompts logged then, with all their responses
-                "tensorboard": True,
-                "wandb": "",  # a project of Weights & Biases
+                "tensorboard": True,  # writes WORKDIR/tensorboard
+                "wandb": "",  # a project of Weights & Biases; "": none
                 "stop_at": (),  # alarms (docs/training.md) that end the run
             },
-            "export": {"dtype": "float32", "each_stage": True},  # Hugging Face checkpoints
+            "export": {  # of Hugging Face checkpoints
+                "dtype": "float32",  # or bfloat16
+                "each_stage": True,  # one after each stage, beside that of the end
+            },
         }
     )
     # They follow the other key until they are set; what is set here does not change that one.

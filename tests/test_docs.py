@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
 
+import keys
 import pytest
 
-from capcur_jax import checks
+from capcur_jax import checks, presets
 from tests.test_layers import LAYERS, PACKAGE
 
 ROOT = PACKAGE.parent
@@ -76,3 +78,45 @@ def test_contributing_has_the_layers():
     told = [re.split(r"\s{2,}", line)[0].split() for line in block.splitlines()]
     there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     assert told == [[room for room in line.split() if room in there] for line in LAYERS.strip().split("\n")]
+
+
+def strings() -> list[str]:
+    """Every text of the package's code; what is filled in stands as NUL."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return [re.sub(r"\s+", " ", text) for text in found]
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages, said = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE), strings()
+    assert len(messages) > 40
+
+    def there(message: str) -> bool:
+        parts = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
+        return any(re.search(".*?".join(parts), text) for text in said)
+
+    assert [message for message in messages if not there(message)] == []
+    assert not there("this message is nowhere")
+
+
+def test_every_key_of_a_config_is_told():
+    told, meant = keys.values(), keys.meanings()
+    there = {key for key, _ in keys.leaves(presets.defaults())}
+    there |= {f"stages.NAME.{key}" for key, _ in keys.leaves(presets.stage((), 0, 0, 0.0))}
+    there |= {f"data.sets.NAME.{key}" for key in presets.defaults().data.sets.text}
+    assert set(told) == there
+    assert [key for key in there if len(meant[key]) < 4] == []
+    table = (ROOT / "docs" / "configs.md").read_text(encoding="utf-8")
+    assert all(f"| `{key.rpartition('.')[2]}` | " in table for key in there)
+    assert meant["objective.clip_low"] == "the ratio counts down to 1 - clip_low"
+    assert (
+        meant["model.remat"].startswith("What is computed again backwards")
+        and "laptop `2`" in told["objective.updates_per_batch"]
+    )

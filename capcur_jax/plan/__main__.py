@@ -19,7 +19,7 @@ from capcur_jax import bounds, presets
 from capcur_jax.errors import InputError
 from capcur_jax.plan import topologies
 from capcur_jax.plan.estimate import Assumptions, report
-from capcur_jax.records import streams
+from capcur_jax.records import command_line, streams
 from capcur_jax.records.jsonl import to_json
 
 
@@ -161,7 +161,7 @@ def _parse(values: flags.FlagValues, arguments: list[str]) -> None:
         if values.config is not None:
             _ = values.config.order  # a config file that can't be read shows itself here only
     except flags.Error as error:
-        raise InputError(presets.mistyped(error, values)) from None
+        raise InputError(command_line.mistyped(error, values)) from None
     except OSError as error:
         raise InputError(str(error)) from None
     except (KeyError, AttributeError, TypeError, ValueError) as error:

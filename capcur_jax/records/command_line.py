@@ -6,6 +6,14 @@ import argparse
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
+
+from absl import flags
+
+NO_CONFIG = (
+    "no config: give one of configs/, such as --config=configs/staged.py; then any of its keys can be set, "
+    "--config.seed=1. --help lists the other arguments"
+)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -38,6 +46,26 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="environment variable that holds the servers' API key (default: none is sent)")  # fmt: skip
 
 
+def server_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_server` say, as arguments of `rollout.chat.Chat`."""
+    return {
+        "concurrency": arguments.concurrency,
+        "timeout_s": arguments.timeout,
+        "retries": arguments.retries,
+        "key_variable": arguments.api_key_variable,
+    }
+
+
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Which judge decides."""
+    add = parser.add_argument
+    add("--judge", default="none", metavar="ADDRESS",
+        help="an OpenAI-compatible address, anthropic, anthropic:ADDRESS, or none (default)")  # fmt: skip
+    add("--judge_model", default="", metavar="NAME", help="the name under which the judge is served")
+    add("--judge_key_variable", default="", metavar="NAME",
+        help="environment variable that holds its API key (anthropic: ANTHROPIC_API_KEY)")  # fmt: skip
+
+
 def chosen_command(
     parser: argparse.ArgumentParser, texts: Mapping[str, str], package: str, arguments: Sequence[str]
 ) -> tuple[ModuleType, argparse.Namespace]:
@@ -59,3 +87,16 @@ def chosen_command(
         parser.error(f"unknown argument {rest[0]}")
     chosen.overrides = rest  # --config.key=value, of a command that takes a config
     return module, chosen
+
+
+def mistyped(error: flags.Error, values: flags.FlagValues) -> str:
+    """What is wrong with a command line, and what to write instead. `values`: its flags, `config` among them."""
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return str(error)
+    if error.flagname.startswith("config.") and values["config"].value is None:
+        return NO_CONFIG
+    meant = str(error).partition("Did you mean: ")[2].removesuffix(" ?")
+    return (
+        f"unknown argument --{error.flagname}{f' (did you mean --{meant}?)' if meant else ''}; settings look like "
+        "--config.seed=1, and --help lists the other arguments"
+    )

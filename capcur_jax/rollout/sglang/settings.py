@@ -22,7 +22,7 @@ class Settings:
     servers: int = 1  # to start on this host
     tensor_parallel: int = 1  # GPUs of a server
     gpus: tuple[int, ...] = ()  # servers x tensor_parallel ids, server after server; (): 0, 1, ...
-    device: str = "cuda"  # | cpu
+    device: str = "cuda"  # or "cpu", for small models and tests
     python: str = ""  # executable of the environment that has SGLang
     environment: tuple[str, ...] = ()  # further variables of the servers, NAME=VALUE
     arguments: tuple[str, ...] = ()  # further flags of the servers; they win over ours
@@ -30,7 +30,7 @@ class Settings:
     port: int = 0  # of the first server, counting up; 0: free ones
     concurrency: int = 64  # prompts, each with its whole group, in flight on a server
     request_timeout_s: float = 900.0  # for a prompt's whole group
-    start_timeout_s: float = 900.0
+    start_timeout_s: float = 900.0  # for a server to be healthy
     update_timeout_s: float = 600.0  # for a server to load new weights
     retries: int = 5  # further tries for a prompt, on another server where there is one
     restarts: int = 3  # of a server in a row, without an answer from it in between
