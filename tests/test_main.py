@@ -337,7 +337,7 @@ def test_servers_that_are_gone_are_one_clear_message_too(monkeypatch, tmp_path):
     def gone(*_, **__):
         raise RolloutError("no SGLang server is left\nlast words")
 
-    for name, value in (("CONFIG", presets.get("laptop")), ("WORKDIR", str(tmp_path)), ("PROFILE", "")):
+    for name, value in (("CONFIG", presets.get("laptop")), ("WORKDIR", str(tmp_path)), ("PROFILE", ""), ("PUSH", "")):
         monkeypatch.setattr(main, f"_{name}", types.SimpleNamespace(value=value))
     for name in ("COORDINATOR", "PROCESS_ID", "PROCESS_COUNT", "ACCEPT"):
         monkeypatch.setattr(main, f"_{name}", types.SimpleNamespace(value="" if name == "COORDINATOR" else None))

@@ -76,7 +76,7 @@ def test_a_capability_takes_thirty_lines():
 
 
 def test_clean_leaves_nothing_of_a_run():
-    notebook = refresh.nbformat.v4.new_notebook(metadata={"language_info": {"version": "3.1"}})
+    notebook = refresh.nbformat.v4.new_notebook(metadata={"language_info": {"name": "python", "version": "3.1"}})
     cell = refresh.nbformat.v4.new_code_cell("1", metadata={"execution": {"iopub.execute_input": "now"}})
     cell.update(execution_count=7, outputs=[
         refresh.nbformat.v4.new_output("stream", name="stderr", text="a warning"),
