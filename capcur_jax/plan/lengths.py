@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from capcur_jax.errors import InputError
+from capcur_jax.learner import objectives
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.records.jsonl import read_jsonl
 from capcur_jax.schedule import Stage
@@ -113,7 +114,7 @@ def extreme(config: ConfigDict, largest: bool) -> Lengths:
     choose = max if largest else min
     share = min(1.0, choose(config.prompt.patch_rows))
     patches, tokens = int(config.prompt.patch_row * share), choose(config.prompt.token_buckets)
-    length = min(choose(max(bucket) for bucket in config.packing.buckets), config.rollout.max_new_tokens)
+    length = min(choose(choose(bucket) for bucket in config.packing.buckets), config.rollout.max_new_tokens)
 
     def same(stage: Stage, images: bool) -> list[Group]:
         return [(PromptSize(tokens, (patches,) if images else ()), [length] * _group(stage, config))] * stage.prompts
@@ -122,6 +123,4 @@ def extreme(config: ConfigDict, largest: bool) -> Lengths:
 
 
 def _group(stage: Stage, config: ConfigDict) -> int:
-    from capcur_jax.learner import objectives
-
     return config.rollout.group if objectives.of_stage(stage).sampled else 1
