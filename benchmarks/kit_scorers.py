@@ -5,14 +5,16 @@
 Questions are a small table of each benchmark in the kit's format, or those of the kit's tables in --data; replies are
 scripted: right, wrong and unreadable ones in several forms. Our code scores them and writes predictions/NAME.tsv. A
 process of --kit_python, an environment with VLMEvalKit in it, then runs `evaluate` of the kit's dataset classes on
-these files. Numbers stand side by side; the exit status is 1 where one differs or a file can't be read.
+these files. Numbers stand side by side; the exit status is 1 where one differs or a file can't be read. Of WeMath the
+kit has the published scorer, too, which it takes where there is no judge: our `official` mode is held against that.
 
-No judge is asked: where the kit insists on one it gets "?", which is no answer. The behaviours that docs/evaluation.md
-names as not copied don't occur in the replies. Only the modules of the scorers are imported, so that the kit's
-libraries for models need not be there:
+No judge is asked: where the kit insists on one it gets "Z", its word for "nothing fits". After a word that it can't
+read it draws a letter, and the score is another one each time. That and what else docs/evaluation.md names as not
+copied don't occur here. Only the modules of the scorers are imported, so that the kit's libraries for models need not
+be there. Its code for WeMath needs a pandas before 3:
 
     pip install --no-deps ms-vlmeval
-    pip install pandas openpyxl xlsxwriter pillow tqdm validators huggingface_hub sty filelock python-dotenv \\
+    pip install 'pandas<3' openpyxl xlsxwriter pillow tqdm validators huggingface_hub sty filelock python-dotenv \\
         portalocker requests timeout-decorator latex2sympy2_extended rich tabulate json_repair
 
 It ran with ms-vlmeval 0.0.20, the kit's package on PyPI of 2026-05. A checkout of the kit was not tried.
@@ -24,6 +26,7 @@ import base64
 import csv
 import io
 import json
+import random
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -49,6 +52,10 @@ SETS = {
     "mmstar": ("image_mcq", "ImageMCQDataset", "MMStar"),
     "realworldqa": ("image_mcq", "ImageMCQDataset", "RealWorldQA"),
     "aokvqa": ("image_mcq", "ImageMCQDataset", "A-OKVQA"),
+    "blink": ("image_mcq", "ImageMCQDataset", "BLINK"),
+    "vstar": ("image_mcq", "ImageMCQDataset", "VStarBench"),
+    "visonlyqa": ("image_mcq", "ImageMCQDataset", "VisOnlyQA-VLMEvalKit"),
+    "cvbench_2d": ("image_mcq", "CVBench", "CV-Bench-2D"),
     "pope": ("image_yorn", "ImageYORNDataset", "POPE"),
     "hallusionbench": ("image_yorn", "ImageYORNDataset", "HallusionBench"),
     "mathvision": ("image_vqa", "MathVision", "MathVision"),
@@ -59,9 +66,14 @@ SETS = {
     "textvqa": ("image_vqa", "ImageVQADataset", "TextVQA_VAL"),
 }
 
+# The kit's word for its judge, by the mode of ours that has its rules then. Of WeMath it tries the rules of `kit` only
+# where a judge is there.
+JUDGES = {"kit": "exact_matching"}
+WEMATH_JUDGES = {"kit": "silent", "official": "exact_matching"}
+
 KIT = """
 import importlib, importlib.util, json, pathlib, sys, types
-module, name, dataset, table, predictions, result = sys.argv[1:]
+module, name, dataset, table, predictions, result, *judges = sys.argv[1:]
 spec = importlib.util.find_spec("vlmeval")
 if spec is None:
     sys.exit("no package vlmeval in this environment")
@@ -75,15 +87,14 @@ class Silent:
     def working(self):
         return True
     def generate(self, *arguments, **settings):
-        return "?"
+        return "Z"
 
 module.build_judge = lambda *arguments, **settings: Silent()
 kind = getattr(module, name)
 made = kind.__new__(kind)  # its __init__ downloads the dataset
 made.dataset_name, made.data = dataset, module.load(table)
-# Of WeMath rules are only tried where a judge is there.
-found = made.evaluate(predictions, model="silent" if name == "WeMath" else "exact_matching", nproc=2)
-pathlib.Path(result).write_text(json.dumps(json.loads(found.to_json(orient="records"))))
+found = [made.evaluate(predictions, model=judge, nproc=2) for judge in judges]
+pathlib.Path(result).write_text(json.dumps([json.loads(one.to_json(orient="records")) for one in found]))
 """
 
 
@@ -122,35 +133,38 @@ def _benchmark(benchmark: Benchmark, folder: Path) -> int:
     entry = outcome.outcome(answered, benchmark.metrics, {}, scored)
     outcome.write(folder, {"benchmarks": {benchmark.name: entry}}, {benchmark.name: answered})
     files = getattr(benchmark.load(source, None), "files", (source,))
-    result = folder / "kit.json"
+    result, judges = folder / "kit.json", WEMATH_JUDGES if benchmark.name == "wemath" else JUDGES
     done = subprocess.run(
         [_KIT.value, "-c", KIT, *SETS[benchmark.name], str(files[0]), str(predictions_file(folder, benchmark.name)),
-         str(result)],
+         str(result), *judges.values()],
         cwd=folder, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         print(f"{benchmark.name:15} VLMEvalKit can't score our table: {done.stderr.strip()[-1500:]}")
         return 1
-    theirs, ours = kit_numbers(benchmark.name, json.loads(result.read_text())), scored["kit"].numbers
     different = 0
-    for what, value in theirs.items():
-        mine: Any = ours
-        for key in what:
-            mine = mine[key]
-        same = abs(mine - value) <= _NEAR
-        different += not same
-        print(f"{benchmark.name:15} {len(rows):6} rows  {'/'.join(what):28} ours {mine:8.3f}  kit {value:8.3f}  "
-              f"{'same' if same else 'DIFFERENT'}")  # fmt: skip
+    for mode, records in zip(judges, json.loads(result.read_text()), strict=True):
+        for what, value in kit_numbers(benchmark.name, records).items():
+            mine: Any = scored[mode].numbers
+            for key in what:
+                mine = mine[key]
+            same = abs(mine - value) <= _NEAR
+            different += not same
+            print(f"{benchmark.name:15} {len(rows):6} rows  {mode:8} {'/'.join(what):28} ours {mine:8.3f}  "
+                  f"kit {value:8.3f}  {'same' if same else 'DIFFERENT'}")  # fmt: skip
     return different
 
 
 def kit_numbers(name: str, records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
-    """The kit's numbers in per cent, by the keys under which ours stand."""
+    """The kit's numbers in per cent, WeMath's classes as counts, by the keys under which ours stand."""
     first = records[0]
-    if name in ("mmstar", "realworldqa", "aokvqa"):
-        skipped = {"split", "Overall"}
-        found = {("categories", key): 100 * value for key, value in first.items() if key not in skipped}
-        return {("score",): 100 * first["Overall"], **(found if name == "mmstar" else {})}
+    if name == "visonlyqa":
+        return {("splits", record["split"]): 100 * record["Overall"] for record in records}
+    if SETS[name][0] == "image_mcq" and name != "wemath":
+        ours = {"mmstar": ("categories",), "vstar": ("categories",), "blink": ("tasks",), "cvbench_2d": ()}.get(name)
+        classes = {key: 100 * value for key, value in first.items() if key not in ("split", "Overall")}
+        found = {} if ours is None else {(*ours, key): value for key, value in classes.items()}
+        return {("score",): 100 * first["Overall"], **found}
     if name == "pope":
         names = {"Overall": "f1", "acc": "accuracy", "precision": "precision", "recall": "recall"}
         return {
@@ -167,36 +181,64 @@ def kit_numbers(name: str, records: Sequence[Mapping[str, Any]]) -> dict[tuple[s
         column = "Subject" if name == "mathvision" else "Task&Skill"
         return {("score",): next(record["acc"] for record in records if record[column] == "Overall")}
     if name == "wemath":
-        return {(key.lower(),): _percent(first[f"Score ({key})"]) for key in ("Strict", "Loose")}
+        return _wemath_numbers(first)
     return {("score",): first["Overall"]}
 
 
-def _percent(value: Any) -> float:
-    return float(value.rstrip("%")) if isinstance(value, str) else 100 * float(value)
+_STEPS = {"S1": "One-step(S1)", "S2": "Two-step(S2)", "S3": "Three-step(S3)"}
+_CLASSES = {
+    "IK": "InsufficientKnowledge", "IG": "InadequateGeneralization", "CM": "CompleteMastery", "RM": "RoteMemorization",
+}  # fmt: skip
+
+
+def _wemath_numbers(record: Mapping[str, str]) -> dict[tuple[str, ...], float]:
+    """Percentages are texts there, and counts stand in brackets behind their rates: "11.24% (59)"."""
+    found: dict[tuple[str, ...], float] = {(key,): _percent(record[theirs]) for key, theirs in _STEPS.items()}
+    for how in ("Strict", "Loose"):
+        for key, theirs in _CLASSES.items():
+            rate, count = record[f"{theirs} ({how})"].split()
+            ours = key if key[0] == "I" else f"{key}_{how.lower()}"
+            found |= {(ours,): float(count.strip("()")), ("rates", ours): _percent(rate)}
+        # It divides by all 525 groups, whatever the table holds.
+        if sum(found[key,] for key in ("IK", "IG", f"CM_{how.lower()}", f"RM_{how.lower()}")) == sum(_GROUPS.values()):
+            found[how.lower(),] = _percent(record[f"Score ({how})"])
+        else:
+            found = {key: value for key, value in found.items() if key[0] != "rates"}
+    return found
+
+
+def _percent(text: str) -> float:
+    return float(text.rstrip("%"))
 
 
 # ---------------------------------------------------------------------- replies
 
 
 def _reply(name: str, row: Row, number: int) -> str:
-    """One of several forms, right ones oftener than others."""
+    """One of several forms, right ones oftener than others. Of some groups all are right."""
     gold, letters = row.gold[0], list(row.options)
-    right = number % 5 not in (2, 4)
-    if number % 11 == 10:
+    chance = random.Random(f"group {row.cluster or row.index}").choice((1.0, 0.7, 0.3))
+    draw = random.Random(number)
+    right = draw.random() < chance
+    if not right and draw.random() < 0.2:
         return "It is hard to say what this picture shows us today without any doubt, whoever looks."
     if letters:
-        letter = gold if right else letters[(letters.index(gold) + 1) % len(letters)]
-        return (letter, f"({letter})", f"The answer is {letter}.", f"Step by step\tfirst, \"second\".\n\n{letter}",
-                f"<think>seen</think>{letter}")[number % 4]  # fmt: skip
+        letter = gold if right else draw.choice([other for other in letters if other != gold])
+        return draw.choice(
+            (letter, f"({letter})", f"The answer is {letter}.", f'Step by step\tfirst, "second".\n\n{letter}',
+             f"<Thought process>: seen <Answer>: {letter}", f"<think>seen</think>\n\n{letter}",
+             *([] if right else [f"<think>seen</think>{gold}"]))  # only a judge reads that
+        )  # fmt: skip
     if name in ("pope", "hallusionbench"):
         word = gold if right else {"Yes": "No", "No": "Yes"}[gold]
-        return (word, f"{word}, as one can see.", f"So:\n{word.lower()}.", "Yes and no.")[number % 4]
+        forms = (word, f"{word}, as one can see.", f"So:\n{word.lower()}.", f"<think>seen</think>\n{word}")
+        return draw.choice(forms if right else (*forms, "Yes and no."))
     answer = gold if right else "77777"
     if name == "dynamath":
         kind = row.facts["kind"]
         wrong = {"multiple choice": "E", "float": "77777.5", "text": "seldom"}[kind]
         answer = gold if right else wrong
-        return json.dumps({"solution": "It follows.", "short answer": answer}, indent=number % 3)
+        return json.dumps({"solution": "It follows.", "short answer": answer}, indent=draw.randrange(3))
     return answer
 
 
@@ -218,6 +260,7 @@ def write_table(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 _COUNT = 60
+_GROUPS = {2: 360, 3: 165}  # WeMath's by their number of steps
 _COLOURS = dict(zip("ABCD", ("crimson", "turquoise", "ochre", "violet"), strict=True))
 
 
@@ -228,6 +271,14 @@ def _choices(**cells: Any) -> list[dict[str, Any]]:
          **{key: values[n % len(values)] for key, values in cells.items()}}
         for n in range(_COUNT)
     ]  # fmt: skip
+
+
+def _cvbench() -> list[dict[str, Any]]:
+    shared = {"split": "2D", "type": "2D"}
+    return [
+        row | {"prompt": f"{row['question']} Select.", "choices": str(list(_COLOURS.values())), **shared}
+        for row in _choices(source=("ADE20K", "COCO", "COCO"), task=("Count", "Relation"))
+    ]
 
 
 def _pope() -> list[dict[str, Any]]:
@@ -272,13 +323,16 @@ def _mathvista() -> list[dict[str, Any]]:
 
 
 def _wemath() -> list[dict[str, Any]]:
-    """As many groups as the whole set has: the kit divides by 525 whatever the table holds."""
-    steps = [2] * 360 + [3] * 165
-    places = [
-        (group, f"{many}steps_{step}") for group, many in enumerate(steps, 1) for step in (*range(1, many + 1), "multi")
-    ]
+    """As many groups as the whole set has, in its order: role by role, so that a group's rows lie far apart."""
+    concepts = "Area of Triangles", "Axial Symmetry", "Route Map", "Understanding Sectors"
+    roles = [
+        {"ID": f"{many}steps_{group}", "key": f"{many}steps_{part}", "split": "testmini", "hint": "Look closely.",
+         "knowledge concept": ";".join(concepts[:many]) if part == "multi" else concepts[(group + int(part)) % 4]}
+        for many, groups in _GROUPS.items()
+        for part in (*map(str, range(1, many + 1)), "multi")
+        for group in range(1, groups + 1)
+    ]  # fmt: skip
     rows = _choices()
-    roles = [{"ID": group, "key": key, "knowledge concept": "Angles"} for group, key in places]
     return [rows[n % 4] | role for n, role in enumerate(roles)]
 
 
@@ -306,7 +360,10 @@ def _textvqa() -> list[dict[str, Any]]:
 
 MADE = {
     "mmstar": lambda: _choices(category=("math", "logic"), l2_category=("number", "code")), "realworldqa": _choices,
-    "aokvqa": _choices, "pope": _pope, "hallusionbench": _hallusion, "mathvision": _mathvision,
+    "aokvqa": _choices, "blink": lambda: _choices(category=("Counting", "Jigsaw", "Jigsaw")),
+    "vstar": lambda: _choices(category=("direct_attributes", "relative_position")),
+    "visonlyqa": lambda: _choices(split=("Eval_Real", "Eval_Synthetic", "Eval_Real"), category=("angle", "size")),
+    "cvbench_2d": _cvbench, "pope": _pope, "hallusionbench": _hallusion, "mathvision": _mathvision,
     "mathvista": _mathvista, "wemath": _wemath, "dynamath": _dynamath, "chartqa": _chartqa, "textvqa": _textvqa,
 }  # fmt: skip
 

@@ -20,8 +20,9 @@ from rich.text import Text
 
 from capcur_jax import presets
 from capcur_jax.errors import InputError
+from capcur_jax.files import must_be_local
 from capcur_jax.grid import budget, hours, runner, watch
-from capcur_jax.grid.executors import EXECUTORS
+from capcur_jax.grid.executors import EXECUTORS, executor
 from capcur_jax.grid.jobs import Plan, config_file
 from capcur_jax.grid.rows import ROWS
 from capcur_jax.interruption import Interrupted, Interruption
@@ -42,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     add("--preset", default="laptop", choices=sorted(presets.PRESETS), help="size of the runs (default: %(default)s)")
     add("--workdir", default="runs/ablations", help="a folder for the grid (default: %(default)s)")
     add("--jobs", type=int, default=1, help="runs side by side, which share cores and GPUs (default: %(default)s)")
-    add("--executor", default="local", choices=sorted(EXECUTORS), help="where runs take place (default: %(default)s)")
+    add("--executor", default="local", choices=EXECUTORS, help="where runs take place (default: %(default)s)")
+    add("--slurm", action="append", default=[], metavar="KEY=VALUE",
+        help="of each job, with --executor=slurm: partition=gpu, time=600 (minutes), nodes=2, ...")  # fmt: skip
     add("--dry_run", action="store_true", help="print each run's row, seed, device-hours and command; write nothing")
     return made
 
@@ -55,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown argument {wrong[0]!r}; settings look like --config.log.tensorboard=False")
         if options.jobs < 1:
             raise InputError(f"--jobs={options.jobs}: at least one run at a time")
+        must_be_local("--workdir", options.workdir)
         names, seeds = _names(options.rows), _seeds(options.seeds)
         plan = Plan.of(names, seeds, options.preset, Path(options.workdir), overrides)
         budgets = _budgets(names, options.preset, overrides)
@@ -74,9 +78,10 @@ def _run(plan: Plan, options: argparse.Namespace, budgets) -> int:
     from capcur_jax.checks import finished  # here: --help should not wait for JAX
 
     board = watch.Board(_console(sys.stdout))
-    if options.jobs > 1 and any(job.config.mesh.gpus for job in plan.runs):
+    local = options.executor == "local"
+    if local and options.jobs > 1 and any(job.config.mesh.gpus for job in plan.runs):
         raise InputError(f"--jobs={options.jobs}: preset {options.preset} takes GPUs by their numbers; give --jobs=1")
-    executor = EXECUTORS[options.executor](options.jobs)
+    chosen = executor(options.executor, options.jobs, plan.workdir / "slurm", options.slurm)
     try:
         with Interruption() as interruption, Lock(plan.workdir):
             board.print(budgets)
@@ -86,7 +91,7 @@ def _run(plan: Plan, options: argparse.Namespace, budgets) -> int:
                 needed = {name for job in todo for name in job.needs}
                 jobs = [job for job in plan.preparations() if job.name in needed] + todo
             with board:
-                states = runner.run(jobs, done, executor, board, interruption)
+                states = runner.run(jobs, done, chosen, board, interruption)
     except Interrupted as signal:
         print(f"{signal}: stopped; the same command goes on", file=sys.stderr)
         return 130

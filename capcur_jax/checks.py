@@ -18,6 +18,7 @@ from capcur_jax.data.prompts import PLACEMENTS
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
 from capcur_jax.errors import InputError
+from capcur_jax.files import must_be_local
 from capcur_jax.learner import objectives
 from capcur_jax.learner.residence import MEMORIES
 from capcur_jax.models import config as model_config
@@ -58,11 +59,15 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     """Everything the run needs from outside, missing things named all at once. Raises InputError."""
     presets.check_deleted(config)
     bounds.check(config)
+    _check_paths(config, "config")
     for stage in stages:
         objectives.of_stage(stage)
     missing = []
     if not config.checkpoint and not config.create:
-        missing.append("config.checkpoint: a Hugging Face checkpoint directory of a Qwen3-VL (--config.checkpoint=DIR)")
+        missing.append(
+            "config.checkpoint: a Qwen3-VL, as a Hugging Face checkpoint directory (--config.checkpoint=DIR) or by its "
+            "name on the Hub (--config.checkpoint=OWNER/NAME)"
+        )
     for name, split in sorted(splits(config, stages)):
         if name not in config.data.sets:
             missing.append(f"config.evaluation.sets names '{name}', which config.data.sets lacks")
@@ -78,6 +83,15 @@ def check(config: ConfigDict, stages: Sequence[Stage], sets: Sets) -> None:
     if missing:
         raise InputError("\n".join(["this run needs what is not there:", *(f"  - {line}" for line in missing)]))
     _check_together(config, stages)
+
+
+def _check_paths(section: ConfigDict, where: str) -> None:
+    """That no value is a bucket's address. Raises InputError."""
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            _check_paths(value, f"{where}.{key}")
+        elif isinstance(value, str):
+            must_be_local(f"{where}.{key}", value)
 
 
 def splits(config: ConfigDict, stages: Sequence[Stage]) -> set[tuple[str, str]]:

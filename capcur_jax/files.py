@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,11 +50,21 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def must_be_local(where: str, path: str) -> None:
+    """Raises InputError for a bucket's address: everything here is read and written as files."""
+    if re.match(r"(gs|s3|gcs|s3a|az|abfss?|hdfs)://", path):
+        raise InputError(
+            f"{where}={path}: a bucket's address, and files are read and written by path alone; mount the bucket, or "
+            "copy what is read to a disk (docs/clusters.md, buckets)"
+        )
+
+
 def prepare_workdir(path: str | None, name: str) -> Path:
     """The work directory: a new one, dated and with the name, or the given one, which may hold what is to go on.
 
     Raises InputError: it can't be made.
     """
+    must_be_local("--workdir", path or "")
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     workdir = Path(path) if path else Path("runs") / f"{stamp}_{name}"
     try:

@@ -10,11 +10,11 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capcur_jax.data.problem import IMAGE_MARK, Problem
 from capcur_jax.errors import InputError
+from capcur_jax.hub import download
 from capcur_jax.presets import TINY_CHECKPOINT
 from capcur_jax.records import streams
 from capcur_jax.records.jsonl import to_json
@@ -35,7 +35,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", default=TINY_CHECKPOINT, metavar="DIR",
-        help="a Hugging Face checkpoint directory (default: the small one that comes with this package)")  # fmt: skip
+        help="a Hugging Face checkpoint directory, or OWNER/NAME of one on the Hub (default: the small one that comes "
+        "with this package)")  # fmt: skip
     add("--prompt", required=True, metavar="TEXT",
         help=f"the question; {IMAGE_MARK} marks in it say where the images go, else they come first")  # fmt: skip
     add("--image", action="append", default=[], metavar="FILE", help="an image; repeat it for several, in their order")
@@ -114,11 +115,11 @@ def answer(options: argparse.Namespace) -> None:
     for name in ("min_pixels", "max_pixels"):
         if getattr(options, name) < 0:
             raise InputError(f"--{name} is below 0; give a number of pixels, or 0 for the checkpoint's own")
-    checkpoint = Path(options.checkpoint).expanduser()
+    checkpoint = download.checkpoint(options.checkpoint, "--checkpoint")
     if not checkpoint.is_dir():
         raise InputError(
             f"--checkpoint={checkpoint}: no such directory; give a Hugging Face checkpoint directory "
-            "(config.json, *.safetensors, tokenizer files, preprocessor_config.json)"
+            "(config.json, *.safetensors, tokenizer files, preprocessor_config.json), or OWNER/NAME of one on the Hub"
         )
     import jax
     import jax.numpy as jnp

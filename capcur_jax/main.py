@@ -31,6 +31,7 @@ _PROFILE = flags.DEFINE_string("profile", "", "Steps to trace, such as 10-12; Pe
 _ACCEPT = flags.DEFINE_bool(
     "accept_changed_inputs", False, "Go on though data, weights, reward or packages are no longer those of the start."
 )
+_PUSH = flags.DEFINE_string("push_to_hub", "", "OWNER/NAME on the Hugging Face Hub that gets the finished checkpoint.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, in a run of several processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many processes the run has.")
@@ -68,12 +69,19 @@ def main(arguments: list[str]) -> None:
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
         workdir = prepare_workdir(_WORKDIR.value, Path(config_file).stem)
         from capcur_jax.checks import finished
+        from capcur_jax.hub import push
         from capcur_jax.train import train
 
-        if done := finished(workdir, _CONFIG.value, lambda line: print(line, file=sys.stderr)):
-            print(f"{workdir} holds a finished run: {done['steps']} steps, checkpoint {done['checkpoint']}")
-            return
-        summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value, accept=_ACCEPT.value)
+        if _PUSH.value:
+            distributed.by_owner(lambda: push.check(_PUSH.value), "--push_to_hub")
+        if summary := finished(workdir, _CONFIG.value, lambda line: print(line, file=sys.stderr)):
+            print(f"{workdir} holds a finished run: {summary['steps']} steps, checkpoint {summary['checkpoint']}")
+        else:
+            summary = train(_CONFIG.value, workdir, started=_STARTED, profile=_PROFILE.value, accept=_ACCEPT.value)
+        if _PUSH.value and summary["status"] == "finished":
+            final = workdir / "checkpoints" / "final"
+            if page := distributed.by_owner(lambda: push.push(final, _PUSH.value), "to send the checkpoint"):
+                print(f"sent to {page}")
     except InputError as error:
         sys.exit(f"error: {error}")
     except Interrupted as signal:  # before the run had anything to save

@@ -105,12 +105,13 @@ def stage(data: tuple[str, ...], steps: int, prompts: int, learning_rate: float,
     }
 
 
-def _set(source: str = "") -> dict:
+def problem_set(source: str = "", train: str = "", validation: str = "", test: str = "") -> dict:
+    """An entry of config.data.sets: a set that is built on first use, or the files of its splits."""
     return {
         "source": source,  # builds the set on first use (data/sets.py); a file of your own below overrides it
-        "train": "",  # a file of problems, docs/data.md
-        "validation": "",  # the same, for validation.every
-        "test": "",  # the same, for evaluation
+        "train": train,  # a file of problems (docs/data.md), or hf://datasets/OWNER/NAME/FILE
+        "validation": validation,  # the same, for validation.every
+        "test": test,  # the same, for evaluation
     }
 
 
@@ -119,7 +120,7 @@ def defaults() -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,  # of everything that is drawn: data order, samples, fresh weights
-            "checkpoint": "",  # a Hugging Face checkpoint directory; "": random weights, see `create`
+            "checkpoint": "",  # a directory, or OWNER/NAME[@REVISION] on the Hub; "": random weights, see `create`
             "create": {},  # architecture of a fresh small model (configs/tiny_base.py); empty: none
             "order": CAPABILITIES,  # names of `stages`, in the order in which they run
             "stages": {},  # by name, each with the keys of stages.NAME: the preset's
@@ -143,7 +144,7 @@ def defaults() -> ConfigDict:
                 },
             },
             "data": {
-                "sets": {name: _set() for name in CAPABILITIES},
+                "sets": {name: problem_set() for name in CAPABILITIES},
                 "workers": 2,  # processes that decode images; 0: the trainer's own threads do
                 "image_cache_mb": 256,  # MiB of resized images that are kept
             },
@@ -220,7 +221,7 @@ def defaults() -> ConfigDict:
             },
             "checkpointing": {
                 "every": 50,  # steps between checkpoints; a stage's start and end are saved, too
-                "keep": 2,  # how many of the last ones; the best of those that were validated is kept, too
+                "keep": 2,  # how many of the last ones, and of the last validations; the best one is kept, too
             },
             "validation": {
                 "every": 0,  # steps between validations; 0: none. The best checkpoint is exported as checkpoints/best

@@ -15,10 +15,12 @@ from flax import nnx
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.evaluation import counterfactual as twins
-from capcur_jax.evaluation import folders, kept, page
+from capcur_jax.evaluation import folders, keeper, kept, page
 from capcur_jax.evaluation.blind import blind_accuracy
+from capcur_jax.hub import download
 from capcur_jax.learner import objectives, packing
 from capcur_jax.records import jsonl, metrics
+from capcur_jax.report import model_card
 from capcur_jax.report import run as report
 from capcur_jax.rollout.groups import Rollout
 from capcur_jax.run import Run
@@ -27,7 +29,7 @@ from capcur_jax.schedule import Stage
 
 def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     """Writes config and versions; prints stages, data, steps, parameters and devices. Returns what of it the summary
-    says again: `parameters` and `blind`."""
+    says again: `parameters`, `blind` and `stages`."""
     config, parameters = run.config, run.trainer.parameters()
     if run.owner:
         jsonl.write_json_atomic(run.workdir / "config.json", config.to_dict())
@@ -36,6 +38,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     for path, leaf in nnx.to_flat_state(parameters):
         sizes[path[0]] += leaf.size
     count, blind, asked = sum(sizes.values()), _blind(run), run.heldout.composition()
+    planned = [_plan_of(run, stage) for stage in stages]
     if run.owner:
         jsonl.write_json_atomic(run.workdir / "questions.json", asked)
     devices, rows = jax.devices(), sharding.row_shards(run.mesh)
@@ -43,7 +46,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
         {
             "Run": {
                 "work directory": str(run.workdir),
-                "checkpoint": str(run.policy.source),
+                "checkpoint": download.version(config.checkpoint, run.policy.source) or str(run.policy.source),
                 "parameters": count,
                 "of them vision": sizes["visual"],
                 "compute": config.model.dtype,
@@ -53,7 +56,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
                 **distributed.describe(),
                 "seed": config.seed,
             },
-            "Stages": [_plan_of(run, stage) for stage in stages],
+            "Stages": planned,
             "A prompt, as the model sees it": _prompt_of(run),
             f"Held-out questions ({config.evaluation.split})": [
                 {
@@ -80,7 +83,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
     for (name, split), rows in run.sets.repaired_rows.items():
         first = f"{rows[0].id}: {', '.join(rows[0].repaired)}"
         run.display.warn(f"{name} {split}: {len(rows)} rows put right, the first: {first} (`data check` shows them)")
-    return {"parameters": count, "blind": blind}
+    return {"parameters": count, "blind": blind, "stages": planned}
 
 
 def _prompt_of(run: Run) -> dict[str, str]:
@@ -226,6 +229,13 @@ def validate(run: Run, stage: str) -> float:
     return accuracy
 
 
+def drop_validations(run: Run, complete: float = math.inf) -> None:
+    """Keeps as many validations as checkpoints, and that of the best one; `complete` as keeper.drop_validations."""
+    if run.owner:
+        keep = run.config.checkpointing.keep
+        keeper.drop_validations(run.workdir / "evaluation", run.recorder.validations, keep, complete)
+
+
 # ---------------------------------------------------------------------- the end
 
 
@@ -238,6 +248,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     learned = status == "finished" or run.progress.version > run.recorder.skipped
     checkpoint = run.export("final") if learned else None
     run.checkpoints.close()
+    drop_validations(run)
     steps, evaluations = run.recorder.steps, run.recorder.evaluations
     shown = {key: metrics.accuracy_of(evaluations, key) for key in ("accuracy", "accuracy_answered", "left_out")}
     if status != "finished":
@@ -267,6 +278,7 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
         "devices": run.mesh.size,
         "best_validation": run.progress.best,
         "parameters": facts["parameters"],
+        "stages": facts["stages"],
         "checkpoint": str(checkpoint) if checkpoint else None,
         "skipped": skipped,
         "put_right": {
@@ -277,6 +289,8 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     if not run.owner:
         return summary
     jsonl.write_json_atomic(run.workdir / "summary.json", summary)
+    base = download.version(run.config.checkpoint, run.policy.source)
+    model_card.write(run.workdir, run.policy.source, base)
     files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
     if (run.workdir / folders.FINAL / folders.SCORES).is_file():
         files["answers"] = page.write(run.workdir / folders.FINAL)

@@ -24,7 +24,8 @@ from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation.heldout import Heldout
-from capcur_jax.evaluation.keeper import Keeper
+from capcur_jax.evaluation.keeper import VALIDATION, Keeper
+from capcur_jax.hub import download
 from capcur_jax.interruption import Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
@@ -115,17 +116,19 @@ class Run:
         """That a run that goes on after `step` reads what it read when it began (None). Raises InputError."""
 
         def compare() -> None:
-            now = identity.of_run(self.config, self.sets, splits(self.config, self.stages))
+            now = identity.of_run(self.config, self.sets, splits(self.config, self.stages), self._base)
             identity.check(self.workdir, now, step, self._accept, self.display.warn)
 
         self._by_owner(compare)
 
     def _open_data(self) -> None:
         """What the data lacks is said before the start; the owner builds the sets that are built on first use, and the
-        others read what it wrote. Raises InputError."""
-        config = self.config
-        self.sets = Sets(config.data, self.workdir / "data")
+        others read what it wrote. What lies on the Hub is downloaded. Raises InputError."""
+        config, commits = self.config, identity.commits(self.workdir)
+        self.sets = Sets(config.data, self.workdir / "data", commits)
+        self.sets.fetch(splits(config, self.stages))
         check(config, self.stages, self.sets)
+        self._base = download.checkpoint(config.checkpoint, commits=commits) if config.checkpoint else None
         names = {name for stage in self.stages for name in stage.data} | set(config.evaluation.sets)
         for turn in (True, False):
             if self.owner == turn:
@@ -134,9 +137,8 @@ class Run:
         check_data(config, self.stages, self.sets)
 
     def _open_model(self) -> QwenVL:
-        config, source = self.config, Path(self.config.checkpoint).expanduser()
-        if not config.checkpoint:
-            source = self.workdir / "skeleton"
+        config, source = self.config, self._base or self.workdir / "skeleton"
+        if not self._base:
             if self.owner and not source.exists():
                 # Of all of config.stages, whichever of them are run now: stages run one by one share a tokenizer.
                 pools = (self.sets.pool(stage.data, "train") for stage in config.stages.values())
@@ -182,7 +184,7 @@ class Run:
     def _evaluation(self, label: str) -> Path:
         """Where an evaluation is kept, named as the checkpoint of that moment; "": the validation of this step."""
         if not label:
-            return self.workdir / "evaluation" / f"validation-{self.progress.step}"
+            return self.workdir / "evaluation" / f"{VALIDATION}{self.progress.step}"
         names = [stage.name for stage in self.stages]
         number = names.index(label) + 1 if label in names else 0
         moment = label if not number else "final" if number == len(names) else f"{number}-{label}"
@@ -214,7 +216,14 @@ class Run:
         self.recorder = self._closing.enter_context(recorder)
         self.display.earlier(recorder.evaluations)
         rollouts = JsonLines(self.workdir / "rollouts.jsonl") if self.owner else Nowhere()
-        self.rollouts = self._closing.enter_context(contextlib.closing(rollouts))
+        self._rollouts, self._sinks = self._closing.enter_context(contextlib.closing(rollouts)), sinks
+
+    def show_rollouts(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Sampled groups of the last step, for rollouts.jsonl and for whoever shows the run."""
+        for group in groups:
+            self._rollouts.write(group)
+        if self._sinks:
+            self._sinks.rollouts(self.progress.step, groups)
 
     def _alarmed(self, name: str, text: str) -> None:
         if self.owner:

@@ -142,8 +142,8 @@ def train_stage(run: Run, stage: Stage, number: int, measured: Usable | None, tr
             record = results.step_record(run, stage, minis, rollout, rates[-1], sync)
             recorder.put(record, updates, run.progress.skipped, timer, dispatched)
             if rollout and step % config.log.rollouts_every == 0:
-                for line in rollout.shown(config.log.rollout_prompts, run.workdir):
-                    run.rollouts.write({"step": run.progress.step, "stage": stage.name, **line})
+                where = {"step": run.progress.step, "stage": stage.name}
+                run.show_rollouts([where | line for line in rollout.shown(config.log.rollout_prompts, run.workdir)])
             tracer.after(run.progress.step)
             if end_of_step(run, stage, step, last):
                 end_if_idle(run, minis, layout, 1)
@@ -276,6 +276,7 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> bool:
         run.recorder.complete()
         with run.recorder.between("seconds_checkpoint"):
             save(run, metric)
+            results.drop_validations(run, complete=run.progress.step)  # this checkpoint is still being written
     return last
 
 

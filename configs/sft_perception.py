@@ -27,8 +27,7 @@ def get_config(preset: str = "laptop"):
     config = presets.get(preset, order=("captions", "text", "visual"))
     laptop = preset == "laptop"
     with config.unlocked():
-        source = {"source": "tiny_base" if laptop else "", "train": "", "validation": "", "test": ""}
-        config.data.sets.captions = source
+        config.data.sets.captions = presets.problem_set("tiny_base" if laptop else "")
         config.stages.captions = _like(config.stages.perception, config) if laptop else PAPER
     return config
 

@@ -43,7 +43,7 @@ def get_config():
                 "deepstack_visual_indexes": [0, 1],
             },
         }
-        files = {"source": "tiny_base", "train": "", "validation": "", "test": ""}
+        files = presets.problem_set("tiny_base")
         config.data.sets.update({"captions": files, "sums": files, "base": files})
         sft = {"objective": "sft", "warmup_steps": 50}
         config.stages = {  # eyes and sums first: questions alone teach them slowly

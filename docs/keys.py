@@ -18,7 +18,7 @@ from capcur_jax import bounds, presets
 
 PACKAGE = Path(presets.__file__).parent
 # By section: the function of presets.py whose first dictionary has its keys.
-FUNCTIONS = {"": "defaults", "stages.NAME": "stage", "data.sets.NAME": "_set"}
+FUNCTIONS = {"": "defaults", "stages.NAME": "stage", "data.sets.NAME": "problem_set"}
 SHOWN = {"laptop": "laptop", "8B": "qwen3_vl_8b"}  # presets whose values stand beside the defaults
 
 Notes = dict[int, tuple[str, bool]]  # by line: a comment, and whether it has the line for itself

@@ -72,6 +72,13 @@ def test_settings_are_given_to_every_run(dry):
         assert "'--config.checkpoint=/models/a b'" in line[3] and "'--workdir=some where/" in line[3]
 
 
+def test_a_grid_lies_in_no_bucket(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ablations.main(["--workdir=gs://bucket/grid", "--dry_run"]) == 2
+    assert capsys.readouterr().err.startswith("error: --workdir=gs://bucket/grid: a bucket's address")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -81,6 +88,8 @@ def test_settings_are_given_to_every_run(dry):
         (["--seeds=0,x"], "--seeds=0,x: give whole numbers"),
         (["--seeds=-1"], "config.seed = -1: it must lie in"),
         (["--jobs=0"], "--jobs=0"),
+        (["--slurm=partition=gpu"], "--slurm=partition=gpu needs --executor=slurm"),
+        (["--executor=slurm", "--slurm=time=1:00:00"], "--slurm=time=1:00:00"),
         (["--config.seed=3"], "use --seeds=0,1,2"),
         (["--config.sed=3"], "sed"),
         (["stray"], "unknown argument 'stray'"),

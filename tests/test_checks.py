@@ -56,6 +56,20 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
         checks._check_together(config, [])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("checkpoint", "gs://models/Qwen3-VL-8B"),
+        ("data.sets.text.train", "s3://bucket/rows.jsonl"),
+        ("rollout.sglang.weights", "gs://bucket/weights"),
+    ],
+)
+def test_a_bucket_is_refused_where_files_are_read_or_written(key, value, tmp_path):
+    config, stages, sets = data(tmp_path, **{key: value})
+    with pytest.raises(InputError, match=f"config.{key}={value}: a bucket's address.*mount the bucket"):
+        checks.check(config, stages, sets)
+
+
 def test_the_presets_of_a_host_with_eight_gpus_differ_in_who_has_which():
     for name in ("qwen3_vl_8b", "qwen2_5_vl_7b"):
         split, turns = presets.get(f"{name}_split"), presets.get(f"{name}_turns")

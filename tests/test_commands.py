@@ -22,6 +22,7 @@ from capcur_jax import ablations, evaluate, generate, presets
 from capcur_jax.data import __main__ as data
 from capcur_jax.errors import InputError
 from capcur_jax.grid import rows
+from capcur_jax.hub import push
 from capcur_jax.plan import __main__ as plan
 from capcur_jax.plan import topologies
 from capcur_jax.records import command_line
@@ -67,7 +68,7 @@ def words(command: str) -> list[str]:
     for placeholder, value in STANDS_FOR.items():
         text = text.replace(placeholder, value)
     found = shlex.split(re.sub(r"\[[^\]]*\]", "", text) if " [" in text else text, comments=True)
-    return [word for word in found if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    return [word for word in found if not re.fullmatch(r"[A-Z_]+=[^=]*|>\S+", word) or word.startswith("EXTRA=")]
 
 
 def defined_flags(source: Path) -> set[str]:
@@ -109,6 +110,8 @@ def parse_module(module: str, arguments: list[str]) -> None:
         assert set(options.rows.split(",") if isinstance(options.rows, str) else options.rows) <= {*rows.ROWS, ""}
     elif module == "capcur_jax.generate":
         generate.parse(arguments)
+    elif module == "capcur_jax.hub.push":
+        push.parser().parse_args(arguments)
     elif module == "capcur_jax.report":
         assert report.main(arguments) in (0, 2)  # the folder isn't there; a mistyped argument exits
     else:
@@ -162,6 +165,15 @@ def check(command: str) -> None:
             assert extra in extras(), extra
     elif tool == "pytest":
         check_paths(rest)
+    elif tool in ("sbatch", "local.sh", "sglang_servers.sh"):
+        script = next(word for word in [first, *rest] if word.startswith("launch/"))
+        assert (ROOT / script).is_file(), script
+        arguments = [*rest[rest.index(script) + 1 :]] if script in rest else rest
+        run = [word for word in arguments if word.startswith("--") and not word.startswith("--register=")]
+        parse_module("capcur_jax.main", run)
+    elif tool == "docker":
+        assert rest[0] == "build" and (ROOT / rest[rest.index("-f") + 1]).is_file()
+        assert {word.removeprefix("EXTRA=") for word in rest if word.startswith("EXTRA=")} <= extras()
     elif tool in ("ruff", "pyrefly"):
         assert rest[0] in ("check", "format")
     else:
@@ -189,6 +201,7 @@ def test_a_command_is_one(page, command, tmp_path, monkeypatch):
     "python -m capcur_jax.data check FILE --stric", "python -m capcur_jax.generate --promt=x",
     "python -m capcur_jax.plan --config=configs/staged.py --topology=gpu:9", "python benchmarks/rollout.py --round=3",
     "pip install -e '.[everything]'", "python -m pytest tests/nowhere", "sbatch launch/nowhere.sbatch",
+    "launch/local.sh 2 --config=configs/nowhere.py", "docker build -f launch/Dockerfile --build-arg EXTRA=cpu .",
 ])  # fmt: skip
 def test_a_wrong_command_is_found(command, monkeypatch):
     monkeypatch.chdir(ROOT)

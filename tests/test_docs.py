@@ -38,7 +38,8 @@ def faults(page: Path, text: str) -> list[str]:
     for path in set(re.findall(r"(?<![\w./*-])((?:[\w.-]+/)*[\w-]+\.py)\b", text)) - PATTERNS:
         if not ((ROOT / path).exists() or (ROOT / "tests" / path).exists() or list(PACKAGE.rglob(path))):
             found.append(f"file {path}")
-    for path in re.findall(r"\b((?:capcur_jax|tests|benchmarks|configs|docs|launch)/[\w/]*/)(?![\w<{*.])", text):
+    rooms = "capcur_jax|tests|benchmarks|configs|docs|launch|notebooks"
+    for path in re.findall(rf"\b((?:{rooms})/[\w/]*/)(?![\w<{{*.])", text):
         if not (ROOT / path).is_dir():
             found.append(f"folder {path}")
     for module in re.findall(r"python -m (capcur_jax[\w.]*\w)", text):

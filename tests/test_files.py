@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from capcur_jax import files
+from capcur_jax.errors import InputError
 
 
 def names(folder):
@@ -31,6 +32,13 @@ def test_a_file_and_its_folders_are_made(tmp_path, happened):
     files.write_atomically(tmp_path / "new" / "folder" / "a.txt", b"678", sync=False)
     assert (tmp_path / "new" / "folder" / "a.txt").read_bytes() == b"678"
     assert happened[2:] == ["renamed"] and names(tmp_path / "new" / "folder") == ["a.txt"]
+
+
+def test_a_work_directory_is_no_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--workdir=s3://bucket/run: a bucket's address"):
+        files.prepare_workdir("s3://bucket/run", "staged")
+    assert files.prepare_workdir("run", "staged").is_dir() and names(tmp_path) == ["run"]
 
 
 def test_a_streamed_file_is_flushed_whole_before_it_takes_the_place(tmp_path, happened):

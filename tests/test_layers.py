@@ -21,7 +21,7 @@ LAYERS = """
     data
     answers
     models
-    checkpoints report
+    checkpoints report hub
     devices records
     workers files interruption
     bounds

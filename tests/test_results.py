@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ class Run:
         processor = types.SimpleNamespace(opened="<think>\n")
         store = types.SimpleNamespace(counters=lambda: {"flawed": 1})
         self.policy = types.SimpleNamespace(
-            builder=builder, processor=processor, source="checkpoint", lora=None, images=store
+            builder=builder, processor=processor, source=Path("checkpoint"), lora=None, images=store
         )  # fmt: skip
         images = {"perception": ("a.png",), "text": ()}
         self.sets = types.SimpleNamespace(
@@ -105,7 +106,8 @@ class Run:
             with JsonLines(self.workdir / "metrics.jsonl") as lines:
                 for record in (*self.recorder.steps, *self.recorder.evaluations):
                     lines.write(record)
-        return results.finish(self, status, {"parameters": 100, "blind": {"perception": 0.5}})
+        facts = {"parameters": 100, "blind": {"perception": 0.5}, "stages": [{"stage": "text", "steps": 4}]}
+        return results.finish(self, status, facts)
 
 
 def test_the_summary_of_a_finished_run(tmp_path):
@@ -133,6 +135,7 @@ def test_the_summary_of_a_finished_run(tmp_path):
         "devices": 1,
         "best_validation": 0.75,
         "parameters": 100,
+        "stages": [{"stage": "text", "steps": 4}],
         "checkpoint": str(tmp_path / "checkpoints" / "final"),
         "put_right": {"rows": 1, "flawed images": 1},
         "skipped": {"rows": 3, "images": 2, "prompts": 1, "refused_prompts": 0, "updates": 4, "reward_failures": 3},
@@ -231,7 +234,9 @@ def test_no_counterfactual_is_asked_where_none_is_wanted(tmp_path):
 
 def test_the_plan_says_what_is_trained_on_what(tmp_path):
     run = Run(tmp_path)
-    assert results.plan(run, run.stages) == {"parameters": 100, "blind": dict.fromkeys(SETS, 1 / 3)}
+    facts = results.plan(run, run.stages)
+    (stages,) = (part["Stages"] for kind, part in run.shown if kind == "plan")
+    assert facts == {"parameters": 100, "blind": dict.fromkeys(SETS, 1 / 3), "stages": stages}
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(run.config.to_dict()))
     assert json.loads((tmp_path / "versions.json").read_text())["jax"] == jax.__version__
     (_, plan), *warnings = run.shown

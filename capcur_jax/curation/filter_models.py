@@ -6,15 +6,17 @@ import functools
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from capcur_jax.data.problem import IMAGE_MARK, Drop
 from capcur_jax.errors import InputError
+from capcur_jax.hub import download
 from capcur_jax.records.journal import fingerprint
 from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all, image_part
 
@@ -38,10 +40,7 @@ class How(NamedTuple):
     downsample: int = 1  # images are this much smaller along each side
     max_pixels: int = 0  # larger images are shrunk to this many; 0: to the model's bound
     batch: int = 16  # of a local model
-    concurrency: int = 16  # of a served one, and so on as `Chat` has them
-    timeout_s: float = 120.0
-    retries: int = 6
-    key_variable: str = ""
+    served: Mapping[str, Any] = MappingProxyType({})  # of a served one: `Chat`'s further arguments
 
 
 Done = Callable[[Asked, str | Drop], None]
@@ -134,9 +133,7 @@ class ServedModel:
         pass
 
     def answer(self, questions: Sequence[Asked], done: Done) -> None:
-        how = self._how
-        kinds = {"concurrency": how.concurrency, "timeout_s": how.timeout_s, "retries": how.retries}
-        chat = functools.partial(Chat, self._addresses, self._model, key_variable=how.key_variable, **kinds)
+        chat = functools.partial(Chat, self._addresses, self._model, **self._how.served)
 
         def finished(asked: Asked, result: str | Drop | Failed) -> None:
             failed = isinstance(result, Failed)
@@ -175,16 +172,17 @@ class ServedModel:
 
 
 class LocalModel:
-    """A Hugging Face checkpoint directory, on this process's devices (its weights are split over them)."""
+    """A checkpoint of a directory or of the Hub, on this process's devices (its weights are split over them)."""
 
     def __init__(self, spec: str, how: How):
-        directory = Path(spec).expanduser()
+        directory = download.checkpoint(spec, "--model")
         if not (directory / "config.json").is_file():
             raise InputError(
-                f"--model {spec[:200]}: no checkpoint directory (config.json is not in it); give one, or "
+                f"--model {spec[:200]}: no checkpoint directory (config.json is not in it); give one, OWNER/NAME, or "
                 "served:http://HOST:PORT,NAME"
             )
-        self.name, self._directory, self._how = directory.resolve().name, directory, how
+        self.name, self._directory, self._how = download.version(spec, directory).partition("@")[0], directory, how
+        self.name = self.name or directory.resolve().name
         self.settings = {"model": self.name, "weights": fingerprint(directory)}
         self._model = self._processor = None
 

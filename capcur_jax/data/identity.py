@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from capcur_jax.checkpoints.store import difference
 from capcur_jax.data.sets import Sets
 from capcur_jax.errors import InputError
+from capcur_jax.hub import download
 from capcur_jax.records import jsonl, metrics
 
 NAME = "inputs.json"
@@ -25,21 +26,28 @@ _OF_SAVED = (".arrow", ".json")
 _OF_CHECKPOINT = (".json", ".jinja", ".txt", ".model", ".safetensors")
 
 
-def of_run(config: ConfigDict, sets: Sets, splits: Iterable[tuple[str, str]]) -> dict[str, str]:
+def of_run(
+    config: ConfigDict, sets: Sets, splits: Iterable[tuple[str, str]], source: Path | None = None
+) -> dict[str, str]:
     """Key -> what is read there: data files and their images, the starting checkpoint, the reward, the packages.
+
+    What comes from the Hub is told by its commit, which names its content.
 
     Args:
       splits: (set, split) that the run uses.
+      source: the directory of config.checkpoint, where that is a name on the Hub.
     """
     found = {}
     for name, split in sorted(splits):
         key = f"data.sets.{name}.{split}"
-        found[key] = _of_data(sets.path(name, split))
+        found[key] = sets.version(name, split) or _of_data(sets.path(name, split))
         images = [image for problem in sets.problems(name, split) for image in problem.images]
         if images:
             found[f"{key}: images"] = _of_images(images)
-    if config.checkpoint:
-        directory = Path(config.checkpoint).expanduser()
+    directory = source or Path(config.checkpoint).expanduser()
+    if config.checkpoint and (version := download.version(config.checkpoint, directory)):
+        found["checkpoint"] = version
+    elif config.checkpoint:
         files = (file for file in sorted(directory.glob("*")) if file.suffix in _OF_CHECKPOINT and file.is_file())
         found |= {f"checkpoint: {file.name}": of_file(file) for file in files}
     if config.reward.function:
@@ -81,6 +89,15 @@ def _of_module(name: str) -> str:
         spec = None
     file = Path(spec.origin) if spec and spec.origin else None
     return of_file(file) if file and file.is_file() else "no file"  # what can't be imported is said where it is needed
+
+
+def commits(workdir: Path) -> dict[str, str]:
+    """Repository of the Hub -> commit that the run in `workdir` began with: one that goes on reads the same."""
+    try:
+        stored = json.loads((workdir / NAME).read_text(encoding="utf-8"))
+        return download.begun_with(stored["inputs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # `check` says what is wrong with the file
 
 
 def check(workdir: Path, now: dict[str, str], step: int | None, accept: bool, warn: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -14,15 +14,22 @@ from capcur_jax.data.problem import SPLITS, Problem
 from capcur_jax.data.rows import read_problems
 from capcur_jax.data.sources import easy_vqa, tiny_base, word_problems
 from capcur_jax.errors import InputError
+from capcur_jax.hub import download
 
 SOURCES = {"easy_vqa": easy_vqa.build, "word_problems": word_problems.build, "tiny_base": tiny_base.build}
 
 
 class Sets:
-    """The problem sets by name and split; each file is read once."""
+    """The problem sets by name and split; each file is read once.
 
-    def __init__(self, config: ConfigDict, directory: Path):
-        self._config, self._directory = config, directory
+    Args:
+      directory: for sets that are built.
+      commits: of the Hub's repositories, where a run goes on; see hub/download.py.
+    """
+
+    def __init__(self, config: ConfigDict, directory: Path, commits: Mapping[str, str] | None = None):
+        self._config, self._directory, self._commits = config, directory, commits or {}
+        self._downloaded: dict[str, Path] = {}
         self._built: dict[str, dict[str, Path]] = {}
         self._read: dict[tuple[str, str], list[Problem]] = {}
         self._drawn: dict[tuple[str, str, int], list[Problem]] = {}
@@ -32,6 +39,11 @@ class Sets:
     def path(self, name: str, split: str) -> Path:
         """The file of a set's split. Raises InputError naming the config key and the remedy."""
         key, entry = f"config.data.sets.{name}", self._config.sets[name]
+        if entry[split].startswith(download.DATA):
+            if entry[split] not in self._downloaded:
+                found = download.data_file(entry[split], f"{key}.{split}", self._commits)
+                self._downloaded[entry[split]] = found
+            return self._downloaded[entry[split]]
         if entry[split]:
             return Path(entry[split]).expanduser()
         if self.missing(name, split):
@@ -94,6 +106,17 @@ class Sets:
     def capabilities(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the sets' training problems, in the same order in every process."""
         return tuple(sorted({problem.capability for problem in self.pool(names, "train")}))
+
+    def fetch(self, splits: Iterable[tuple[str, str]]) -> None:
+        """Has those of the (set, split) downloaded that lie on the Hub. Of several processes all call this."""
+        for name, split in sorted(splits):
+            if split in SPLITS and self._config.sets.get(name, {}).get(split, "").startswith(download.DATA):
+                self.path(name, split)
+
+    def version(self, name: str, split: str) -> str:
+        """What the Hub has under the name of a set's file; "" where that lies on this machine."""
+        spec = self._config.sets[name][split]
+        return download.version(spec, self.path(name, split)) if spec.startswith(download.DATA) else ""
 
     def build(self, names: Iterable[str], split: str) -> None:
         """Has the sets built that are built on first use; a set without training problems has those of `split`."""

@@ -1,8 +1,8 @@
 """Several processes as one run: which of them owns what, and small values between hosts (cluster.py joins them).
 
 Process 0 is the owner: servers, records and refill decisions are its own, and the others are told what it decided.
-`exchange`, `gather`, `agree`, `broadcast`, `by_owner`, `barrier` and `describe` are collective: every process calls the
-same ones in the same order, from one thread. They go through JAX's coordination service (the one that
+`exchange`, `gather`, `agree`, `broadcast`, `by_owner`, `by_host`, `barrier` and `describe` are collective: every
+process calls the same ones in the same order, from one thread. They go through JAX's coordination service (the one that
 `jax.distributed` starts) and not through the devices: a device collective waits behind the step that is running, is
 compiled for each shape, and without x64 cuts 64-bit values.
 
@@ -118,6 +118,28 @@ def by_owner(act: Callable[[], _Value], where: str) -> _Value | None:
     if agree(refused is not None):
         raise refused or InputError(f"process 0 refuses {where}, and says why")
     return given
+
+
+def by_host(act: Callable[[], _Value], where: str) -> _Value:
+    """What `act` gives in this process. One process of each host does it first, and the others find its work done.
+    Collective.
+
+    Raises:
+      InputError: it did in some process; `where` is as in `by_owner`.
+    """
+    hosts = _gather("by_host", socket.gethostname().encode())
+    first = hosts.index(hosts[process_id()]) == process_id()
+    given: list[_Value] = []
+    for turn in (True, False):
+        refused = None
+        if turn == first:
+            try:
+                given.append(act())
+            except InputError as error:
+                refused = error
+        if agree(refused is not None):
+            raise refused or InputError(f"another process refuses {where}, and says why")
+    return given[0]
 
 
 def barrier(name: str) -> None:

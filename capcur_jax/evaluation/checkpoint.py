@@ -53,7 +53,7 @@ def _take(config: ConfigDict, key: str, value: Any) -> None:
     if isinstance(config[key], ConfigDict):
         for name, inner in value.items():
             if key == "sets" and name not in config[key]:
-                config[key][name] = {"source": "", "train": "", "validation": "", "test": ""}
+                config[key][name] = presets.problem_set()
             _take(config[key], name, inner)
     else:
         config[key] = _tuples(value)

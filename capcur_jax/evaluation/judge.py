@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from capcur_jax.errors import InputError
@@ -33,6 +34,7 @@ class Model(NamedTuple):
     key_variable: environment variable that holds the API key; "": none is sent.
     max_tokens: of a reply; twice as many after one that was cut off. A judge that thinks spends hundreds.
     tries: questions until a reply is readable; the later ones say what was missing.
+    how: `Chat`'s further arguments.
     """
 
     address: str
@@ -41,23 +43,17 @@ class Model(NamedTuple):
     key_variable: str = ""
     max_tokens: int = 2048
     tries: int = 3
-    concurrency: int = 16
-    timeout_s: float = 120.0
-    retries: int = 6
-    pause_s: float = 1.0
+    how: Mapping[str, Any] = MappingProxyType({})
 
     def chat(self) -> Chat:
         """Raises InputError: no address, or a variable that is not set."""
         return Chat(
             [self.address],
             self.name,
-            concurrency=self.concurrency,
-            timeout_s=self.timeout_s,
-            retries=self.retries,
-            pause_s=self.pause_s,
             key_variable=self.key_variable,
             dialect=self.dialect,
             options=OPTIONS,
+            **self.how,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from capcur_jax.evaluation.folders import Answered
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample, Sampling
 
+VALIDATION = "validation-"  # and the step: the name of a validation's folder
 Keep = Callable[[int, str, "Sample | None", "Score | None"], None]
 
 
@@ -67,6 +69,25 @@ class Keeper:
             name: outcome.outcome(rows, capability.benchmark(name).metrics, {}) for name, rows in answered.items()
         }
         outcome.write(self._folder(label), {"conditions": conditions, "benchmarks": scores}, answered)
+
+
+def drop_validations(folder: Path, records: Sequence[Mapping[str, Any]], keep: int, complete: float = math.inf) -> None:
+    """Removes all validations but the last `keep` and the best, as checkpoints go; of equal ones the first is the best.
+    Those of steps without a record go, too: the run was killed behind them, and went on from before.
+
+    Args:
+      folder: WORKDIR/evaluation.
+      records: of the run's validations, in their order.
+      complete: checkpoints of steps below it are complete. A run that is killed goes on from one of these, so that a
+        validation of a later step stays, but takes no place.
+    """
+    sure = [record for record in records if record["step"] < complete]
+    rated = [record for record in sure if (share := record["accuracy"]) is not None and math.isfinite(share)]
+    best = [max(rated, key=lambda record: record["accuracy"])] if rated else []
+    kept = {f"{VALIDATION}{record['step']}" for record in [*best, *sure[-keep:], *records[len(sure) :]]}
+    for path in folder.glob(f"{VALIDATION}*"):
+        if path.name not in kept and path.name.removeprefix(VALIDATION).isdecimal():
+            shutil.rmtree(path, ignore_errors=True)  # the next time finds what is left
 
 
 def _answered(problem: Problem, reply: list[Any], accuracy: float | None, answer: str | None) -> Answered:

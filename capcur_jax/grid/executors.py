@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from capcur_jax.errors import InputError
+from capcur_jax.grid.slurm import Slurm
 
 
 class Running(Protocol):
@@ -38,6 +39,10 @@ class Executor(Protocol):
 
     def start(self, command: Sequence[str], log: Path) -> Running:
         """Starts a command of this project's folder; what it says is appended to `log`."""
+        ...
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """What is started in here may be sent as one; it has been when this ends."""
         ...
 
 
@@ -93,8 +98,20 @@ class Local:
         self._free.remove(share)
         return _Process(process, share, self._free)
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
-EXECUTORS = {"local": Local}
+
+EXECUTORS = ("local", "slurm")
+
+
+def executor(name: str, jobs: int, folder: Path, settings: Sequence[str]) -> Executor:
+    """By its name. `settings`: KEY=VALUE of a cluster's jobs; `folder`: for its files. Raises InputError."""
+    if name == "slurm":
+        return Slurm(jobs, folder, settings)
+    if settings:
+        raise InputError(f"--slurm={settings[0]} needs --executor=slurm")
+    return Local(jobs)
 
 
 def shared(things: Sequence[int], jobs: int, what: str) -> list[list[int]]:

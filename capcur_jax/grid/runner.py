@@ -50,7 +50,8 @@ def run(
         while True:
             for state in states:
                 _ended(state)
-            _start(states, executor)
+            with executor.together():
+                _start(states, executor)
             busy = any(state.running for state in states)
             if time.monotonic() - looked >= LOOK_S or not busy:
                 looked = time.monotonic()

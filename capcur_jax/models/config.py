@@ -270,7 +270,7 @@ def from_directory(directory: str | Path) -> ModelConfig:
     if not path.is_file():
         raise UnsupportedCheckpoint(
             f"{path} does not exist: config.checkpoint must name a Hugging Face checkpoint directory "
-            "(config.json, *.safetensors, tokenizer files, preprocessor_config.json)"
+            "(config.json, *.safetensors, tokenizer files, preprocessor_config.json), or OWNER/NAME of one on the Hub"
         )
     try:
         published = json.loads(path.read_text(encoding="utf-8"))

@@ -111,6 +111,21 @@ def coordinates(grid: tuple[int, int, int], config: VisionConfig) -> np.ndarray:
     return np.tile(np.stack(_merge_order(height, width, config.merge_size), axis=-1).astype(np.int32), (time, 1))
 
 
+def pixels(values: np.ndarray, places: np.ndarray, config: VisionConfig) -> np.ndarray:
+    """Patches of one image [P, values] laid out as the image [frames, height, width, channels]; what is not there is 0.
+
+    `values`: the patches themselves, normalised, or anything of their shape, such as a gradient. The frames of a still
+    image are copies: its gradient is their sum. `places`: (row, column) of each, as `coordinates` gives them.
+    """
+    p, frames = config.patch_size, config.temporal_patch_size
+    height, width = p * (places.max(axis=0) + 1)
+    patches = values.reshape(len(values), -1, frames, p, p).transpose(0, 2, 3, 4, 1)
+    image = np.zeros((frames, height, width, patches.shape[-1]), patches.dtype)
+    for (row, column), patch in zip(places, patches, strict=True):
+        image[:, p * row : p * (row + 1), p * column : p * (column + 1)] = patch
+    return image
+
+
 def window_order(grid: tuple[int, int, int], config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """For one image's merged features [F]: the order that puts windows one after the other, and each one's window.
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from ml_collections import ConfigDict
 from capcur_jax import policy, schedule
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
+from capcur_jax.hub import download
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner, Sums
 from capcur_jax.learner.packing import UpdateBatch
@@ -72,7 +72,7 @@ class Variant(NamedTuple):
 def architecture(config: ConfigDict) -> Processor | SimpleNamespace:
     """Sizes and tokens of the checkpoint, if one is given, else of `config.architecture`. Raises InputError."""
     if config.checkpoint:
-        return Processor.from_directory(Path(config.checkpoint).expanduser())
+        return Processor.from_directory(download.checkpoint(config.checkpoint, weights=False))
     if config.architecture:
         known = config_lib.from_dict(published.config(config.architecture))
         return SimpleNamespace(config=known, end_tokens=END, banned_tokens=BANNED, pad_token=PAD)

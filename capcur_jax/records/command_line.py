@@ -6,6 +6,7 @@ import argparse
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 
@@ -43,6 +44,26 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         help="further tries after time-outs, lost connections, 429 and 5xx (default: %(default)s)")  # fmt: skip
     add("--api-key-variable", default="", metavar="NAME",
         help="environment variable that holds the servers' API key (default: none is sent)")  # fmt: skip
+
+
+def server_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_server` say, as arguments of `rollout.chat.Chat`."""
+    return {
+        "concurrency": arguments.concurrency,
+        "timeout_s": arguments.timeout,
+        "retries": arguments.retries,
+        "key_variable": arguments.api_key_variable,
+    }
+
+
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    """Which judge decides."""
+    add = parser.add_argument
+    add("--judge", default="none", metavar="ADDRESS",
+        help="an OpenAI-compatible address, anthropic, anthropic:ADDRESS, or none (default)")  # fmt: skip
+    add("--judge_model", default="", metavar="NAME", help="the name under which the judge is served")
+    add("--judge_key_variable", default="", metavar="NAME",
+        help="environment variable that holds its API key (anthropic: ANTHROPIC_API_KEY)")  # fmt: skip
 
 
 def chosen_command(

@@ -1,7 +1,7 @@
 """Where a run's records go besides metrics.jsonl: TensorBoard event files and Weights & Biases.
 
-Both get the same tags: train/reward, rollout/length, time/update, eval/perception/accuracy. Only finite numbers go out;
-text, lists and images stay in the run's own files.
+Both get the same tags: train/reward, rollout/length, time/update, eval/perception/accuracy. Of records only finite
+numbers go out. Of sampled groups (samples.py) they get image, question, responses and rewards.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from absl import logging
 
 from capcur_jax.errors import InputError
+from capcur_jax.records import samples
 from capcur_jax.records.jsonl import to_jsonable
+from capcur_jax.records.samples import Group
 
 # Beginning of a step record's key -> beginning of its tag; the first that fits counts. Anything else is train/<key>.
 _TAGS = (
@@ -40,6 +42,19 @@ _TAGS = (
 )
 _NOT_SHOWN = {"step", "stage_step"}
 _OF_STEPS = {"train", *(tag.partition("/")[0] for _, tag in _TAGS)}
+
+
+class Tracker(Protocol):
+    """What shows a run elsewhere. It may raise anything; see `Sinks`."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of a step, or of an evaluation after it, by tag."""
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """Groups that were sampled for a step."""
+
+    def close(self) -> None:
+        """The run is over."""
 
 
 class Sinks:
@@ -73,12 +88,12 @@ class Sinks:
     ):
         workdir = Path(workdir)
         self._warn = warn
-        self._sinks: dict[str, _TensorBoard | _WandB] = {}
+        self._sinks: dict[str, Tracker] = {}
         self.failures: dict[str, int] = {}
         if wandb:  # first: it is what can fail
             self._sinks["W&B"] = _WandB(workdir, wandb, config)
         if tensorboard:
-            self._sinks["TensorBoard"] = _TensorBoard(workdir / "tensorboard", resume_step)
+            self._sinks["TensorBoard"] = _TensorBoard(workdir, resume_step)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One record as metrics.jsonl gets it; one that has no `step` or no number in it is left out."""
@@ -88,6 +103,11 @@ class Sinks:
             return
         for name, sink in self._sinks.items():
             self._try(name, sink.write, int(step), values)
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """Lines of rollouts.jsonl, of one step."""
+        for name, sink in self._sinks.items() if groups else ():
+            self._try(name, sink.rollouts, step, groups)
 
     def close(self) -> None:
         for name, sink in self._sinks.items():
@@ -149,13 +169,16 @@ class _TensorBoard:
     training loop waits at the queue for ever. So its protocol buffers and checksums are used, and its writer isn't.
     """
 
-    def __init__(self, directory: Path, resume_step: int):
+    def __init__(self, workdir: Path, resume_step: int):
         # Imported late: without TensorBoard nobody waits for it.
+        from tensorboardX import summary
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.record_writer import masked_crc32c
 
         self._Event, self._Summary, self._checksum = Event, Summary, masked_crc32c
+        self._text, self._workdir = summary.text, workdir
+        directory = workdir / "tensorboard"
         try:
             directory.mkdir(parents=True, exist_ok=True)
             # The name is TensorBoard's; it reads a directory's files in the order of their names.
@@ -172,6 +195,17 @@ class _TensorBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         summary = self._Summary(value=[self._Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()])
         self._append(self._Event(wall_time=time.time(), step=step, summary=summary))
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """A text and an image for each; the first group of every step has the same tag, and so on."""
+        values = []
+        for number, group in enumerate(groups, 1):
+            values += self._text(f"rollouts/{number}", samples.described(group)).value
+            if image := samples.picture(group, self._workdir):
+                size = {"width": image.width, "height": image.height, "colorspace": 3}
+                shown = self._Summary.Image(**size, encoded_image_string=samples.encoded(image))
+                values.append(self._Summary.Value(tag=f"rollouts/{number}/image", image=shown))
+        self._append(self._Event(wall_time=time.time(), step=step, summary=self._Summary(value=values)))
 
     def _append(self, event: Any) -> None:
         """One TFRecord, in one write: one that fails half-way would make the rest of the file unreadable."""
@@ -199,6 +233,7 @@ class _WandB:
                 f"Weights & Biases is asked for (project '{project}') and isn't installed: "
                 "pip install 'capcur_jax[wandb]'"
             ) from None
+        self._wandb, self._workdir = wandb, workdir
         known = workdir / "wandb_id.txt"
         identity = known.read_text().strip() if known.exists() else ""
         identity = identity or uuid.uuid4().hex[:12]
@@ -227,12 +262,22 @@ class _WandB:
             if step >= self._first:  # W&B does not take again the steps that it has
                 self._run.log(dict(values), step=step)
             return
-        # An axis of its own: an evaluation comes after its step went out, and may come again after a resume.
+        self._beside(group, step, values, max(step, self._run.step))
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        """A table, a row for each response. The step's own record is still to come: it opens the next row."""
+        pictures = [samples.picture(group, self._workdir) for group in groups]
+        images = [picture and self._wandb.Image(picture) for picture in pictures]
+        table = self._wandb.Table(columns=list(samples.COLUMNS), data=samples.rows(groups, images))
+        self._beside("rollouts", step, {"rollouts/samples": table}, self._run.step)
+
+    def _beside(self, group: str, step: int, values: Mapping[str, Any], row: int) -> None:
+        """On an axis of its own: an evaluation comes after its step went out, and may come again after a resume."""
         if group not in self._axes:
             self._axes.add(group)
             self._run.define_metric(f"{group}/step")
             self._run.define_metric(f"{group}/*", step_metric=f"{group}/step")
-        self._run.log({**values, f"{group}/step": step}, step=max(step, self._run.step))
+        self._run.log({**values, f"{group}/step": step}, step=row)
 
     def close(self) -> None:
         self._run.finish()

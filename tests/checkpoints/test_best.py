@@ -43,6 +43,10 @@ def kept(workdir) -> list[int]:
         store.close()
 
 
+def validations(workdir) -> list[str]:
+    return sorted(path.name for path in (workdir / "evaluation").glob("validation-*"))
+
+
 def arrays(workdir, step) -> set[bytes]:
     return {array.tobytes() for array in Store(workdir / "state", None, 60).arrays(step).values()}
 
@@ -52,6 +56,7 @@ def test_of_equal_validations_the_first_is_the_best_in_the_store_and_in_the_expo
     records = read_jsonl(tmp_path / "metrics.jsonl")
     assert [record["accuracy"] for record in records if record["type"] == "validation"] == [1.0] * STEPS
     assert summary["best_validation"] == 1.0 and kept(tmp_path) == [1, STEPS]
+    assert validations(tmp_path) == ["validation-1", f"validation-{STEPS}"]
     for name, step, other in (("best", 1, STEPS), ("final", STEPS, 1)):
         exported = load_file(tmp_path / "checkpoints" / name / "model.safetensors")[NORM].tobytes()
         assert exported in arrays(tmp_path, step) and exported not in arrays(tmp_path, other)
@@ -77,6 +82,8 @@ def test_a_resumed_run_that_stops_or_fails_before_its_first_step_forgets_nothing
         loop.train(config, tmp_path, quiet=True)
     assert stopped == {name: (tmp_path / name).read_bytes() for name in stopped}, "the base overwrote what was learned"
     (tmp_path / "lost").rename(tmp_path / "state" / "reference")
+    assert validations(tmp_path) == ["validation-1"]
+    (tmp_path / "evaluation" / "validation-77").mkdir()  # of a step that the run had reached before it was killed
     summary = loop.train(config, tmp_path, quiet=True)
     assert (summary["status"], summary["steps"], summary["best_validation"]) == ("finished", STEPS, 1.0)
-    assert kept(tmp_path) == [1, STEPS]
+    assert kept(tmp_path) == [1, STEPS] and validations(tmp_path) == ["validation-1", f"validation-{STEPS}"]

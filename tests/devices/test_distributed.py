@@ -91,8 +91,10 @@ def by_variables(port: int, count: int = 2) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------- two real processes
 
 
-def test_two_processes_hear_each_other_to_the_last_bit():
+def test_two_processes_hear_each_other_to_the_last_bit(tmp_path):
     code = """
+        import os, pathlib
+        from capcur_jax.errors import InputError
         from capcur_jax.records.metrics import CompilationCounter
         cluster.initialize()
         assert distributed.process_count() == 2 and distributed.process_id() == i
@@ -112,6 +114,20 @@ def test_two_processes_hear_each_other_to_the_last_bit():
             sent = distributed.broadcast(np.array([2**40 + 1, 3]) if i == 0 else None)
             assert sent.tolist() == [2**40 + 1, 3]
             distributed.barrier("here")
+            came = pathlib.Path(os.environ["FOLDER"]) / "came"
+
+            def come():
+                if i == 1:
+                    raise InputError("not here")
+                return came.write_text("0")
+
+            # Of one host's processes one acts first; that the other fails is known to both.
+            assert distributed.by_host(lambda: came.exists() or came.mkdir(), "it") == (True if i else None)
+            came.rmdir() if i == 0 else None
+            try:
+                distributed.by_host(come, "it")
+            except InputError as error:
+                print("HOST", error, came.read_text())
             assert counter.count == 0
         left = jax._src.distributed.global_state.client.key_value_dir_get_bytes("capcur_jax/")
         assert len(left) <= 4, f"values of earlier turns are deleted: {left}"
@@ -134,7 +150,9 @@ def test_two_processes_hear_each_other_to_the_last_bit():
             print("STEP", error)
     """
     host = socket.gethostname()
-    for i, output in enumerate(run(code, *by_variables(free_port()))):
+    environments = [variables | {"FOLDER": str(tmp_path)} for variables in by_variables(free_port())]
+    for i, output in enumerate(run(code, *environments)):
+        assert f"HOST {'not here' if i else 'another process refuses it, and says why'} 0" in output
         assert f"'process': '{i} of 2 on {host}'" in output and "'local devices': '2 x cpu of 4'" in output
         assert f"'owner of servers, metrics and refill decisions': 'process 0 on {host}'" in output
         assert "VALUE exchange: the processes have different shapes" in output and "((3,), dtype('float64'))" in output

@@ -55,7 +55,7 @@ def test_what_ended_by_itself_was_not_truncated():
 
 def classified(tmp_path, reply, rows, **kinds):
     with ScriptedServer(reply) as server:
-        model = Model(server.address, "j", retries=0, pause_s=0.01)
+        model = Model(server.address, "j", how={"retries": 0, "pause_s": 0.01})
         with Judge(model, tmp_path / "judge.jsonl") as judge:
             found = errors.classify(rows, judge, **kinds)
         return found, server.requests

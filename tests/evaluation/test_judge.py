@@ -20,9 +20,9 @@ OPEN = Row("8", "How long?", ("0.5 m",))
 LETTER, YES_NO, EXTRACT, EQUAL = Ask("letter"), Ask("yes_no"), Ask("extract"), Ask("equal", "50 cm")
 
 
-def judge_of(server, folder, **kinds):
-    kinds = {"retries": 1, "pause_s": 0.01, "timeout_s": 5.0} | kinds
-    return Judge(Model(server.address, "judge-1", **kinds), folder / "judge.jsonl")
+def judge_of(server, folder, how=(), **kinds):
+    how = {"retries": 1, "pause_s": 0.01, "timeout_s": 5.0, **dict(how)}
+    return Judge(Model(server.address, "judge-1", how=how, **kinds), folder / "judge.jsonl")
 
 
 def decide(tmp_path, reply, asks, **kinds):
@@ -162,7 +162,10 @@ def test_a_judge_that_dies_half_way_is_asked_only_for_the_rest(tmp_path):
         return "B" if len(answered) <= 5 else Raw(0)
 
     with ScriptedServer(dying) as server:
-        with judge_of(server, tmp_path, concurrency=1, retries=0) as judge, pytest.raises(Exception, match="no answer"):
+        with (
+            judge_of(server, tmp_path, {"concurrency": 1, "retries": 0}) as judge,
+            pytest.raises(Exception, match="no answer"),
+        ):
             judge.decide_all([*asks, *[(ROW, f"more {number}", LETTER) for number in range(60)]])
         before = {text for text in answered[:5]}
         answered.clear()
@@ -277,7 +280,7 @@ def test_the_key_is_in_no_file_log_traceback_or_error(tmp_path, monkeypatch, cap
 
     with ScriptedServer(reply) as server:
         judge = f"anthropic:{server.address}" if anthropic else server.address
-        model = model_of(judge, "m", "JUDGE_KEY")._replace(retries=0)
+        model = model_of(judge, "m", "JUDGE_KEY")._replace(how={"retries": 0})
         with Judge(model, tmp_path / "judge.jsonl") as asked:
             found = asked.decide_all([(OPEN, "fine", EXTRACT), (OPEN, "refuse", EXTRACT)])
             described = asked.described()

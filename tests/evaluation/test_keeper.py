@@ -11,7 +11,7 @@ from capcur_jax import presets
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.evaluation import comparison, folders, heldout, keeper
-from capcur_jax.evaluation.keeper import Keeper
+from capcur_jax.evaluation.keeper import Keeper, drop_validations
 from capcur_jax.evaluation.recorded import FAILED
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.engine import Sample, Sampling
@@ -96,3 +96,21 @@ def test_without_a_keeper_nothing_is_written(tmp_path, monkeypatch):
     progress = lambda *_: contextlib.nullcontext(lambda count: None)  # noqa: E731
     house = heldout.Heldout(config, sets, Engine(), plain, reward, progress, lambda: None)
     assert json.dumps(house.evaluate("base")) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("accuracies, keep, complete, left", [
+    ((0.1, 0.2, 0.3, 0.4), 2, math.inf, (3, 4)),
+    ((0.1, 0.4, 0.3, 0.4), 1, math.inf, (2, 4)),  # of equal ones the first is the best
+    ((0.5, 0.4, 0.3, 0.2), 1, 4, (1, 3, 4)),  # a run killed now goes on after step 3
+    ((0.5, 0.4, 0.3, 0.9), 1, 4, (1, 3, 4)),  # and its best would be step 1 again
+    ((math.nan, 0.1, None, math.nan), 1, math.inf, (2, 4)),
+    ((math.nan, None), 1, math.inf, (2,)),
+    ((), 2, math.inf, ()),
+])  # fmt: skip
+def test_validations_stay_as_long_as_their_checkpoints(tmp_path, accuracies, keep, complete, left):
+    others = ["base", "validation-5-notes", "final"]
+    for name in (*others, *(f"validation-{step}" for step in range(1, 7))):  # steps 5 and 6 are not in the records
+        (tmp_path / name / "predictions").mkdir(parents=True)
+    records = [{"step": step, "accuracy": accuracy} for step, accuracy in enumerate(accuracies, 1)]
+    drop_validations(tmp_path, records, keep, complete)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, *(f"validation-{step}" for step in left)}

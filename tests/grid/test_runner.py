@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from pathlib import Path
 
@@ -17,7 +18,13 @@ class Pretended:
 
     def __init__(self, codes, width=2, says="words\n"):
         self.codes, self.width, self.says, self.started, self.running, self.most = codes, width, says, [], 0, 0
-        self.stopped = []
+        self.stopped, self.batches = [], []
+
+    @contextlib.contextmanager
+    def together(self):
+        before = len(self.started)
+        yield
+        self.batches.append(self.started[before:])
 
     def start(self, command, log):
         name, executor = command[-1], self
@@ -70,6 +77,7 @@ def at_once(monkeypatch):
 def test_so_many_run_side_by_side_in_their_order(tmp_path):
     ends, executor, board, _ = run(tmp_path, [(name, tmp_path) for name in "abcde"], {}, width=2)
     assert set(ends.values()) == {("done", 1)} and executor.most == 2 and executor.started == list("abcde")
+    assert executor.batches[0] == ["a", "b"]  # what may start at once is one array of a cluster
     assert board.shown[0]["a"] == "running" and set(board.shown[-1].values()) == {"done"}
 
 

@@ -14,6 +14,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from capcur_jax.errors import InputError
 from capcur_jax.models import inputs
+from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import BadInput, Processor
 
 SIZES = [(37, 50), (64, 20), (16, 16), (9, 130), (200, 151)]  # the last is above the checkpoint's max_pixels
@@ -51,6 +52,23 @@ def test_a_patch_holds_its_pixels(processor):
     for patch, (y, x) in zip(prompt.patches, corners, strict=False):
         expected = np.moveaxis(scaled[y : y + 4, x : x + 4], -1, 0)
         np.testing.assert_allclose(patch.reshape(3, 2, 4, 4), np.stack([expected] * 2, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "windowed_checkpoint"])
+def test_pixels_are_where_they_were(kind, request, make_image):
+    """Also of a batch, where a windowed tower has its patches in another order and padding behind them."""
+    processor = Processor.from_directory(request.getfixturevalue(kind))
+    picture, config = np.asarray(make_image(40, 24)), processor.config
+    prompt = processor.prepare(processor.render([None]), [picture])
+    scaled = (picture / 255.0 - processor.images.image_mean) / processor.images.image_std
+    expected = np.stack([scaled] * 2)  # frames
+    places = inputs.coordinates(prompt.grids[0], config.vision)
+    np.testing.assert_allclose(inputs.pixels(prompt.patches, places, config.vision), expected, atol=1e-6)
+    vision = Buckets((128,), patch_row=64, patch_rows=(1,)).collate([prompt], config, processor.pad_token).vision
+    there = vision.segments[0] > 0
+    found = inputs.pixels(vision.patches[0][there], vision.coordinates[0][there], config.vision)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not (kind.startswith("windowed") and (vision.coordinates[0][there] == places).all())
 
 
 def test_images_of_other_modes_become_rgb(processor, pictures):

@@ -1,5 +1,6 @@
 """TensorBoard's files as its own format's reader sees them, and what W&B is told."""
 
+import io
 import math
 import struct
 import sys
@@ -7,12 +8,14 @@ import textwrap
 
 import ml_dtypes
 import numpy as np
+import PIL.Image
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from capcur_jax.errors import InputError
-from capcur_jax.records import sinks
+from capcur_jax.records import samples, sinks
+from tests.conftest import random_image
 
 STEP = {
     "type": "step", "step": 3, "stage": "perception", "stage_step": 1, "objective": "grpo", "learning_rate": 1e-3,
@@ -105,6 +108,55 @@ def test_resumed_run_shows_no_step_twice(tmp_path):
     assert shown(tmp_path) == [("train/reward", step, reward) for step, reward in rewards]
 
 
+def groups(directory, step=3):
+    """Two groups of two responses: a photo and a small picture, and a text alone."""
+    directory.mkdir(exist_ok=True)
+    random_image(640, 480).save(directory / "photo.png")
+    random_image(32, 16).save(directory / "small.png")
+    said = [
+        {"response": "A *red*\n<b>circle</b>\u202e", "reward": 0.9, "accuracy": 1, "advantage": 0.5},
+        {"response": "blue", "reward": 0.0, "accuracy": 0, "advantage": -0.5},
+    ]
+    said = [{**sample, "format": 0, "timed_out": False, "tokens": 7, "finish": "stop"} for sample in said]
+    seen = {"step": step, "stage": "visual", "id": "1", "problem": "<image>What?", "answer": "red circle"}
+    pictures = ["photo.png", "small.png", "gone.png"]
+    return [
+        {**seen, "images": pictures, "samples": said}, {**seen, "id": "2", "answer": "", "images": [], "samples": said}
+    ]  # fmt: skip
+
+
+def test_tensorboard_shows_sampled_groups_with_their_images(tmp_path):
+    writer = make(tmp_path)
+    writer.rollouts(3, [])
+    writer.rollouts(3, groups(tmp_path))
+    writer.close()
+    (event,) = (event for event in events(tmp_path) if event.summary.value)
+    values = {value.tag: value for value in event.summary.value}
+    assert event.step == 3 and writer.failures == {}
+    assert list(values) == ["rollouts/1/text_summary", "rollouts/1/image", "rollouts/2/text_summary"]
+    shown = values["rollouts/1/image"].image
+    image = PIL.Image.open(io.BytesIO(shown.encoded_image_string))
+    assert image.format == "JPEG" and image.size == (shown.width, shown.height) == (320 + 32, 240)
+    text = values["rollouts/1/text_summary"].tensor.string_val[0].decode()
+    for line in (
+        "**visual**, step 3",
+        "    <image>What?",
+        "    red circle",
+        "**reward 0.9**, accuracy 1, advantage +0.50, 7 tokens, stop:",
+        "    A *red*",
+        "    <b>circle</b>\\u202e",
+        "    blue",
+    ):
+        assert line in text.splitlines()
+    assert "expected" not in values["rollouts/2/text_summary"].tensor.string_val[0].decode()
+
+
+def test_a_small_picture_stays_sharp(tmp_path):
+    groups(tmp_path)
+    image = samples.picture({"images": ["small.png"]}, tmp_path)
+    assert image is not None and PIL.Image.open(io.BytesIO(samples.encoded(image))).format == "PNG"
+
+
 def test_full_disk_is_one_warning_and_the_run_goes_on(tmp_path):
     warnings = []
     writer = make(tmp_path, warn=warnings.append)
@@ -137,6 +189,13 @@ def wandb(tmp_path, monkeypatch):
     """A stand-in that keeps rows as W&B does: a lower step is dropped, a higher one sends the row before."""
     code = """
         runs, calls, broken = {}, [], []
+        class Image:
+            def __init__(self, image):
+                self.size = image.size
+        class Table:
+            def __init__(self, columns, data):
+                assert all(len(row) == len(columns) for row in data)
+                self.rows = [dict(zip(columns, row)) for row in data]
         class Run:
             def __init__(self, rows):
                 self.rows, self.row, self.step = rows, {}, max(rows, default=-1) + 1
@@ -145,7 +204,7 @@ def wandb(tmp_path, monkeypatch):
             def log(self, data, step=None, commit=None):
                 if broken:
                     raise ConnectionError("no network")
-                assert all(type(value) is float or type(value) is int for value in data.values())
+                assert all(type(value) in (float, int, Table) for value in data.values())
                 if step is not None:
                     assert step >= self.step, "W&B would drop this with a warning"
                     if step > self.step:
@@ -199,6 +258,31 @@ def test_wandb_is_told_the_run(tmp_path, wandb):
         1: {"train/reward": 0.1},
         2: {"train/reward": 0.2, **evaluation, "eval/step": 2},
     }
+
+
+def test_wandb_shows_sampled_groups_as_a_table(tmp_path, wandb):
+    writer = make(tmp_path / "run", tensorboard=False, wandb="p")
+    for step in (1, 2, 3):
+        if step == 2:
+            writer.rollouts(step, groups(tmp_path / "run", step))  # they are there before their step's record
+        writer.write(reward(step, 1.0))
+    writer.close()
+    (rows,) = wandb.runs.values()
+    table = rows[1].pop("rollouts/samples")
+    assert (
+        rows
+        == {
+            1: {"train/reward": 1.0, "rollouts/step": 2},
+            2: {"train/reward": 1.0},
+            3: {"train/reward": 1.0},
+        }
+        and not writer.failures
+    )
+    assert [row["response"] for row in table.rows] == ["A *red*\n<b>circle</b>\u202e", "blue"] * 2
+    assert [row["reward"] for row in table.rows] == [0.9, 0.0] * 2
+    assert [row["image"] and row["image"].size for row in table.rows] == [(352, 240)] * 2 + [None] * 2
+    first = table.rows[0]
+    assert (first["step"], first["stage"], first["id"], first["answer"]) == (2, "visual", "1", "red circle")
 
 
 def test_wandb_goes_on_under_the_same_id_without_steps_twice(tmp_path, wandb):

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="",
         metavar="DIR",
-        help="whose tokenizer and image processor count tokens (default: the one that comes with the package)",
+        help="whose tokenizer and image processor count tokens, a directory or OWNER/NAME on the Hub (default: the one "
+        "that comes with the package)",
     )
     add("--max-tokens", type=at_least(1), default=2048, metavar="N", help="longer prompts are overlong (%(default)s)")
     add(
@@ -60,10 +61,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from capcur_jax.curation.checking import check
     from capcur_jax.data.prompts import PromptBuilder
     from capcur_jax.data.row_images import IMAGES_VARIABLE
+    from capcur_jax.hub import download
     from capcur_jax.models.inputs import Processor
     from capcur_jax.presets import TINY_CHECKPOINT
 
-    checkpoint = arguments.checkpoint or TINY_CHECKPOINT
+    checkpoint = download.checkpoint(arguments.checkpoint or TINY_CHECKPOINT, "--checkpoint", weights=False)
     processor = Processor.from_directory(checkpoint, arguments.min_pixels, arguments.max_pixels)
     builder = PromptBuilder(processor, arguments.instruction, sys.maxsize, sys.maxsize)
     with tempfile.TemporaryDirectory(prefix="capcur-check-") as folder:

@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("config.rollout.sglang.colocate: nothing is trained here; set it to False")
     from capcur_jax.curation import difficulty
     from capcur_jax.devices import drivers, sharding  # here: JAX comes with them
+    from capcur_jax.hub import download
     from capcur_jax.rewards.reward import make_reward
     from capcur_jax.rollout.engine import Sampling
 
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     drivers.without_drivers_cpu()
     drivers.keep_programs()
     mesh = sharding.make_mesh(config.mesh)
-    source = Path(config.checkpoint).expanduser()
+    source = download.checkpoint(config.checkpoint)
     model, opened = policy.open_model(config, source, mesh, lambda line: print(line, file=sys.stderr))
     tally = Tally()
     rows = tally.kept(_chosen(read_rows(arguments.input), arguments.limit, arguments.input))
@@ -84,8 +85,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         stderr_console().print(kept_and_dropped(tally.summary(), tally.told()))
         raise InputError(f"{arguments.input}: none of {tally.rows} rows can be measured; nothing is written")
     by = {
-        "model": str(source), "samples": arguments.samples, "temperature": arguments.temperature,
-        "top_p": arguments.top_p, "max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed,
+        "model": str(Path(config.checkpoint).expanduser()),
+        "samples": arguments.samples, "temperature": arguments.temperature, "top_p": arguments.top_p,
+        "max_new_tokens": arguments.max_new_tokens, "seed": arguments.seed,
         "engine": config.rollout.engine, "instruction": config.prompt.instruction,
     }  # fmt: skip
     known = by | {"weights": fingerprint(source), "reward": config.reward.function or "accuracy"}

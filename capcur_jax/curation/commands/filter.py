@@ -15,7 +15,7 @@ from capcur_jax.data.problem import Drop, stable_hash
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.records import terminal
-from capcur_jax.records.command_line import add_server, at_least
+from capcur_jax.records.command_line import add_server, at_least, server_settings
 from capcur_jax.records.journal import Journal
 
 
@@ -50,10 +50,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         downsample=arguments.downsample,
         max_pixels=arguments.max_pixels,
         batch=arguments.batch,
-        concurrency=arguments.concurrency,
-        timeout_s=arguments.timeout,
-        retries=arguments.retries,
-        key_variable=arguments.api_key_variable,
+        served=server_settings(arguments),
     )
     models = filter_models.open_models(arguments.model, how)
     tally = Tally()

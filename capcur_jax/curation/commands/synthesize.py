@@ -12,7 +12,7 @@ from capcur_jax.curation.commands.options import journal_file, output_file
 from capcur_jax.data.rows import Tally, read_rows, write_rows
 from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.records import terminal
-from capcur_jax.records.command_line import add_server, at_least
+from capcur_jax.records.command_line import add_server, at_least, server_settings
 from capcur_jax.records.journal import Journal
 from capcur_jax.rollout.chat import Chat
 
@@ -39,15 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model, tokens, temperature = arguments.model, arguments.max_tokens, arguments.temperature
     if not 0 <= temperature < 10:
         raise InputError(f"--temperature {temperature}: give a number from 0")
-    chat = functools.partial(
-        Chat,
-        arguments.address,
-        model,
-        concurrency=arguments.concurrency,
-        timeout_s=arguments.timeout,
-        retries=arguments.retries,
-        key_variable=arguments.api_key_variable,
-    )
+    chat = functools.partial(Chat, arguments.address, model, **server_settings(arguments))
     tally, counts = Tally(), perception.Counts()
     with Journal(journal_file(output), perception.settings(model, temperature, tokens)) as journal:
         rows = perception.synthesize(

@@ -9,19 +9,9 @@ from typing import Any
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation.benchmarks.base import MODES
 from capcur_jax.evaluation.errors import CLASSES, FILE, PAPER, SHOW
-from capcur_jax.records.command_line import at_least
+from capcur_jax.records.command_line import add_judge, at_least
 
 WIDTH = 80
-
-
-def add_judge(parser: argparse.ArgumentParser) -> None:
-    """The options that say which judge."""
-    add = parser.add_argument
-    add("--judge", default="none", metavar="ADDRESS",
-        help="an OpenAI-compatible address, anthropic, anthropic:ADDRESS, or none (default)")  # fmt: skip
-    add("--judge_model", default="", metavar="NAME", help="the name under which the judge is served")
-    add("--judge_key_variable", default="", metavar="NAME",
-        help="environment variable that holds its API key (anthropic: ANTHROPIC_API_KEY)")  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

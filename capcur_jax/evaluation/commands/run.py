@@ -24,7 +24,7 @@ from capcur_jax.evaluation.folders import SCORES, Answered
 from capcur_jax.evaluation.scoring import Scored, score
 from capcur_jax.files import prepare_workdir
 from capcur_jax.records import metrics
-from capcur_jax.records.command_line import add_server, at_least
+from capcur_jax.records.command_line import add_judge, add_server, at_least, server_settings
 from capcur_jax.records.terminal import Progress
 from capcur_jax.rollout.engine import Sampling
 
@@ -35,7 +35,8 @@ REPLIES = "replies"  # journals, in the work directory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--benchmarks", required=True, metavar="NAME,...", help="which ones; --list names them; or files of problems")
-    add("--checkpoint", metavar="DIR", help="a Hugging Face checkpoint, asked by this project's engines")
+    add("--checkpoint", metavar="DIR", help="a Hugging Face checkpoint, or OWNER/NAME on the Hub: asked by this "
+        "project's engines")  # fmt: skip
     add("--address", metavar="URL[,URL]", help="an OpenAI-compatible server, or several of one model")
     add("--model", metavar="NAME", help="the name under which the server at --address has it")
     add("--config", metavar="FILE[:PRESET]",
@@ -58,10 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"longest reply (default: the config's, else {MAX_NEW_TOKENS:,})")  # fmt: skip
     add("--temperature", type=float, metavar="T", help="default: the config's for evaluation, else 0")
     add("--top_p", type=float, metavar="P", help="default: the config's for evaluation, else 1")
-    add("--judge", default="none", metavar="URL", help="decides where rules don't: an OpenAI-compatible address, "
-        "anthropic, or none (default), which leaves them undecided")  # fmt: skip
-    add("--judge_model", default="", metavar="NAME", help="the judge's model")
-    add("--judge_key_variable", default="", metavar="NAME", help="environment variable that holds the judge's API key")
+    add_judge(parser)
     add_server(parser)
     add("--coordinator", default="", metavar="HOST:PORT", help="of several processes: an address of process 0")
     add("--process_id", type=int, metavar="N", help="of several processes: this one's number, from 0")
@@ -91,7 +89,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     judging = judge.model_of(arguments.judge, arguments.judge_model, arguments.judge_key_variable)
     setting = opened(arguments)
     workdir, settings = setting.workdir, setting.settings
-    model = {"model": arguments.model or str(Path(arguments.checkpoint).resolve()), "versions": metrics.versions()}
+    model = {"model": arguments.model or arguments.checkpoint_name, "versions": metrics.versions()}
     result = {}
     with contextlib.ExitStack() as closing:
         # Opened first: what is wrong with a judge is said before a model answers for hours.
@@ -113,6 +111,7 @@ def opened(arguments: argparse.Namespace) -> Setting:
     config, instruction = None, arguments.instruction or "none"
     if arguments.checkpoint:
         _join(arguments)
+        _find(arguments)
         config = _config(arguments)
         instruction = arguments.instruction or _instruction(arguments, config)
     workdir = prepare_workdir(arguments.workdir, "evaluation")
@@ -238,6 +237,16 @@ def _join(arguments: argparse.Namespace) -> None:
         raise InputError("an evaluation by several processes needs --workdir, one that all of them see")
 
 
+def _find(arguments: argparse.Namespace) -> None:
+    """The directory in place of a name on the Hub. Raises InputError."""
+    from capcur_jax.hub import download
+
+    spec = arguments.checkpoint
+    directory = download.checkpoint(spec, "--checkpoint")
+    arguments.checkpoint = str(directory)
+    arguments.checkpoint_name = download.version(spec, directory) or str(directory.resolve())
+
+
 def _by_owner(act: Callable[[], Any]) -> Any:
     """What `act` gives in process 0, None in the others. Raises InputError in all."""
     from capcur_jax.devices import distributed
@@ -297,10 +306,7 @@ def _answerer(arguments: argparse.Namespace, config: ConfigDict | None, sampling
     if config is None:
         from capcur_jax.evaluation.served import Served
 
-        how = {"concurrency": arguments.concurrency, "timeout_s": arguments.timeout, "retries": arguments.retries}
-        made = Served(
-            arguments.address.split(","), arguments.model, sampling, key_variable=arguments.api_key_variable, **how
-        )
+        made = Served(arguments.address.split(","), arguments.model, sampling, **server_settings(arguments))
         made.check()
         return made
     from capcur_jax.evaluation.checkpoint import Checkpoint
