@@ -79,12 +79,16 @@ class Layout:
     def blanks(self, sizes: Sequence[PromptSize], *, passes: bool) -> Iterator[UpdateBatch]:
         """An abstract batch of every shape that micro-batches of such prompts can take; `passes`: as the score pass
         sees it, else as the gradient does, with old and reference log-probs."""
-        known, extra = self.processor, {} if passes else {"old": self.old, "reference": self.reference}
         for shape in self.shapes(sizes):
-            prompts = self.buckets.blank(shape, known.config, known.pad_token)
             for lengths in self.lengths:
-                slabs = packing.blank(self.micro, self.counts, lengths, sampled=self.sampled, **extra)
-                yield sharding.abstract(self.mesh, UpdateBatch(prompts, slabs))
+                yield self.blank(shape, lengths, passes=passes)
+
+    def blank(self, shape: BatchShape, lengths: Sequence[int], *, passes: bool) -> UpdateBatch:
+        """One of them."""
+        known, extra = self.processor, {} if passes else {"old": self.old, "reference": self.reference}
+        prompts = self.buckets.blank(shape, known.config, known.pad_token)
+        slabs = packing.blank(self.micro, self.counts, lengths, sampled=self.sampled, **extra)
+        return sharding.abstract(self.mesh, UpdateBatch(prompts, slabs))
 
     def shapes(self, sizes: Sequence[PromptSize]) -> list[BatchShape]:
         """Those that a micro-batch of such prompts can take."""

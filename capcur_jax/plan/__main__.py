@@ -1,6 +1,6 @@
 """Compiles a run's programs for devices that aren't there, and says whether the run fits and what it takes.
 
-python -m capcur_jax.plan --config=configs/staged.py:qwen3_vl_8b --topology=cuda:h200:1x1x8 [--json]
+python -m capcur_jax.plan --config=configs/staged.py:qwen3_vl_8b --topology=cuda:h200:1x1x8 [--lengths=paper] [--json]
 
 Exit code 0: it fits; 1: it does not; 2: the command can't be used. docs/plan.md explains the numbers;
 capcur_jax/plan/topologies.py lists the topologies and what each needs installed.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags, logging
@@ -17,28 +18,32 @@ from ml_collections import config_flags
 
 from capcur_jax import bounds, presets
 from capcur_jax.errors import InputError
-from capcur_jax.plan import topologies
-from capcur_jax.plan.estimate import Assumptions, report
+from capcur_jax.plan import lengths, topologies
+from capcur_jax.plan.estimate import report
 from capcur_jax.records import command_line, streams
 from capcur_jax.records.jsonl import to_json
+
+# Options that went, and what says it now.
+REMOVED = {
+    name: "the rates of capcur_jax/plan/rates.py, one for each kind of work, took its place (docs/plan.md); "
+    "--lengths=NAME says what a step of such lengths takes"
+    for name in ("utilisation", "bandwidth_utilisation")
+}
 
 
 def options() -> flags.FlagValues:
     """The command line's."""
-    values, share = flags.FlagValues(), dict(lower_bound=0.01, upper_bound=1.0)
+    values = flags.FlagValues()
     text = "A config file, e.g. configs/staged.py:qwen3_vl_8b."
     config_flags.DEFINE_config_file("config", None, text, lock_config=True, flag_values=values)
     text = "cpu:8, tpu:v5p:2x2x2, cuda:h200:1x1x8...; see capcur_jax/plan/topologies.py."
     flags.DEFINE_string("topology", None, text, flag_values=values)
+    text = f"Lengths of a step's prompts and responses: {', '.join(lengths.NAMES)}, or a run's rollouts.jsonl."
+    flags.DEFINE_string("lengths", "", text, flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON document instead of tables.", flag_values=values)
     flags.DEFINE_list("without_images", ["text"], "Stages whose prompts have no image.", flag_values=values)
-    usual = Assumptions()
     text = "Share of a device's memory to leave free: the runtime, collectives' buffers, fragmentation."
-    flags.DEFINE_float("headroom", usual.headroom, text, lower_bound=0.0, upper_bound=0.9, flag_values=values)
-    text = "Assumed share of peak FLOP/s in training, recomputation counted."
-    flags.DEFINE_float("utilisation", usual.utilisation, text, **share, flag_values=values)
-    text = "Assumed share of the bandwidth of memory and links."
-    flags.DEFINE_float("bandwidth_utilisation", usual.bandwidth, text, **share, flag_values=values)
+    flags.DEFINE_float("headroom", 0.1, text, lower_bound=0.0, upper_bound=0.9, flag_values=values)
     return values
 
 
@@ -58,6 +63,27 @@ def _count(number: float) -> str:
         return "0"
     power = min(int(math.log10(number)) // 3, 6)
     return f"{number / 10 ** (3 * power):.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}".strip()
+
+
+def _phases(say: Callable[..., None], name: str, stage: dict[str, Any]) -> None:
+    """A step's phases at the lengths of that name."""
+    from capcur_jax.records.tables import titled
+
+    head = ("phase", "runs", "tokens", "real", "patches", "real", "FLOPs", "GB a turn", "s", "bound by")
+    rows = []
+    for p in stage["phases"]:
+        counts = [_count(p[what][which]) for what in ("tokens", "patches") for which in ("computed", "real")]
+        turn = f"{p['bytes_a_turn'] / 1e9:.1f}" if p["bytes_a_turn"] else ""
+        bound = f"{p['bound_by']} {p['seconds_by'][p['bound_by']] / p['seconds']:.0%}" if p["bound_by"] else ""
+        rows.append((p["phase"], f"{p['runs']:,}", *counts, _count(p["flops"]), turn, _short(p["seconds"]), bound))
+    say(titled(f"A step at lengths {name!r}; all devices, seconds estimated", head, rows))
+    of = stage["lengths"]
+    say(
+        f"{_short(of['step_seconds'])} s a step: rollouts {_short(of['rollout_seconds'])}, trainer "
+        f"{_short(of['trainer_seconds'])}, weights {_short(of['weights_seconds'])}, host {_short(of['host_seconds'])}. "
+        f"MFU {of['mfu']:.1%} of the step, {of['mfu_easyr1']:.1%} of the gradient as EasyR1 counts. Padding: text "
+        f"{of['padding_text']:.1%}, patches {of['padding_patches']:.1%}."
+    )
 
 
 def render(plan: dict[str, Any]) -> None:
@@ -104,14 +130,18 @@ def render(plan: dict[str, Any]) -> None:
         if "estimate" in stage:
             low, high = stage["estimate"]["seconds_a_step"]
             say(f"Estimate: {_short(low)} to {_short(high)} s a step, {stage['estimate']['steps']} steps")
+        if "phases" in stage:
+            _phases(say, plan["lengths"]["name"], stage)
     if "estimate" in plan:
         low, high = plan["estimate"]["device_hours"]
-        shares = [f"{plan['estimate'][key]:.0%}" for key in ("utilisation", "bandwidth_utilisation")]
         say(
             f"\n[bold]Estimate[/bold] (not measured) of the run: {_short(low)} to {_short(high)} device-hours, from "
-            f"all batches in the smallest to all in the largest declared shapes, at {shares[0]} of peak FLOP/s and "
-            f"{shares[1]} of memory and link bandwidth; without start-up, evaluation and checkpoints."
+            "all batches in the smallest to all in the largest declared shapes, without start-up, evaluation and "
+            "checkpoints."
         )
+    if "lengths" in plan:
+        of = plan["lengths"]
+        say(f"[bold]At lengths {of['name']!r}[/bold]: {_short(of['device_hours'])} device-hours.")
     if "fits" in plan:
         say(f"\n[bold]{'Fits' if plan['fits'] else 'Does not fit'}[/bold]: the largest program needs "
             f"{_gib(plan['peak_bytes'])} of {_gib(plan['usable_bytes'])} GiB a device.")  # fmt: skip
@@ -137,7 +167,8 @@ def main(arguments: list[str]) -> int:
                 topology,
                 topologies.devices(topology.name, kernels=values.config.model.attention != "xla"),
                 without_images=values.without_images,
-                assumed=Assumptions(values.headroom, values.utilisation, values.bandwidth_utilisation),
+                headroom=values.headroom,
+                lengths=values.lengths,
                 tell=lambda line: print(line, file=sys.stderr, flush=True),
             ),
         }
@@ -156,6 +187,10 @@ def _parse(values: flags.FlagValues, arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(f"{__doc__}\n{values.get_help()}")
         sys.exit(0)
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name in REMOVED:
+            raise InputError(f"--{name} was removed: {REMOVED[name]}")
     try:
         rest = values(arguments)
         if values.config is not None:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from capcur_jax.errors import InputError
 from capcur_jax.plan import topologies
 
 
-class Assumptions(NamedTuple):
-    """Assumptions that no compiler can check."""
-
-    headroom: float = 0.1
-    utilisation: float = 0.35
-    bandwidth: float = 0.6
-
-
-def measure(program: Any, devices: int, chip: topologies.Chip | None, assumed: Assumptions) -> dict[str, Any]:
+def measure(program: Any, chip: topologies.Chip | None, headroom: float) -> dict[str, Any]:
     """One program by the compiler's account. Bytes are a device's; FLOPs all devices'."""
-    from capcur_jax.plan import hlo
+    from capcur_jax.plan import flops, hlo
 
     started = time.perf_counter()
     traced = program.trace()
     result: dict[str, Any] = {
         "name": program.name,
         "runs_a_step": program.times,
-        "flops": hlo.jaxpr_flops(traced.jaxpr, program.trips[0]),
-        "flops_smallest": hlo.jaxpr_flops(program.smallest().jaxpr, program.trips[1]),
+        "flops": flops.jaxpr_flops(traced.jaxpr, program.turns or 1),
         "resident_bytes": program.resident,
     }
     try:
@@ -43,7 +35,7 @@ def measure(program: Any, devices: int, chip: topologies.Chip | None, assumed: A
     # A TPU's compiler reports less than this as the peak where it reuses arguments; a CPU's reports no real peak.
     held = sizes["arguments_bytes"] + sizes["outputs_bytes"] - sizes["aliases_bytes"] + sizes["temp_bytes"]
     peak = max(held, memory.peak_memory_in_bytes)
-    traffic = hlo.collectives(compiled.as_text())
+    traffic = hlo.traffic(compiled.as_text(), program.turns)
     result |= {
         **sizes,
         "peak_bytes": peak,
@@ -51,28 +43,16 @@ def measure(program: Any, devices: int, chip: topologies.Chip | None, assumed: A
         "needed_bytes": peak + program.resident + max(program.given - sizes["arguments_bytes"], 0),
         "collectives": [collective._asdict() for collective in traffic.collectives],
         "sent_bytes": traffic.sent,
+        "moved_bytes": traffic.moved,
+        "moved_bytes_a_turn": traffic.moved_a_turn,
+        "collectives_a_turn": traffic.collectives_a_turn,
+        "kernels": list(traffic.kernels),
         "loops_of_unknown_length": traffic.unknown_loops,
         "compile_seconds": time.perf_counter() - started,
     }
     if chip:
-        result["fits"] = result["needed_bytes"] <= chip.memory_bytes * (1 - assumed.headroom)
-        for key, smallest in (("seconds", False), ("seconds_smallest", True)):
-            result[key] = seconds(result, program, devices, chip, assumed, smallest)
+        result["fits"] = result["needed_bytes"] <= chip.memory_bytes * (1 - headroom)
     return result
-
-
-def seconds(
-    measured: dict[str, Any], program: Any, devices: int, chip: topologies.Chip, assumed: Assumptions, smallest: bool
-) -> float:
-    """An estimate of one run: what takes longest of computing, moving memory and sending, at the assumed shares of the
-    peaks. At the smallest shapes the loop's turns are fewer; what a program without a loop sends stays as it is."""
-    turns = program.trips[smallest]
-    moved = program.reads * turns or measured["arguments_bytes"] + measured["outputs_bytes"]
-    return max(
-        measured["flops_smallest" if smallest else "flops"] / devices / chip.flops / assumed.utilisation,
-        moved / chip.bandwidth / assumed.bandwidth,
-        measured["sent_bytes"] * turns / program.trips[0] / chip.link / assumed.bandwidth,
-    )
 
 
 def report(
@@ -81,22 +61,34 @@ def report(
     devices: Sequence[Any],
     *,
     without_images: Sequence[str] = (),
-    assumed: Assumptions,
+    headroom: float = 0.1,
+    lengths: str = "",
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The plan as plain JSON types. `tell` is told what is being compiled. Raises InputError."""
+    """The plan as plain JSON types. Raises InputError.
+
+    Args:
+        lengths: see plan/lengths.py; "": the estimate is of the smallest and the largest lengths alone.
+        tell: is told what is being compiled.
+    """
     from capcur_jax import policy
+    from capcur_jax.plan import lengths as lengths_lib
     from capcur_jax.plan import programs as plan_programs
     from capcur_jax.records import metrics
 
     chip = topology.facts
+    if lengths and not chip:
+        raise InputError(f"--lengths={lengths}: a CPU's devices have no rates; leave it out, or plan for a chip")
+    merge = plan_programs.architecture(config).config.vision.merge_size
+    kinds = {which: lengths_lib.extreme(config, which == "largest") for which in ("smallest", "largest")}
+    kinds |= {lengths: lengths_lib.of(lengths, config, merge)} if lengths else {}
     variants = plan_programs.variants(config, devices, without_images)
-    stages, hours, smallest_hours = [], 0.0, 0.0
+    stages = []
     for variant in variants:
         programs = []
         for program in variant.programs:
             tell(f"compiling {program.name} ({', '.join(stage.name for stage in variant.stages)})")
-            programs.append(measure(program, variant.mesh.size, chip, assumed))
+            programs.append(measure(program, chip, headroom))
         entry: dict[str, Any] = {
             "stages": [stage.name for stage in variant.stages],
             "images": variant.images,
@@ -113,17 +105,8 @@ def report(
         if chip:
             entry["fits"] = all(p["fits"] for p in programs)
         if chip and entry["fits"]:
-            steps = sum(stage.steps for stage in variant.stages)
-            step, smallest = (
-                sum(p[key] * p["runs_a_step"] for p in programs) for key in ("seconds", "seconds_smallest")
-            )
-            entry["estimate"] = {
-                "steps": steps,
-                "seconds_a_step": [smallest, step],
-                "device_hours": [s * steps * len(devices) / 3600 for s in (smallest, step)],
-            }
-            smallest_hours += entry["estimate"]["device_hours"][0]
-            hours += entry["estimate"]["device_hours"][1]
+            tell(f"counting a step ({', '.join(stage.name for stage in variant.stages)})")
+            entry |= _timed(config, variant, programs, topology, len(devices), kinds)
         stages.append(entry)
     result: dict[str, Any] = {
         "topology": topology.name,
@@ -133,7 +116,7 @@ def report(
         "samples_in_process": policy.engine_kind(config).in_process,
         "device_kind": devices[0].device_kind,
         "chip": chip._asdict() if chip else None,
-        "headroom": assumed.headroom,
+        "headroom": headroom,
         "stages": stages,
         "peak_bytes": max(
             (p["needed_bytes"] for s in stages for p in s["programs"] if "needed_bytes" in p), default=None
@@ -142,15 +125,50 @@ def report(
     }
     if chip:
         result["fits"] = all(stage["fits"] for stage in stages)
-        result["usable_bytes"] = int(chip.memory_bytes * (1 - assumed.headroom))
+        result["usable_bytes"] = int(chip.memory_bytes * (1 - headroom))
     if chip and result["fits"]:
+        hours = [[stage["estimate"]["device_hours"][end] for stage in stages] for end in (0, 1)]
         result["estimate"] = {
-            "device_hours": [smallest_hours, hours],
-            "utilisation": assumed.utilisation,
-            "bandwidth_utilisation": assumed.bandwidth,
+            "device_hours": [sum(each) for each in hours],
             "is": "an estimate, not a measurement: between all batches in the smallest and all in the largest declared "
             "shapes; without start-up, evaluation, checkpoints and data",
         }
+        if lengths:
+            shown = next((stage for stage in stages if stage["images"]), stages[0])
+            result["lengths"] = {"name": lengths} | shown["lengths"]
+            result["lengths"]["device_hours"] = sum(stage["lengths"]["device_hours"] for stage in stages)
+    return result
+
+
+def _timed(
+    config: Any,
+    variant: Any,
+    programs: Sequence[dict[str, Any]],
+    topology: topologies.Topology,
+    devices: int,
+    kinds: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Estimates of a step at each kind of lengths: "estimate" of the smallest and the largest, and "lengths" with their
+    "phases" of any other."""
+    from capcur_jax.plan import phases, rates
+
+    measured = {program["name"]: program for program in programs}
+    step = phases.Step(config, variant, measured, rates.of(topology), topology.facts, devices)
+    steps, stage, found = sum(stage.steps for stage in variant.stages), variant.stages[0], {}
+    for name, drawn in kinds.items():
+        passed, figures = step.of(drawn(stage, variant.images))
+        figures["device_hours"] = figures["step_seconds"] * steps * devices / 3600
+        found[name] = figures, [phase.record() for phase in passed]
+    ends = [found.pop(which)[0] for which in ("smallest", "largest")]
+    result: dict[str, Any] = {
+        "estimate": {
+            "steps": steps,
+            "seconds_a_step": [figures["step_seconds"] for figures in ends],
+            "device_hours": [figures["device_hours"] for figures in ends],
+        }
+    }
+    for figures, passed in found.values():
+        result |= {"phases": passed, "lengths": figures}
     return result
 
 

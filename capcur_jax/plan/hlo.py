@@ -1,4 +1,4 @@
-"""What a program will send and compute in one run: collectives from the compiled text, FLOPs from the jaxpr.
+"""What a program will send in one run, and read from and write to a device's memory: by the compiled text.
 
 The compilers' own cost analyses count a loop's body once; here loops are multiplied out.
 """
@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
          "collective-broadcast")  # fmt: skip
@@ -19,7 +19,9 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?((?:%?[\w.\-]+(?:, )?)+)")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_MOVED = ("memory", 0, "moved")
 _INTEGER = re.compile(r"[su]\d+\[\]")
+_COMPARISON = {"parameter", "constant", "get-tuple-element", "compare", "copy", "bitcast", "convert", "fusion"}
 _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
 
 
@@ -40,8 +42,14 @@ class Collective(NamedTuple):
 
 
 class Traffic(NamedTuple):
+    """Of one device. A turn is one of the loop whose length the caller gave (`traffic`)."""
+
     collectives: tuple[Collective, ...]
-    unknown_loops: int  # loops whose length the text doesn't say, counted once
+    unknown_loops: int  # loops whose length neither the text nor the caller says, counted once
+    moved: int  # bytes read from its memory and written there, turns left out
+    moved_a_turn: int
+    collectives_a_turn: int
+    kernels: tuple[str, ...]  # targets of custom calls
 
     @property
     def sent(self) -> float:
@@ -57,21 +65,27 @@ class _Instruction(NamedTuple):
     attributes: str
 
 
-def collectives(text: str) -> Traffic:
-    """What `compiled.as_text()` says that each device sends and receives in one run of the program.
+def traffic(text: str, turns: int = 0) -> Traffic:
+    """What `compiled.as_text()` says that each device sends and moves in one run of the program.
 
-    A loop that may end early counts in full; of a conditional's branches the one that moves most.
+    A loop that may end early counts in full; of a conditional's branches the one that sends most.
+
+    Args:
+        turns: of a loop whose length the text doesn't say and that lies in no other such loop: decoding, which ends
+            with its responses. 0: such a loop counts once, as one of unknown length.
     """
     computations, entry = _parse(text)
     unknown: set[str] = set()
+    bodies: set[str] = set()  # of loops that `turns` is for
 
     @functools.cache
-    def inside(computation: str) -> collections.Counter:
-        """(kind, group size, "runs" or "bytes") -> number."""
+    def inside(computation: str, outside: bool) -> collections.Counter:
+        """(kind, group size, "runs" or "bytes") and _MOVED -> number. `outside`: in no loop of unknown length."""
         total: collections.Counter = collections.Counter()
         instructions = computations.get(computation, {})
         for instruction in instructions.values():
             kind = instruction.opcode.removesuffix("-start")
+            total[_MOVED] += memory_moved(instruction, instructions, computations)
             if kind in KINDS:
                 if computation.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"  # a TPU's: an all-reduce fused with the slice that each device keeps
@@ -80,24 +94,38 @@ def collectives(text: str) -> Traffic:
                 total[kind, devices, "bytes"] += _moved(instruction, instructions)
             elif instruction.opcode == "while":
                 trips = _trips(instruction, instructions, computations)
-                if trips is None:
-                    unknown.add(instruction.name)
                 body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)[1]
-                for key, count in inside(body).items():
-                    total[key] += (trips or 1) * count
+                known = trips is not None
+                if not known and outside and turns:
+                    bodies.add(body)
+                elif not known:
+                    unknown.add(instruction.name)
+                times = trips if known else turns if body in bodies else 1
+                for key, count in inside(body, outside and known).items():
+                    total[key] += times * count
             elif instruction.opcode == "conditional":
                 names = [name for pair in _BRANCHES.findall(instruction.attributes) for name in pair if name]
-                branches = [inside(name.strip(" %")) for group in names for name in group.split(",")]
+                branches = [inside(name.strip(" %"), outside) for group in names for name in group.split(",")]
                 total += max(branches, key=lambda b: sum(n for key, n in b.items() if key[2] == "bytes"))
             elif not instruction.opcode.endswith(("-done", "-update")):
                 for group in _CALLED.findall(instruction.attributes):
                     for name in group.split(","):
-                        total += inside(name.strip(" %"))
+                        called = inside(name.strip(" %"), outside)
+                        # What a fusion or a reduction does inside stays on the chip; its own arrays are counted above.
+                        total.update({k: n for k, n in called.items() if k != _MOVED or instruction.opcode == "call"})
         return total
 
-    found = inside(entry)
-    keys = sorted({key[:2] for key in found})
-    return Traffic(tuple(Collective(*key, found[*key, "runs"], found[*key, "bytes"]) for key in keys), len(unknown))
+    found = inside(entry, True)
+    turn = sum((inside(body, False) for body in bodies), collections.Counter())
+    keys = sorted({key[:2] for key in found if key != _MOVED})
+    return Traffic(
+        tuple(Collective(*key, found[*key, "runs"], found[*key, "bytes"]) for key in keys),
+        len(unknown),
+        found[_MOVED] - turns * turn[_MOVED],
+        turn[_MOVED],
+        sum(count for key, count in turn.items() if key[2] == "runs"),
+        tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', text)))),
+    )
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -167,6 +195,8 @@ def _trips(
     condition, body = (
         computations.get(re.search(rf"{part}=%?([\w.\-]+)", loop.attributes)[1], {}) for part in ("condition", "body")
     )
+    if not _compares_alone(condition, computations):
+        return None  # it also ends by what it computes
     limit = max(_constants(condition.values(), computations), default=None)
     counters = [i for i in condition.values() if i.opcode == "get-tuple-element" and _INTEGER.match(i.type)]
     if limit is None or len(counters) != 1:
@@ -177,6 +207,13 @@ def _trips(
     start = max(_constants([first], computations, around), default=0)
     step = max(_constants([last], computations, body), default=1)
     return max(-(-(limit - start) // max(step, 1)), 0)
+
+
+def _compares_alone(condition: dict[str, _Instruction], computations: dict[str, dict[str, _Instruction]]) -> bool:
+    """Whether a loop's condition is one comparison of numbers."""
+    called = [computations.get(name, {}) for i in condition.values() for name in _CALLS.findall(i.attributes)]
+    opcodes = [i.opcode for instructions in (condition, *called) for i in instructions.values()]
+    return opcodes.count("compare") == 1 and not {*opcodes} - _COMPARISON
 
 
 def _element(tuple_: _Instruction | None, place: int, around: dict[str, _Instruction]) -> _Instruction | None:
@@ -204,51 +241,84 @@ def _constants(
     return found + [int(i.operands.strip("()")) for i in more if i.opcode == "constant" and _INTEGER.match(i.type)]
 
 
-# ---------------------------------------------------------------------- FLOPs
+# ---------------------------------------------------------------------- memory
+
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
+         "partition-id", "replica-id", "opt-barrier", "add-dependency"}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
-def jaxpr_flops(jaxpr: Any, trips: int = 1) -> int:
-    """FLOPs of the matrix products and convolutions in one run of a traced program (`jax.jit(f).trace(...).jaxpr`), all
-    devices together; what is recomputed backwards counts again.
-
-    Where a function has kernels of its own for some platforms (attention), its plain form is counted: every product of
-    a query with a key, as is usual, though kernels skip blocks that a mask leaves empty.
-
-    Args:
-        trips: how often a loop without a known length runs.
-    """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return sum(_flops(equation, trips) for equation in jaxpr.eqns)
-
-
-def _flops(equation: Any, trips: int) -> int:
-    name, parameters = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = parameters["dimension_numbers"]
-        left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-        return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
-    if name == "conv_general_dilated":
-        kernel, spec = equation.invars[1].aval.shape, parameters["dimension_numbers"].rhs_spec
-        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[spec[0]]
-    if name == "cond":
-        platforms = parameters.get("branches_platforms") or [None] * len(parameters["branches"])
-        plain = [b for b, of in zip(parameters["branches"], platforms, strict=True) if not of]
-        return max(jaxpr_flops(branch, trips) for branch in plain or parameters["branches"])
-    if name == "while":
-        return trips * jaxpr_flops(parameters["body_jaxpr"], trips)
-    inner = sum(jaxpr_flops(jaxpr, trips) for jaxpr in _jaxprs(parameters.values()))
-    if name == "scan":
-        return parameters["length"] * inner
-    if name == "shard_map":  # shapes inside are those of a device
-        return math.prod(parameters["mesh"].shape[axis] for axis in parameters["newly_manual_axes"]) * inner
-    if name == "pallas_call":
-        return math.prod(parameters["grid_mapping"].grid) * inner
-    return inner
+def memory_moved(
+    instruction: _Instruction, around: dict[str, _Instruction], computations: dict[str, dict[str, _Instruction]]
+) -> int:
+    """Bytes that it reads from a device's memory and writes there, by the sizes of its operands and results. Of a
+    slice, and of an update in place, its part alone; of a TPU nothing that lies on the chip (S(1))."""
+    if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
+        return 0
+    operands = [around[name] for name in _names(instruction) if name in around]
+    result = _lying(instruction.type)
+    if instruction.opcode in _SLICES:
+        return 2 * result
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _lying(operands[1].type) if len(operands) > 1 else result
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        return result  # (operands, results, ...)
+    name = _CALLS.search(instruction.attributes)
+    if instruction.opcode == "fusion" and name and name[1] in computations:
+        return _moved_by_fusion(instruction, operands, computations)
+    return result + sum(_lying(operand.type) for operand in operands)
 
 
-def _jaxprs(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _jaxprs(value)
-        elif hasattr(getattr(value, "jaxpr", value), "eqns"):
-            yield value
+def _moved_by_fusion(
+    fusion: _Instruction, operands: list[_Instruction], computations: dict[str, dict[str, _Instruction]]
+) -> int:
+    name = _CALLS.search(fusion.attributes)[1]
+    inside = computations[name]
+
+    def written(instruction: _Instruction | None, size: int) -> int:
+        while instruction is not None and instruction.opcode in ("bitcast", "reshape", "convert", "copy"):
+            instruction = inside.get(next(iter(_names(instruction)), ""))
+        if instruction is None or instruction.opcode != "dynamic-update-slice":
+            return size
+        update = inside.get(_names(instruction)[1])
+        return min(size, sum(_arrays(update.type)) if update else size)
+
+    total = sum(_read(name, at, _lying(operand.type), computations) for at, operand in enumerate(operands))
+    root = next((i for i in inside.values() if i.root), None)
+    if root is not None and root.opcode == "tuple":
+        roots = [inside.get(name) for name in _names(root)]
+        return total + sum(written(one, _lying(one.type)) for one in roots if one)
+    return total + written(root, _lying(fusion.type))
+
+
+def _read(computation: str, at: int, size: int, computations: dict[str, dict[str, _Instruction]]) -> int:
+    """Bytes that a fusion reads of operand number `at`, of that size: its slices, where they are all that is used, also
+    by a fusion inside of it (a TPU's); nothing of an array that is updated in place."""
+    inside = computations.get(computation, {})
+
+    def used(name: str) -> int:
+        if inside[name].root:
+            return size  # it is handed on
+        total = 0
+        for user in inside.values():
+            for place, operand in enumerate(_names(user)):
+                if operand != name:
+                    continue
+                if user.opcode in ("bitcast", "reshape"):
+                    total += used(user.name)
+                elif user.opcode in _SLICES and place == 0:
+                    total += sum(_arrays(user.type))
+                elif user.opcode == "fusion" and (called := _CALLS.search(user.attributes)):
+                    total += _read(called[1], place, size, computations)
+                elif user.opcode != "dynamic-update-slice" or place:
+                    return size
+        return total
+
+    whose = (i.name for i in inside.values() if i.opcode == "parameter" and i.operands.strip("()") == str(at))
+    return min(sum(map(used, whose)), size) if inside else size
+
+
+def _lying(type_: str) -> int:
+    """Bytes of a type's arrays that lie in the device's memory."""
+    shown = re.findall(r"\b[a-z]+\d*[a-z0-9]*\[[\d,]*\](?:\{[^}]*\})?", type_)
+    return sum(sum(_arrays(array)) for array in shown if not re.search(r"S\([1-9]\d*\)\}", array))

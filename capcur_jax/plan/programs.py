@@ -42,16 +42,15 @@ END, BANNED, PAD = (151645, 151643), (151652, 151653, 151654, 151655, 151656), 1
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program of a stage at its largest declared shapes; `smallest` traces it at the smallest ones."""
+    """One program of a stage at its largest declared shapes."""
 
     name: str
     times: int  # runs in a step
     trace: Callable[[], Any]
-    smallest: Callable[[], Any]
     given: int  # bytes a device of its arguments, those that it does not use included
     resident: int  # bytes a device of what lies there while it runs and is no argument
-    trips: tuple[int, int] = (1, 1)  # of its loop of unknown length, at the largest and the smallest shapes
-    reads: int = 0  # bytes that each turn of that loop reads from a device's memory
+    turns: int = 0  # of its loop that ends with its responses; 0: it has none
+    at: Callable[..., Any] | None = None  # traces it at other shapes of prompts and slabs, where these count
 
 
 class Variant(NamedTuple):
@@ -63,6 +62,11 @@ class Variant(NamedTuple):
     programs: tuple[Program, ...]
     shapes: dict[str, Any]  # what the largest shapes are
     parameters: int
+    layout: Layout
+    forward: Callable[..., Any]  # traces a pass of the trainer at shapes of prompts and of slabs
+    slots: tuple[int, int]  # of a device row, and prompts that it prefills at once; (0, 0): servers sample
+    state_bytes: int  # a device's, of what the trainer keeps
+    weight_bytes: int  # of a model as a sampler reads it
 
 
 def architecture(config: ConfigDict) -> Processor | SimpleNamespace:
@@ -137,9 +141,8 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    large, small = (_sizes(config, largest, images) for largest in (True, False))
-    scored, scored_small = (_extreme(layout.blanks(s, passes=True), k) for s, k in ((large, max), (small, min)))
-    batch, batch_small = (_extreme(layout.blanks(s, passes=False), k) for s, k in ((large, max), (small, min)))
+    large = _sizes(config, images)
+    scored, batch = (max(layout.blanks(large, passes=passes), key=_slots) for passes in (True, False))
 
     trained, frozen = learner.split(parameters)
     state, sums = learner.abstract_state(), _sums(learner, trained, frozen, batch, mesh)
@@ -160,26 +163,30 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
     programs = []
     if reference is not None:
         beside = on_device(trained) + moments + on_device(sums) + ahead
-        programs.append(_score("reference log-probs", learner, reference, frozen, scored, scored_small, micro, beside))
+        programs.append(_score("reference log-probs", learner, reference, frozen, scored, micro, beside))
     if layout.old:
         beside = moments + on_device(sums) + ahead
         beside += on_device(reference) if reference is not None else 0  # fetched for the pass if it lies on the host
-        programs.append(_score("old log-probs", learner, trained, frozen, scored, scored_small, micro, beside))
+        # The first update's old policy is the one that it trains.
+        times = micro - micro // layout.updates
+        programs.append(_score("old log-probs", learner, trained, frozen, scored, times, beside))
     programs.append(
         Program(
             "gradient",
             micro,
             lambda: learner.accumulate.trace(trained, frozen, sums, batch),
-            lambda: learner.accumulate.trace(trained, frozen, sums, batch_small),
             on_device((trained, frozen, sums, batch)),
             moments + kept + ahead,
+            at=lambda *shapes: learner.accumulate.trace(trained, frozen, sums, layout.blank(*shapes, passes=False)),
         )
     )
     apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
-    programs.append(Program("update", layout.updates, apply, apply, on_device((state, sums)), on_device(frozen) + kept))
+    programs.append(Program("update", layout.updates, apply, on_device((state, sums)), on_device(frozen) + kept))
+    slots = (0, 0)
     if engine is not None:
         beside = moments + on_device(sums) + kept
-        programs += _sampling(engine, config, stage, large, small, images, beside)
+        sampling, slots = _sampling(engine, config, stage, large, images, beside)
+        programs += sampling
     shapes = {
         "prompts of a step": stage.prompts,
         "updates of a step": layout.updates,
@@ -192,7 +199,10 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         "tokens to sample": config.rollout.max_new_tokens if layout.sampled else 0,
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    return Variant(stages, images, mesh, tuple(programs), shapes, count)
+    forward = lambda *shapes: learner.score.trace(trained, frozen, layout.blank(*shapes, passes=True))  # noqa: E731
+    kept = on_device((state, sums)) + (on_device(reference) if reference is not None else 0)
+    weights = count * jnp.dtype(config.model.dtype).itemsize
+    return Variant(stages, images, mesh, tuple(programs), shapes, count, layout, forward, slots, kept, weights)
 
 
 def _sums(learner: Learner, trained: nnx.State, frozen: nnx.State, batch: UpdateBatch, mesh: Mesh) -> Sums:
@@ -203,12 +213,11 @@ def _sums(learner: Learner, trained: nnx.State, frozen: nnx.State, batch: Update
     )
 
 
-def _score(name, learner, policy, frozen, batch, smallest, times, resident) -> Program:
+def _score(name, learner, policy, frozen, batch, times, resident) -> Program:
     return Program(
         name,
         times,
         lambda: learner.score.trace(policy, frozen, batch),
-        lambda: learner.score.trace(policy, frozen, smallest),
         on_device((policy, frozen, batch)),
         resident,
     )
@@ -224,72 +233,51 @@ def _engine(config: ConfigDict, processor: Processor, buckets: Buckets, mesh: Me
 
 
 def _sampling(
-    engine: LocalEngine,
-    config: ConfigDict,
-    stage: Stage,
-    large: list[PromptSize],
-    small: list[PromptSize],
-    images: bool,
-    resident: int,
-) -> list[Program]:
-    """What the local engine runs: prefill, and decoding until a slot is free again."""
+    engine: LocalEngine, config: ConfigDict, stage: Stage, large: list[PromptSize], images: bool, resident: int
+) -> tuple[list[Program], tuple[int, int]]:
+    """What the local engine runs: prefill, and decoding until slots are free again. And the slots of a device row, with
+    the prompts that it prefills at once."""
     known, mesh, group, T = engine.processor.config, engine.mesh, config.rollout.group, config.rollout.max_new_tokens
-    _, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
     if config.rollout.gathered:  # the copy is the programs' argument; the trainer's own lie there, too
+        _, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
         resident += on_device(parameters) - on_device(engine.parameters)
-    shortest, rows = min(max(lengths) for lengths in config.packing.buckets), sharding.row_shards(mesh)
-    sampling = Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k)
-    work = engine.work(group, sampling)
-
+    rows = sharding.row_shards(mesh)
+    work = engine.work(group, Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k))
     slots = engine.slots_shape(work)
-
-    def arguments(sizes, largest):
-        shape = (max if largest else min)(engine.buckets.shapes(sizes, images, work.prompts * rows, rows))
-        return engine.abstract(slots, shape, group)
-
-    tensor, text, width = mesh.shape["tensor"], known.text, jnp.dtype(config.model.dtype).itemsize
-    decoder = sum(leaf.size for path, leaf in nnx.to_flat_state(parameters) if path[0] != "visual")
-    cache = work.rows * (max(config.prompt.token_buckets) + T) * 2 * text.depth * text.kv_heads * text.head_dim * width
-    # As many steps as it takes to decode all responses in the slots, none of which stays free.
-    turns = math.ceil(stage.prompts * group / (work.rows * rows))
+    largest = max(engine.buckets.shapes(large, images, work.prompts * rows, rows))
+    admitted, decoded = engine.abstract(slots, largest, group)
+    given = on_device((engine.parameters, slots))
     return [
         Program(
             SAMPLING[0],
             math.ceil(stage.prompts / (work.prompts * rows)),
-            lambda: work.admit.trace(*arguments(large, True)[0]),
-            lambda: work.admit.trace(*arguments(small, False)[0]),
-            on_device((engine.parameters, slots)),
+            lambda: work.admit.trace(*admitted),
+            given,
             resident,
+            at=lambda shape: work.admit.trace(*engine.abstract(slots, shape, group)[0]),
         ),
         Program(
             SAMPLING[1],
-            turns,
-            lambda: work.decode.trace(*arguments(large, True)[1]),
-            lambda: work.decode.trace(*arguments(small, False)[1]),
-            on_device((engine.parameters, slots)),
+            # As many as it takes to decode all responses in the slots, none of which stays free.
+            math.ceil(stage.prompts * group / (work.rows * rows)),
+            lambda: work.decode.trace(*decoded),
+            given,
             resident,
-            (T, shortest),
-            # Every weight of the decoder that the device multiplies with, and the keys and values of its rows.
-            (decoder * width + cache) // tensor,
+            turns=T,
         ),
-    ]
+    ], (work.rows, work.prompts)
 
 
-def _sizes(config: ConfigDict, largest: bool, images: bool) -> list[PromptSize]:
-    """As many prompts as a batch may have, all of the largest (smallest) declared size."""
-    tokens = (max if largest else min)(config.prompt.token_buckets)
-    share = min(1.0, (max if largest else min)(config.prompt.patch_rows))
-    patches = (int(config.prompt.patch_row * share),) if images else ()
+def _sizes(config: ConfigDict, images: bool) -> list[PromptSize]:
+    """As many prompts as a batch may have, all of the largest declared size."""
+    patches = (int(config.prompt.patch_row * min(1.0, max(config.prompt.patch_rows))),) if images else ()
     most = max(stage.prompts for stage in schedule.stages(config))
-    return [PromptSize(tokens, patches)] * max(most, config.rollout.slots)
+    return [PromptSize(max(config.prompt.token_buckets), patches)] * max(most, config.rollout.slots)
 
 
-def _extreme(batches, choose) -> UpdateBatch:
-    def slots(batch: UpdateBatch) -> tuple[int, int]:
-        patches = 0 if batch.prompts.vision is None else batch.prompts.vision.segments.size
-        return batch.prompts.tokens.size + sum(slab.tokens.size for slab in batch.slabs), patches
-
-    return choose(batches, key=slots)
+def _slots(batch: UpdateBatch) -> tuple[int, int]:
+    patches = 0 if batch.prompts.vision is None else batch.prompts.vision.segments.size
+    return batch.prompts.tokens.size + sum(slab.tokens.size for slab in batch.slabs), patches
 
 
 def _patches(batch: UpdateBatch) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from capcur_jax.data.loader import Example
 from capcur_jax.devices import distributed
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.rewards.reward import Reward, Score
 from capcur_jax.rollout.engine import Sample
 
@@ -143,7 +144,7 @@ class Rollout:
         """The first groups as records for rollouts.jsonl; images by their path from the work directory."""
         lines = []
         for group in self.groups[:prompts]:
-            problem = group.example.problem
+            problem, size = group.example.problem, PromptSize.of(group.example.prompt)
             samples = [
                 {
                     "response": response,
@@ -166,6 +167,8 @@ class Rollout:
                     "problem": problem.problem,
                     "answer": problem.answer,
                     "images": [os.path.relpath(image, workdir) for image in problem.images],
+                    "prompt_tokens": size.tokens,
+                    "image_patches": list(size.images),
                     "samples": samples,
                 }
             )

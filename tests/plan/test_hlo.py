@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from capcur_jax.devices import sharding
 from capcur_jax.models.attention import Causal, attend
 from capcur_jax.plan import topologies
-from capcur_jax.plan.hlo import Collective, collectives, jaxpr_flops
+from capcur_jax.plan.flops import jaxpr_flops
+from capcur_jax.plan.hlo import Collective, traffic
 
 # ---------------------------------------------------------------------- collectives
 
@@ -99,31 +100,91 @@ MIB = 2**20
 
 
 def test_a_gpus_text():
-    traffic = collectives(GPU)
-    assert traffic.unknown_loops == 0
-    assert traffic.collectives == (
+    found = traffic(GPU)
+    assert found.unknown_loops == 0
+    assert found.collectives == (
         Collective("all-gather", 4, 6, 6 * 8 * MIB),
         Collective("all-reduce", 2, 6, 6 * 4 * MIB),
         Collective("collective-permute", 0, 6, 6 * 1 * MIB),
         Collective("reduce-scatter", 4, 6, 6 * 4 * MIB),
     )
     # In a ring: three quarters of what is gathered or scattered, both halves of what is reduced, all that is passed on.
-    assert traffic.sent == 6 * (8 * 3 / 4 + 4 + 1 + 4 * 3 / 4) * MIB
+    assert found.sent == 6 * (8 * 3 / 4 + 4 + 1 + 4 * 3 / 4) * MIB
 
 
 def test_a_tpus_text():
-    traffic = collectives(TPU)
-    assert traffic.unknown_loops == 0
-    assert traffic.collectives == (
+    found = traffic(TPU)
+    assert found.unknown_loops == 0
+    assert found.collectives == (
         Collective("all-gather", 4, 5, 5 * 4 * MIB),
         Collective("reduce-scatter", 4, 5, 5 * (1024 + 64) * 2048 * 2),
     )
 
 
 def test_a_loop_of_unknown_length_is_counted_once_and_said():
-    traffic = collectives(GPU.replace('"known_trip_count":{"n":"6"}', ""))
-    assert traffic.unknown_loops == 1
-    assert traffic.collectives[0] == Collective("all-gather", 4, 1, 8 * MIB)
+    found = traffic(GPU.replace('"known_trip_count":{"n":"6"}', ""))
+    assert found.unknown_loops == 1
+    assert found.collectives[0] == Collective("all-gather", 4, 1, 8 * MIB)
+
+
+def test_a_loop_that_ends_by_what_it_computes_has_the_callers_turns():
+    """Decoding's: its condition has a comparison with a number that is not its end."""
+    ends = GPU.replace('"known_trip_count":{"n":"6"}', "").replace(
+        "  ROOT %go = pred[] constant(true)",
+        """  %p = (s32[], bf16[256,2048]) parameter(0)
+  %c = s32[] get-tuple-element(%p), index=0
+  %limit = s32[] constant(0)
+  %less = pred[] compare(%c, %limit), direction=LT
+  ROOT %go = pred[] and(%less, %less)""",
+    )
+    once, found = traffic(ends), traffic(ends, 100)
+    assert (once.unknown_loops, found.unknown_loops, found.collectives_a_turn) == (1, 0, 4)
+    assert found.sent == 100 * once.sent > 0 and (found.moved, once.moved_a_turn) == (0, 0)
+    assert found.moved_a_turn == once.moved  # all of this program is in the loop
+
+
+# ---------------------------------------------------------------------- memory
+
+MEMORY = """HloModule jit_step
+
+%sliced (a: bf16[36,64,64], i: s32[]) -> bf16[64,64] {
+  %a = bf16[36,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %one = bf16[1,64,64]{2,1,0} dynamic-slice(%a, %i), dynamic_slice_sizes={1,64,64}
+  ROOT %out = bf16[64,64]{1,0} bitcast(%one)
+}
+
+%product (a: bf16[36,64,64], i: s32[], x: bf16[8,64]) -> bf16[8,64] {
+  %a = bf16[36,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} parameter(2)
+  %w = bf16[64,64]{1,0} fusion(%a, %i), kind=kLoop, calls=%sliced
+  ROOT %y = bf16[8,64]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+%placed (c: bf16[512,64], x: bf16[8,64], i: s32[]) -> bf16[512,64] {
+  %c = bf16[512,64]{1,0} parameter(0)
+  %x = bf16[8,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %put = bf16[512,64]{1,0} dynamic-update-slice(%c, %x, %i, %i)
+}
+
+ENTRY %main (a: bf16[36,64,64], x: bf16[8,64], c: bf16[512,64], i: s32[]) -> bf16[512,64] {
+  %a = bf16[36,64,64]{2,1,0} parameter(0)
+  %x = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %c = bf16[512,64]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %y = bf16[8,64]{1,0} fusion(%a, %i, %x), kind=kOutput, calls=%product
+  %z = bf16[8,64]{1,0} copy(%y)
+  ROOT %put = bf16[512,64]{1,0} fusion(%c, %z, %i), kind=kLoop, calls=%placed
+}
+"""
+
+
+def test_bytes_of_slices_updates_in_place_and_what_lies_on_the_chip():
+    weights, row, index = 64 * 64 * 2, 8 * 64 * 2, 4
+    product = weights + index + row  # one layer's weights, not 36; x lies on the chip
+    assert traffic(MEMORY).moved == product + 2 * row + (row + index + row)
 
 
 PROGRAM = """
@@ -146,7 +207,8 @@ def body(x):  # [8, 128, 256] float32, 1 MiB a device
 function = jax.shard_map(body, mesh=mesh, in_specs=P(("a", "b")), out_specs=P(("a", "b")), check_vma=False)
 sharding = NamedSharding(mesh, P(("a", "b")))
 array = jax.ShapeDtypeStruct((64, 128, 256), jnp.float32, sharding=sharding)
-print(json.dumps(hlo.collectives(jax.jit(function).lower(array).compile().as_text())))
+found = hlo.traffic(jax.jit(function).lower(array).compile().as_text())
+print(json.dumps([found.collectives, found.unknown_loops]))
 """
 
 

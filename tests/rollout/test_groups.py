@@ -7,12 +7,15 @@ import pytest
 
 from capcur_jax.data.loader import Example
 from capcur_jax.data.problem import Problem
+from capcur_jax.models.inputs import Prompt
 from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.collector import collect
 from capcur_jax.rollout.engine import Sample
 from capcur_jax.rollout.groups import Group, Rollout
 
 G = 4
+NONE = np.zeros(0, np.int32)
+PROMPT = Prompt(np.arange(6, dtype=np.int32), NONE, 6, NONE, NONE, ((1, 2, 4),))  # an image of 8 patches
 
 
 def group(number, rewards, lengths=(3, 1, 4, 1), capability="text", images=(), version=0):
@@ -29,7 +32,7 @@ def group(number, rewards, lengths=(3, 1, 4, 1), capability="text", images=(), v
     scores = [Score(reward, float(reward > 0.5), float(reward > 0), str(reward), reward == 0.9) for reward in rewards]
     centred = np.float32(rewards) - np.float32(rewards).mean()
     problem = Problem(str(number), f"question {number}", "1", images, capability=capability)
-    return Group(Example(problem, None, None), samples, [f"r{i}" for i in range(G)], scores, centred)
+    return Group(Example(problem, PROMPT, None), samples, [f"r{i}" for i in range(G)], scores, centred)
 
 
 def drawer(*batches):
@@ -168,6 +171,7 @@ def _kept(kept, values):
 def test_shown_groups_are_plain_records_with_images_from_the_work_directory(rollout, tmp_path):
     groups = [group(7, [0.0, 0.1, 0.9, 1.0], images=(str(tmp_path / "data" / "a.png"),)), *rollout.groups]
     lines = Rollout(groups, 5, 0).shown(2, tmp_path / "run")
+    assert [line["prompt_tokens"] for line in lines] == [6, 6] and lines[0]["image_patches"] == [8]
     assert [line["id"] for line in lines] == ["7", "0"] and lines[0]["images"] == ["../data/a.png"]
     assert json.loads(json.dumps(lines)) == lines
     samples = lines[0]["samples"]

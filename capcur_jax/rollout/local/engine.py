@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +25,9 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.rollout.engine import Health, Sample, Sampling
 from capcur_jax.rollout.local import slots as slots_lib
+from capcur_jax.rollout.local.places import LOOK, Places
 from capcur_jax.rollout.local.slots import Slots
 
-_LOOK = 256  # steps after which the host looks at the slots even if none is needed, for `health`
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -115,8 +114,8 @@ class LocalEngine:
         them would meet in a prefill."""
         self.buckets.check([PromptSize.of(prompt) for prompt in prompts], self.work(n, sampling).prompts)
         call = _Call(self, sampling, prompts, n, seed, images)
-        while distributed.agree(call.unfinished()):
-            while distributed.agree(call.worthwhile()):
+        while distributed.agree(call.places.unfinished()):
+            while distributed.agree(call.places.worthwhile()):
                 call.admit()
             call.decode()
             self._health = call.collect()
@@ -126,7 +125,7 @@ class LocalEngine:
         """(token, log-prob) of one response, each as soon as it is decoded: what `generate` of this prompt gives."""
         call = _Call(self, sampling, [prompt], 1, seed, None)
         call.admit()
-        (row,) = np.flatnonzero(call.running >= 0)
+        (row,) = np.flatnonzero(call.places.running >= 0)
         for step in range(sampling.max_new_tokens):
             call.decode(until=step + 1)
             tokens, logprobs, done = map(sharding.fetch_rows, (call.slots.tokens, call.slots.logprobs, call.slots.done))
@@ -241,53 +240,31 @@ class _Call:
     ):
         self._engine, self._work, self._prompts, self._n = engine, engine.work(n, sampling), prompts, n
         self._images = any(prompt.grids for prompt in prompts) if images is None else images
-        # Prompts of like length meet in a prefill, which is as long as its longest; answers come in the prompts' order.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].patches), len(prompts[i])), reverse=True)
-        self._seed, self._waiting = np.uint32(seed % 2**32), deque(order)
+        rows, each = self._work.rows, self._work.prompts
+        self.places = Places([PromptSize.of(prompt) for prompt in prompts], n, engine.shards, rows, each)
+        self._seed = np.uint32(seed % 2**32)
         # A response's number seeds it. Numbers run through the prompts of process 0, then of process 1, and so on.
         counts = distributed.exchange(np.array([len(prompts)])).reshape(-1)
         self._first = n * int(counts[: jax.process_index()].sum())
-        self.running = np.full((engine.shards, self._work.rows), -1)  # the response in each slot, of this process's
         self._samples: dict[int, Sample] = {}
         self._started, self._tokens, self._clock = time.perf_counter(), 0, 0
         self.slots: Slots = self._work.empty(engine.parameters)
-
-    def unfinished(self) -> bool:
-        """Whether responses are decoded or wait."""
-        return bool(self._waiting) or bool((self.running >= 0).any())
 
     def groups(self) -> list[list[Sample]]:
         """All samples, in the prompts' order."""
         return [[self._samples[prompt * self._n + i] for i in range(self._n)] for prompt in range(len(self._prompts))]
 
-    def room(self) -> int:
-        """Waiting prompts that free slots can take now."""
-        free = (self.running < 0).sum(1) // self._n
-        return min(len(self._waiting), int(np.minimum(free, self._work.prompts).sum()))
-
-    def worthwhile(self) -> bool:
-        """Whether a device row has room for as many prompts as a prefill takes, or for all waiting ones."""
-        return bool(self._waiting) and int((self.running < 0).sum(1).max()) >= self._wanted()
-
-    def _wanted(self) -> int:
-        return self._n * min(self._work.prompts, len(self._waiting))
-
     def admit(self) -> None:
-        """Prefills as many as there is room for, each on the device row that has the most free slots."""
+        """Prefills as many as there is room for."""
         engine, n, each = self._engine, self._n, self._work.prompts
-        parts: list[list[Prompt]] = [[] for _ in range(engine.shards)]
         places = np.full((engine.shards, each, n), self._work.rows, np.int32)  # past the last: nobody
         numbers = np.zeros((engine.shards, each, n), np.uint32)
-        for _ in range(self.room()):
-            free = (self.running < 0).sum(1)
-            free[[len(part) == each for part in parts]] = 0
-            shard = int(free.argmax())
-            prompt, row = self._waiting.popleft(), len(parts[shard])
-            responses = prompt * n + np.arange(n)
-            places[shard, row] = np.flatnonzero(self.running[shard] < 0)[:n]
-            numbers[shard, row] = self._first + responses
-            self.running[shard, places[shard, row]] = responses
-            parts[shard].append(self._prompts[prompt])
+        admitted = self.places.admit()
+        for shard, part in enumerate(admitted):
+            for row, (prompt, slots) in enumerate(part):
+                places[shard, row] = slots
+                numbers[shard, row] = self._first + prompt * n + np.arange(n)
+        parts = [[self._prompts[prompt] for prompt, _ in part] for part in admitted]
         arrays = self._collated(parts, each), places.reshape(-1, n), numbers.reshape(-1, n)
         self.slots = self._work.admit(engine.parameters, self.slots, *sharding.put(engine.mesh, arrays))
 
@@ -303,29 +280,30 @@ class _Call:
     def decode(self, until: int | None = None) -> None:
         """Steps until free slots are worth giving away, or the clock is `until`."""
         work, wanted = self._work, np.full(self._engine.shards, _NEVER, np.int32)
-        if self._waiting:
-            wanted[:] = self._wanted()
-        limits = sharding.put(self._engine.mesh, wanted), np.int32(self._clock + _LOOK if until is None else until)
+        if self.places.waiting:
+            wanted[:] = self.places.wanted()
+        limits = sharding.put(self._engine.mesh, wanted), np.int32(self._clock + LOOK if until is None else until)
         self.slots = work.decode(self._engine.parameters, self.slots, self._seed, *limits)
 
     def collect(self) -> Health:
         """Takes the responses that have ended out of their slots."""
-        version, shape = self._engine.health().version, self.running.shape
+        version, running = self._engine.health().version, self.places.running
+        shape = running.shape
         slots, self._clock = self.slots, int(self.slots.clock)
         done, lengths = (sharding.fetch_rows(x).reshape(shape) for x in (slots.done, slots.lengths))
-        ended = np.argwhere(done & (self.running >= 0))
+        ended = np.argwhere(done & (running >= 0))
         if len(ended):
             tokens, logprobs = (sharding.fetch_rows(x).reshape(*shape, -1) for x in (slots.tokens, slots.logprobs))
         for shard, row in ended:
             own = slice(lengths[shard, row])
             drawn = tokens[shard, row, own].copy(), logprobs[shard, row, own].copy()
             finish = "stop" if drawn[0][-1] in self._engine.processor.end_tokens else "length"
-            self._samples[int(self.running[shard, row])] = Sample.whole(*drawn, finish, version)
-            self.running[shard, row] = -1
+            self._samples[int(running[shard, row])] = Sample.whole(*drawn, finish, version)
+            running[shard, row] = -1
             self._tokens += len(drawn[0])
-        running = self.running >= 0
-        rate = (self._tokens + int(lengths[running].sum())) / (time.perf_counter() - self._started)
-        return Health(version, int(running.sum()), self._n * len(self._waiting), rate)
+        busy = running >= 0
+        rate = (self._tokens + int(lengths[busy].sum())) / (time.perf_counter() - self._started)
+        return Health(version, int(busy.sum()), self._n * len(self.places.waiting), rate)
 
 
 def _nobody(processor: Processor) -> Prompt:

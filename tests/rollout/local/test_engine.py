@@ -297,10 +297,10 @@ def test_no_response_waits_for_the_longest(model, processor, biased, prompts):
     many = [prompts[i % 6] for i in range(20)]
     call = local._Call(engine, WARM, many, 1, 5, None)
     most = 0
-    while call.unfinished():
-        while call.room():
+    while call.places.unfinished():
+        while call.places.room():
             call.admit()
-        most = max(most, int((call.running >= 0).sum()))
+        most = max(most, int((call.places.running >= 0).sum()))
         call.decode()
         health = call.collect()
     lengths = [len(sample.tokens) for group in call.groups() for sample in group]
@@ -314,7 +314,7 @@ def test_no_response_waits_for_the_longest(model, processor, biased, prompts):
 
 def test_more_steps_than_the_host_waits_for_lose_nothing(engine, prompts, monkeypatch):
     whole = engine.generate(prompts, WARM, G, seed=2)
-    monkeypatch.setattr(local, "_LOOK", 3)
+    monkeypatch.setattr(local, "LOOK", 3)
     assert_as_before(engine.generate(prompts, WARM, G, seed=2), whole)
 
 

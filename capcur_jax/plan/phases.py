@@ -1,0 +1,303 @@
+"""The phases of a step at given lengths: how often their programs run, what they compute and move, how long that
+takes at the rates of plan/rates.py, and what bounds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from capcur_jax import policy
+from capcur_jax.learner import packing
+from capcur_jax.models.batching import BatchShape
+from capcur_jax.plan import flops, rates, work
+from capcur_jax.plan.lengths import Group
+from capcur_jax.plan.programs import Program, Variant
+from capcur_jax.plan.rates import HOST, Kernel, Rates
+from capcur_jax.plan.topologies import Chip
+
+TRAINER = ("old", "reference", "gradient", "optimizer")
+_PROGRAMS = {"old": "old log-probs", "reference": "reference log-probs", "gradient": "gradient"}
+
+
+@dataclasses.dataclass
+class Phase:
+    """Counts are of a step and of all devices, bytes of one device."""
+
+    phase: str
+    runs: int
+    seconds_by: dict[str, float]  # kind of work -> seconds
+    tokens: tuple[int, int] = (0, 0)  # computed, and real ones among them
+    patches: tuple[int, int] = (0, 0)
+    flops: float = 0.0
+    bytes_a_turn: int = 0  # that the compiled loop reads and writes
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.seconds_by.values())
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        bound = max(self.seconds_by, key=self.seconds_by.__getitem__) if self.seconds else ""
+        pairs = {name: dict(zip(("computed", "real"), getattr(self, name), strict=True)) for name in _PAIRS}
+        return dataclasses.asdict(self) | pairs | {"seconds": self.seconds, "bound_by": bound}
+
+
+_PAIRS = ("tokens", "patches")
+
+
+class Step:
+    """A step of a variant on devices of one kind; programs are traced at the shapes that occur.
+
+    Args:
+        measured: the variant's programs by name, as estimate.measure has them.
+        devices: of the topology; the trainer's are those of the variant's mesh.
+    """
+
+    def __init__(
+        self, config: ConfigDict, variant: Variant, measured: Mapping[str, Any], rate: Rates, chip: Chip, devices: int
+    ):
+        self._config, self._variant, self._measured, self._rates, self._chip = config, variant, measured, rate, chip
+        self._devices, self._trainers = devices, variant.mesh.size
+        self._programs = {program.name: program for program in variant.programs}
+        self._shards = variant.mesh.shape["data"] * variant.mesh.shape["fsdp"]
+        self._known = variant.layout.processor.config
+        shapes, counts = variant.shapes, variant.layout.counts
+        rows = sum(n * (x - 1) for n, x in zip(counts, shapes["tokens of a response"], strict=True))
+        self._largest = shapes["prompts of a gradient"] * (shapes["tokens of a prompt"] + rows)  # as compiled
+        self._counts = functools.cache(_counts)
+        self._vision_counts: dict[tuple[Any, int], np.ndarray] = {}
+
+    def of(self, groups: Sequence[Group]) -> tuple[list[Phase], dict[str, Any]]:
+        """The phases, and the step's figures. Raises InputError where lengths fit no declared shape."""
+        micros = list(work.updates(groups, self._variant.layout))
+        useful, sampled = work.useful(groups), None
+        phases: list[Phase] = []
+        if self._variant.slots[0]:
+            rows, each = self._variant.slots
+            buckets = self._variant.layout.buckets
+            sampled = work.sampled(groups, buckets, self._shards, rows, each, self._variant.images)
+            phases += [self._prefill(sampled, useful), self._decode(sampled, useful)]
+        elif self._variant.layout.sampled:
+            phases += self._served(groups, useful, micros[0][0])
+        flat = [micro for update in micros for micro in update]
+        for phase, name in _PROGRAMS.items():
+            if name in self._programs:
+                passed = [micro for update in micros[1:] for micro in update] if phase == "old" else flat
+                phases.append(self._pass(phase, self._programs[name], passed))
+        phases += [self._optimizer(len(micros)), self._weights(), self._host(flat, useful)]
+        return phases, self._figures(phases, flat, useful, sampled)
+
+    # ------------------------------------------------------------------ trainer
+
+    def _pass(self, phase: str, program: Program, micros: Sequence[work.Micro]) -> Phase:
+        rate, measured = self._rates, self._measured[program.name]
+        kernels = measured["kernels"]
+        cudnn = any("fmha" in kernel for kernel in kernels)
+        exposed = rate.exposed_gradient if phase == "gradient" else rate.exposed
+        by: dict[str, float] = dict.fromkeys(
+            ("layers", "attention", "vision layers", "vision attention", "sends", "launch"), 0.0
+        )
+        total, repeats = 0.0, (np.ones(2), np.ones(2))
+        if phase == "gradient":  # how many forward passes it is worth depends on no shape
+            shapes = micros[0].shape, micros[0].lengths
+            both = zip(self._split(program.at, *shapes), self._split(self._variant.forward, *shapes), strict=True)
+            repeats = tuple(np.divide(all_, one, out=np.ones(2), where=one > 0) for all_, one in both)
+        for micro in micros:
+            once = self._split(self._variant.forward, micro.shape, micro.lengths)
+            text, vision = (one * times for one, times in zip(once, repeats, strict=True))
+            total += text.sum() + vision.sum()
+            whole = micro.tokens() // self._shards % 8 == 0
+            by["layers"] += text[0] / self._trainers / (rate.linear if whole else rate.ragged)
+            pairs = micro.pairs(cudnn) * work.pair_flops(self._known)
+            by["attention"] += self._attended(pairs, repeats[0][1], rate.attention)
+            by["vision layers"] += vision[0] / self._trainers / rate.vision
+            by["vision attention"] += self._seen(once[1][1], repeats[1][1], kernels)
+            # Sums of activations have nothing to hide behind, and there are more of them in a larger batch.
+            split = self._variant.mesh.shape["tensor"] > 1
+            share = micro.tokens() / self._largest if split else exposed
+            by["sends"] += measured["sent_bytes"] * share / rate.link
+            by["launch"] += rate.launch
+        slots = _total(micros)
+        tokens = int(slots[1]), int(slots[0])
+        return Phase(phase, len(micros), by, tokens, (int(slots[4]), int(slots[3])), float(total))
+
+    def _attended(self, forward: float, repeats: float, kernel: Kernel) -> float:
+        """Seconds of attention whose plain form is traced `repeats` times: once in a forward pass, twice more where it
+        is gone through backwards."""
+        backward = repeats > 1.5
+        forwards = repeats - 2 if backward else 1.0
+        seconds = forwards / kernel.forward + (rates.BACKWARD / kernel.backward if backward else 0.0)
+        return forward / self._trainers * seconds
+
+    def _seen(self, forward: float, repeats: float, kernels: tuple[str, ...]) -> float:
+        if not forward:
+            return 0.0
+        kernel, dim = rates.images(self._rates, kernels), self._known.vision.head_dim
+        return self._attended(forward * (-(-dim // kernel.heads) * kernel.heads / dim), repeats, kernel)
+
+    def _split(self, at: Any, shape: BatchShape, *slabs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """FLOPs (linear, attention) of the decoder and of the vision tower."""
+        text = self._counts(at, shape._replace(patch_rows=0), *slabs)
+        if not shape.patch_rows:
+            return text, np.zeros(2)
+        if (at, shape.patch_rows) not in self._vision_counts:  # the tower sees nothing of the text
+            self._vision_counts[at, shape.patch_rows] = self._counts(at, shape, *slabs) - text
+        return text, self._vision_counts[at, shape.patch_rows]
+
+    def _optimizer(self, updates: int) -> Phase:
+        measured = self._measured["update"]
+        moved = measured["arguments_bytes"] + measured["outputs_bytes"]
+        return Phase("optimizer", updates, {"memory": updates * moved / self._rates.memory})
+
+    # ------------------------------------------------------------------ local sampler
+
+    def _prefill(self, sampled: work.Sampled, useful: work.Useful) -> Phase:
+        rate, program = self._rates, self._programs["prefill"]
+        measured, slots = self._measured["prefill"], 0
+        by = dict.fromkeys(("layers", "attention", "vision layers", "vision attention", "sends", "launch", "host"), 0.0)
+        total, tokens = 0.0, 0
+        for shape in sampled.admissions:
+            text, vision = self._split(program.at, shape)
+            total += text.sum() + vision.sum()
+            tokens, slots = tokens + shape.prompts * shape.tokens, slots + self._patches(shape)
+            layers = text[0] / self._trainers / rate.linear
+            pairs = shape.prompts * shape.tokens**2 / 2 * work.pair_flops(self._known)
+            attention = self._attended(pairs, 1.0, rate.attention)
+            by["layers"] += layers
+            by["attention"] += attention
+            by["vision layers"] += vision[0] / self._trainers / rate.vision
+            by["vision attention"] += self._seen(vision[1], 1.0, measured["kernels"])
+            by["sends"] += max(measured["sent_bytes"] / rate.link - layers - attention, 0.0)
+            by["launch"] += rate.launch
+            by["host"] += self._arrays(shape) / HOST.arrays
+        patches = slots, useful.patches
+        return Phase("prefill", len(sampled.admissions), by, (tokens, useful.prompts), patches, float(total))
+
+    def _decode(self, sampled: work.Sampled, useful: work.Useful) -> Phase:
+        rate, measured = self._rates, self._measured["decoding"]
+        turns, steps = self._programs["decoding"].turns, sampled.steps
+        computing = measured["flops"] / turns / self._trainers / rate.linear
+        local = max(measured["moved_bytes_a_turn"] / rate.memory, computing)
+        sends = measured["sent_bytes"] / turns / rate.link + measured["collectives_a_turn"] * rate.gather
+        beside = min(rate.hidden * (local + rate.turn), sends)
+        by = {
+            "memory" if local > computing else "layers": steps * local,
+            "launch": steps * rate.turn,
+            "sends": steps * (sends - beside),
+            "cache in and out": sampled.calls * measured["moved_bytes"] / rates.transposed(rate),
+        }
+        tokens, bytes_a_turn = (steps * sampled.slots, useful.responses), int(measured["moved_bytes_a_turn"])
+        return Phase("decode", steps, by, tokens, flops=measured["flops"] / turns * steps, bytes_a_turn=bytes_a_turn)
+
+    # ------------------------------------------------------------------ servers
+
+    def _served(self, groups: Sequence[Group], useful: work.Useful, micro: work.Micro) -> list[Phase]:
+        """A model of servers; none of their programs is compiled here."""
+        text = self._known.text
+        devices = self._devices if self._config.rollout.sglang.colocate else self._devices - self._trainers
+        prompts = np.array([size.tokens for size, _ in groups])[:, None]
+        rows = np.array([responses for _, responses in groups])
+        width = self._variant.weight_bytes // self._variant.parameters
+        cached = 2 * text.depth * text.kv_heads * text.head_dim * width
+        waits = len(groups) / devices > HOST.server_prompts
+        steps = int(rows.max() * (HOST.server_waves if waits else 1))
+        read = ((prompts + rows / 2) * rows).sum() * cached / devices
+        decoded = {
+            "memory": steps * self._variant.weight_bytes / self._rates.memory
+            + read / (self._chip.bandwidth * HOST.server_memory),
+            "launch": steps * HOST.server_step + HOST.server_start,
+        }
+        linear = work.linear_flops(self._known, useful._replace(tokens=useful.prompts, responses=len(groups)))
+        total = linear + self._vision(useful, micro)
+        prefilled = {"layers": total / devices / (self._rates.linear * HOST.server_prefill)}
+        return [
+            Phase("prefill", len(groups), prefilled, (useful.prompts,) * 2, (useful.patches,) * 2, total),
+            Phase("decode", steps, decoded, (useful.responses,) * 2),
+        ]
+
+    # ------------------------------------------------------------------ the rest
+
+    def _weights(self) -> Phase:
+        config, size, by = self._config, self._variant.weight_bytes, {}
+        if policy.engine_kind(config).in_process:
+            if config.rollout.gathered and self._variant.layout.sampled:
+                by["sends"] = size * (1 - 1 / self._shards) / self._rates.link
+        elif self._variant.layout.sampled:
+            by["host"] = size / HOST.served
+            if config.rollout.sglang.colocate:
+                by["swap"] = 2 * self._variant.state_bytes / HOST.offload
+        return Phase("weights", int(bool(by)), by)
+
+    def _host(self, micros: Sequence[work.Micro], useful: work.Useful) -> Phase:
+        by = {"arrays": sum(self._arrays(micro.shape) for micro in micros) / HOST.arrays}
+        if self._variant.layout.sampled:
+            responses = sum(micro.shape.prompts * sum(micro.counts) for micro in micros)
+            by["grading"] = responses / (HOST.graded * max(self._config.reward.workers, 1))
+        return Phase("host", len(micros), by)
+
+    def _arrays(self, shape: BatchShape) -> int:
+        """Bytes of a batch of prompts as the host makes it."""
+        layout = self._variant.layout
+        blank = layout.buckets.blank(shape, self._known, layout.processor.pad_token)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(blank))
+
+    def _patches(self, shape: BatchShape) -> int:
+        return shape.patch_rows * self._variant.layout.buckets.patch_row
+
+    def _forward(self, useful: work.Useful, micro: work.Micro) -> float:
+        """FLOPs of one forward pass of real tokens and patches; the vision tower's by those traced for a batch."""
+        total = work.linear_flops(self._known, useful) + useful.pairs * work.pair_flops(self._known)
+        return total + self._vision(useful, micro)
+
+    def _vision(self, useful: work.Useful, micro: work.Micro) -> float:
+        if not micro.shape.patch_rows:
+            return 0.0
+        linear, attention = self._split(self._variant.forward, micro.shape, micro.lengths)[1]
+        slots, row = self._patches(micro.shape), self._variant.layout.buckets.patch_row
+        return useful.patches * linear / slots + useful.patch_pairs * attention / (slots * row)
+
+    def _figures(
+        self, phases: Sequence[Phase], micros: Sequence[work.Micro], useful: work.Useful, sampled: work.Sampled | None
+    ) -> dict[str, Any]:
+        """What a plan ends with, in seconds a step."""
+        layout, config = self._variant.layout, self._config
+        took = {phase.phase: phase.seconds for phase in phases}
+        rollout = took.get("prefill", 0.0) + took.get("decode", 0.0)
+        trainer = sum(took.get(name, 0.0) for name in TRAINER)
+        parts = [rollout, trainer + took["host"]]
+        ahead = layout.sampled and not policy.engine_kind(config).in_process and config.rollout.async_steps > 0
+        step = (max(parts) if ahead else sum(parts)) + took["weights"]
+        # Of each real token: forwards and backwards of the gradient, and the passes that the objective asks for.
+        passes = 3 + layout.reference + layout.old + layout.sampled
+        text = self._known.text
+        parameters = work.layer_parameters(self._known) + 2 * text.width * text.vocabulary
+        shares = packing.shares(_total(micros))
+        return {
+            "step_seconds": step,
+            "rollout_seconds": rollout,
+            "trainer_seconds": trainer,
+            "weights_seconds": took["weights"],
+            "host_seconds": took["host"],
+            "mfu": passes * self._forward(useful, micros[0]) / (step * self._devices * self._chip.flops),
+            "mfu_easyr1": 6 * parameters * useful.full / (took["gradient"] * self._trainers * self._chip.flops),
+            "padding_text": shares["token_padding"],
+            "padding_patches": shares.get("patch_padding", 0.0),
+            "decode_steps": next((phase.runs for phase in phases if phase.phase == "decode"), 0),
+            "admissions": len(sampled.admissions) if sampled else 0,
+        }
+
+
+def _counts(at: Any, shape: BatchShape, *slabs: Any) -> np.ndarray:
+    """FLOPs (linear, attention) of a program at a shape."""
+    jaxpr = at(shape, *slabs).jaxpr
+    return np.array([flops.jaxpr_flops(jaxpr, kind=kind) for kind in ("linear", "attention")], float)
+
+
+def _total(micros: Sequence[work.Micro]) -> np.ndarray:
+    return sum((micro.slots for micro in micros), np.zeros(len(packing.SLOTS), np.int64))
