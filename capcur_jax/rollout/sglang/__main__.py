@@ -81,9 +81,9 @@ async def _serve(settings: Settings, config, options: argparse.Namespace) -> int
             return 0
         start.result()
         addresses = "".join(f"'{server.client.address}'," for server in servers)
-        print(f'healthy: --config.rollout.engine=sglang --{WHERE}.addresses="({addresses})"', flush=True)
         if options.register:
             write_atomically(options.register / f"{options.host}.txt", addresses.encode())
+        print(f'healthy: --config.rollout.engine=sglang --{WHERE}.addresses="({addresses})"', flush=True)
         while not stopped.done():
             await asyncio.wait({stopped}, timeout=1.0)
             if fleet.lost:
