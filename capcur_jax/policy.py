@@ -86,6 +86,7 @@ class EngineKind(NamedTuple):
     missing: lists what the engine needs and this machine lacks, one line each.
     in_process: it samples from the trainer's own parameters, with nothing to send.
     shares_devices: whether the trainer and it take turns on the same devices.
+    dtype: in which it computes.
     """
 
     open: Callable[[ConfigDict, QwenVL, Policy, Path], Engine]
@@ -93,6 +94,7 @@ class EngineKind(NamedTuple):
     missing: Callable[[ConfigDict], list[str]]
     in_process: bool
     shares_devices: Callable[[ConfigDict], bool]
+    dtype: Callable[[ConfigDict], str]
 
 
 def engine_kind(config: ConfigDict) -> EngineKind:
@@ -133,8 +135,17 @@ def _sglang(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path) ->
 
 
 ENGINES = {
-    "local": EngineKind(_local, _check_local, lambda config: [], True, lambda config: False),
-    "sglang": EngineKind(_sglang, needs.check, needs.missing, False, lambda config: config.rollout.sglang.colocate),
+    "local": EngineKind(
+        _local, _check_local, lambda config: [], True, lambda config: False, lambda config: config.model.dtype
+    ),
+    "sglang": EngineKind(
+        _sglang,
+        needs.check,
+        needs.missing,
+        False,
+        lambda config: config.rollout.sglang.colocate,
+        lambda config: config.rollout.sglang.dtype,
+    ),
 }
 
 

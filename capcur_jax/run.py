@@ -198,7 +198,7 @@ class Run:
             "checkpoint": digest or f"step {at.step} of {self.workdir}, seed {config.seed}",
             "step": at.step,
             "engine": config.rollout.engine,
-            "dtype": config.model.dtype,
+            "dtype": policy.engine_kind(config).dtype(config),
             "seed": config.seed,
             "reward": config.reward.function or "accuracy",
             "versions": self._versions(),

@@ -21,13 +21,14 @@ def code(notebook) -> list:
 
 
 def kinds(notebook) -> list[list[str]]:
-    """What each cell gives: texts, pictures, errors."""
+    """What each cell gives: texts, pictures, errors. In how many pieces a text comes is chance."""
     found = []
     for cell in code(notebook):
-        found.append([])
+        given = []
         for output in cell.outputs:
             data = "+".join(sorted(output.get("data", {})))
-            found[-1].append(" ".join(filter(None, (output.output_type, output.get("name"), data))))
+            given.append(" ".join(filter(None, (output.output_type, output.get("name"), data))))
+        found.append([kind for kind, _ in itertools.groupby(given)])
     return found
 
 

@@ -107,7 +107,7 @@ class Checkpoint:
         self.settings: dict[str, Any] = {
             "engine": config.rollout.engine,
             "checkpoint": fingerprint(directory),
-            "dtype": config.model.dtype,
+            "dtype": policy.engine_kind(config).dtype(config),
             "seed": config.seed,
             **local.seen(self.processor),
         }

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from capcur_jax.data import identity
 from capcur_jax.data.sets import Sets
 from capcur_jax.devices import distributed
+from capcur_jax.policy import engine_kind
 from capcur_jax.records import jsonl, metrics
 
 Results = list[dict[str, Any]]
@@ -52,7 +53,8 @@ def key(config: ConfigDict, sets: Sets) -> str:
         for name in names:
             del settings[section][name]
     seed = config.seed if config.evaluation.temperature else 0
-    known = {"read": read, "settings": settings, "seed": seed, "commit": metrics.versions()["commit"]}
+    dtype = engine_kind(config).dtype(config)  # servers have one of their own
+    known = {"read": read, "settings": settings, "seed": seed, "dtype": dtype, "commit": metrics.versions()["commit"]}
     return hashlib.sha256(jsonl.to_json(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

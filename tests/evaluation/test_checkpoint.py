@@ -80,6 +80,11 @@ def test_what_does_not_fit_or_can_not_be_read_fails_alone(checkpoint, config, tm
 def test_settings_name_what_answers_depend_on(checkpoint, untied_checkpoint, config, tmp_path):
     opened = Checkpoint(checkpoint, config, GREEDY, tmp_path).settings
     assert opened["max_pixels"] == 1024 and opened["engine"] == "local" and len(opened["checkpoint"]) == 16
+    assert opened["dtype"] == config.model.dtype == "float32"
+    served = config.copy_and_resolve_references().unlock()
+    served.rollout.engine, served.rollout.sglang.addresses = "sglang", ("http://a:1",)
+    made = Checkpoint(checkpoint, served, GREEDY, tmp_path).settings
+    assert (made["engine"], made["dtype"]) == ("sglang", "bfloat16"), "servers compute in rollout.sglang.dtype"
     assert opened["checkpoint"] != Checkpoint(untied_checkpoint, config, GREEDY, tmp_path).settings["checkpoint"]
     with pytest.raises(InputError, match=r"config\.json"):
         Checkpoint(tmp_path, config, GREEDY, tmp_path)

@@ -64,6 +64,13 @@ def test_a_key_changes_with_what_the_answers_depend_on(setting, changes, same):
     assert (kept.key(*setting()) == kept.key(*setting(**changes))) is same
 
 
+def test_the_dtype_is_that_of_what_answers(setting):
+    served = {"rollout.engine": "sglang", "rollout.sglang.dtype": "float32"}
+    assert kept.key(*setting(**served)) != kept.key(*setting(**served | {"rollout.sglang.dtype": "bfloat16"}))
+    assert kept.key(*setting(**served)) == kept.key(*setting(**served, **{"rollout.sglang.servers": 2}))
+    assert kept.key(*setting()) == kept.key(*setting(**{"rollout.sglang.dtype": "float32"}))
+
+
 def test_another_checkpoint_and_other_questions_are_asked_anew(setting, untied_checkpoint, sets, tmp_path):
     usual = kept.key(*setting())
     assert kept.key(*setting(checkpoint=str(untied_checkpoint))) != usual

@@ -65,7 +65,8 @@ def test_mistakes_are_said(start, arguments, words):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_each_of_them_once(start, tmp_path, number):
     process = start("2", "--stay", f"--workdir={tmp_path}")
-    assert process.stdout.readline() and until(lambda: (tmp_path / "process-1.log").exists())
+    log = tmp_path / "process-1.log"
+    assert process.stdout.readline() and until(lambda: log.exists() and log.read_text())  # both hear signals
     os.killpg(process.pid, number)  # as a terminal does
     assert process.communicate(timeout=60)[0].splitlines().count("saved") == 1 and process.returncode == 130
     assert (tmp_path / "process-1.log").read_text().endswith("saved\n")

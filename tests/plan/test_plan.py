@@ -155,9 +155,8 @@ def program(size: int, **values):
     """x @ x of [size, size] float32, one run."""
     array = jax.ShapeDtypeStruct((size, size), jnp.float32)
     trace = lambda: jax.jit(lambda x: x @ x).trace(array)  # noqa: E731
-    return SimpleNamespace(
-        trace=trace, **({"name": "square", "times": 1, "given": 0, "resident": 0, "turns": 0} | values)
-    )
+    known = {"trace": trace, "name": "square", "times": 1, "given": 0, "resident": 0, "turns": 0}
+    return SimpleNamespace(**(known | values))
 
 
 def test_what_fits_with_what_lies_there_and_the_headroom():
