@@ -55,7 +55,7 @@ class Run:
         self.display = types.SimpleNamespace(**{n: lambda *a, n=n: self.shown.append((n, *a)) for n in names})
         self.checkpoints = types.SimpleNamespace(close=lambda: self.closed.append("checkpoints"))
         self.recorder = types.SimpleNamespace(
-            steps=[step(n) for n in (1, 2, 4)], skipped=4,
+            steps=[step(n) for n in (1, 2, 4)], validations=[], skipped=4,
             evaluations=[*evaluations("base", (0.25, 0.5), 0.0), *evaluations("text", (0.5, 0.75))],
             write=self.written.append, evaluation=lambda *given: self.evaluated.append(given),
             complete=lambda: self.recorder.steps.extend(self.pending),
