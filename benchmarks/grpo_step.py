@@ -53,7 +53,7 @@ _STEPS = flags.DEFINE_integer("steps", 5, "Steps in a round.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Rounds that count, after one that warms up.")
 _ROWS = flags.DEFINE_integer("trl_rows", 20, "Sequences in TRL's micro-batches.")
 _CHECKPOINTING = flags.DEFINE_bool("trl_checkpointing", True, "TRL computes activations again backwards, its default.")
-_MICRO = flags.DEFINE_integer("micro_prompts", 0, "Ours: config.packing.micro_prompts; TRL's 20 sequences are 4.")
+_ROW = flags.DEFINE_integer("row", 0, "Ours: tokens of a packed row; 0: as long as all groups together.")
 _SERVE = flags.DEFINE_string("serve", "", "Our side of one case, for the process that compares.")
 CASES = {  # of each: the KL's coefficient, updates on one set of responses
     "policy": {"beta": 0.0, "updates": 1},
@@ -90,7 +90,7 @@ def write_inputs(directory: Path) -> dict[str, Any]:
         "completions": [[*random.integers(low, high, n - 1).tolist(), end] for n in lengths],
         "rewards": random.random(PROMPTS * GROUP).tolist(),
         "learning_rate": 1e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8,
-        "max_gradient_norm": 1.0, "clip_low": 0.2, "clip_high": 0.3, "micro_prompts": _MICRO.value,
+        "max_gradient_norm": 1.0, "clip_low": 0.2, "clip_high": 0.3, "row": _ROW.value,
     }  # fmt: skip
 
 

@@ -32,7 +32,11 @@ LAPTOP_LEARNING_RATE = 5e-5  # at 1e-4 the visual stage forgets what the first t
 LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
+_ROWS = "groups of a mini-batch are packed into device rows of few lengths: declare these in config.packing.lengths"
 DELETED = {
+    "packing.buckets": _ROWS,
+    "packing.slabs": _ROWS,
+    "packing.micro_prompts": _ROWS,
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
     "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
 }
@@ -176,9 +180,11 @@ def defaults() -> ConfigDict:
                 "dynamic_retries": 0,
             },
             "packing": {
-                "micro_prompts": 0,  # prompts of a device row whose gradient is taken at once; 0: an update's
-                "slabs": (),  # rows of a group that share a length, shortest first, such as (3, 2); (): all
-                "buckets": (),  # the preset's: declared lengths, one for each slab
+                # The preset's: declared lengths of a device row of tokens, which holds whole groups. A mini-batch takes
+                # those that hold it with the fewest tokens, one for each micro-batch. On accelerators multiples of 128.
+                "lengths": (),
+                "groups": 0,  # the preset's: groups of such a row at most
+                "patch_rows": (),  # the preset's: declared numbers of rows of prompt.patch_row patches beside it
             },
             "reward": {
                 "accuracy_weight": 0.9,  # times 1 for a right answer
@@ -279,7 +285,7 @@ def laptop() -> ConfigDict:
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"micro_prompts": 8, "buckets": ((16,), (20,), (32,), (48,))})
+    config.packing.update({"lengths": (640, 768, 896), "groups": 8, "patch_rows": (4, 8)})
     config.evaluation.counterfactual = 200
     return config
 
@@ -306,13 +312,7 @@ def _paper(architecture: str) -> ConfigDict:
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "slots": 192})
-    config.packing.update(
-        {
-            "micro_prompts": 1,  # 2 need 34 GiB of a device on v6e-16, 40 on 8 x H200
-            "slabs": (3, 2),
-            "buckets": ((256, 512), (448, 640), (640, 896), (896, 1280), (1280, 2048), (2048, 2048)),
-        }
-    )
+    config.packing.update({"lengths": (13_312, 14_336, 16_384), "groups": 16, "patch_rows": (2, 3, 4)})
     config.objective.updates_per_batch = 4
     config.reference.dtype = "bfloat16"
     config.checkpointing.update({"every": 10})

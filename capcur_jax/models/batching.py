@@ -172,14 +172,7 @@ class Buckets:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
         (B, T, J), P, vision = shape, self.patch_row, None
         if J:
-            vision = VisionBatch(
-                patches=np.zeros((J, P, config.vision.patch_values), np.float32),
-                table_index=np.zeros((J, P, 4), np.int32) if config.vision.table_size else None,
-                table_weight=np.zeros((J, P, 4), np.float32) if config.vision.table_size else None,
-                coordinates=np.zeros((J, P, 2), np.int32),
-                segments=np.zeros((J, P), np.int32),
-                windows=np.zeros((J, P), np.int32) if config.vision.window else None,
-            )
+            vision = blank_vision(J, P, config.vision)
         return PromptBatch(
             tokens=np.full((B, T), pad, np.int32),
             lengths=np.ones(B, np.int32),
@@ -209,7 +202,7 @@ class Buckets:
         batch = self.blank(shape, config, pad)
         if not prompts:
             return batch
-        packer = _Packer(batch.vision, config.vision, shape.patch_rows // shards)
+        packer = ImagePacker(batch.vision, config.vision, shape.patch_rows // shards)
         each = shape.prompts // shards
         for shard, part in enumerate(_parts(prompts, shape.prompts, shards)):
             places = iter(place_images([PromptSize.of(prompt).images for prompt in part], self.patch_row))
@@ -229,6 +222,19 @@ class Buckets:
         return batch
 
 
+def blank_vision(rows: int, length: int, config: VisionConfig) -> VisionBatch:
+    """So many rows of so many patches with nothing in them (numpy)."""
+    J, P = rows, length
+    return VisionBatch(
+        patches=np.zeros((J, P, config.patch_values), np.float32),
+        table_index=np.zeros((J, P, 4), np.int32) if config.table_size else None,
+        table_weight=np.zeros((J, P, 4), np.float32) if config.table_size else None,
+        coordinates=np.zeros((J, P, 2), np.int32),
+        segments=np.zeros((J, P), np.int32),
+        windows=np.zeros((J, P), np.int32) if config.window else None,
+    )
+
+
 def _parts(items: Sequence[Any], rows: int, shards: int) -> Iterator[Sequence[Any]]:
     """What each of `shards` equal parts of `rows` rows holds of its own; a part that gets nothing has the last item."""
     each = rows // shards
@@ -236,7 +242,7 @@ def _parts(items: Sequence[Any], rows: int, shards: int) -> Iterator[Sequence[An
         yield items[at : at + each] or items[-1:]
 
 
-class _Packer:
+class ImagePacker:
     """Writes images into the rows of a vision batch, in window order; each frame of each image is an attention segment
     of its own, and so is each of its windows."""
 
