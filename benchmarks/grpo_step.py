@@ -53,7 +53,7 @@ _STEPS = flags.DEFINE_integer("steps", 5, "Steps in a round.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Rounds that count, after one that warms up.")
 _ROWS = flags.DEFINE_integer("trl_rows", 20, "Sequences in TRL's micro-batches.")
 _CHECKPOINTING = flags.DEFINE_bool("trl_checkpointing", True, "TRL computes activations again backwards, its default.")
-_ROW = flags.DEFINE_integer("row", 0, "Ours: tokens of a packed row; 0: as long as all groups together.")
+_ROW = flags.DEFINE_integer("row", 0, "Ours: tokens of a packed row; 0: the preset's.")
 _SERVE = flags.DEFINE_string("serve", "", "Our side of one case, for the process that compares.")
 CASES = {  # of each: the KL's coefficient, updates on one set of responses
     "policy": {"beta": 0.0, "updates": 1},
@@ -103,7 +103,8 @@ def configured(record: dict[str, Any]) -> ConfigDict:
             "clip_dual": 0.0, "advantage_epsilon": 1e-4, "updates_per_batch": record["updates"],
         }
     )  # fmt: skip
-    config.packing.micro_prompts = record["micro_prompts"]
+    if record["row"]:
+        config.packing.lengths = (record["row"],)
     for key in ("weight_decay", "beta1", "beta2", "epsilon", "max_gradient_norm"):
         config.optimizer[key] = record[key]
     return config
@@ -149,7 +150,7 @@ def serve(path: str) -> None:
             done = {"seconds": time.perf_counter() - started}
             done["losses"], done["norms"] = ([float(r[name]) for r in results] for name in ("loss", "grad_norm"))
             print(json.dumps(done), flush=True)
-        counts = packing.slots([batch for mini in batched for batch in mini])
+        counts = sum(micro.slots() for mini in batched for micro in mini)
         print(json.dumps({"peak": resident("VmHWM"), **packing.shares(counts)}), flush=True)
 
 
@@ -214,7 +215,7 @@ def compare(name: str, record: dict[str, Any], directory: Path) -> dict[str, Any
     return {
         "case": name,
         **CASES[name],
-        "micro_prompts": _MICRO.value,
+        "row": _ROW.value,
         "tokens": tokens,
         "sides": {s: summary(v, tokens) for s, v in sides.items()},
     }

@@ -184,7 +184,8 @@ def defaults() -> ConfigDict:
                 # those that hold it with the fewest tokens, one for each micro-batch. On accelerators multiples of 128.
                 "lengths": (),
                 "groups": 0,  # the preset's: groups of such a row at most
-                "patch_rows": (),  # the preset's: declared numbers of rows of prompt.patch_row patches beside it
+                # The preset's: declared patches of such a row's images, (rows, patches of a row) of each, rising.
+                "patch_buckets": (),
             },
             "reward": {
                 "accuracy_weight": 0.9,  # times 1 for a right answer
@@ -285,7 +286,7 @@ def laptop() -> ConfigDict:
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (640, 768, 896), "groups": 8, "patch_rows": (4, 8)})
+    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((10, 64),)})
     config.evaluation.counterfactual = 200
     return config
 
@@ -312,7 +313,13 @@ def _paper(architecture: str) -> ConfigDict:
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "slots": 192})
-    config.packing.update({"lengths": (13_312, 14_336, 16_384), "groups": 16, "patch_rows": (2, 3, 4)})
+    config.packing.update(
+        {
+            "lengths": (9216, 11_264, 13_312, 15_360),
+            "groups": 16,
+            "patch_buckets": tuple((1, patches) for patches in (6144, 8192, 10_240, 12_288, 16_384, 20_480)),
+        }
+    )
     config.objective.updates_per_batch = 4
     config.reference.dtype = "bfloat16"
     config.checkpointing.update({"every": 10})

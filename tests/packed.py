@@ -22,12 +22,10 @@ def packed(
         Item(prompt, [Row(np.asarray(row), 1.0) for row in responses[b * G : (b + 1) * G]])
         for b, prompt in enumerate(prompts)
     ]
-    shape = RowShape(
-        sum(item.tokens for item in items) + 5,
-        rows_of(place_images([PromptSize.of(prompt).images for prompt in prompts], patch_row)),
-    )
+    rows = rows_of(place_images([PromptSize.of(prompt).images for prompt in prompts], patch_row))
+    shape = RowShape(sum(item.tokens for item in items) + 5, rows, patch_row)
     bounds = Bounds(len(prompts), G, max(map(len, prompts)), max(tokens))
-    return collate([items], shape, bounds, patch_row, processor.config, processor.pad_token, sampled=False).rows
+    return collate([items], shape, bounds, processor.config, processor.pad_token, sampled=False).rows
 
 
 def of_responses(x: jax.Array, batch: PackedBatch) -> jax.Array:

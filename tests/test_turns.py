@@ -22,7 +22,7 @@ def small(steps):
     with config.unlocked():
         config.rollout.update({"max_new_tokens": 8, "group": 2, "slots": 4, "prefill": 2})
         config.prompt.update({"token_buckets": (96,)})
-        config.packing.update({"lengths": (320,), "groups": 4, "patch_rows": (4,)})
+        config.packing.update({"lengths": (320,), "groups": 4, "patch_buckets": ((4, 64),)})
         config.evaluation.update({"questions": 2, "blind": False})
         config.log.tensorboard = False
         config.checkpointing.every = 1

@@ -23,7 +23,7 @@ SETTINGS = {
     "rollout.max_new_tokens": 8,
     "packing.lengths": (160, 320),
     "packing.groups": 4,
-    "packing.patch_rows": (4,),
+    "packing.patch_buckets": ((4, 64),),
     "rollout.group": 3,
     "rollout.slots": 12,
     "evaluation.questions": 12,

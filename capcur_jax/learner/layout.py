@@ -12,7 +12,7 @@ from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives, packing
 from capcur_jax.learner.packing import Bounds, Item, RowShape, UpdateBatch
-from capcur_jax.models.batching import Buckets, PromptSize, assign_rows, rounded_up, rows_of
+from capcur_jax.models.batching import Buckets, PromptSize, place_images, rounded_up, rows_of
 from capcur_jax.models.inputs import Processor
 from capcur_jax.schedule import Stage
 
@@ -32,7 +32,7 @@ class Layout:
     updates: int  # in a step
     shards: int  # device rows of this process
     lengths: tuple[int, ...]  # declared, of packed rows; rising
-    patch_rows: tuple[int, ...]  # declared, beside a packed row; rising; (0,): no image comes
+    patches: tuple[tuple[int, int], ...]  # declared, beside a packed row: rows and their length, rising
     bounds: Bounds
     old: bool  # whether the old policy's log-probs are needed
     reference: bool  # whether the reference policy's are
@@ -67,10 +67,10 @@ class Layout:
             config.packing.groups, config.rollout.group if sampled else 1, rounded_up(longest, _NEARLY),
             rounded_up(config.rollout.max_new_tokens, _NEARLY),
         )  # fmt: skip
-        patch_rows = tuple(sorted(set(config.packing.patch_rows))) if images else (0,)
+        patches = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
         layout = cls(
             buckets, processor, mesh, images, sampled, updates, sharding.local_row_shards(mesh),
-            tuple(sorted(set(config.packing.lengths))), patch_rows, bounds,
+            tuple(sorted(set(config.packing.lengths))), patches, bounds,
             old=sampled and updates > 1, reference=sampled and needs_reference(config),
         )  # fmt: skip
         layout._check(longest + config.rollout.max_new_tokens, sizes)
@@ -87,12 +87,21 @@ class Layout:
         accelerated = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform != "cpu"
         if accelerated and (odd := [length for length in self.lengths if length % _TILE]):
             raise InputError(f"config.packing.lengths: {odd} are no multiples of {_TILE}, as accelerators want it")
-        most = max((rows_of(assign_rows(size.images, self.buckets.patch_row)) for size in sizes), default=0)
-        if most > max(self.patch_rows, default=0):
-            raise InputError(
-                f"config.packing.patch_rows = {self.patch_rows}: a prompt's images need {most} rows of "
-                f"config.prompt.patch_row = {self.buckets.patch_row} patches; declare as many"
-            )
+        for size in sizes:
+            if self.bucket([size.images]) == len(self.patches):
+                raise InputError(
+                    f"config.packing.patch_buckets = {self.patches}: none holds a prompt's images of {size.images} "
+                    "patches; declare a larger one"
+                )
+
+    def bucket(self, images: Sequence[Sequence[int]]) -> int:
+        """The number of the smallest declared rows of patches that hold the images of such prompts, given as patches of
+        each; as many as there are where none does."""
+        largest = max((size for each in images for size in each), default=0)
+        for number, (rows, length) in enumerate(self.patches):
+            if not largest or (largest <= length and rows_of(place_images(images, length)) <= rows):
+                return number
+        return len(self.patches)
 
     @property
     def scores(self) -> bool:
@@ -101,7 +110,7 @@ class Layout:
 
     def shapes(self) -> list[RowShape]:
         """Those that a micro-batch can take."""
-        return [RowShape(length, count) for length in self.lengths for count in self.patch_rows]
+        return [RowShape(length, *patches) for length in self.lengths for patches in self.patches]
 
     def blanks(self, *, passes: bool) -> Iterator[UpdateBatch]:
         """An abstract batch of each shape; `passes`: as the score pass sees it, else as the gradient does, with old and
@@ -111,18 +120,13 @@ class Layout:
     def blank(self, shape: RowShape, *, passes: bool) -> UpdateBatch:
         """One of them."""
         extra = {} if passes else {"old": self.old, "reference": self.reference}
-        made = packing.blank(
-            self.shards, shape, self.bounds, self.buckets.patch_row, self.processor.config, sampled=self.sampled,
-            **extra,
-        )  # fmt: skip
+        made = packing.blank(self.shards, shape, self.bounds, self.processor.config, sampled=self.sampled, **extra)
         return sharding.abstract(self.mesh, made)
 
     def collate(self, rows: Sequence[Sequence[Item]], shape: RowShape) -> UpdateBatch:
         """The batch of these items, a row for each device row of this process (numpy)."""
         known = self.processor
-        return packing.collate(
-            rows, shape, self.bounds, self.buckets.patch_row, known.config, known.pad_token, sampled=self.sampled
-        )
+        return packing.collate(rows, shape, self.bounds, known.config, known.pad_token, sampled=self.sampled)
 
 
 def needs_reference(config: ConfigDict) -> bool:

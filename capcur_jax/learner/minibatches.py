@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from capcur_jax.devices import distributed
 from capcur_jax.learner import bins, objectives, packing
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.packing import Item, Row, RowShape, UpdateBatch
-from capcur_jax.models.batching import PromptSize, place_images, rows_of
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Prompt
 from capcur_jax.rollout.engine import Sample
 
@@ -47,7 +48,7 @@ class Micro:
 
     def slots(self) -> np.ndarray:
         """See packing.slots; of this process."""
-        return packing.slots(self.rows, self.shape, self.layout.buckets.patch_row)
+        return packing.slots(self.rows, self.shape)
 
 
 def minibatches(items: Sequence[Item], layout: Layout, config: ConfigDict) -> list[list[Micro]]:
@@ -65,26 +66,26 @@ def packed(items: Sequence[Item], layout: Layout) -> list[Micro]:
     parts = [part for item in items for part in item.parts(max(layout.lengths))]
     images = [PromptSize.of(part.prompt).images for part in parts]
 
-    def patch_rows(members: Sequence[int]) -> int:
-        return rows_of(place_images([images[i] for i in members], layout.buckets.patch_row))
+    def bucket(members: Sequence[int]) -> int:
+        return layout.bucket([images[i] for i in members])
 
-    sizes, most = [part.tokens for part in parts], max(layout.patch_rows)
-    patches = sum(map(sum, images)) // max(most * layout.buckets.patch_row, 1)
+    sizes, most = [part.tokens for part in parts], len(layout.patches)
+    patches = sum(map(sum, images)) // max(math.prod(layout.patches[-1]), 1)
     fewest = max(-(-len(parts) // layout.bounds.groups), patches, 1)
     needed, least = distributed.exchange(-(-np.array([sum(sizes), fewest]) // layout.shards)).max(0).tolist()
     rooms, filled = [], None
     for lengths in bins.sums(layout.lengths, needed, least):  # without an end: each item has room in a row of its own
         rooms = [length for length in lengths for _ in range(layout.shards)]
-        filled = bins.fill(sizes, rooms, layout.bounds.groups, lambda members: patch_rows(members) <= most)
+        filled = bins.fill(sizes, rooms, layout.bounds.groups, lambda members: bucket(members) < most)
         if distributed.exchange(np.array(filled is not None)).all():
             break
     # Rows with many images share a micro-batch.
-    order = sorted(range(len(rooms)), key=lambda b: (-rooms[b], -patch_rows(filled[b]), b))
+    order = sorted(range(len(rooms)), key=lambda b: (-rooms[b], -bucket(filled[b]), b))
     batches = [order[at : at + layout.shards] for at in range(0, len(order), layout.shards)]
-    needs = np.array([max(patch_rows(filled[b]) for b in batch) for batch in batches])
+    needs = np.array([max(bucket(filled[b]) for b in batch) for batch in batches])
     shapes = [
-        RowShape(rooms[batch[0]], min(count for count in layout.patch_rows if count >= need))
-        for batch, need in zip(batches, distributed.exchange(needs).max(0).tolist(), strict=True)
+        RowShape(rooms[batch[0]], *layout.patches[number])
+        for batch, number in zip(batches, distributed.exchange(needs).max(0).tolist(), strict=True)
     ]
     return [
         Micro(layout, shape, [[parts[i] for i in filled[b]] for b in batch])

@@ -96,10 +96,11 @@ class Item(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """Of each device row of a micro-batch: tokens, and rows of patches (0: no vision arrays)."""
+    """Of each device row of a micro-batch: tokens, and rows of patches with their length (0: no vision arrays)."""
 
     length: int
-    patch_rows: int
+    patch_rows: int = 0
+    patches: int = 0
 
 
 class Bounds(NamedTuple):
@@ -118,7 +119,6 @@ def blank(
     rows: int,
     shape: RowShape,
     bounds: Bounds,
-    patch_row: int,
     known: ModelConfig,
     pad: int = 0,
     *,
@@ -134,7 +134,7 @@ def blank(
             tokens=np.full((rows, length), pad, np.int32),
             positions=np.zeros((rows, 3, length), np.int32),
             visual_index=np.full((rows, length), -1, np.int32),
-            vision=blank_vision(rows * shape.patch_rows, patch_row, known.vision) if shape.patch_rows else None,
+            vision=blank_vision(rows * shape.patch_rows, shape.patches, known.vision) if shape.patch_rows else None,
             places=Places(*(np.zeros((rows, n), np.int32) for n in (B, B, R, R))),
             prompt=bounds.prompt,
             response=bounds.response,
@@ -154,18 +154,17 @@ def collate(
     rows: Sequence[Sequence[Item]],
     shape: RowShape,
     bounds: Bounds,
-    patch_row: int,
     known: ModelConfig,
     pad: int,
     *,
     sampled: bool,
 ) -> UpdateBatch:
     """The packed rows of these items as numpy arrays; each row's items lie in it in their order."""
-    batch = blank(len(rows), shape, bounds, patch_row, known, pad, sampled=sampled)
+    batch = blank(len(rows), shape, bounds, known, pad, sampled=sampled)
     packed, responses, G = batch.rows, batch.responses, bounds.group
     packer = ImagePacker(packed.vision, known.vision, shape.patch_rows)
     for a, items in enumerate(rows):
-        images = iter(place_images([PromptSize.of(item.prompt).images for item in items], patch_row))
+        images = iter(place_images([PromptSize.of(item.prompt).images for item in items], shape.patches))
         packer.start(a)
         at = 0
         for b, (prompt, members, _) in enumerate(items):
@@ -196,11 +195,11 @@ def collate(
 SLOTS = ("real", "computed", "full", "patches", "patch_slots")
 
 
-def slots(rows: Sequence[Sequence[Item]], shape: RowShape, patch_row: int) -> np.ndarray:
+def slots(rows: Sequence[Sequence[Item]], shape: RowShape) -> np.ndarray:
     """Counts of a micro-batch in the order of SLOTS: real tokens, each prompt once; token slots computed; tokens of
     full sequences, each response with its prompt in front; real patches; patch slots."""
     counts = np.zeros(len(SLOTS), np.int64)
-    counts[1], counts[4] = len(rows) * shape.length, len(rows) * shape.patch_rows * patch_row
+    counts[1], counts[4] = len(rows) * shape.length, len(rows) * shape.patch_rows * shape.patches
     for item in (item for row in rows for item in row):
         prompt, size = PromptSize.of(item.prompt), item.tokens
         once = not item.again

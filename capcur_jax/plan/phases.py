@@ -71,7 +71,7 @@ class Step:
         self._known = variant.layout.processor.config
         self._largest = variant.layout.shards * max(variant.layout.lengths)  # tokens, as compiled
         self._counts = functools.cache(_counts)
-        self._vision_counts: dict[tuple[Any, int], np.ndarray] = {}
+        self._vision_counts: dict[tuple[Any, ...], np.ndarray] = {}
 
     def of(self, groups: Sequence[Group]) -> tuple[list[Phase], dict[str, Any]]:
         """The phases, and the step's figures. Raises InputError where lengths fit no declared shape."""
@@ -145,9 +145,10 @@ class Step:
         text = self._counts(at, shape._replace(patch_rows=0))
         if not shape.patch_rows:
             return text, np.zeros(2)
-        if (at, shape.patch_rows) not in self._vision_counts:  # the tower sees nothing of the text
-            self._vision_counts[at, shape.patch_rows] = self._counts(at, shape) - text
-        return text, self._vision_counts[at, shape.patch_rows]
+        key = at, shape.patch_rows, getattr(shape, "patches", 0)
+        if key not in self._vision_counts:  # the tower sees nothing of the text
+            self._vision_counts[key] = self._counts(at, shape) - text
+        return text, self._vision_counts[key]
 
     def _optimizer(self, updates: int) -> Phase:
         measured = self._measured["update"]
@@ -258,7 +259,7 @@ class Step:
         if not micro.shape.patch_rows:
             return 0.0
         linear, attention = self._split(self._variant.forward, micro.shape)[1]
-        row = self._variant.layout.buckets.patch_row
+        row = micro.shape.patches
         slots = len(micro.rows) * micro.shape.patch_rows * row
         return useful.patches * linear / slots + useful.patch_pairs * attention / (slots * row)
 

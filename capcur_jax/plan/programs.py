@@ -195,7 +195,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         "updates of a step": layout.updates,
         "packed rows of a gradient": sharding.row_shards(mesh),
         "tokens of a packed row": shape.length,
-        "patches of a packed row": shape.patch_rows * buckets.patch_row,
+        "patches of a packed row": shape.patch_rows * shape.patches,
         "prompts of a packed row": layout.bounds.groups,
         "responses of a prompt": layout.bounds.group,
         "tokens of a prompt": layout.bounds.prompt,

@@ -92,8 +92,8 @@ def plain(prompts, tokens, processor):
 def packed(processor, *rows: list[Item], sampled: bool = True, **bounds: int) -> UpdateBatch:
     """Packed rows of these items."""
     bounds = Bounds(**{"groups": 2, "group": G, "prompt": 64, "response": T} | bounds)
-    shape, known = RowShape(160, 2), processor.config
-    return collate(rows, shape, bounds, 96, known, processor.pad_token, sampled=sampled)
+    shape, known = RowShape(160, 2, 96), processor.config
+    return collate(rows, shape, bounds, known, processor.pad_token, sampled=sampled)
 
 
 @pytest.fixture(scope="package")

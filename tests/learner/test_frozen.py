@@ -172,7 +172,7 @@ def test_a_program_compiles_once_for_a_shape(learner, parts, batch, processor):
                 sums = learner.accumulate(state.trained, rest, sums, micro)
             state, sums, _ = learner.apply(state, sums, np.float32(rate))
         assert counter.count == 0
-        other = blank(1, RowShape(192, 2), Bounds(2, G, 64, T), 96, processor.config, sampled=True)
+        other = blank(1, RowShape(192, 2, 96), Bounds(2, G, 64, T), processor.config, sampled=True)
         for _ in range(2):
             learner.score.compile(state.trained, rest, other)
         assert counter.count == 1

@@ -28,9 +28,9 @@ from tests.learner.conftest import relative_differences, replaced
 G, LIMIT, RATE = 3, 8, 1e-3
 BUCKETS = Buckets((96,), 64, (2.0,))
 PACKINGS = {  # few shapes: each is a program to compile
-    "one micro-batch": {"lengths": (320,), "groups": 4, "patch_rows": (6,)},
-    "several": {"lengths": (112, 128), "groups": 2, "patch_rows": (6,)},
-    "groups in parts": {"lengths": (80,), "groups": 2, "patch_rows": (1, 3)},
+    "one micro-batch": {"lengths": (320,), "groups": 4, "patch_buckets": ((6, 64),)},
+    "several": {"lengths": (112, 128), "groups": 2, "patch_buckets": ((6, 64),)},
+    "groups in parts": {"lengths": (80,), "groups": 2, "patch_buckets": ((1, 64), (3, 64))},
 }
 WEIGHTINGS = list(itertools.product(("token", "sequence", "constant"), (False, True)))
 
@@ -235,7 +235,7 @@ def _spans(places):
 
 def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
     """Trainer.step against its parts: both passes come before any update, each micro-batch gets its own."""
-    layout = scene.layout({"lengths": (192,), "groups": 2, "patch_rows": (6,)}, updates=2)
+    layout = scene.layout({"lengths": (192,), "groups": 2, "patch_buckets": ((6, 64),)}, updates=2)
     batched = minibatches(scene.items(), layout, scene.config)
     assert [len(mini) for mini in batched] == [1, 1] and layout.old and layout.reference and layout.scores
     learner, mesh = scene.learner, scene.mesh
@@ -284,7 +284,9 @@ def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoin
     learner = Learner(graph, parameters, config=config, **kinds)
     trained, frozen = learner.split(parameters)
     trainer = Trainer(learner, scene.mesh, learner.start(trained), frozen)
-    layout = scene._replace(config=config).layout({"lengths": (192,), "groups": 2, "patch_rows": (6,)}, updates=2)
+    layout = scene._replace(config=config).layout(
+        {"lengths": (192,), "groups": 2, "patch_buckets": ((6, 64),)}, updates=2
+    )
     batched = minibatches(scene.items(), layout, config)
     trainer.sums = learner.zeros(trainer.state.trained, frozen, next(layout.blanks(passes=False)))
     first, second = jax.device_get(trainer.step(batched, layout.old, [RATE, RATE]))
@@ -296,10 +298,13 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
         return jax.tree.structure(batch), [(leaf.shape, np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(batch)]
 
     random = np.random.default_rng(0)
-    for packing in (*PACKINGS.values(), {"lengths": (80, 96, 128), "groups": 1, "patch_rows": (1, 2, 4)}):
+    for packing in (
+        *PACKINGS.values(),
+        {"lengths": (80, 96, 128), "groups": 1, "patch_buckets": ((1, 64), (1, 80), (4, 64))},
+    ):
         layout, seen = scene.layout(packing), []
         known = [signature(batch) for batch in layout.blanks(passes=True)]
-        assert len(known) == len(packing["lengths"]) * len(packing["patch_rows"])
+        assert len(known) == len(packing["lengths"]) * len(packing["patch_buckets"])
         for _ in range(8):
             order = random.integers(0, 4, 4).tolist()
             for mini in minibatches(scene.items(order=order), layout, scene.config):
@@ -312,7 +317,7 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
 
 def test_targets_have_one_response_and_no_advantage(scene):
     config = copy.deepcopy(scene.config)
-    config.packing.update({"lengths": (112, 128), "groups": 3, "patch_rows": (6,)})
+    config.packing.update({"lengths": (112, 128), "groups": 3, "patch_buckets": ((6, 64),)})
     config.stages.perception.objective = "sft"
     (stage,) = schedule.stages(config)
     layout = Layout.of(stage, config, BUCKETS, scene.processor, scene.mesh, images=True)
@@ -331,7 +336,11 @@ def test_targets_have_one_response_and_no_advantage(scene):
     [
         ({}, 3, r"config\.stages\.perception\.prompts = 4 can't be split into 3 equal updates.*updates_per_batch"),
         ({"lengths": (40, 48)}, 1, r"config\.packing\.lengths = \(40, 48\): the longest must hold .* \d+ tokens"),
-        ({"patch_rows": ()}, 1, r"config\.packing\.patch_rows = \(\): a prompt's images need 1 rows .*patch_row = 64"),
+        (
+            {"patch_buckets": ((1, 8),)},
+            1,
+            r"config\.packing\.patch_buckets = \(\(1, 8\),\): none holds .* patches; declare",
+        ),
     ],
 )
 def test_what_can_t_be_packed_names_its_key(scene, packing, updates, message):

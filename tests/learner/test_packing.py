@@ -10,8 +10,6 @@ from capcur_jax.learner import packing
 from capcur_jax.learner.packing import Bounds, Item, Row, RowShape, blank, collate
 from capcur_jax.models.inputs import Processor
 
-PATCH_ROW = 64
-
 
 def row(length, start, weight=1.0):
     tokens = np.arange(length) + start
@@ -39,8 +37,8 @@ def items(processor, make_image):
 BOUNDS = Bounds(groups=3, group=3, prompt=64, response=8)
 
 
-def collated(processor, rows, shape=RowShape(160, 1), sampled=True):  # noqa: B008 - a tuple
-    return collate(rows, shape, BOUNDS, PATCH_ROW, processor.config, processor.pad_token, sampled=sampled)
+def collated(processor, rows, shape=RowShape(160, 1, 64), sampled=True):  # noqa: B008 - a tuple
+    return collate(rows, shape, BOUNDS, processor.config, processor.pad_token, sampled=sampled)
 
 
 def test_a_row_has_its_groups_one_behind_the_other(processor, items):
@@ -91,7 +89,7 @@ def test_what_an_objective_does_not_use_is_none(processor, items):
 
 def test_more_than_a_row_holds_is_an_error_and_never_cut(processor, items):
     with pytest.raises(ValueError):
-        collated(processor, [items], RowShape(40, 1))
+        collated(processor, [items], RowShape(40, 1, 64))
 
 
 @pytest.mark.parametrize("longest", [22, 24, 28, 200])
@@ -113,9 +111,9 @@ def test_a_group_longer_than_a_row_is_in_parts(items, longest):
 
 @pytest.mark.parametrize(("old", "reference"), [(False, False), (True, True), (False, True)])
 def test_a_blank_has_the_shape_of_what_is_packed(processor, items, old, reference):
-    shape = RowShape(160, 1)
+    shape = RowShape(160, 1, 64)
     packed = collated(processor, [items])
-    empty = blank(1, shape, BOUNDS, PATCH_ROW, processor.config, sampled=True, old=old, reference=reference)
+    empty = blank(1, shape, BOUNDS, processor.config, sampled=True, old=old, reference=reference)
     assert jax.tree.structure(packed.rows) == jax.tree.structure(empty.rows)
     for a, b in zip(jax.tree.leaves(packed.rows), jax.tree.leaves(empty.rows), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -127,18 +125,18 @@ def test_a_blank_has_the_shape_of_what_is_packed(processor, items, old, referenc
         else:
             assert mine is None and (theirs is not None) == wanted
             assert theirs is None or theirs.shape[0] == 9
-    targets = blank(1, shape, BOUNDS, PATCH_ROW, processor.config, sampled=False).responses
+    targets = blank(1, shape, BOUNDS, processor.config, sampled=False).responses
     assert targets.advantages is targets.sampler_logprobs is None
 
 
 def test_slots_are_counted(items):
     lengths, responses = [len(item.prompt) for item in items], 17
     patches = len(items[0].prompt.patches)
-    one = np.array([sum(lengths) + responses, 2 * 160, responses + 3 * sum(lengths), patches, 2 * PATCH_ROW])
-    np.testing.assert_array_equal(packing.slots([items, []], RowShape(160, 1), PATCH_ROW), one)
+    one = np.array([sum(lengths) + responses, 2 * 160, responses + 3 * sum(lengths), patches, 2 * 64])
+    np.testing.assert_array_equal(packing.slots([items, []], RowShape(160, 1, 64)), one)
     # The prompt of a second part is not counted again.
     parts = [items[0]._replace(rows=items[0].rows[:2]), items[0]._replace(rows=items[0].rows[2:], again=True)]
-    two = packing.slots([parts, [items[1]]], RowShape(160, 1), PATCH_ROW)
+    two = packing.slots([parts, [items[1]]], RowShape(160, 1, 64))
     np.testing.assert_array_equal(two, one)
     shares, (real, computed, full) = packing.shares(one), one[:3]
     assert shares == pytest.approx(

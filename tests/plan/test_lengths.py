@@ -124,7 +124,7 @@ def test_useful_work_by_hand():
 
 def test_pairs_of_a_micro_batch_by_hand(paper):
     items = work.items_of([(PromptSize(10), [4, 2]), (PromptSize(6), [1])])
-    micro = Micro(None, RowShape(64, 0), [items[:1], items[1:]])
+    micro = Micro(None, RowShape(64), [items[:1], items[1:]])
     assert work.pairs(micro) == 50 + (40 + 8) + (20 + 2) + 18 + (6 + 0.5) and work.tokens(micro) == 128
     _, micros = paper_step(paper)
     assert sum(map(work.pairs, micros)) == pytest.approx(work.useful(paper).pairs)
