@@ -34,6 +34,7 @@ _CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in
     (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")) or find_library("cudnn")
 )
 _KERNELS = {"tpu": attention_tpu} | ({"cuda": attention_gpu} if _CUDA else {})
+_LENGTHS = 3  # of responses in packed rows, that the reference is compiled for
 _MASKED = np.float32(np.finfo(np.float32).min)
 
 
@@ -226,7 +227,39 @@ def _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Segments) -> jax.Array:
 def _gathered(
     q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed, causal: Callable, extend: Callable
 ) -> jax.Array:
-    """Tokens of packed rows in short padded rows for attention alone: prompts [A x B, S], responses [A x R, T]."""
+    """Tokens of packed rows in short padded rows for attention alone.
+
+    Most responses are far shorter than the longest allowed, and attention is quadratic: so it is compiled for a few
+    lengths of response, and at run time the shortest one that holds all of them is taken.
+    """
+    lengths = sorted({-(-layout.response * n // (_LENGTHS * 8)) * 8 for n in range(1, _LENGTHS + 1)})
+
+    def at(length):
+        return lambda q, k, v, places: _short_rows(q, k, v, Packed(places, layout.prompt, length), causal, extend)
+
+    def pull(length):
+        def back(q, k, v, places, gradient):
+            return jax.vjp(lambda *arrays: at(length)(*arrays, places), q, k, v)[1](gradient)
+
+        return back
+
+    def chosen(ways, q, k, v, places, *gradient):
+        longest = places.response_length.max()
+        number = sum((longest > length).astype(jnp.int32) for length in lengths[:-1])
+        return jax.lax.switch(number, [ways(length) for length in lengths], q, k, v, places, *gradient)
+
+    # A branch's own gradient: else each would keep for it what all of them need.
+    attended = jax.custom_vjp(functools.partial(chosen, at))
+    attended.defvjp(
+        lambda *arrays: (chosen(at, *arrays), arrays), lambda arrays, gradient: (*chosen(pull, *arrays, gradient), None)
+    )
+    return attended(q_AxLxNxH, k_AxLxKxH, v_AxLxKxH, layout.places)
+
+
+def _short_rows(
+    q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed, causal: Callable, extend: Callable
+) -> jax.Array:
+    """Prompts [A x B, S] and responses [A x R, T] by themselves, and back to the packed rows."""
     places, S, T = layout.places, layout.prompt, layout.response
     (A, B), R = places.prompt_start.shape, places.response_start.shape[1]
     out, back = _moves(layout, q_AxLxNxH.shape[1])

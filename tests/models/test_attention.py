@@ -125,11 +125,14 @@ def seen_in_packed_rows(places: Places, length: int) -> np.ndarray:
     return seen
 
 
-def test_packed_rows_see_their_prompt_and_their_own_response():
-    """Values and gradients of a softmax over a dense mask, in float64."""
+@pytest.mark.parametrize("longest", [16, 17, 38])
+def test_packed_rows_see_their_prompt_and_their_own_response(longest):
+    """Values and gradients of a softmax over a dense mask, in float64; one compiled length of responses is enough, the
+    next one is needed, the longest is."""
     q, k, v = heads(2, 128)
-    seen, real = seen_in_packed_rows(PLACES, 128), np.zeros((2, 128), bool)
-    for starts, lengths in (PLACES[:2], PLACES[2:]):
+    places = PLACES._replace(response_length=np.minimum(PLACES.response_length, longest))
+    seen, real = seen_in_packed_rows(places, 128), np.zeros((2, 128), bool)
+    for starts, lengths in (places[:2], places[2:]):
         for a, i in np.ndindex(starts.shape):
             real[a, starts[a, i] : starts[a, i] + lengths[a, i]] = True
 
@@ -144,7 +147,8 @@ def test_packed_rows_see_their_prompt_and_their_own_response():
         value = lambda *arrays: (function(*arrays) * weights).sum()  # noqa: E731
         return jnp.where(real[..., None, None], function(*arrays), 0), jax.grad(value, (0, 1, 2))(*arrays)
 
-    ours = jax.jit(functools.partial(both, functools.partial(attend, layout=ROWS, mesh=sharding.single())))
+    layout = ROWS._replace(places=Places(*(x.astype(np.int32) for x in places)))
+    ours = jax.jit(functools.partial(both, functools.partial(attend, layout=layout, mesh=sharding.single())))
     with jax.enable_x64(True):
         want = jax.device_get(both(dense, tuple(x.astype(jnp.float64) for x in (q, k, v))))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), ours((q, k, v)), want)
