@@ -31,7 +31,7 @@ _MIB = 2**20
 
 def cases():
     """Name -> (shapes of q, k, v and the layout's arrays, layout of those arrays, what to split over two devices)."""
-    from capcur_jax.models.attention import Cached, Causal, Extend, Segments
+    from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments
 
     G, T, S, N, K, H = 5, 2048, 2048, 32, 8, 128  # Qwen3-VL-8B's heads, a group of 5
 

@@ -187,19 +187,17 @@ def rows(sizes: Sizes) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from capcur_jax.models.packed import Longest
+    from capcur_jax.models.packed import Packed
 
     kernels, options = ways()
     text = config_of(sizes)
 
     def case(tokens):
-        places, pairs = drawn(tokens, sizes.longest if tokens == sizes.tokens else (tokens // 4, tokens // 8))
-        longest = Longest(int(places.prompt_length.max()), int(places.response_length.max()))
-        if tokens == sizes.tokens:
-            longest = Longest(*sizes.longest)  # what a run would compile for
+        longest = sizes.longest if tokens == sizes.tokens else (tokens // 4, tokens // 8)
+        places, pairs = drawn(tokens, longest)
         heads = [(1, tokens, n, text.head_dim) for n in (text.heads, text.kv_heads, text.kv_heads)]
-        tables = type(places)(*map(jnp.asarray, places))
-        return places, pairs, heads, lambda q, k, v: kernels.packed(q, k, v, tables, longest, **options)
+        layout = Packed(type(places)(*map(jnp.asarray, places)), *longest)
+        return places, pairs, heads, lambda q, k, v: kernels.packed(q, k, v, layout, **options)
 
     places, _, heads, ours = case(sizes.checked)
     seen = np.zeros((sizes.checked,) * 2, bool)
@@ -246,13 +244,13 @@ def layer(sizes: Sizes) -> dict[str, float]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from capcur_jax.models.packed import Longest
+    from capcur_jax.models.packed import Packed
     from capcur_jax.models.rope import text_angles
     from capcur_jax.models.text import DecoderLayer
 
     (kernels, options), text = ways(), config_of(sizes)
     places, pairs = drawn(sizes.layer, sizes.longest)
-    tables, longest = type(places)(*map(jnp.asarray, places)), Longest(*sizes.longest)
+    layout = Packed(type(places)(*map(jnp.asarray, places)), *sizes.longest)
     graph, parameters = nnx.split(DecoderLayer(text, jnp.bfloat16, jnp.bfloat16, nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters) if leaf.ndim > 1)
     angles = text_angles(jnp.broadcast_to(jnp.arange(sizes.layer), (3, 1, sizes.layer)), text)
@@ -260,7 +258,7 @@ def layer(sizes: Sizes) -> dict[str, float]:
     def forward(parameters, h):
         one = nnx.merge(graph, parameters)
         q, k, v = one.qkv(h, angles)
-        return one.finish(h, kernels.packed(q, k, v, tables, longest, **options))
+        return one.finish(h, kernels.packed(q, k, v, layout, **options))
 
     def gradient(parameters, h, of_out):
         out, pull = jax.vjp(forward, parameters, h)

@@ -25,10 +25,10 @@ import numpy as np
 
 
 class Places(NamedTuple):
-    """Where the groups of packed rows lie, in tokens of their row; int32. Response r is of prompt r // (R // B).
+    """Where groups lie in packed rows: each as one run [prompt | response 1 | response 2 | ...], one behind the other.
 
-    The responses of a group follow its prompt directly, one behind the other, and groups follow one another. An absent
-    group or response has length 0.
+    Response r of a row belongs to prompt r // (R // B) of the same row. A group or a response that is absent has length
+    0. All int32; B and R are those of a row.
     """
 
     prompt_start: jax.Array  # [A, B]
@@ -37,11 +37,12 @@ class Places(NamedTuple):
     response_length: jax.Array  # [A, R]
 
 
-class Longest(NamedTuple):
-    """Tokens that a prompt and a response have at most: kernels allot memory and steps by them."""
+class Packed(NamedTuple):
+    """Packed rows: each token sees its group's prompt and its own response, up to itself."""
 
-    prompt: int
-    response: int
+    places: Places
+    prompt: int  # a bound on the tokens of a prompt
+    response: int  # and of a response
 
 
 class Spans(NamedTuple):
@@ -76,10 +77,11 @@ class Kernel(NamedTuple):
 
 
 def packed(
-    kernel: Kernel, q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array, places: Places, longest: Longest
+    kernel: Kernel, q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array, layout: Packed
 ) -> jax.Array:
     """Each token of a group sees its prompt and its own response up to itself: [A, T, N, H], 0 at padding."""
     A, T = q_AxTxNxH.shape[:2]
+    places = layout.places
     B = places.prompt_start.shape[1]
     G = places.response_start.shape[1] // B
     base = T * jnp.arange(A, dtype=jnp.int32)[:, None]
@@ -94,10 +96,10 @@ def packed(
     responses = response_length.sum(-1)
     keys = jnp.where(responses > 0, prompt_length, 0)
     shared = Spans(*(x.reshape(-1) for x in (prompt + prompt_length, responses, prompt, keys)))
-    alone = min(max(longest), T)
+    alone = min(max(layout.prompt, layout.response), T)
     limits = (
         Limits(True, False, alone, alone),
-        Limits(False, True, min(G * longest.response, T), min(longest.prompt, T)),
+        Limits(False, True, min(G * layout.response, T), min(layout.prompt, T)),
     )
     return _rows(kernel, limits, (q_AxTxNxH, k_AxTxKxH, v_AxTxKxH), (own, shared))
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from capcur_jax.models import packed as packed_lib
-from capcur_jax.models.packed import Kernel, Limits, Longest, Places, Spans
+from capcur_jax.models.packed import Kernel, Limits, Packed, Spans
 
 _MOST_HEAD = 128  # the longest heads that cuDNN differentiates on every such card
 _PRIMITIVES = ("_dot_product_attention_fwd_p", "_dot_product_attention_bwd_p")
@@ -29,8 +29,7 @@ def packed(
     q_AxTxNxH: jax.Array,
     k_AxTxKxH: jax.Array,
     v_AxTxKxH: jax.Array,
-    places: Places,
-    longest: Longest,
+    layout: Packed,
     *,
     implementation: str = "cudnn",
 ) -> jax.Array:
@@ -38,7 +37,7 @@ def packed(
 
     `implementation`: "cudnn", or "xla" for the same calls in plain XLA, of any float type.
     """
-    return packed_lib.packed(_KERNELS[implementation], q_AxTxNxH, k_AxTxKxH, v_AxTxKxH, places, longest)
+    return packed_lib.packed(_KERNELS[implementation], q_AxTxNxH, k_AxTxKxH, v_AxTxKxH, layout)
 
 
 def segments(

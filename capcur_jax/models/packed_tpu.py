@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from capcur_jax.models import packed as packed_lib
-from capcur_jax.models.packed import Kernel, Limits, Longest, Places, Spans
+from capcur_jax.models.packed import Kernel, Limits, Packed, Spans
 
 _KERNELS = ("_splash_attention_forward", "_splash_attention_bwd_dq", "_splash_attention_bwd_dkv")
 _NOT_A_KEY, _NOT_A_QUERY = -1, -2  # segment ids that equal no other
@@ -29,13 +29,12 @@ def packed(
     q_AxTxNxH: jax.Array,
     k_AxTxKxH: jax.Array,
     v_AxTxKxH: jax.Array,
-    places: Places,
-    longest: Longest,
+    layout: Packed,
     *,
     interpret: bool = False,
 ) -> jax.Array:
     """Each token of a group sees its prompt and its own response up to itself: [A, T, N, H], 0 at padding."""
-    return packed_lib.packed(_kernel(interpret), q_AxTxNxH, k_AxTxKxH, v_AxTxKxH, places, longest)
+    return packed_lib.packed(_kernel(interpret), q_AxTxNxH, k_AxTxKxH, v_AxTxKxH, layout)
 
 
 def segments(
@@ -95,15 +94,15 @@ def seen(spans: Spans, causal: bool, tokens: int, block: int) -> jax.Array:
     return both & np.tril(np.ones(both.shape, bool)) if causal else both
 
 
-def block_map(seen_QxS: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def block_map(seen_blocks: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """For each row the numbers of its first `width` blocks, and whether there are so many: int32 [rows, width] each.
 
     Behind the last one it stays: nothing new is fetched there.
     """
-    count = seen_QxS.sum(-1, dtype=jnp.int32)[:, None]
+    count = seen_blocks.sum(-1, dtype=jnp.int32)[:, None]
     order = jnp.arange(width, dtype=jnp.int32)
     wanted = jnp.minimum(order, jnp.maximum(count - 1, 0))
-    found = (jnp.cumsum(seen_QxS, axis=-1, dtype=jnp.int32)[:, None] == wanted[..., None] + 1) & seen_QxS[:, None]
+    found = (jnp.cumsum(seen_blocks, axis=-1, dtype=jnp.int32)[:, None] == wanted[..., None] + 1) & seen_blocks[:, None]
     return jnp.argmax(found, axis=-1).astype(jnp.int32), (order < count).astype(jnp.int32)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from capcur_jax.models import packed_gpu, packed_tpu
 
 SHORTEST = 128  # tokens of rows that a kernel takes at once; scores of shorter rows are small and XLA's
+PLATFORMS = ("cuda", "tpu")
 _NAMES = {"cuda": "cuDNN's packed segments", "tpu": "splash, its blocks found at run time"}
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from capcur_jax.models import packed_gpu, packed_tpu
-from capcur_jax.models.packed import Limits, Longest, Places, Spans
+from capcur_jax.models.packed import Limits, Packed, Places, Spans
 
 GPU = {"implementation": "xla"}
 TPU = {"interpret": True}
 WAYS = {"gpu": (packed_gpu, GPU), "tpu": (packed_tpu, TPU)}
 TOKENS = 320  # of a row: two of them are five blocks of 128
-LONGEST = Longest(prompt=70, response=60)
+LONGEST = {"prompt": 70, "response": 60}
 
 
 def drawn(rng, rows=2, groups=3, responses=3, tokens=TOKENS):
@@ -30,10 +30,10 @@ def drawn(rng, rows=2, groups=3, responses=3, tokens=TOKENS):
             continue
         room = (tokens - own_start[row].max(initial=0) - 60) // (groups - group) - 1
         at = max((own_start[row] + own_length[row]).max(), (start[row] + length[row]).max())
-        start[row, group], length[row, group] = at, rng.integers(1, min(LONGEST.prompt, room // 2) + 1)
+        start[row, group], length[row, group] = at, rng.integers(1, min(LONGEST["prompt"], room // 2) + 1)
         at += length[row, group]
         for own in range(responses):
-            size = rng.integers(0, min(LONGEST.response, room // (2 * responses)) + 1)
+            size = rng.integers(0, min(LONGEST["response"], room // (2 * responses)) + 1)
             own_start[row, group, own], own_length[row, group, own] = (at, size) if size else (0, 0)
             at += size
         assert at <= tokens
@@ -85,7 +85,7 @@ def compare(ours, theirs, arrays, rng):
 def test_packed_rows_equal_a_dense_mask_in_values_and_gradients(way, seed):
     rng = np.random.default_rng(seed)
     places, (kernels, options) = drawn(rng), WAYS[way]
-    ours = functools.partial(kernels.packed, places=places, longest=LONGEST, **options)
+    ours = functools.partial(kernels.packed, layout=Packed(places, **LONGEST), **options)
     compare(ours, functools.partial(attention, mask=dense(places)), heads(rng, 2, TOKENS), rng)
 
 
@@ -107,7 +107,7 @@ def test_images_equal_a_dense_mask_in_values_and_gradients(way):
 def test_a_token_changes_its_own_group_alone(way):
     rng = np.random.default_rng(1)
     places, (kernels, options) = drawn(rng), WAYS[way]
-    function = jax.jit(functools.partial(kernels.packed, places=places, longest=LONGEST, **options))
+    function = jax.jit(functools.partial(kernels.packed, layout=Packed(places, **LONGEST), **options))
     q, k, v = heads(rng, 2, TOKENS)
     changed = places.prompt_start[0, 1]
     before, after = function(q, k, v), function(q, k.at[0, changed].add(1), v.at[0, changed].add(1))

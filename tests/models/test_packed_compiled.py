@@ -23,7 +23,7 @@ CODE = """if True:
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
     from capcur_jax.models import packed_gpu, packed_tpu
-    from capcur_jax.models.packed import Longest, Places
+    from capcur_jax.models.packed import Packed, Places
 
     kernels = packed_gpu if sys.argv[1].startswith("cuda") else packed_tpu
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
@@ -35,7 +35,7 @@ CODE = """if True:
         return jax.ShapeDtypeStruct((A, *shape), dtype, sharding=NamedSharding(mesh, own))
 
     def rows(q, k, v, *places):
-        return kernels.packed(q, k, v, Places(*places), Longest(2048, 2048))
+        return kernels.packed(q, k, v, Packed(Places(*places), 2048, 2048))
 
     def images(q, k, v, starts, lengths):
         return kernels.segments(q, k, v, starts, lengths, P)
