@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec as P
 from capcur_jax.axes import Array, Float, checked
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
-from capcur_jax.models import attention_gpu, attention_tpu, ways
+from capcur_jax.models import attention_gpu, attention_tpu
+from capcur_jax.models import ways as ways_lib
 from capcur_jax.models.packed import Packed, Places
 
 IMPLEMENTATIONS = ("auto", "xla")
@@ -114,12 +115,14 @@ def _kernels(q_AxTxNxH: jax.Array, layout: Layout) -> dict[str, Callable]:
     """
     P = q_AxTxNxH.shape[1]
     if isinstance(layout, Packed):
-        found = {platform: ways.of(platform, q_AxTxNxH.shape, q_AxTxNxH.dtype).kernels for platform in ways.PLATFORMS}
+        found = {
+            platform: ways_lib.of(platform, q_AxTxNxH.shape, q_AxTxNxH.dtype).kernels for platform in ways_lib.PLATFORMS
+        }
         return {
             platform: functools.partial(kernels.packed, layout=layout) for platform, kernels in found.items() if kernels
         }
     windows = isinstance(layout, Segments) and 0 < 3 * layout.reach < P
-    if q_AxTxNxH.dtype.itemsize != 2 or ways.SHORTEST > P or windows or isinstance(layout, Cached):
+    if q_AxTxNxH.dtype.itemsize != 2 or ways_lib.SHORTEST > P or windows or isinstance(layout, Cached):
         return {}
     if isinstance(layout, Causal):
         return {platform: kernels.causal for platform, kernels in _KERNELS.items()}
@@ -137,7 +140,7 @@ def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, 
         return _causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
     if isinstance(layout, Cached):
         return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.seen_CxS[:, None])
-    return _gathered(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, _causal, _extend)
+    return _gathered(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout)
 
 
 def _causal(q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array) -> jax.Array:
@@ -200,9 +203,7 @@ def _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Segments) -> jax.Array:
 # ---------------------------------------------------------------------- packed rows
 
 
-def _gathered(
-    q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed, causal: Callable, extend: Callable
-) -> jax.Array:
+def _gathered(q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed) -> jax.Array:
     """Tokens of packed rows in short padded rows for attention alone.
 
     Most responses are far shorter than the longest allowed, and attention is quadratic: so it is compiled for a few
@@ -211,7 +212,7 @@ def _gathered(
     lengths = sorted({-(-layout.response * n // (_LENGTHS * 8)) * 8 for n in range(1, _LENGTHS + 1)})
 
     def at(length):
-        return lambda q, k, v, places: _short_rows(q, k, v, Packed(places, layout.prompt, length), causal, extend)
+        return lambda q, k, v, places: _short_rows(q, k, v, Packed(places, layout.prompt, length))
 
     def pull(length):
         def back(q, k, v, places, gradient):
@@ -232,9 +233,7 @@ def _gathered(
     return attended(q_AxLxNxH, k_AxLxKxH, v_AxLxKxH, layout.places)
 
 
-def _short_rows(
-    q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed, causal: Callable, extend: Callable
-) -> jax.Array:
+def _short_rows(q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed) -> jax.Array:
     """Prompts [A x B, S] and responses [A x R, T] by themselves, and back to the packed rows."""
     places, S, T = layout.places, layout.prompt, layout.response
     (A, B), R = places.prompt_start.shape, places.response_start.shape[1]
@@ -246,8 +245,8 @@ def _short_rows(
         return x[:, : B * S].reshape(A * B, S, N, H), x[:, B * S :].reshape(A * R, T, N, H)
 
     (q_prompts, q), (k_prompts, k), (v_prompts, v) = map(rows, (q_AxLxNxH, k_AxLxKxH, v_AxLxKxH))
-    of_prompts = causal(q_prompts, k_prompts, v_prompts)
-    of_responses = extend(q, k, v, k_prompts, v_prompts, places.prompt_length.reshape(-1))
+    of_prompts = _causal(q_prompts, k_prompts, v_prompts)
+    of_responses = _extend(q, k, v, k_prompts, v_prompts, places.prompt_length.reshape(-1))
     both = [x.reshape(A, -1, q_AxLxNxH.shape[2] * q_AxLxNxH.shape[3]) for x in (of_prompts, of_responses)]
     return _moved(jnp.concatenate(both, axis=1), back, out).reshape(q_AxLxNxH.shape)
 

@@ -1,6 +1,7 @@
 """Attention: every kernel against the plain XLA reference, in values and gradients; which one a program is lowered to.
 
 Kernels run in Pallas' interpret mode, cuDNN's part by jax.nn's XLA one: benchmarks/attention_compile.py compiles both.
+Those of packed rows: test_packed.py.
 """
 
 import functools
@@ -59,8 +60,8 @@ def test_kernels_equal_the_reference_in_values_and_gradients(case):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), both(ours, arrays), both(theirs, arrays))
 
 
-def lowered(platform, layout, *, tokens=128, dtype=jnp.bfloat16, implementation="auto"):
-    arrays = heads(2, tokens, kv=4, dtype=dtype)
+def lowered(platform, layout, *, tokens=128, dtype=jnp.bfloat16, implementation="auto", **kinds):
+    arrays = heads(2, tokens, kv=4, dtype=dtype, **kinds)
     program = jax.jit(
         functools.partial(attend, layout=layout, mesh=sharding.single(), implementation=implementation)
     ).trace(*arrays)
@@ -93,6 +94,12 @@ def test_the_platform_that_a_program_is_lowered_for_chooses(layout):
     assert "tpu_custom_call" in lowered("tpu", layout)
     assert "custom_call" not in lowered("cpu", layout)
     assert "tpu_custom_call" not in lowered("tpu", layout, implementation="xla")
+
+
+def test_packed_rows_are_cudnns_where_it_takes_their_heads():
+    assert lowered("cuda", ROWS, size=16).count("__cudnn$fmhaSoftmax") == 2
+    assert "__cudnn" not in lowered("cuda", ROWS, size=12)
+    assert "__cudnn" not in lowered("cuda", ROWS, size=16, dtype=jnp.float32)
 
 
 def seen_in_packed_rows(places: Places, length: int) -> np.ndarray:
