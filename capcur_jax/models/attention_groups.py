@@ -8,10 +8,11 @@ the tokens of a packed row, S and T bound those of a prompt and of a response.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from capcur_jax.models.packed import Packed, Places
 
 _LENGTHS = 3  # of responses, that attention is compiled for
 Pieces = tuple[jax.Array, jax.Array]  # of a group: its prompt [1, S, N, H] and its responses [G, T, N, H]
@@ -21,27 +22,26 @@ def attend(
     q_AxLxNxH: jax.Array,
     k_AxLxKxH: jax.Array,
     v_AxLxKxH: jax.Array,
-    places: Any,
-    bounds: tuple[int, int],
+    layout: Packed,
     causal: Callable,
     extend: Callable,
 ) -> jax.Array:
     """Each token sees its group's prompt and its own response up to itself: [A, L, N, H]; 0 or anything at padding.
 
     Args:
-        places: attention.Places, in the order in which groups and responses lie in their rows.
-        bounds: S and T.
         causal: (q, k, v) of short rows -> attention up to each query itself.
         extend: (q, k, v, keys and values of the prompt, its length) -> the same, behind all of the prompt.
     """
 
-    def group(q: Pieces, k: Pieces, v: Pieces, here) -> Pieces:
+    places, bounds = layout.places, (layout.prompt, layout.response)
+
+    def group(q: Pieces, k: Pieces, v: Pieces, here: Places) -> Pieces:
         return causal(q[0], k[0], v[0]), extend(q[1], k[1], v[1], k[0], v[0], here.prompt_length)
 
-    def forward(pieces: Sequence[Pieces], here) -> list[Pieces]:
+    def forward(pieces: Sequence[Pieces], here: Places) -> list[Pieces]:
         return [group(*pieces, here)]
 
-    def backward(pieces: Sequence[Pieces], here) -> Sequence[Pieces]:
+    def backward(pieces: Sequence[Pieces], here: Places) -> Sequence[Pieces]:
         *arrays, gradient = pieces
         return jax.vjp(lambda *arrays: group(*arrays, here), *arrays)[1](_masked(gradient, here))
 
@@ -59,7 +59,7 @@ def attend(
 
 
 def _each(
-    compute: Callable, arrays: Sequence[jax.Array], places: Any, bounds: tuple[int, int], results: int
+    compute: Callable, arrays: Sequence[jax.Array], places: Places, bounds: tuple[int, int], results: int
 ) -> list[jax.Array]:
     """What `compute(pieces of each array, places of the group)` gives for every group of a row, put together: as many
     rows [L, N, H], like the first arrays."""
@@ -72,7 +72,7 @@ def _each(
     def step(b, rows):
         cut = jax.lax.dynamic_slice_in_dim
         prompt, responses = (cut(x, b, 1) for x in places[:2]), (cut(x, b * G, G) for x in places[2:])
-        here = type(places)(*prompt, *responses)
+        here = Places(*prompt, *responses)
         here = here._replace(response_start=jnp.where(here.response_length > 0, here.response_start, L))
 
         def at(length):
@@ -108,7 +108,7 @@ def _each(
     return [x[:L] for x in rows]
 
 
-def _masked(pieces: Pieces, here) -> Pieces:
+def _masked(pieces: Pieces, here: Places) -> Pieces:
     """With 0 behind the ends of prompt and responses, where tokens of others lie."""
     prompt, own = pieces
     inside = jnp.arange(prompt.shape[1]) < here.prompt_length[:, None]
