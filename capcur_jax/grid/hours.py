@@ -18,8 +18,8 @@ PLANS = PROJECT / "benchmarks" / "plans"
 
 
 def device_hours(config: ConfigDict, preset: str) -> str:
-    """At the plan's lengths, such as "1,420 (paper)"; "-" without a plan for lengths of the preset's whole run that fits.
-    Stages that imitate are in no plan: "and captions" says that they are left out."""
+    """At the plan's lengths, such as "1,420 (paper)"; "-" without a plan for lengths of the preset's whole run that
+    fits. Stages that imitate are in no plan: "and captions" says that they are left out."""
     plan = _plan(preset, PLANS)
     if plan is None:
         return "-"
