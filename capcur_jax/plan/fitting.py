@@ -19,7 +19,7 @@ from capcur_jax import policy, schedule
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.devices.programs import in_background
 from capcur_jax.learner import objectives
-from capcur_jax.plan import programs
+from capcur_jax.plan import programs, topologies
 from capcur_jax.plan.programs import Program, Variant
 
 HEADROOM = 0.1  # share of a device's memory that is left free: the runtime, collectives' buffers, fragmentation
@@ -154,10 +154,16 @@ def of_run(config: ConfigDict, checkpoint: Path, without_images: Sequence[str]) 
 
 def usable_here() -> int | None:
     """Bytes of each device that programs may fill, less the headroom; the least of all processes' devices. None where
-    devices don't tell. Collective."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
-    least = int(distributed.exchange(np.array(min(limits))).min())
+    nobody knows. Collective."""
+    least = int(distributed.exchange(np.array(min(map(_memory, jax.local_devices())))).min())
     return int(least * (1 - HEADROOM)) or None
+
+
+def _memory(device: Any) -> int:
+    """Bytes that programs may fill: the allocator's limit; without one, as where servers share a GPU, the card's."""
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    cards = [card.memory_bytes for name, card in topologies.GPUS.items() if name.upper() in device.device_kind.upper()]
+    return limit or (cards[0] if cards else 0)
 
 
 def _useless(config: ConfigDict, devices: Sequence[Any]) -> str:

@@ -241,7 +241,8 @@ def _sampling(
     rows = sharding.row_shards(mesh)
     work = engine.work(group, Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k))
     slots = engine.slots_shape(work)
-    largest = max(engine.buckets.shapes(large, images, work.prompts * rows, rows))
+    # This process's prompts: `abstract` makes all processes' arrays of them.
+    largest = max(engine.buckets.shapes(large, images, work.prompts * engine.shards, engine.shards))
     admitted, decoded = engine.abstract(slots, largest, group)
     given = on_device((engine.parameters, slots))
     return [

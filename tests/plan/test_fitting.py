@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from capcur_jax import presets
-from capcur_jax.plan import fitting, programs
+from capcur_jax.plan import fitting, programs, topologies
 from capcur_jax.plan.fitting import GATHERED, REMAT, Way
 
 GIB = 2**30
@@ -138,14 +138,17 @@ def test_where_nothing_tells_the_memory_the_least_is_taken_and_nothing_compiled(
 def test_the_memory_of_these_devices(monkeypatch):
     assert fitting.usable_here() is None  # a CPU's don't tell
     limits = [{"bytes_limit": 80}, {"bytes_limit": 100}]
+    kinds = dict(device_kind="an accelerator")
     monkeypatch.setattr(
-        jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda one=one: one) for one in limits]
+        jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda one=one: one, **kinds) for one in limits]
     )
     assert fitting.usable_here() == 72
     monkeypatch.setattr(fitting.distributed, "exchange", lambda value: value * [[1.0], [0.5]])  # of another process
     assert fitting.usable_here() == 36
-    limits.append({})
+    limits[:] = [None]
     assert fitting.usable_here() is None
+    kinds["device_kind"] = "NVIDIA H100 80GB HBM3"  # that says nothing: the card's, of which the other has half
+    assert fitting.usable_here() == int(topologies.GPUS["h100"].memory_bytes // 2 * 0.9)
 
 
 def test_dots_need_more_than_full_by_the_compilers_account():
