@@ -38,6 +38,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, save_weights, settings, write_checkpoint
 
+from capcur_jax import policy
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import objectives, packing
@@ -125,7 +126,7 @@ def serve(path: str) -> None:
         record = json.load(file)
     config = configured(record)
     processor = Processor.from_directory(record["checkpoint"])
-    model = huggingface.load(record["checkpoint"], remat=config.model.remat)
+    model = huggingface.load(record["checkpoint"], remat=policy.remat(config))
     processor.banned_tokens = ()  # TRL has none
     builder = PromptBuilder(processor, config.prompt.instruction, config.prompt.max_tokens, config.prompt.patch_row)
     prompts = [builder.build(Problem(*problem)) for problem in record["problems"]]

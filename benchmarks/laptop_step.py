@@ -26,6 +26,7 @@ from absl import app, flags
 from comparison import faster
 from step_inputs import GROUP, PROMPTS, TOKENS, open_stage, settings, write_checkpoint
 
+from capcur_jax import policy
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.learner import objectives
@@ -45,7 +46,7 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
     """Seconds of each step after warm-up, by phase; the very functions that a run calls."""
     config = settings()
     prompt, objective = config.prompt, config.objective
-    processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint, remat=config.model.remat)
+    processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint, remat=policy.remat(config))
     processor.end_tokens = (-1,)  # no response may end early
     builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
     buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))

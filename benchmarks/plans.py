@@ -34,7 +34,6 @@ PLANS = {
     "qwen2_5_vl_72b-h200-16": ("qwen2_5_vl_72b", "cuda:h200:1x2x8"),
     "qwen3_vl_8b-v6e-16": ("qwen3_vl_8b", "tpu:v6e:4x4", _IMAGES),
     "qwen3_vl_8b-v5p-16": ("qwen3_vl_8b", "tpu:v5p:2x2x2", _IMAGES),
-    "qwen3_vl_8b-v5p-16-gathered": ("qwen3_vl_8b", "tpu:v5p:2x2x2", _IMAGES, "--config.rollout.gathered=True"),
     "qwen2_5_vl_7b-v6e-16": ("qwen2_5_vl_7b", "tpu:v6e:4x4", _IMAGES),
     "qwen2_5_vl_7b-v5p-16": ("qwen2_5_vl_7b", "tpu:v5p:2x2x2", _IMAGES),
 }

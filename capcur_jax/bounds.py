@@ -19,7 +19,7 @@ _KEYS = {  # interval: keys; * is any stage
     "[0, inf)": """
         mesh.gpus model.lora.rank data.workers data.image_cache_mb prompt.min_pixels prompt.max_pixels
         rollout.temperature rollout.top_k rollout.dynamic_retries
-        reward.accuracy_weight reward.format_weight
+        reward.workers reward.accuracy_weight reward.format_weight
         objective.clip_high objective.kl_coefficient objective.entropy_coefficient
         optimizer.weight_decay optimizer.max_gradient_norm
         validation.every validation.questions validation.temperature evaluation.questions evaluation.temperature
@@ -30,7 +30,7 @@ _KEYS = {  # interval: keys; * is any stage
         prompt.max_tokens prompt.token_buckets prompt.patch_row
         rollout.group rollout.max_new_tokens rollout.slots rollout.prefill
         packing.lengths packing.groups packing.patch_buckets
-        reward.workers objective.sampler_cap objective.updates_per_batch
+        objective.sampler_cap objective.updates_per_batch
         checkpointing.every checkpointing.keep log.rollouts_every stages.*.prompts
         stages.*.switch.checks stages.*.switch.window
         rollout.sglang.servers rollout.sglang.tensor_parallel rollout.sglang.concurrency rollout.sglang.file_mb""",

@@ -24,6 +24,7 @@ from capcur_jax.learner.residence import MEMORIES
 from capcur_jax.models import config as model_config
 from capcur_jax.models import weight_files
 from capcur_jax.models.config import DTYPES
+from capcur_jax.models.layers import REMAT
 from capcur_jax.records import jsonl
 from capcur_jax.records.alarms import ALARMS
 from capcur_jax.schedule import Stage
@@ -31,12 +32,13 @@ from capcur_jax.schedule import Stage
 # What a run that goes on may have changed: where it computes and keeps things, and what it writes.
 MAY_CHANGE = (
     "mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers",
-    "data.workers", "data.image_cache_mb", "evaluation.base_results",
+    "data.workers", "data.image_cache_mb", "evaluation.base_results", "model.remat",
     "rollout.slots", "rollout.prefill", "rollout.gathered", "rollout.sglang",
 )  # fmt: skip
 
 
 CHOICES = {
+    "model.remat": (policy.AUTO, *REMAT),
     "prompt.instruction": PLACEMENTS,
     "evaluation.instruction": PLACEMENTS,
     "evaluation.base_instruction": PLACEMENTS,

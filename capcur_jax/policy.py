@@ -24,6 +24,13 @@ from capcur_jax.rollout.engine import Engine
 from capcur_jax.rollout.sglang import needs
 from capcur_jax.rollout.sglang.settings import Settings
 
+AUTO = "auto"  # of config.model.remat
+
+
+def remat(config: ConfigDict) -> str:
+    """What is computed again backwards. A run has decided before (plan/fitting.py); elsewhere there is no gradient."""
+    return "full" if config.model.remat == AUTO else config.model.remat
+
 
 class Policy(NamedTuple):
     """How a model is asked, without its parameters: its checkpoint's files, its prompts and their declared shapes.
@@ -51,7 +58,7 @@ class Policy(NamedTuple):
 def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str], None]) -> tuple[QwenVL, Policy]:
     """Loads the checkpoint `source`; without config.checkpoint its weights are drawn. Raises InputError."""
     prompt, lora = config.prompt, config.model.lora
-    kinds = {"remat": config.model.remat, "attention": config.model.attention, "mesh": mesh}
+    kinds = {"remat": remat(config), "attention": config.model.attention, "mesh": mesh}
     kinds["dtype"] = dtype_of(config.model.dtype, "config.model.dtype")
     kinds["param_dtype"] = dtype_of(config.optimizer.parameters, "config.optimizer.parameters")
     kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
@@ -115,7 +122,7 @@ def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path) -> 
     from capcur_jax.rollout.local.engine import LocalEngine
 
     rollout = config.rollout
-    kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": rollout.gathered}
+    kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": bool(rollout.gathered)}
     return LocalEngine(model, policy.processor, buckets=policy.buckets, **kinds)
 
 

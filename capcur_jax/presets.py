@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from capcur_jax import bounds
 from capcur_jax.errors import InputError
@@ -137,9 +137,9 @@ def defaults() -> ConfigDict:
             },
             "model": {
                 "dtype": "float32",  # of computation; or bfloat16
-                # What is computed again backwards instead of kept: none, dots, or full. On a CPU that is faster, too:
-                # keeping costs copies of what every layer keeps.
-                "remat": "full",
+                # What is computed again backwards instead of kept: none, dots (all but products), or full. auto: dots
+                # where they fit the devices' memory, else full; on a CPU full, which is faster there.
+                "remat": "auto",
                 "attention": "auto",  # the platform's kernel where there is one; "xla": never
                 "lora": {  # low-rank factors beside the decoder's layers
                     "rank": 0,  # above 0: they alone are trained; exports have them merged
@@ -171,8 +171,9 @@ def defaults() -> ConfigDict:
                 "top_k": 0,  # as many of the likeliest tokens; 0: all tokens
                 "slots": 0,  # the preset's: responses that the local engine decodes together
                 "prefill": 1,  # prompts of a device row that it takes at once; their responses start together
-                # True: it samples from a copy of the weights that device rows do not split, in model.dtype.
-                "gathered": False,
+                # True: it samples from a copy of the weights that device rows do not split, in model.dtype. None: where
+                # the mesh splits them and the copy fits the devices' memory.
+                "gathered": config_dict.placeholder(bool),
                 # 1 (sglang): the next batch is sampled while the trainer works on this one; needs a sampler_correction.
                 "async_steps": 0,
                 "sglang": dataclasses.asdict(Settings()),
@@ -191,7 +192,7 @@ def defaults() -> ConfigDict:
                 "accuracy_weight": 0.9,  # times 1 for a right answer
                 "format_weight": 0.1,  # times 1 for <think>...</think> ... \boxed{...} as a whole
                 "function": "",  # "module:function": your own reward, docs/rewards.md
-                "workers": 2,  # processes that grade
+                "workers": 0,  # processes that grade, while other groups are sampled; 0: half of this process's cores
                 "timeout_s": 5.0,  # for a verdict; then it counts as wrong, and the process is replaced
                 "memory_mb": 1024,  # MiB of such a process
             },
@@ -300,7 +301,7 @@ def _paper(architecture: str) -> ConfigDict:
     config.stages.merged = stage(CAPABILITIES, 930, 512, 1e-6, freeze="^visual")
     for entry in config.stages.values():
         entry.curriculum.drop_last = True
-    config.model.update({"dtype": "bfloat16", "remat": "full"})
+    config.model.dtype = "bfloat16"
     config.data.update({"workers": 8, "image_cache_mb": 8192})
     config.prompt.update(
         {

@@ -54,6 +54,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
                 "devices": f"{len(devices)} x {devices[0].device_kind}",
                 "mesh": " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
                 + f": {rows} device rows, each with its own prompts",
+                **run.decided,
                 **distributed.describe(),
                 "seed": config.seed,
             },

@@ -37,6 +37,7 @@ from capcur_jax.models import lora as lora_lib
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.config import dtype_of
 from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.plan import fitting
 from capcur_jax.records import journal, jsonl, metrics
 from capcur_jax.records.display import Display
 from capcur_jax.records.jsonl import JsonLines, Nowhere
@@ -59,6 +60,7 @@ class Run:
         progress: where the run stands; train.py replaces it.
         restored: the number of the checkpoint that the run goes on from; None for a new run.
         trainer: has the parameters, before the first stage too.
+        decided: of the keys that the config leaves to the devices' memory, what they are now and why.
     """
 
     def __init__(
@@ -145,7 +147,10 @@ class Run:
                 pools = (self.sets.pool(stage.data, "train") for stage in config.stages.values())
                 fresh.write_skeleton(source, tokenizer_texts(itertools.chain(*pools)), config.create.to_dict())
             distributed.barrier("skeleton")
-        model, self.policy = policy.open_model(config, source, self.mesh, self.display.warn)
+        # What the config leaves to the devices' memory; what the directory keeps is the config as it was given.
+        with self.display.progress("memory of the devices"):
+            self._settled, self.decided = fitting.of_run(config, source, self._without_images())
+        model, self.policy = policy.open_model(self._settled, source, self.mesh, self.display.warn)
         self._closing.enter_context(self.policy.images)
         graph, parameters = nnx.split(model)
         self.trainer = Trainer.holding(parameters, self.mesh)
@@ -155,6 +160,11 @@ class Run:
             self.layout(stage, images=True)
             frozen_paths(parameters, self.freeze_of(stage))
         return model
+
+    def _without_images(self) -> list[str]:
+        """Names of the stages whose problems have no image."""
+        pools = {stage.name: self.sets.pool(stage.data, "train") for stage in self.stages}
+        return [name for name, pool in pools.items() if not any(problem.images for problem in pool)]
 
     def _open_reward(self) -> None:
         try:
@@ -169,9 +179,10 @@ class Run:
             objectives.group_advantages, epsilon=settings.advantage_epsilon, normalise=settings.advantage_std
         )
         self.grading = Grading(self.reward, self.policy.processor.response, jax.jit(advantages))
+        self._closing.callback(self.grading.close)
         self.sampling = sampling_of(config, "rollout")
         with self.display.progress(f"rollout engine ({config.rollout.engine})"):
-            self.engine = policy.open_engine(config, model, self.policy, self.workdir)
+            self.engine = policy.open_engine(self._settled, model, self.policy, self.workdir)
             self._closing.callback(self.engine.close)
             if self.restored is None:  # else a stage's state comes from the checkpoint, and its weights with it
                 self.engine.update_weights(self.trainer.parameters(), self.progress.version)

@@ -55,16 +55,38 @@ def test_a_dry_run_of_everything_needs_nothing_and_writes_nothing(dry):
     assert len({line[3] for line in lines}) == len(lines)
 
 
-def test_device_hours_are_those_of_the_plans(dry):
+def test_device_hours_are_those_of_the_plans_at_their_lengths(dry, tmp_path_factory, monkeypatch):
+    """Of a plan's own run they are its `lengths.device_hours`."""
+    plans = tmp_path_factory.mktemp("plans")
+    seconds, hours_of = {True: 90.0, False: 45.0}, lambda steps, seconds: steps * seconds * 8 / 3600
+    made = {
+        "config": "configs/staged.py:qwen3_vl_8b", "overrides": [], "topology": "cuda:h200:1x1x8", "devices": 8,
+        "stages": [{"images": i, "lengths": {"step_seconds": s}} for i, s in seconds.items()],
+        "lengths": {"name": "paper", "device_hours": hours_of(90 + 465, 90.0) + hours_of(375, 45.0)}, "fits": True,
+    }  # fmt: skip
+    older = {key: value for key, value in made.items() if key != "lengths"}  # its counting was another
+    for name, plan in {
+        "a": older | {"topology": "cuda:h200:1x1x4", "devices": 4},
+        "b": made | {"topology": "tpu:v5p:2x2x2"},
+        "c": made,
+        "d": older | {"config": "configs/staged.py:qwen2_5_vl_72b"},
+    }.items():
+        (plans / f"{name}.json").write_text(json.dumps(plan))
+    monkeypatch.setattr(hours, "PLANS", plans)
     lines = {line[0]: line for line in dry("--preset=qwen3_vl_8b", "--rows=staged,visual,sft_perception")}
-    plan = json.loads((hours.PLANS / "qwen3_vl_8b-h200-8.json").read_text())
-    low, high = plan["estimate"]["device_hours"]
-    assert lines["staged"][2] == f"{low:,.0f} to {high:,.0f}"
-    assert lines["sft_perception"][2].endswith(" and captions")
-    step = plan["stages"][0]["estimate"]["seconds_a_step"]
-    assert lines["visual"][2] == " to ".join(f"{465 * seconds * 8 / 3600:,.0f}" for seconds in step)
-    assert dry("--preset=qwen2_5_vl_72b", "--rows=staged")[0][2] != "-"
+    assert lines["staged"][2] == f"{made['lengths']['device_hours']:,.0f} (paper)"
+    assert lines["sft_perception"][2].endswith(" (paper) and captions")
+    assert lines["visual"][2] == f"{hours_of(465, 90.0):,.0f} (paper)"
+    assert dry("--preset=qwen2_5_vl_72b", "--rows=staged")[0][2] == "-"
     assert "--config.data.sets" not in lines["staged"][3]  # the user's files bring their pass rates
+
+
+def test_the_committed_plans_are_read(dry):
+    """Those that were made for lengths; a text stage is in the plan of a whole run."""
+    said = dry("--preset=qwen3_vl_8b", "--rows=staged")[0][2]
+    plans = [json.loads(path.read_text()) for path in hours.PLANS.glob("qwen3_vl_8b-*.json")]
+    whole = {f"{p['lengths']['device_hours']:,.0f} (paper)" for p in plans if "lengths" in p and not p["overrides"]}
+    assert said in (whole or {"-"})
 
 
 def test_settings_are_given_to_every_run(dry):

@@ -86,6 +86,7 @@ class Run:
         self.heldout = types.SimpleNamespace(
             questions=asked.__getitem__, composition=lambda: composition, builders=builders
         )  # fmt: skip
+        self.decided = {"model.remat": "full: on a CPU"}
         self.interruption = types.SimpleNamespace(at_once=contextlib.nullcontext)
         self.reward = types.SimpleNamespace(counters=lambda: {"reward_failures": 3})
         self.engine = types.SimpleNamespace(counters=lambda: {"retries": 2})
@@ -241,6 +242,7 @@ def test_the_plan_says_what_is_trained_on_what(tmp_path):
     assert json.loads((tmp_path / "versions.json").read_text())["jax"] == jax.__version__
     (_, plan), *warnings = run.shown
     assert plan["Run"]["parameters"] == 100 and plan["Run"]["of them vision"] == 10
+    assert plan["Run"]["model.remat"] == "full: on a CPU"
     assert plan["A prompt, as the model sees it"] == {
         "prompt": '"user: What?\\n"',
         "the template begins": "<think>: rewards count it as part of every response",

@@ -30,15 +30,16 @@ class Programs:
         leaves, structure = jax.tree.flatten(arguments)
         key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._compiled:
-            self._compiled[key] = _in_background(self.trace(*arguments).lower().compile)
+            self._compiled[key] = in_background(self.trace(*arguments).lower().compile)
         return self._compiled[key]
 
     def __call__(self, *arguments: Any) -> Any:
         return self.compile(*arguments)(*arguments)
 
 
-def _in_background(compile: Callable[[], Any]) -> Any:
-    """What it returns. XLA can take minutes, and the main thread, which alone hears a signal, must not be in there."""
+def in_background(compile: Callable[[], Any]) -> Any:
+    """What `compile` returns. XLA can take minutes, and the main thread, which alone hears a signal, must not wait in
+    there."""
     result: Future = Future()
 
     def run() -> None:

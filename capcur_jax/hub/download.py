@@ -37,6 +37,11 @@ class Named(NamedTuple):
         """The repository among those of both kinds."""
         return f"datasets/{self.repository}" if self.file else self.repository
 
+    @property
+    def kind(self) -> str:
+        """Of the repository, as huggingface_hub calls it."""
+        return "dataset" if self.file else "model"
+
 
 def named(spec: str) -> Named | None:
     """What a checkpoint's or a data file's name says; None: it is a path.
@@ -83,7 +88,10 @@ def checkpoint(
     def download() -> Path:
         cache = constants.HF_HUB_CACHE  # a line for logs, in which progress bars are not shown
         print(f"{where}: commit {commit}; what {cache} lacks of it is downloaded", file=sys.stderr, flush=True)
-        folder = snapshot_download(wanted.repository, revision=commit, allow_patterns=patterns, ignore_patterns="*/*")
+        folder = snapshot_download(
+            wanted.repository, revision=commit, allow_patterns=patterns, ignore_patterns="*/*",
+            local_files_only=not _reachable(wanted, "config.json", commit),
+        )  # fmt: skip
         return Path(folder)
 
     return distributed.by_host(lambda: _tried(download, wanted, where), where)
@@ -134,12 +142,33 @@ def _commit_of(path: Path, file: str) -> str:
 
 
 def _file(wanted: Named, file: str, revision: str | None, where: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    kind = "dataset" if wanted.file else "model"
-    return _tried(
-        lambda: Path(hf_hub_download(wanted.repository, file, repo_type=kind, revision=revision)), wanted, where
-    )
+    def download() -> Path:
+        cached = try_to_load_from_cache(wanted.repository, file, repo_type=wanted.kind, revision=revision)
+        local = not isinstance(cached, str) and not _reachable(wanted, file, revision)
+        found = hf_hub_download(
+            wanted.repository, file, repo_type=wanted.kind, revision=revision, local_files_only=local
+        )
+        return Path(found)
+
+    return _tried(download, wanted, where)
+
+
+def _reachable(wanted: Named, file: str, revision: str | None) -> bool:
+    """Whether the Hub answers, whatever it says; asked once. What is not in the cache huggingface_hub itself asks for
+    six times in half a minute, or in six where packets get lost, before it gives up, and has no setting for that."""
+    import httpx2
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(wanted.repository, file, repo_type=wanted.kind, revision=revision)
+    try:
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (httpx2.ConnectError, httpx2.TimeoutException, errors.OfflineModeIsEnabled):
+        return False
+    except errors.HfHubHTTPError:  # the download will get the same, and say it
+        pass
+    return True
 
 
 def _tried(download: Callable[[], Path], wanted: Named, where: str) -> Path:

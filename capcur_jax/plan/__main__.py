@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from capcur_jax import bounds, presets
 from capcur_jax.errors import InputError
-from capcur_jax.plan import lengths, topologies
+from capcur_jax.plan import fitting, lengths, topologies
 from capcur_jax.plan.estimate import report
 from capcur_jax.records import command_line, streams
 from capcur_jax.records.jsonl import to_json
@@ -43,7 +43,7 @@ def options() -> flags.FlagValues:
     flags.DEFINE_bool("json", False, "Print one JSON document instead of tables.", flag_values=values)
     flags.DEFINE_list("without_images", ["text"], "Stages whose prompts have no image.", flag_values=values)
     text = "Share of a device's memory to leave free: the runtime, collectives' buffers, fragmentation."
-    flags.DEFINE_float("headroom", 0.1, text, lower_bound=0.0, upper_bound=0.9, flag_values=values)
+    flags.DEFINE_float("headroom", fitting.HEADROOM, text, lower_bound=0.0, upper_bound=0.9, flag_values=values)
     return values
 
 
@@ -104,6 +104,8 @@ def render(plan: dict[str, Any]) -> None:
         )
     else:
         say("Virtual CPU devices are for numerics: temp bytes and collectives do not predict an accelerator's.")
+    for key, why in plan["decided"].items():
+        say(f"config.{key} = {why}")
     for stage in plan["stages"]:
         shapes = ", ".join(f"{name} {value}" for name, value in stage["shapes"].items())
         names, count = ", ".join(stage["stages"]), _count(stage["parameters"])

@@ -12,35 +12,41 @@ from capcur_jax.plan import topologies
 
 def measure(program: Any, chip: topologies.Chip | None, headroom: float) -> dict[str, Any]:
     """One program by the compiler's account. Bytes are a device's; FLOPs all devices'."""
-    from capcur_jax.plan import flops, hlo
+    return verdict(program, account(program), chip, headroom)
+
+
+def verdict(program: Any, account: dict[str, Any], chip: topologies.Chip | None, headroom: float) -> dict[str, Any]:
+    """The account with what lies on a device while the program runs, and whether that fits."""
+    from capcur_jax.plan import fitting
+
+    result = {"name": program.name, "runs_a_step": program.times, "resident_bytes": program.resident, **account}
+    size = fitting.needed(program, account)
+    if size is not None:
+        result["needed_bytes"] = size
+    if chip:
+        result["fits"] = size is not None and size <= usable(chip, headroom)
+    return result
+
+
+def usable(chip: topologies.Chip, headroom: float) -> int:
+    """Bytes of a device that programs may fill."""
+    return int(chip.memory_bytes * (1 - headroom))
+
+
+def account(program: Any) -> dict[str, Any]:
+    """What the compiler says of a program, whatever lies beside it."""
+    from capcur_jax.plan import fitting, flops, hlo
 
     started = time.perf_counter()
     traced = program.trace()
-    result: dict[str, Any] = {
-        "name": program.name,
-        "runs_a_step": program.times,
-        "flops": flops.jaxpr_flops(traced.jaxpr, program.turns or 1),
-        "resident_bytes": program.resident,
-    }
-    try:
-        compiled = traced.lower().compile()
-    except Exception as error:  # jaxlib has no class of its own for it
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        shown = str(error).partition("RESOURCE_EXHAUSTED: ")[2].splitlines()[0]
-        return {**result, "fits": False, "out_of_memory": shown, "compile_seconds": time.perf_counter() - started}
-    memory = compiled.memory_analysis()
-    names = {"arguments": "argument", "outputs": "output", "aliases": "alias", "temp": "temp"}
-    sizes = {f"{name}_bytes": getattr(memory, f"{field}_size_in_bytes") for name, field in names.items()}
-    # A TPU's compiler reports less than this as the peak where it reuses arguments; a CPU's reports no real peak.
-    held = sizes["arguments_bytes"] + sizes["outputs_bytes"] - sizes["aliases_bytes"] + sizes["temp_bytes"]
-    peak = max(held, memory.peak_memory_in_bytes)
+    result: dict[str, Any] = {"flops": flops.jaxpr_flops(traced.jaxpr, program.turns or 1)}
+    compiled, sizes = fitting.compiled(traced)
+    if compiled is None:
+        return {**result, **sizes, "compile_seconds": time.perf_counter() - started}
     traffic = hlo.traffic(compiled.as_text(), program.turns)
-    result |= {
+    return {
+        **result,
         **sizes,
-        "peak_bytes": peak,
-        # Unused parameters are dropped from the program's arguments, but lie on the device all the same.
-        "needed_bytes": peak + program.resident + max(program.given - sizes["arguments_bytes"], 0),
         "collectives": [collective._asdict() for collective in traffic.collectives],
         "sent_bytes": traffic.sent,
         "moved_bytes": traffic.moved,
@@ -50,9 +56,6 @@ def measure(program: Any, chip: topologies.Chip | None, headroom: float) -> dict
         "loops_of_unknown_length": traffic.unknown_loops,
         "compile_seconds": time.perf_counter() - started,
     }
-    if chip:
-        result["fits"] = result["needed_bytes"] <= chip.memory_bytes * (1 - headroom)
-    return result
 
 
 def report(
@@ -71,7 +74,8 @@ def report(
         lengths: see plan/lengths.py; "": the estimate is of the smallest and the largest lengths alone.
         tell: is told what is being compiled.
     """
-    from capcur_jax import policy
+    from capcur_jax import policy, schedule
+    from capcur_jax.plan import fitting
     from capcur_jax.plan import lengths as lengths_lib
     from capcur_jax.plan import programs as plan_programs
     from capcur_jax.records import metrics
@@ -79,16 +83,26 @@ def report(
     chip = topology.facts
     if lengths and not chip:
         raise InputError(f"--lengths={lengths}: a CPU's devices have no rates; leave it out, or plan for a chip")
+    for stage in schedule.stages(config):
+        if stage.epochs:
+            where = f"config.stages.{stage.name}"
+            raise InputError(f"{where}.epochs: a plan has no data to count; give {where}.steps, and epochs=0")
     merge = plan_programs.architecture(config).config.vision.merge_size
     kinds = {which: lengths_lib.extreme(config, which == "largest") for which in ("smallest", "largest")}
     kinds |= {lengths: lengths_lib.of(lengths, config, merge)} if lengths else {}
+
+    def told(variant: Any, program: Any) -> dict[str, Any]:
+        tell(f"compiling {program.name} ({', '.join(stage.name for stage in variant.stages)})")
+        return account(program)
+
+    accounts = fitting.Account(told)
+    config, decided = fitting.settle(
+        config, devices, accounts, usable(chip, headroom) if chip else None, without_images
+    )
     variants = plan_programs.variants(config, devices, without_images)
     stages = []
     for variant in variants:
-        programs = []
-        for program in variant.programs:
-            tell(f"compiling {program.name} ({', '.join(stage.name for stage in variant.stages)})")
-            programs.append(measure(program, chip, headroom))
+        programs = [verdict(p, accounts(config, variant, p), chip, headroom) for p in variant.programs]
         entry: dict[str, Any] = {
             "stages": [stage.name for stage in variant.stages],
             "images": variant.images,
@@ -117,6 +131,7 @@ def report(
         "device_kind": devices[0].device_kind,
         "chip": chip._asdict() if chip else None,
         "headroom": headroom,
+        "decided": decided,
         "stages": stages,
         "peak_bytes": max(
             (p["needed_bytes"] for s in stages for p in s["programs"] if "needed_bytes" in p), default=None
@@ -125,7 +140,7 @@ def report(
     }
     if chip:
         result["fits"] = all(stage["fits"] for stage in stages)
-        result["usable_bytes"] = int(chip.memory_bytes * (1 - headroom))
+        result["usable_bytes"] = usable(chip, headroom)
     if chip and result["fits"]:
         hours = [[stage["estimate"]["device_hours"][end] for stage in stages] for end in (0, 1)]
         result["estimate"] = {

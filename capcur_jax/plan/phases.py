@@ -23,6 +23,7 @@ from capcur_jax.plan.programs import Program, Variant
 from capcur_jax.plan.rates import HOST, Kernel, Rates
 from capcur_jax.plan.topologies import Chip
 
+ROLLOUT = ("prefill", "decode")
 TRAINER = ("old", "reference", "gradient", "optimizer")
 _PROGRAMS = {"old": "old log-probs", "reference": "reference log-probs", "gradient": "gradient"}
 
@@ -90,7 +91,8 @@ class Step:
             if name in self._programs:
                 passed = [micro for update in micros[1:] for micro in update] if phase == "old" else flat
                 phases.append(self._pass(phase, self._programs[name], passed))
-        phases += [self._optimizer(len(micros)), self._weights(), self._host(flat, useful)]
+        hidden = sum(phase.seconds for phase in phases if phase.phase in ROLLOUT)
+        phases += [self._optimizer(len(micros)), self._weights(), self._host(flat, useful, hidden)]
         return phases, self._figures(phases, flat, useful, sampled)
 
     # ------------------------------------------------------------------ trainer
@@ -235,12 +237,15 @@ class Step:
                 by["swap"] = 2 * self._variant.state_bytes / HOST.offload
         return Phase("weights", int(bool(by)), by)
 
-    def _host(self, micros: Sequence[Micro], useful: work.Useful) -> Phase:
+    def _host(self, micros: Sequence[Micro], useful: work.Useful, sampling: float) -> Phase:
+        """`sampling`: seconds in which groups are sampled and those that are whole are graded."""
         blank = functools.cache(lambda shape: _bytes(self._variant.layout.blank(shape, passes=True)))
         by = {"arrays": sum(blank(micro.shape) for micro in micros) / HOST.arrays}
         if self._variant.layout.sampled:
             responses = sum(len(item.rows) for micro in micros for row in micro.rows for item in row)
-            by["grading"] = responses / (HOST.graded * max(self._config.reward.workers, 1))
+            seconds = responses / (HOST.graded * (self._config.reward.workers or HOST.graders))
+            # The user's own function may want its batch as a whole.
+            by["grading"] = seconds if self._config.reward.function else max(seconds - sampling, 0.0)
         return Phase("host", len(micros), by)
 
     def _arrays(self, shape: BatchShape) -> int:
@@ -270,13 +275,13 @@ class Step:
         """What a plan ends with, in seconds a step."""
         layout, config = self._variant.layout, self._config
         took = {phase.phase: phase.seconds for phase in phases}
-        rollout = took.get("prefill", 0.0) + took.get("decode", 0.0)
+        rollout = sum(took.get(name, 0.0) for name in ROLLOUT)
         trainer = sum(took.get(name, 0.0) for name in TRAINER)
         parts = [rollout, trainer + took["host"]]
         ahead = layout.sampled and not policy.engine_kind(config).in_process and config.rollout.async_steps > 0
         step = (max(parts) if ahead else sum(parts)) + took["weights"]
         # Of each real token: forwards and backwards of the gradient, and the passes that the objective asks for.
-        passes = 3 + layout.reference + layout.old + layout.sampled
+        passes = 3 + layout.reference + layout.old * (1 - 1 / layout.updates) + layout.sampled
         text = self._known.text
         parameters = work.layer_parameters(self._known) + 2 * text.width * text.vocabulary
         shares = packing.shares(_total(micros))

@@ -91,7 +91,7 @@ def on_device(tree: Any) -> int:
 def abstract_model(config: ConfigDict, known: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
     """The model without its parameters, and these as shapes where they would lie."""
     settings, lora = config.model, config.model.lora
-    kinds = {"dtype": jnp.dtype(settings.dtype), "remat": settings.remat, "attention": settings.attention}
+    kinds = {"dtype": jnp.dtype(settings.dtype), "remat": policy.remat(config), "attention": settings.attention}
     kinds["lora"] = LoRA(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None
     model = nnx.eval_shape(lambda: QwenVL(known, param_dtype=dtype, mesh=mesh, rngs=nnx.Rngs(0), **kinds))
     graph, parameters = nnx.split(model)
@@ -120,9 +120,6 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
         raise InputError(f"config.mesh.gpus = {config.mesh.gpus}: the topology has {len(devices)} devices")
     groups: dict[Any, list[Stage]] = {}
     for stage in schedule.stages(config):
-        if stage.epochs:
-            where = f"config.stages.{stage.name}"
-            raise InputError(f"{where}.epochs: a plan has no data to count; give {where}.steps, and epochs=0")
         key = stage.objective, stage.freeze, stage.name in without_images, stage.prompts
         groups.setdefault(key, []).append(stage)
     result = []
@@ -233,7 +230,7 @@ def _engine(config: ConfigDict, processor: Processor, buckets: Buckets, mesh: Me
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
     return LocalEngine(
         nnx.merge(graph, parameters), processor, slots=config.rollout.slots, prefill=config.rollout.prefill,
-        gathered=config.rollout.gathered, buckets=buckets,
+        gathered=bool(config.rollout.gathered), buckets=buckets,
     )  # fmt: skip
 
 
@@ -249,7 +246,8 @@ def _sampling(
     rows = sharding.row_shards(mesh)
     work = engine.work(group, Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k))
     slots = engine.slots_shape(work)
-    largest = max(engine.buckets.shapes(large, images, work.prompts * rows, rows))
+    # This process's prompts: `abstract` makes all processes' arrays of them.
+    largest = max(engine.buckets.shapes(large, images, work.prompts * engine.shards, engine.shards))
     admitted, decoded = engine.abstract(slots, largest, group)
     given = on_device((engine.parameters, slots))
     return [

@@ -59,6 +59,7 @@ class Host(NamedTuple):
 
     arrays: float = 6.6 * _GB  # of a batch's arrays, made and sent
     graded: float = 320.0  # responses, by one worker of config.reward.workers
+    graders: int = 48  # workers where config.reward.workers is 0: half of a host's cores; a guess
     offload: float = 6.0 * _GB  # of a device's state to the host or back, where servers take turns with the trainer
     served: float = 1.0 * _GB  # of weights from the trainer to the servers' memory
     server_step: float = 0.0038  # a server's own seconds for a token of all its responses

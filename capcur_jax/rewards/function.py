@@ -97,15 +97,24 @@ class Function:
         with concurrent.futures.ThreadPoolExecutor(self._count, "reward") as threads:
             try:
                 return [outcome for found in threads.map(self._part, parts) for outcome in found]
-            except BaseException:  # an interrupt too: what is asked still must not answer the next call
+            except RuntimeError:  # no worker can be started: other calls' threads find that out themselves
+                raise
+            except BaseException:  # an interrupt: nobody waits for what is asked still
                 self.close()
                 threads.shutdown(cancel_futures=True)
                 raise
 
+    @property
+    def parallel(self) -> int:
+        """Calls that keep all workers busy, from threads of the caller's; 0: a batch is to come as one call, from the
+        thread that made this."""
+        return 0 if self._here or self._batched else self._count
+
     def close(self) -> None:
         """Ends the workers. Another call starts new ones."""
-        self._end()
-        self._renew()
+        with self._counting:
+            self._end()
+            self._renew()
 
     def _renew(self) -> None:
         self._pool = Pool(

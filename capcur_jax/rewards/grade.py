@@ -30,7 +30,7 @@ class Judgement(NamedTuple):
 
 
 class Grader:
-    """Grades answers; safe to call from several threads, which take turns at the workers.
+    """Grades answers; safe to call from several threads, which share the workers: a pair that hangs keeps one of them.
 
     Args:
       workers: processes that compare formulas, started when the first pair needs one.
@@ -71,6 +71,11 @@ class Grader:
             self._end()
             self._renew()
 
+    @property
+    def parallel(self) -> int:
+        """Calls that keep all workers busy."""
+        return self._count
+
     def grade(self, pairs: Sequence[tuple[str | None, str | Gold]]) -> list[bool]:
         """Whether each (predicted, gold) agrees, in the order given. Raises as `judge`.
 
@@ -92,8 +97,7 @@ class Grader:
         ))  # fmt: skip
         compared: dict[Job, Judgement] = {}
         if jobs:
-            with self._lock:
-                compared = dict(zip(jobs, self._compare(jobs), strict=True))
+            compared = dict(zip(jobs, self._compare(jobs), strict=True))
         return [_joined(verdict, compared) for verdict in verdicts]
 
     def _decide(self, predicted: str | None, gold: str | Gold) -> Verdict:
@@ -101,7 +105,8 @@ class Grader:
         try:
             return decide(predicted, gold)
         except Exception:
-            self.failures += 1
+            with self._lock:
+                self.failures += 1
             return False
 
     def _renew(self) -> None:
@@ -111,19 +116,19 @@ class Grader:
 
     def _compare(self, jobs: list[Job]) -> list[Judgement]:
         """Compares all jobs, one in flight for each worker."""
-        judged = []
         with concurrent.futures.ThreadPoolExecutor(min(self._count, len(jobs)), "grader") as threads:
             try:
-                for judgement, lost in threads.map(self._ask, jobs):
-                    judged.append(judgement)
-                    self.timeouts += judgement.timed_out
-                    self.failures += lost
-            except BaseException:  # an interrupt too: what is asked still must not answer the next call
-                self._end()
-                threads.shutdown(cancel_futures=True)
-                self._renew()
+                found = list(threads.map(self._ask, jobs))
+            except RuntimeError:  # no worker can be started: other calls' threads find that out themselves
                 raise
-        return judged
+            except BaseException:  # an interrupt: nobody waits for what is asked still
+                self.close()
+                threads.shutdown(cancel_futures=True)
+                raise
+        with self._lock:
+            self.timeouts += sum(judgement.timed_out for judgement, _ in found)
+            self.failures += sum(lost for _, lost in found)
+        return [judgement for judgement, _ in found]
 
     def _ask(self, job: Job) -> tuple[Judgement, int]:
         """The judgement of a pair, and the workers that it cost other than by time."""

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ class Score:
     format: float
     answer: str | None  # contents of the last \boxed{}, as the response wrote them
     timed_out: bool = False  # there was no verdict in time, which counts as wrong and depends on the host
+    error: str = ""  # why the user's function gave no result, which scores 0
 
 
 _gold_of = functools.lru_cache(4096)(kinds.gold_of)  # by texts: a Problem as the key would be kept, with all it holds
@@ -37,7 +40,12 @@ def gold_of(problem: Problem) -> kinds.Gold:
 
 
 class Reward:
-    """Scores responses by a grader or by the user's function; see `make_reward`."""
+    """Scores responses by a grader or by the user's function; see `make_reward`.
+
+    Attributes:
+      parallel: groups of a batch that are worth scoring at a time, each by a call of `score` from a thread of its own;
+        0: a batch is scored as a whole, since the user's function asks for that.
+    """
 
     def __init__(
         self,
@@ -50,15 +58,31 @@ class Reward:
         self._accuracy_weight = accuracy_weight
         self._format_weight = format_weight
         self._function = function
-        self._errors, self._told = 0, set()
+        self._errors, self._told, self._counting = 0, set(), threading.Lock()
+        self.parallel = (function or grader).parallel
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Score]:
-        """Scores response i as an answer to problem i.
+        """Scores response i of a batch as an answer to problem i.
 
         Raises:
           ValueError: the lengths differ.
           RuntimeError: the user's function failed for every response, or the grader can't start.
         """
+        scores = self.score(problems, responses)
+        self.check(scores)
+        return scores
+
+    def check(self, scores: Sequence[Score]) -> None:
+        """Raises RuntimeError where the user's function failed for every response of a batch: one odd response must not
+        end a run of hours; a broken function does."""
+        if len(scores) > 1 and all(score.error for score in scores):
+            raise RuntimeError(
+                f"config.reward.function {self._function.spec} failed for all {len(scores)} responses of a batch; the "
+                f"last error: {scores[-1].error}"
+            )
+
+    def score(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Score]:
+        """The same for a part of a batch. Raises as a call does, but for a function that fails for every response."""
         if len(problems) != len(responses):
             raise ValueError(f"{len(problems)} problems and {len(responses)} responses: give one problem per response")
         if self._function is not None:
@@ -93,28 +117,21 @@ class Reward:
                 part.close()
 
     def _score_by_function(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Score]:
-        scores, failed = [], []
+        scores = []
         for problem, response, outcome in zip(problems, responses, self._function(problems, responses), strict=True):
             answer, form = extract.last_boxed(response), float(extract.is_formatted(response))
             if outcome.values is None:
-                failed.append(outcome.error)
                 self._failed(problem, outcome)
-                scores.append(Score(0.0, 0.0, form, answer, outcome.timed_out))
+                scores.append(Score(0.0, 0.0, form, answer, outcome.timed_out, outcome.error))
             else:
                 scores.append(_read_result(outcome.values, form, answer))
                 if math.isnan(scores[-1].accuracy):
                     self._without_accuracy(outcome.values["reward"])
-        if len(failed) == len(scores) > 1:  # one odd response must not end a run of hours; a broken function does
-            raise RuntimeError(
-                f"config.reward.function {self._function.spec} failed for all {len(scores)} responses of a batch; the "
-                f"last error: {failed[-1]}"
-            )
         return scores
 
     def _without_accuracy(self, reward: float) -> None:
         """Tells once that a reward on another scale is no accuracy."""
-        if "accuracy" not in self._told:
-            self._told.add("accuracy")
+        if self._first("accuracy"):
             logging.warning(
                 "config.reward.function %s gave the reward %g and no accuracy. A reward outside 0 to 1 is not taken "
                 'for one: accuracy shows as "-", and no step is the best of its validations. Return {"reward": ..., '
@@ -126,9 +143,9 @@ class Reward:
     def _failed(self, problem: Problem, outcome: Outcome) -> None:
         """Counts a response that has no result. The first of each kind is shown."""
         kind = "reward_timeouts" if outcome.timed_out else "reward_errors"
-        self._errors += not outcome.timed_out
-        if kind not in self._told:
-            self._told.add(kind)
+        with self._counting:
+            self._errors += not outcome.timed_out
+        if self._first(kind):
             logging.error(
                 "config.reward.function %s failed for problem %s; the response scores 0. Later failures of this kind "
                 "are only counted (%s). %s",
@@ -138,13 +155,27 @@ class Reward:
                 outcome.error,
             )
 
+    def _first(self, kind: str) -> bool:
+        """Whether this is the first of its kind, which is told."""
+        with self._counting:
+            first = kind not in self._told
+            self._told.add(kind)
+        return first
+
+
+def workers(asked: int) -> int:
+    """Processes for `config.reward.workers`: 0 asks for half of the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or max(1, cores // 2)
+
 
 def make_reward(config: ml_collections.ConfigDict) -> Reward:
     """Builds the reward of `config.reward`.
 
     Args:
       config: accuracy_weight and format_weight; function, "" for the project's own reward or "module:function" for
-        the user's; workers, timeout_s and memory_mb of the grader (see `Grader`) or of the function (see `Function`).
+        the user's; workers (see `workers`), timeout_s and memory_mb of the grader (see `Grader`) or of the function
+        (see `Function`).
 
     The user's function is called as `function(problem: Problem, response: str)` in worker processes, and returns the
     reward as a number or a dict: `reward`, and if it likes `accuracy` (default: the reward where that is from 0 to 1,
@@ -160,7 +191,7 @@ def make_reward(config: ml_collections.ConfigDict) -> Reward:
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
             raise ValueError(f"config.reward.{name} is {weight}; set it to a finite number of 0 or more")
-    settings = {name: config[name] for name in ("workers", "timeout_s", "memory_mb")}
+    settings = {"workers": workers(config.workers)} | {name: config[name] for name in ("timeout_s", "memory_mb")}
     if config.function:
         return Reward(**weights, function=Function(config.function, **settings))
     return Reward(**weights, grader=Grader(**settings))

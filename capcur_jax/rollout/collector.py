@@ -16,14 +16,21 @@ from capcur_jax.devices import distributed
 from capcur_jax.errors import RolloutError
 from capcur_jax.records import metrics
 from capcur_jax.rollout.engine import Engine, Sample, Sampling
-from capcur_jax.rollout.groups import Group, Rollout
+from capcur_jax.rollout.groups import Grade, Grading, Group, Rollout
+
+
+class _Drawn(NamedTuple):
+    """A group as the engine gives it: its samples, none where it was refused, and its grade where that has begun."""
+
+    samples: list[Sample]
+    grade: Grade | None
 
 
 class _Ahead(NamedTuple):
     """A batch whose samples are on their way."""
 
     examples: list[Example]
-    drawn: concurrent.futures.Future
+    drawn: concurrent.futures.Future[list[_Drawn]]
 
 
 @dataclasses.dataclass
@@ -43,6 +50,9 @@ class Collector:
     train on it: 0 where sampling and training take turns, at most `async_steps` rollout batches' updates else. Groups
     that are older (their server missed an update) are sampled once more, and counted. Raises if they stay so.
 
+    A group is graded as soon as it has all its samples, while others are still sampled: also those of the next batch,
+    while the trainer works.
+
     A prompt that the engine refuses leaves its place to one of the next batch. Raises if half of a batch is refused.
 
     Args:
@@ -59,7 +69,7 @@ class Collector:
         self,
         engine: Engine,
         sampling: Sampling,
-        grade: Callable[[Sequence[Example], Sequence[Sequence[Sample]]], list[Group]],
+        grading: Grading,
         batches: Iterator[list[Example]],
         *,
         local: int,
@@ -69,7 +79,7 @@ class Collector:
         settings: ConfigDict,
         seed: int,
     ):
-        self._engine, self._sampling, self._grade, self._batches = engine, sampling, grade, batches
+        self._engine, self._sampling, self._grading, self._batches = engine, sampling, grading, batches
         self._local, self._images, self._capabilities, self._seed = local, images, capabilities, seed
         self._group, self._retries = settings.group, settings.dynamic_retries
         self._allowed = settings.async_steps * updates
@@ -116,14 +126,14 @@ class Collector:
             counts.renewed += self._renew(examples, drawn, version, self._seed_of(step, attempt + 1000))
             counts.refused += self._replace(examples, drawn, self._seed_of(step, attempt + 3000))  # when asked again
         counts.batches += 1
-        with timer("reward"):
-            return self._grade(examples, drawn)
+        with timer("reward"):  # what sampling did not hide
+            return self._grading(examples, [group.samples for group in drawn], [group.grade for group in drawn])
 
     def _next(self) -> list[Example]:
         examples, self._peeked = self._peeked or next(self._batches), None
         return list(examples)
 
-    def _replace(self, examples: list[Example], drawn: list[list[Sample]], seed: int) -> list[str]:
+    def _replace(self, examples: list[Example], drawn: list[_Drawn], seed: int) -> list[str]:
         """Puts others into the places of prompts that the engine refused; the ids of those. Raises RolloutError.
 
         They are the next batch's first, which are asked in their own turn all the same: where a run stands in its data
@@ -131,7 +141,7 @@ class Collector:
         """
         refused: list[str] = []
         most, following = max(1, len(examples) // 2), None
-        while missing := [i for i, group in enumerate(drawn) if not group]:
+        while missing := [i for i, group in enumerate(drawn) if not group.samples]:
             refused += [examples[i].problem.id for i in missing]
             if len(refused) > most:
                 raise RolloutError(
@@ -151,17 +161,22 @@ class Collector:
         """One stream of samples for each step of each seed."""
         return (self._seed * 1_000_003 + step * 104_729 + attempt * 15_485_863 + 1) % 2**32
 
-    def _generate(self, examples: Sequence[Example], seed: int) -> list[list[Sample]]:
-        prompts = [example.prompt for example in examples]
-        return self._engine.generate(prompts, self._sampling, self._group, seed, self._images)
+    def _generate(self, examples: Sequence[Example], seed: int) -> list[_Drawn]:
+        prompts, grades = [example.prompt for example in examples], [None] * len(examples)
 
-    def _renew(self, examples: Sequence[Example], drawn: list[list[Sample]], version: int, seed: int) -> int:
+        def done(number: int, samples: list[Sample]) -> None:
+            grades[number] = self._grading.begin(examples[number], samples)
+
+        drawn = self._engine.generate(prompts, self._sampling, self._group, seed, self._images, done)
+        return [_Drawn(*group) for group in zip(drawn, grades, strict=True)]
+
+    def _renew(self, examples: Sequence[Example], drawn: list[_Drawn], version: int, seed: int) -> int:
         """Samples groups anew, in place, that are older than allowed; how many. Raises RolloutError if they stay so."""
         stale = self._stale(drawn, version)
         if stale:
             again = self._generate([examples[i] for i in stale], seed)
             if still := self._stale(again, version):
-                oldest = min(sample.version for sample in again[still[0]])
+                oldest = min(sample.version for sample in again[still[0]].samples)
                 raise RolloutError(
                     f"samples of weights of version {oldest}, sampled anew because of that, where the trainer is at "
                     f"{version} and may be {self._allowed} ahead: a server doesn't take new weights"
@@ -170,10 +185,10 @@ class Collector:
                 drawn[i] = group
         return len(stale)
 
-    def _stale(self, groups: Sequence[Sequence[Sample]], version: int) -> list[int]:
+    def _stale(self, groups: Sequence[_Drawn], version: int) -> list[int]:
         """Which groups are older than allowed."""
         oldest = version - self._allowed
-        return [i for i, group in enumerate(groups) if group and min(s.version for s in group) < oldest]
+        return [i for i, (samples, _) in enumerate(groups) if any(sample.version < oldest for sample in samples)]
 
 
 def collect(

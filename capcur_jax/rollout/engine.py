@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -66,6 +66,9 @@ class Sample:
         return cls(tokens, logprobs, finish, (Span(version, 0, len(tokens)),))
 
 
+Told = Callable[[int, list[Sample]], None]  # of a prompt's number in a call, and its samples
+
+
 @dataclasses.dataclass(frozen=True)
 class Health:
     """What an engine is doing now; may be asked from any thread while it generates."""
@@ -90,13 +93,20 @@ class Engine(Protocol):
         """Does now what would make `generate` slow when it is first called with prompts of these sizes."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int, images: bool | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        n: int,
+        seed: int,
+        images: bool | None = None,
+        done: Told | None = None,
     ) -> list[list[Sample]]:
         """`n` samples for each prompt, in the prompts' order; none for a prompt that the engine refuses to answer, for
         a reason that `health` has.
 
         `images`: whether images may come in calls like this one, so that one without any is served by the same program.
-        None: whether this one has any. Raises RolloutError when an engine can't go on.
+        None: whether this one has any. `done` is told of each prompt that has all its samples, while others are still
+        sampled; from any thread, and it must return at once. Raises RolloutError when an engine can't go on.
         """
 
     def health(self) -> Health:

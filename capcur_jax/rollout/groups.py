@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,8 +41,13 @@ class Group(NamedTuple):
         return bool(self.rewards.max() == self.rewards.min())
 
 
+# A group that is being graded: its responses and their scores.
+Grade = concurrent.futures.Future[tuple[Sequence[str], Sequence[Score]]]
+
+
 class Grading:
-    """Rewards and advantages of a rollout batch.
+    """Rewards and advantages of a rollout batch. Groups are graded in threads of its own, each as soon as `begin` is
+    told of it, unless the reward wants a batch as a whole. One that takes long or fails keeps no other waiting.
 
     Args:
         decode: a response's tokens as text.
@@ -54,18 +61,51 @@ class Grading:
         advantages: Callable[[np.ndarray], jax.Array],
     ):
         self._reward, self._decode, self._advantages = reward, decode, advantages
+        self._threads: concurrent.futures.ThreadPoolExecutor | None = None
+        if reward.parallel:
+            self._threads = concurrent.futures.ThreadPoolExecutor(reward.parallel, "grading")
 
-    def __call__(self, examples: Sequence[Example], drawn: Sequence[Sequence[Sample]]) -> list[Group]:
-        """One group for each of B examples, from G samples each."""
-        G = len(drawn[0])
-        responses = [self._decode(sample.tokens) for samples in drawn for sample in samples]
-        scores = self._reward([example.problem for example in examples for _ in range(G)], responses)
-        rewards = np.array([score.reward for score in scores], np.float32).reshape(len(drawn), G)
+    def begin(self, example: Example, samples: Sequence[Sample]) -> Grade | None:
+        """Starts to grade a group, from any thread; None where the reward wants its batch as a whole."""
+        return None if self._threads is None else self._threads.submit(self._grade, example, samples)
+
+    def __call__(
+        self, examples: Sequence[Example], drawn: Sequence[Sequence[Sample]], begun: Sequence[Grade | None]
+    ) -> list[Group]:
+        """One group for each of B examples, from G samples each. `begun`: what `begin` gave for them; None: it was not
+        asked. Raises RuntimeError where the user's function failed for all of them, or no worker can be started."""
+        if self._threads is None:
+            graded = self._at_once(examples, drawn)
+        else:
+            grades = [
+                grade or self._threads.submit(self._grade, example, samples)
+                for example, samples, grade in zip(examples, drawn, begun, strict=True)
+            ]
+            graded = [grade.result() for grade in grades]
+            self._reward.check([score for _, scores in graded for score in scores])
+        rewards = np.array([[score.reward for score in scores] for _, scores in graded], np.float32)
         advantages = np.asarray(self._advantages(rewards))
         return [
-            Group(example, samples, responses[b * G : (b + 1) * G], scores[b * G : (b + 1) * G], advantages[b])
+            Group(example, samples, *graded[b], advantages[b])
             for b, (example, samples) in enumerate(zip(examples, drawn, strict=True))
         ]
+
+    def _grade(self, example: Example, samples: Sequence[Sample]) -> tuple[list[str], list[Score]]:
+        responses = [self._decode(sample.tokens) for sample in samples]
+        return responses, self._reward.score([example.problem] * len(samples), responses)
+
+    def _at_once(
+        self, examples: Sequence[Example], drawn: Sequence[Sequence[Sample]]
+    ) -> list[tuple[list[str], list[Score]]]:
+        responses = [[self._decode(sample.tokens) for sample in samples] for samples in drawn]
+        problems = [example.problem for example, samples in zip(examples, drawn, strict=True) for _ in samples]
+        scores = iter(self._reward(problems, [response for group in responses for response in group]))
+        return [(group, list(itertools.islice(scores, len(group)))) for group in responses]
+
+    def close(self) -> None:
+        """Begins no grade any more; those that run end with the reward's workers."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     def warm_up(self, prompts: int, group: int) -> None:
         """Compiles what so many prompts with so many responses need."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 
 import pytest
@@ -86,11 +87,37 @@ def test_without_a_network_the_cache_is_used(hub, monkeypatch):
     said = refused(NAME)  # the weights were not needed then
     assert "HF_HUB_OFFLINE is set" in said and f"`hf download {NAME}`" in said and "local directory" in said
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between huggingface_hub's tries
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)  # between huggingface_hub's tries
+    at(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
     assert download.checkpoint(NAME, weights=False) == before
     assert "the Hub can't be reached" in refused("owner/another")
+    assert "the Hub can't be reached" in refused(NAME)
+    config = get("laptop")
+    config.data.sets.text.train = "hf://datasets/owner/sums/train.parquet"
+    with pytest.raises(InputError, match="the Hub can't be reached"):
+        Sets(config.data, before).path("text", "train")
+    assert not waited  # each is asked for once
+
+
+def at(monkeypatch, endpoint: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def test_a_hub_that_never_answers_is_asked_once(hub, monkeypatch):
+    """As where packets get lost."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert "the Hub can't be reached" in refused(NAME)
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+    assert not waited
 
 
 def test_what_cannot_be_had_is_said_with_its_remedy(hub):

@@ -140,6 +140,7 @@ def test_where_others_sample_the_plan_says_what_it_leaves_out(tiny, capsys):
 
 def test_a_cpu_gets_no_verdict_and_says_what_it_is_good_for(tiny, capsys):
     assert "fits" not in tiny and "estimate" not in tiny and tiny["chip"] is None
+    assert tiny["decided"] == {"rollout.gathered": "False: the devices of a CPU share its memory"}
     assert tiny["versions"]["jax"] == jax.__version__
     plan.render(tiny)
     shown = " ".join(capsys.readouterr().out.split())
@@ -197,6 +198,8 @@ def test_a_tiny_run_on_accelerators(topology, attention, tmp_path):
         pytest.skip(f"{' and '.join(lacking)} not installed")
     settings = ("--config.order=('text',)", "--config.model.dtype=bfloat16", *QUICK)
     settings += (f"--config.model.attention={attention}",)
+    left = topology.startswith("cuda:h200")  # to the memory, of which there is more than enough
+    settings += ("--config.model.remat=auto",) if left else ("--config.rollout.gathered=False",)
     groups = [(30 + i, [4, 6, 10, 20, 40]) for i in range(8)]
     lengths = recorded(tmp_path / "rollouts.jsonl", groups)
     done = run("--config=configs/staged.py", f"--topology={topology}", "--json", f"--lengths={lengths}", *settings)
@@ -219,7 +222,15 @@ def test_a_tiny_run_on_accelerators(topology, attention, tmp_path):
     assert by["decode"]["bytes_a_turn"] > cache + text.width * text.vocabulary * 2
     decoding = next(program for program in stage["programs"] if program["name"] == "decoding")
     assert decoding["loops_of_unknown_length"] == 0
-    assert decoding["sent_bytes"] / 48 > text.depth * text.width * text.mlp_width  # weights are gathered for each token
+    if left:
+        assert {key: why.partition(":")[0] for key, why in found["decided"].items()} == {
+            "model.remat": "dots", "rollout.gathered": "True",
+        }  # fmt: skip
+        assert by["weights"]["seconds"] > 0
+    else:
+        assert found["decided"] == {}
+    # Without a copy weights are gathered for each token.
+    assert (decoding["sent_bytes"] / 48 > text.depth * text.width * text.mlp_width) != left
     low, high = stage["estimate"]["seconds_a_step"]
     assert low < of["step_seconds"] < high
 

@@ -175,6 +175,20 @@ def test_an_interrupt_ends_the_workers_and_no_reply_is_left_for_the_next_call():
         assert grader.timeouts == grader.failures == 0
 
 
+def test_a_pair_that_hangs_holds_up_no_other_call():
+    with grade.Grader(workers=2, timeout_s=60.0) as grader:
+        hanging = threading.Thread(target=lambda: grader.grade([(TOWER + "x", "x+1")]), daemon=True)
+        hanging.start()
+        while not grader._pool.processes():
+            time.sleep(0.01)
+        for i in range(3):
+            assert grader.grade([(f"{i}+x", f"x+{i}")]) == [True]
+        assert hanging.is_alive()
+        grader.close()
+        hanging.join(30)
+        assert not hanging.is_alive()
+
+
 def test_what_a_library_prints_is_no_reply(monkeypatch, tmp_path):
     (tmp_path / "latex2sympy2_extended").mkdir()
     (tmp_path / "latex2sympy2_extended" / "__init__.py").touch()

@@ -202,6 +202,28 @@ def test_function_that_always_fails_ends_the_run(own):
         score(_problems("5", "5"), ["crash", "nan"])
 
 
+def test_a_group_whose_every_response_fails_is_not_a_batch(own):
+    score = reward.make_reward(_config(function=f"{own}:picky"))
+    failed, fine = score.score(_problems("5", "5"), ["crash", "nan"]), score.score(_problems("5"), ["5"])
+    assert [one.reward for one in failed + fine] == [0.0, 0.0, 1.0] and "finite" in failed[1].error
+    score.check(failed + fine)
+    with pytest.raises(RuntimeError, match="failed for all 2 responses"):
+        score.check(failed)
+
+
+def test_who_may_ask_group_by_group(own):
+    found = {name: reward.make_reward(_config(function=f"{own}:{name}", workers=3)).parallel
+             for name in ("picky", "here", "lists")}  # fmt: skip
+    assert found == {"picky": 3, "here": 0, "lists": 0} and reward.make_reward(_config(workers=2)).parallel == 2
+
+
+def test_half_of_the_cores_grade_unless_a_number_is_given(monkeypatch):
+    for cores, expected in ((1, 1), (2, 1), (7, 3), (64, 32)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False)
+        assert reward.workers(0) == expected == reward.make_reward(_config(workers=0)).parallel
+        assert reward.workers(5) == 5
+
+
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.5), np.array(0.5)])
 def test_numbers_of_any_kind(value):
     assert reward._read_result(value, 1.0, None).reward == float(value)
@@ -337,7 +359,7 @@ def test_what_an_own_function_started_ends_with_its_time(own, tmp_path):
 
 
 def test_settings_of_workers_are_checked(own):
-    for name, value in (("workers", 0), ("timeout_s", 0.0), ("memory_mb", 1)):
+    for name, value in (("workers", -1), ("timeout_s", 0.0), ("memory_mb", 1)):
         with pytest.raises(ValueError, match=rf"config\.reward\.{name}"):
             reward.make_reward(_config(function=f"{own}:length", **{name: value}))
 

@@ -69,6 +69,13 @@ class Contract:
         for (a,), (b,), (c,) in zip(greedy, of_one, tiny, strict=True):
             assert a.tokens.tolist() == b.tokens.tolist() == c.tokens.tolist()
 
+    def test_each_group_is_told_when_it_is_whole(self, scene):
+        told = {}
+        groups = scene.engine.generate(scene.prompts(), Sampling(T), N, 1, None, told.__setitem__)
+        assert sorted(told) == list(range(len(groups)))
+        for number, group in enumerate(groups):
+            assert len(told[number]) == N and all(a is b for a, b in zip(told[number], group, strict=True))
+
     def test_a_single_token(self, scene):
         groups = scene.engine.generate(scene.prompts(), Sampling(1), N, 3)
         assert {len(sample.tokens) for group in groups for sample in group} == {1}

@@ -10,9 +10,10 @@ import pytest
 
 from capcur_jax.errors import RolloutError
 from capcur_jax.records import metrics
+from capcur_jax.rewards.reward import Score
 from capcur_jax.rollout.collector import Collector
 from capcur_jax.rollout.engine import Health, Sample, Span
-from capcur_jax.rollout.groups import Group, Rollout
+from capcur_jax.rollout.groups import Grading, Group, Rollout
 
 WAIT, SEED = 10, 3
 
@@ -37,29 +38,46 @@ class Engine:
     def health(self):
         return Health(self.version, tokens_per_second=10.0 * len(self.calls))
 
-    def generate(self, prompts, sampling, n, seed, images):
+    def generate(self, prompts, sampling, n, seed, images, done):
         version = self.version
         assert images == self.images
         self.calls.append((list(prompts), n, seed))
         self.began.set()
         assert self.gate.wait(WAIT)
-        return [
+        groups = [
             [Sample.whole(np.arange(2), np.zeros(2, np.float32), "stop", version) for _ in range(n)] for _ in prompts
         ]
+        for number, samples in enumerate(groups):
+            done(number, samples)
+        return groups
 
 
-def grade(examples, drawn):
-    return [Group(e, s, [], [], np.zeros(len(s))) for e, s in zip(examples, drawn, strict=True)]
+class Grades:
+    """Begun grades name the example; `scores` makes a group's."""
+
+    def __init__(self, scores=lambda example: []):
+        self.scores, self.begun = scores, []
+
+    def begin(self, example, samples):
+        self.begun.append(example.number)
+        return example.number, samples
+
+    def __call__(self, examples, drawn, begun):
+        for example, samples, grade in zip(examples, drawn, begun, strict=True):
+            assert grade is None or (grade[0] == example.number and len(grade[1]) == len(samples))
+        return [Group(e, s, [], self.scores(e), np.zeros(len(s))) for e, s in zip(examples, drawn, strict=True)]
 
 
 class Loop:
     """A training loop of nothing but numbers around a Collector: two updates a step, seed 3."""
 
-    def __init__(self, async_steps, updates=2, retries=0, images=False, grade=grade):
+    def __init__(self, async_steps, updates=2, retries=0, images=False, grading=None):
         self.engine, self.step, self.version, self.timer = Engine(images), 0, 0, metrics.PhaseTimer()
         settings = types.SimpleNamespace(async_steps=async_steps, group=3, dynamic_retries=retries)
         sizes = {"local": 2, "images": images, "updates": updates, "capabilities": ("a", "b")}
-        self.collector = Collector(self.engine, None, grade, batches(), **sizes, settings=settings, seed=SEED)
+        self.collector = Collector(
+            self.engine, None, grading or Grades(), batches(), **sizes, settings=settings, seed=SEED
+        )
 
     def collect(self):
         return self.collector.step(self.timer, self.step, self.version)
@@ -204,14 +222,11 @@ def test_an_error_of_the_engine_reaches_the_step_that_needs_the_samples():
 def test_a_step_that_draws_again_takes_new_problems_and_another_stream_of_samples(async_steps):
     """All rewards of the first batch are equal, and in either batch a group is too old at first."""
 
-    def second_differs(examples, drawn):
+    def second_differs(example):
         scores = [types.SimpleNamespace(reward=float(i)) for i in range(3)]
-        return [
-            Group(e, samples, [], scores if e.number >= 2 else scores[:1] * 3, np.zeros(3))
-            for e, samples in zip(examples, drawn, strict=True)
-        ]
+        return scores if example.number >= 2 else scores[:1] * 3
 
-    loop = Loop(async_steps, retries=2, images=True, grade=second_differs)
+    loop = Loop(async_steps, retries=2, images=True, grading=Grades(second_differs))
     loop.engine.version = loop.version = 8
     generate = loop.engine.generate
 
@@ -231,6 +246,89 @@ def test_a_step_that_draws_again_takes_new_problems_and_another_stream_of_sample
         (["p0", "p1"], 3, seed_of(0)), (["p0"], 3, seed_of(0, 1000)),
         (["p2", "p3"], 3, seed_of(0, 1)), (["p2"], 3, seed_of(0, 1001)),
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------- grading meanwhile
+
+
+class SlowReward:
+    """Grades two groups at a time. The samples' first token is their group's number; that of `hangs` is graded once all
+    others have been."""
+
+    parallel = 2
+
+    def __init__(self, others, hangs=None):
+        self.graded, self._others, self._hangs = threading.Semaphore(0), others, hangs
+
+    def score(self, problems, responses):
+        number = int(responses[0])
+        if number == self._hangs:
+            for _ in range(self._others):
+                assert self.graded.acquire(timeout=WAIT)
+        else:
+            self.graded.release()
+        return [Score(float(number), 1.0, 1.0, response) for response in responses]
+
+    def check(self, scores):
+        assert len(scores) == 3 * (self._others + 1)
+
+
+def graded_loop(reward, numbers, async_steps=0, between=lambda number: None):
+    """A loop whose engine samples these groups one after the other; `between` is told of each that was."""
+    grading = Grading(reward, lambda tokens: str(tokens[0]), lambda rewards: rewards - 1)
+    loop = Loop(async_steps, grading=grading)
+    loop.collector._local = len(numbers)
+    loop.collector._batches = iter([[Example(i, f"p{i}") for i in numbers]])
+
+    def generate(prompts, sampling, n, seed, images, done):
+        groups = []
+        for i, prompt in enumerate(prompts):
+            number = np.full(2, int(prompt[1:]))
+            groups.append([Sample.whole(number, np.zeros(2, np.float32), "stop", 0) for _ in range(n)])
+            done(i, groups[-1])
+            between(i)
+        return groups
+
+    loop.engine.generate = generate
+    return loop
+
+
+@pytest.mark.parametrize("async_steps", [0, 1])
+def test_a_group_is_graded_while_others_are_sampled(async_steps):
+    reward = SlowReward(others=2)
+
+    def wait(number):
+        assert reward.graded.acquire(timeout=WAIT)  # sampling goes on when the group is graded
+
+    loop = graded_loop(reward, [4, 5, 6], async_steps, wait)
+    with loop.collector:
+        if async_steps:
+            loop.collector.ahead(loop.timer, loop.step)
+        groups = loop.collect().groups
+    assert [group.rewards.tolist() for group in groups] == [[4.0] * 3, [5.0] * 3, [6.0] * 3]
+    assert [group.advantages.tolist() for group in groups] == [[3.0] * 3, [4.0] * 3, [5.0] * 3]
+    assert [group.responses for group in groups] == [["4"] * 3, ["5"] * 3, ["6"] * 3]
+
+
+def test_a_grade_that_hangs_holds_up_no_other():
+    """It is the first one, and ends when all others have been graded."""
+    loop = graded_loop(SlowReward(others=5, hangs=7), [7, 1, 2, 3, 4, 5])
+    with loop.collector:
+        assert [group.rewards[0] for group in loop.collect().groups] == [7, 1, 2, 3, 4, 5]
+
+
+def test_a_reward_that_wants_the_whole_batch_gets_it_when_all_are_sampled():
+    asked = []
+
+    def reward(problems, responses):
+        asked.append([problem.id for problem in problems])
+        return [Score(float(response), 1.0, 1.0, response) for response in responses]
+
+    reward.parallel = 0
+    loop = graded_loop(reward, [8, 9], between=lambda number: asked.append(number))
+    with loop.collector:
+        assert [group.rewards.tolist() for group in loop.collect().groups] == [[8.0] * 3, [9.0] * 3]
+    assert asked == [0, 1, ["problem 8"] * 3 + ["problem 9"] * 3]
 
 
 def test_closing_waits_for_no_samples():

@@ -23,7 +23,7 @@ from capcur_jax.devices.programs import Programs
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
-from capcur_jax.rollout.engine import Health, Sample, Sampling
+from capcur_jax.rollout.engine import Health, Sample, Sampling, Told
 from capcur_jax.rollout.local import slots as slots_lib
 from capcur_jax.rollout.local.places import LOOK, Places
 from capcur_jax.rollout.local.slots import Slots
@@ -109,6 +109,7 @@ class LocalEngine:
         n: int = 1,
         seed: int = 0,
         images: bool | None = None,
+        done: Told | None = None,
     ) -> list[list[Sample]]:
         """See engine.Engine. Raises InputError where too few rows of patches are declared for the prompts, whichever of
         them would meet in a prefill."""
@@ -118,7 +119,7 @@ class LocalEngine:
             while distributed.agree(call.places.worthwhile()):
                 call.admit()
             call.decode()
-            self._health = call.collect()
+            self._health = call.collect(done)
         return call.groups()
 
     def stream(self, prompt: Prompt, sampling: Sampling, seed: int = 0) -> Iterator[tuple[int, float]]:
@@ -252,7 +253,10 @@ class _Call:
 
     def groups(self) -> list[list[Sample]]:
         """All samples, in the prompts' order."""
-        return [[self._samples[prompt * self._n + i] for i in range(self._n)] for prompt in range(len(self._prompts))]
+        return [self._group(prompt) for prompt in range(len(self._prompts))]
+
+    def _group(self, prompt: int) -> list[Sample]:
+        return [self._samples[prompt * self._n + i] for i in range(self._n)]
 
     def admit(self) -> None:
         """Prefills as many as there is room for."""
@@ -285,13 +289,14 @@ class _Call:
         limits = sharding.put(self._engine.mesh, wanted), np.int32(self._clock + LOOK if until is None else until)
         self.slots = work.decode(self._engine.parameters, self.slots, self._seed, *limits)
 
-    def collect(self) -> Health:
-        """Takes the responses that have ended out of their slots."""
+    def collect(self, done: Told | None = None) -> Health:
+        """Takes the responses that have ended out of their slots, and tells `done` of the prompts that have all now."""
         version, running = self._engine.health().version, self.places.running
         shape = running.shape
         slots, self._clock = self.slots, int(self.slots.clock)
-        done, lengths = (sharding.fetch_rows(x).reshape(shape) for x in (slots.done, slots.lengths))
-        ended = np.argwhere(done & (running >= 0))
+        over, lengths = (sharding.fetch_rows(x).reshape(shape) for x in (slots.done, slots.lengths))
+        ended = np.argwhere(over & (running >= 0))
+        touched = sorted({int(running[shard, row]) // self._n for shard, row in ended})
         if len(ended):
             tokens, logprobs = (sharding.fetch_rows(x).reshape(*shape, -1) for x in (slots.tokens, slots.logprobs))
         for shard, row in ended:
@@ -301,6 +306,9 @@ class _Call:
             self._samples[int(running[shard, row])] = Sample.whole(*drawn, finish, version)
             running[shard, row] = -1
             self._tokens += len(drawn[0])
+        for prompt in touched if done else ():
+            if all(prompt * self._n + i in self._samples for i in range(self._n)):
+                done(prompt, self._group(prompt))
         busy = running >= 0
         rate = (self._tokens + int(lengths[busy].sum())) / (time.perf_counter() - self._started)
         return Health(version, int(busy.sum()), self._n * len(self.places.waiting), rate)

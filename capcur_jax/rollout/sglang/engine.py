@@ -30,7 +30,7 @@ from capcur_jax.errors import InputError, RolloutError
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.lora import LoRA
-from capcur_jax.rollout.engine import Health, Sample, Sampling
+from capcur_jax.rollout.engine import Health, Sample, Sampling, Told
 from capcur_jax.rollout.sglang import checks, manifest
 from capcur_jax.rollout.sglang.client import Client, ServerError
 from capcur_jax.rollout.sglang.fleet import Fleet
@@ -236,10 +236,16 @@ class SGLangEngine:
                 )
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int, images: bool | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        n: int,
+        seed: int,
+        images: bool | None = None,
+        done: Told | None = None,
     ) -> list[list[Sample]]:
         """See engine.Engine; `seed` counts only where servers draw deterministically (docs/rollouts.md)."""
-        return self._call(self._pool.generate(prompts, sampling, n, seed))
+        return self._call(self._pool.generate(prompts, sampling, n, seed, done))
 
     def health(self) -> Health:
         """See engine.Engine."""

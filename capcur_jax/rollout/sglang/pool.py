@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from capcur_jax.errors import RolloutError
 from capcur_jax.models.inputs import Processor, Prompt
-from capcur_jax.rollout.engine import Sample, Sampling
+from capcur_jax.rollout.engine import Sample, Sampling, Told
 from capcur_jax.rollout.sglang import wire
 from capcur_jax.rollout.sglang.client import Refused, ServerError, TimedOut, Unreachable
 from capcur_jax.rollout.sglang.fleet import Fleet, cancel
@@ -54,17 +54,26 @@ class Pool:
         self._processor, self._settings, self._counters = processor, fleet.settings, fleet.counters
         self._dark_since: float | None = None  # no server has been up since then
 
-    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int) -> list[list[Sample]]:
-        """n samples of each prompt, in their order; none of one that every server refuses. Raises RolloutError."""
+    async def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, n: int, seed: int, done: Told | None = None
+    ) -> list[list[Sample]]:
+        """n samples of each prompt, in their order; none of one that every server refuses. Raises RolloutError.
+
+        `done`: see engine.Engine.
+        """
         if self.sync.version is None:
             raise RolloutError("the SGLang servers have no weights yet: update_weights comes before generate")
         # The last refusal stays known: who asks for the reason has had others drawn meanwhile.
         refusal, started = self.progress.refusal, time.monotonic()
         self.progress = progress = Progress(queued=n * len(prompts), started=started, refusal=refusal)
-        tasks = [
-            asyncio.create_task(self._group(prompt, sampling, n, seed + 7919 * number, progress))
-            for number, prompt in enumerate(prompts)
-        ]
+
+        async def group(number: int, prompt: Prompt) -> list[Sample]:
+            found = await self._group(prompt, sampling, n, seed + 7919 * number, progress)
+            if found and done:
+                done(number, found)
+            return found
+
+        tasks = [asyncio.create_task(group(number, prompt)) for number, prompt in enumerate(prompts)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:

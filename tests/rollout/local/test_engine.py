@@ -290,6 +290,18 @@ def test_what_is_sampled_depends_on_no_slot(engine, model, processor, biased, pr
     assert all(sample.spans == ((3, 0, len(sample.tokens)),) for group in drawn for sample in group)
 
 
+def test_groups_are_told_while_others_are_decoded(model, processor, biased, prompts, monkeypatch):
+    events, decode = [], local._Call.decode
+    monkeypatch.setattr(local._Call, "decode", lambda call, *rest: events.append("decode") or decode(call, *rest))
+    engine = LocalEngine(model, processor, slots=G, prefill=1, buckets=BUCKETS)
+    engine.update_weights(biased, 1)
+    groups = engine.generate(prompts, WARM, G, 5, None, lambda number, samples: events.append(number))
+    numbers = [event for event in events if event != "decode"]
+    assert sorted(numbers) == list(range(len(groups)))
+    for number in numbers[:-1]:  # slots for one group: the next one is decoded afterwards
+        assert "decode" in events[events.index(number) :]
+
+
 def test_no_response_waits_for_the_longest(model, processor, biased, prompts):
     """With m slots and one prompt taken at a time, the steps stay within those of any schedule that is never idle."""
     engine = LocalEngine(model, processor, slots=4, prefill=1, buckets=BUCKETS)

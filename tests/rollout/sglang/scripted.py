@@ -169,8 +169,8 @@ class ScriptedEngine:
     def call(self, work):
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(30)
 
-    def generate(self, prompts, n=3):
-        return self.call(self.pool.generate(prompts, Sampling(2), n, 0))
+    def generate(self, prompts, n=3, done=None):
+        return self.call(self.pool.generate(prompts, Sampling(2), n, 0, done))
 
     def close(self):
         self.call(self.fleet.close())

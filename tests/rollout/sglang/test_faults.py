@@ -109,6 +109,26 @@ def test_why_a_prompt_was_refused_is_known_after_others_took_its_place(engine, s
     assert len(group) == 3 and "not to my taste" in pool.pool.progress.refusal
 
 
+def test_a_group_is_told_while_another_is_sampled_and_a_refused_one_never(engine, servers, prompt):
+    told, other = [], threading.Event()
+
+    def later(body, right):
+        assert other.wait(20)
+        return 200, right
+
+    def done(number, samples):
+        told.append((number, len(samples)))
+        other.set()
+
+    servers[0].faults = [later]
+    assert [len(group) for group in engine().generate([prompt] * 4, done=done)] == [3] * 4
+    assert sorted(told) == [(number, 3) for number in range(4)]
+    for one in servers:
+        one.faults = [lambda body, right: (400, {"error": {"message": "not to my taste"}})] * 3
+    told.clear()
+    assert engine(retries=0).generate([prompt], done=done) == [[]] and not told
+
+
 def test_another_prompt_in_the_server_ends_the_call_at_once(engine, servers, prompt):
     def another(body, right):
         for one in right:
