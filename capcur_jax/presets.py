@@ -286,7 +286,7 @@ def laptop() -> ConfigDict:
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((10, 64),)})
+    config.packing.update({"lengths": (960, 1216), "groups": 16, "patch_buckets": ((5, 64), (8, 64))})
     config.evaluation.counterfactual = 200
     return config
 
