@@ -61,8 +61,8 @@ def batch_of(part: Sequence[Item], layout: Layout, shape: BatchShape, lengths: t
         return np.broadcast_to(np.int32(0), shape)
 
     vision = None
-    if shape.patch_rows:
-        segments = np.zeros(shape.patch_rows * layout.buckets.patch_row, np.int8)
+    if shape.patch_slots:
+        segments = np.zeros(shape.patch_slots, np.int8)
         segments[: sum(sum(PromptSize.of(item.prompt).images) for item in part)] = 1
         vision = types.SimpleNamespace(segments=segments)
     prompts = types.SimpleNamespace(
@@ -84,7 +84,7 @@ def recorded(workdir: Path, config: ConfigDict) -> dict[str, list[list[Group]]]:
     """The rollout batches of each stage of a run; prompts are measured with the config's checkpoint."""
     prompt = config.prompt
     processor = Processor.from_directory(config.checkpoint, prompt.min_pixels, prompt.max_pixels)
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
+    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_buckets[-1][1])
     steps: dict[tuple[str, int], list[Group]] = collections.defaultdict(list)
     for line in read_jsonl(workdir / "rollouts.jsonl"):
         images = tuple(str(workdir / image) for image in line["images"])
@@ -125,7 +125,7 @@ def count(stage: Stage, config: ConfigDict, steps: Sequence[Sequence[Group]]) ->
     prompt = config.prompt
     sizes = [size for groups in steps for size, _ in groups]
     layout = Layout.of(
-        stage, config, Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows)),
+        stage, config, Buckets(prompt.token_buckets, prompt.patch_buckets),
         processor=None, mesh=AbstractMesh((1, _ROWS.value, 1), ("data", "fsdp", "tensor")),
         images=any(size.images for size in sizes),
     )  # fmt: skip
@@ -156,8 +156,8 @@ def main(_) -> None:
     config = _CONFIG.value
     stages = {stage.name: stage for stage in schedule.stages(config)}
     settings = {
-        **config.packing.to_dict(), "token_buckets": config.prompt.token_buckets, "patch_row": config.prompt.patch_row,
-        "patch_rows": config.prompt.patch_rows, "updates_per_batch": config.objective.updates_per_batch,
+        **config.packing.to_dict(), "token_buckets": config.prompt.token_buckets,
+        "patch_buckets": config.prompt.patch_buckets, "updates_per_batch": config.objective.updates_per_batch,
         "device_rows": _ROWS.value,
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in settings.items()))
@@ -180,8 +180,8 @@ def main(_) -> None:
         )
         for (shape, lengths), times in found["used"].most_common():
             print(
-                f"    {times:5d} x {shape.prompts} prompts of {shape.tokens}, {shape.patch_rows} rows of patches, "
-                f"responses of {lengths}"
+                f"    {times:5d} x {shape.prompts} prompts of {shape.tokens}, {shape.patch_rows} x {shape.patches} "
+                f"patches, responses of {lengths}"
             )
     results["all"] = line_of("all", total)
     line = json.dumps({"benchmark": "packing", "lengths": source, "settings": settings, "results": results})

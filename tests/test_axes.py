@@ -85,7 +85,7 @@ def test_a_wrong_shape_fails_at_the_border(border):
 
 def test_a_wrong_shape_fails_at_the_model_s_borders(model, processor):
     prompt = processor.prepare(processor.render(["3 x 4"]))
-    batch = Buckets((32,), 16, (1.0,)).collate([prompt], processor.config, processor.pad_token)
+    batch = Buckets((32,), ((1, 16),)).collate([prompt], processor.config, processor.pad_token)
     shaped = lambda *tokens: jax.eval_shape(lambda rows: model.predicting(rows, batch), list(tokens))  # noqa: E731
     (states,) = shaped(TOKENS)
     assert states.shape == (R, T, model.config.text.width)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,10 @@ class Checkpoint:
             with contextlib.suppress(BadInput):  # `answer` says so
                 sizes.add(self._measure(question))
         self._images = any(size.images for size in sizes)
-        opened = opened._replace(buckets=shapes(opened.buckets, sizes or {PromptSize(1)}, opened.processor))
+        sizes = sizes or {PromptSize(1)}
+        opened = opened._replace(
+            buckets=shapes(opened.buckets, sizes, config.rollout.prefill, opened.processor.config.vision.merge_size)
+        )
         self._engine = policy.open_engine(config, model, opened, self._workdir)
         self._closing.callback(self._engine.close)
         self._engine.update_weights(nnx.split(model)[1], 0)
@@ -197,19 +201,26 @@ class Checkpoint:
             done([(asked[index], Said(*one)) for part in parts for index, one in json.loads(part)])
 
 
-def shapes(declared: Any, sizes: Iterable[Any], processor: Any) -> Any:
-    """The declared shapes, and beside them such as hold prompts of these sizes (models/batching.py)."""
-    from capcur_jax.models.batching import Buckets, assign_rows, rounded_up, rows_of
+def shapes(declared: Any, sizes: Collection[Any], prompts: int, merge: int) -> Any:
+    """The declared shapes, and beside them such as hold prompts of these sizes (models/batching.py).
+
+    Args:
+      prompts: of a device row at once.
+      merge: patches of a side of an image token.
+    """
+    from capcur_jax.models.batching import assign_rows, rounded_up, rows_of
 
     lengths = sorted(size.tokens for size in sizes)
     tokens = {*declared.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
     if lengths[-1] <= max(declared.tokens, default=0):
         tokens = set(declared.tokens)
-    largest = max((patches for size in sizes for patches in size.images), default=0)
-    row = max(declared.patch_row, processor.config.vision.merge_size**2)
-    if largest > row:
-        row = rounded_up(largest, math.lcm(_ROUND, processor.config.vision.merge_size**2))
-    most = max((rows_of(assign_rows(size.images, row)) for size in sizes), default=0)
-    enough = max(declared.patch_rows, default=0) >= most
-    rows = declared.patch_rows if enough else (*declared.patch_rows, most / 2, float(most))
-    return Buckets(tuple(sorted(tokens)), row, tuple(sorted(set(rows))))
+    wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)))
+    try:
+        wider.patch_buckets(sizes, prompts)
+        return wider
+    except InputError:
+        largest = max(patches for size in sizes for patches in size.images)
+        row = max(declared.longest_image, rounded_up(max(largest, declared.smallest), math.lcm(_ROUND, merge**2)))
+        rows = prompts * max(rows_of(assign_rows(size.images, row)) for size in sizes)
+        rows = max(rows, *(rows for rows, _ in declared.patches), 1)
+        return dataclasses.replace(wider, patches=(*declared.patches, (rows, row)))

@@ -101,7 +101,7 @@ class Layout:
 
     def fitting(self, needs: Sequence[int]) -> tuple[BatchShape, tuple[int, ...]]:
         """The shape of the prompts and the declared lengths of the slabs for such needs. Raises InputError."""
-        return BatchShape(*needs[:3]), packing.smallest_lengths(self.lengths, needs[3:], self.counts)
+        return BatchShape(*needs[:4]), packing.smallest_lengths(self.lengths, needs[4:], self.counts)
 
 
 def needs_reference(config: ConfigDict) -> bool:

@@ -71,7 +71,7 @@ class Step:
         rows = sum(n * (x - 1) for n, x in zip(counts, shapes["tokens of a response"], strict=True))
         self._largest = shapes["prompts of a gradient"] * (shapes["tokens of a prompt"] + rows)  # as compiled
         self._counts = functools.cache(_counts)
-        self._vision_counts: dict[tuple[Any, int], np.ndarray] = {}
+        self._vision_counts: dict[tuple[Any, int, int], np.ndarray] = {}
 
     def of(self, groups: Sequence[Group]) -> tuple[list[Phase], dict[str, Any]]:
         """The phases, and the step's figures. Raises InputError where lengths fit no declared shape."""
@@ -143,12 +143,13 @@ class Step:
 
     def _split(self, at: Any, shape: BatchShape, *slabs: Any) -> tuple[np.ndarray, np.ndarray]:
         """FLOPs (linear, attention) of the decoder and of the vision tower."""
-        text = self._counts(at, shape._replace(patch_rows=0), *slabs)
+        text = self._counts(at, shape._replace(patch_rows=0, patches=0), *slabs)
         if not shape.patch_rows:
             return text, np.zeros(2)
-        if (at, shape.patch_rows) not in self._vision_counts:  # the tower sees nothing of the text
-            self._vision_counts[at, shape.patch_rows] = self._counts(at, shape, *slabs) - text
-        return text, self._vision_counts[at, shape.patch_rows]
+        key = at, *shape[2:]
+        if key not in self._vision_counts:  # the tower sees nothing of the text
+            self._vision_counts[key] = self._counts(at, shape, *slabs) - text
+        return text, self._vision_counts[key]
 
     def _optimizer(self, updates: int) -> Phase:
         measured = self._measured["update"]
@@ -165,7 +166,7 @@ class Step:
         for shape in sampled.admissions:
             text, vision = self._split(program.at, shape)
             total += text.sum() + vision.sum()
-            tokens, slots = tokens + shape.prompts * shape.tokens, slots + self._patches(shape)
+            tokens, slots = tokens + shape.prompts * shape.tokens, slots + shape.patch_slots
             layers = text[0] / self._trainers / rate.linear
             pairs = shape.prompts * shape.tokens**2 / 2 * work.pair_flops(self._known)
             attention = self._attended(pairs, 1.0, rate.attention)
@@ -247,9 +248,6 @@ class Step:
         blank = layout.buckets.blank(shape, self._known, layout.processor.pad_token)
         return sum(leaf.nbytes for leaf in jax.tree.leaves(blank))
 
-    def _patches(self, shape: BatchShape) -> int:
-        return shape.patch_rows * self._variant.layout.buckets.patch_row
-
     def _forward(self, useful: work.Useful, micro: work.Micro) -> float:
         """FLOPs of one forward pass of real tokens and patches; the vision tower's by those traced for a batch."""
         total = work.linear_flops(self._known, useful) + useful.pairs * work.pair_flops(self._known)
@@ -259,8 +257,8 @@ class Step:
         if not micro.shape.patch_rows:
             return 0.0
         linear, attention = self._split(self._variant.forward, micro.shape, micro.lengths)[1]
-        slots, row = self._patches(micro.shape), self._variant.layout.buckets.patch_row
-        return useful.patches * linear / slots + useful.patch_pairs * attention / (slots * row)
+        slots = micro.shape.patch_slots
+        return useful.patches * linear / slots + useful.patch_pairs * attention / (slots * micro.shape.patches)
 
     def _figures(
         self, phases: Sequence[Phase], micros: Sequence[work.Micro], useful: work.Useful, sampled: work.Sampled | None

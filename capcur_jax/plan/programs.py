@@ -31,6 +31,7 @@ from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.plan.lengths import declared
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
 from capcur_jax.schedule import Stage
@@ -133,7 +134,7 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
 
 def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, images: bool) -> Variant:
     stage = stages[0]
-    buckets = Buckets(config.prompt.token_buckets, config.prompt.patch_row, config.prompt.patch_rows)
+    buckets = Buckets.of(config.prompt, processor.config.vision)
     layout = Layout.of(stage, config, buckets, processor, mesh, images)
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
     learner = Learner(
@@ -141,7 +142,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    large = _sizes(config, images)
+    large = _sizes(config, processor.config.vision.merge_size, images)
     scored, batch = (max(layout.blanks(large, passes=passes), key=_slots) for passes in (True, False))
 
     trained, frozen = learner.split(parameters)
@@ -268,11 +269,10 @@ def _sampling(
     ], (work.rows, work.prompts)
 
 
-def _sizes(config: ConfigDict, images: bool) -> list[PromptSize]:
+def _sizes(config: ConfigDict, merge: int, images: bool) -> list[PromptSize]:
     """As many prompts as a batch may have, all of the largest declared size."""
-    patches = (int(config.prompt.patch_row * min(1.0, max(config.prompt.patch_rows))),) if images else ()
     most = max(stage.prompts for stage in schedule.stages(config))
-    return [PromptSize(max(config.prompt.token_buckets), patches)] * max(most, config.rollout.slots)
+    return [declared(config, merge, images, max)] * max(most, config.rollout.slots)
 
 
 def _slots(batch: UpdateBatch) -> tuple[int, int]:

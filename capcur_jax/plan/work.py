@@ -68,8 +68,8 @@ def batch_of(part: Sequence[Item], layout: Layout, shape: BatchShape, lengths: t
         return np.broadcast_to(np.int32(0), shape)
 
     vision = None
-    if shape.patch_rows:
-        segments = np.zeros(shape.patch_rows * layout.buckets.patch_row, np.int8)
+    if shape.patch_slots:
+        segments = np.zeros(shape.patch_slots, np.int8)
         segments[: sum(sum(PromptSize.of(item.prompt).images) for item in part)] = 1
         vision = types.SimpleNamespace(segments=segments)
     prompts = types.SimpleNamespace(

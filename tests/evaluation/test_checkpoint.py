@@ -108,12 +108,14 @@ def test_a_run_s_checkpoint_is_asked_with_the_run_s_config(checkpoint, tmp_path)
 
 
 def test_declared_shapes_hold_what_is_asked(processor):
-    declared = Buckets((48, 96), 64, (1.0,))
-    assert shapes(declared, [PromptSize(40, (64,)), PromptSize(96)], processor) == declared
-    larger = shapes(declared, [PromptSize(40, (64,)), PromptSize(300, (100, 100, 30))], processor)
-    assert max(larger.tokens) >= 300 and larger.patch_row >= 100 and max(larger.patch_rows) >= 2
-    larger.check([PromptSize(300, (100, 100, 30))], 4)
-    assert shapes(Buckets((), 0, ()), [PromptSize(40)], processor).tokens == (128,)
+    declared = Buckets((48, 96), ((4, 64),))
+    assert shapes(declared, [PromptSize(40, (64,)), PromptSize(96)], 4, 2) == declared
+    assert shapes(declared, [PromptSize(40, (64,)), PromptSize(96)], 5, 2).patches == ((4, 64), (5, 128))
+    sizes = [PromptSize(40, (64,)), PromptSize(300, (100, 100, 30))]
+    larger = shapes(declared, sizes, 4, 2)
+    assert max(larger.tokens) >= 300 and larger.longest_image >= 100
+    assert larger.patch_buckets(sizes, 4) == list(larger.patches)
+    assert shapes(Buckets(()), [PromptSize(40)], 4, 2).tokens == (128,)
 
 
 def test_processes_ask_shares_and_pass_over_what_is_known(monkeypatch):

@@ -85,7 +85,7 @@ def plain(prompts, tokens, processor):
     """The batch of a first update without a reference policy."""
     zeros = np.zeros(T, np.float32)
     rows = [Row(row, float(EVENLY[0]), float(a), zeros[: len(row)]) for row, a in zip(tokens, ADVANTAGES, strict=True)]
-    collated = Buckets((48, 64), 96, (1.0,)).collate(prompts, processor.config, 0)
+    collated = Buckets((48, 64), ((2, 96),)).collate(prompts, processor.config, 0)
     return UpdateBatch(collated, pack([rows[:G], rows[G:]], (G,), (T,), processor.pad_token))
 
 
@@ -156,7 +156,7 @@ def full_sequences(parts, prompts, tokens, processor):
         )
         where[r, :length] = len(prompt) - 1 + np.arange(length)
         place[r, :length] = np.searchsorted(allowed, response)
-    sequences = Buckets((80,), 96, (1.0,)).collate(rows, processor.config, processor.pad_token)
+    sequences = Buckets((80,), ((6, 96),)).collate(rows, processor.config, processor.pad_token)
 
     @jax.jit
     def run(parameters, temperature, weights, of_entropy):

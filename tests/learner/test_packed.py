@@ -25,7 +25,7 @@ from tests.conftest import random_image
 from tests.learner.conftest import relative_differences
 
 G, LIMIT, RATE = 3, 8, 1e-3
-BUCKETS = Buckets((96,), 64, (2.0,))  # few shapes: each is a program to compile
+BUCKETS = Buckets((96,), ((2, 64), (4, 64), (8, 64)))  # few shapes: each is a program to compile
 PACKINGS = {
     "one micro-batch": {"micro_prompts": 0, "slabs": (), "buckets": ((8,),)},
     "several": {"micro_prompts": 2, "slabs": (), "buckets": ((5,), (8,))},
@@ -259,7 +259,7 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
         return jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype).name), batch)
 
     sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
-    random, buckets = np.random.default_rng(0), Buckets((48, 64, 96), 64, (0.5, 1.0, 1.5, 2.0))
+    random, buckets = np.random.default_rng(0), Buckets((48, 64, 96), tuple((rows, 64) for rows in range(1, 9)))
     for packing in (*PACKINGS.values(), {"micro_prompts": 1, "slabs": (1, 1, 1), "buckets": ((4, 6, 8), (8, 8, 8))}):
         layout, seen = scene.layout(packing, buckets=buckets), []
         known = [signature(batch) for batch in layout.blanks(sizes, passes=True)]

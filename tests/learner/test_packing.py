@@ -159,7 +159,7 @@ def test_a_blank_has_the_shape_of_what_is_packed(old, reference):
 
 
 def test_slots_are_counted(processor, make_image):
-    buckets = Buckets((64, 128), 64, (1.0,))
+    buckets = Buckets((64, 128), ((2, 64),))
     prompts = [
         processor.prepare(processor.render([None, "red"]), [make_image(24, 32)]),
         processor.prepare(processor.render(["What is 3 x 4?"])),
@@ -167,7 +167,7 @@ def test_slots_are_counted(processor, make_image):
     batch = UpdateBatch(
         buckets.collate(prompts, processor.config, processor.pad_token), pack(GROUPS, (2, 1), (4, 8), 0)
     )
-    text = UpdateBatch(buckets.blank(BatchShape(2, 64, 0), processor.config, 0), pack(GROUPS, (3,), (8,), 0))
+    text = UpdateBatch(buckets.blank(BatchShape(2, 64), processor.config, 0), pack(GROUPS, (3,), (8,), 0))
     lengths, responses = [len(prompt) for prompt in prompts], 17
     patches = len(prompts[0].patches)
     T = batch.prompts.tokens.shape[1]

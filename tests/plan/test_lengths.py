@@ -80,7 +80,7 @@ def test_records_that_cannot_be_used(tmp_path, content, message):
 
 def paper_step(groups):
     prompt, mesh = PAPER.prompt, AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
-    buckets = Buckets(prompt.token_buckets, prompt.patch_row, prompt.patch_rows)
+    buckets = Buckets(prompt.token_buckets, prompt.patch_buckets)
     processor = types.SimpleNamespace(config=None, pad_token=0)
     layout = Layout.of(VISUAL, PAPER, buckets, processor, mesh, True)
     return buckets, [micro for update in work.updates(groups, layout) for micro in update]
