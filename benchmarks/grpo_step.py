@@ -54,7 +54,7 @@ _STEPS = flags.DEFINE_integer("steps", 5, "Steps in a round.")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "Rounds that count, after one that warms up.")
 _ROWS = flags.DEFINE_integer("trl_rows", 20, "Sequences in TRL's micro-batches.")
 _CHECKPOINTING = flags.DEFINE_bool("trl_checkpointing", True, "TRL computes activations again backwards, its default.")
-_MICRO = flags.DEFINE_integer("micro_prompts", 0, "Ours: config.packing.micro_prompts; TRL's 20 sequences are 4.")
+_ROW = flags.DEFINE_integer("row", 0, "Ours: tokens of a packed row; 0: the preset's.")
 _SERVE = flags.DEFINE_string("serve", "", "Our side of one case, for the process that compares.")
 CASES = {  # of each: the KL's coefficient, updates on one set of responses
     "policy": {"beta": 0.0, "updates": 1},
@@ -92,7 +92,7 @@ def write_inputs(directory: Path) -> dict[str, Any]:
         "completions": [[*random.integers(low, high, n - 1).tolist(), end] for n in lengths],
         "rewards": random.random(PROMPTS * GROUP).tolist(),
         "learning_rate": 1e-4, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8,
-        "max_gradient_norm": 1.0, "clip_low": 0.2, "clip_high": 0.3, "micro_prompts": _MICRO.value,
+        "max_gradient_norm": 1.0, "clip_low": 0.2, "clip_high": 0.3, "row": _ROW.value,
     }  # fmt: skip
 
 
@@ -105,7 +105,8 @@ def configured(record: dict[str, Any]) -> ConfigDict:
             "clip_dual": 0.0, "advantage_epsilon": 1e-4, "updates_per_batch": record["updates"],
         }
     )  # fmt: skip
-    config.packing.micro_prompts = record["micro_prompts"]
+    if record["row"]:
+        config.packing.lengths = (record["row"],)
     for key in ("weight_decay", "beta1", "beta2", "epsilon", "max_gradient_norm"):
         config.optimizer[key] = record[key]
     return config
@@ -152,7 +153,7 @@ def serve(path: str) -> None:
             done = {"seconds": time.perf_counter() - started}
             done["losses"], done["norms"] = ([float(r[name]) for r in results] for name in ("loss", "grad_norm"))
             print(json.dumps(done), flush=True)
-        counts = packing.slots([batch for mini in batched for batch in mini])
+        counts = sum(micro.slots() for mini in batched for micro in mini)
         print(json.dumps({"peak": resident("VmHWM"), **packing.shares(counts)}), flush=True)
 
 
@@ -217,7 +218,7 @@ def compare(name: str, record: dict[str, Any], directory: Path) -> dict[str, Any
     return {
         "case": name,
         **CASES[name],
-        "micro_prompts": _MICRO.value,
+        "row": _ROW.value,
         "tokens": tokens,
         "sides": {s: summary(v, tokens) for s, v in sides.items()},
     }

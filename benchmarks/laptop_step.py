@@ -48,7 +48,7 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
     processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint, remat=config.model.remat)
     processor.end_tokens = (-1,)  # no response may end early
     buckets = Buckets.of(prompt, processor.config.vision)
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, buckets.longest_image)
+    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, buckets.images.longest)
     layout, trainer = open_stage(config, model, processor, [builder.measure(problem) for problem in problems])
     engine = LocalEngine(model, processor, slots=PROMPTS * GROUP, buckets=buckets)
     advantages = jax.jit(functools.partial(objectives.group_advantages, epsilon=objective.advantage_epsilon))

@@ -1,94 +1,74 @@
 """What an update computes, from lengths alone: real tokens against full sequences, and how much padding is on top.
 
-    python benchmarks/packing.py --workdir=RUN                                     # the laptop run's recorded lengths
-    python benchmarks/packing.py --config=configs/staged.py:qwen3_vl_8b --rows=8   # prompts and responses drawn here
+    python benchmarks/packing.py                     # drawn: the plan's distributions, and the laptop run's
+    python benchmarks/packing.py --workdir=RUN       # a laptop run's recorded lengths
 
-RUN is a run recorded with --config.log.rollouts_every=1 --config.log.rollout_prompts=16: its rollout batches, whole.
-Without it prompts are like MathVision's, drawn with seed 0: an image of about 1,000 tokens (log-normal, sigma
---image_sigma), 60 to 150 of text, and responses of about 400 tokens (log-normal, sigma 0.35 between groups and 0.35
-within a group, at most config.rollout.max_new_tokens). Micro-batches are split by the trainer's own layout under the
-config, any key of which can be given (--config.packing.slabs="(3, 2)"); --rows is how many device rows share one.
+RUN is a run recorded with --config.log.rollouts_every=1 --config.log.rollout_prompts=32: its rollout batches, whole.
+Without it lengths are drawn with seeds 0 to --steps: those of capcur_jax/plan/lengths.py under the 8B preset, on 8 and
+on 32 device rows, and those of LAPTOP under the laptop preset on one. Groups are packed by the trainer's own functions.
 
 "Packing" is the number of real tokens (a prompt once, its responses) divided by that of the full sequences (its prompt
-before every response). "Padding" is the share of empty slots in what is computed. A program is compiled
-for every shape.
+before every response). "Padding" is the share of empty slots in what is computed, "computed" both together. A pass has
+a program for every shape of rows.
 """
 
 from __future__ import annotations
 
 import collections
 import json
-import math
-import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import record
 from absl import app, flags
 from jax.sharding import AbstractMesh
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from capcur_jax import schedule
-from capcur_jax.data.problem import Problem
-from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax import presets, schedule
 from capcur_jax.learner import packing
 from capcur_jax.learner.layout import Layout
-from capcur_jax.learner.minibatches import Item, agreed, grouped
-from capcur_jax.learner.packing import Row, UpdateBatch
-from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
-from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.batching import Buckets
+from capcur_jax.plan import lengths, work
+from capcur_jax.plan.lengths import Drawn, Group
 from capcur_jax.records.jsonl import read_jsonl
-from capcur_jax.schedule import Stage
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/staged.py", "What the run is told.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", "", "A recorded run; empty: lengths are drawn.")
-_ROWS = flags.DEFINE_integer("rows", 1, "Device rows of the mesh (data x fsdp).")
+_WORKDIR = flags.DEFINE_string("workdir", "", "A recorded laptop run; empty: lengths are drawn.")
 _STEPS = flags.DEFINE_integer("steps", 4, "Rollout batches to draw.")
-_IMAGE_SIGMA = flags.DEFINE_float("image_sigma", 0.1, "Spread of image sizes that are drawn.")
-Group = tuple[PromptSize, list[int]]  # a prompt's size and its responses' lengths
+NAMES, ROWS = ("paper", "mathvision", "geo3k", "text"), (8, 32)
+# Like those of the laptop run's stages: images of 64 patches, questions of nearly one length.
+LAPTOP = {
+    "perception": Drawn(16, 0.0, (16, 16), (31, 37), 14, 0.06, 0.1),
+    "text": Drawn(0, 0.0, (0, 0), (41, 44), 28, 0.04, 0.06),
+    "visual": Drawn(16, 0.0, (16, 16), (46, 76), 30, 0.15, 0.12),
+}
 
 
-def items_of(groups: Sequence[Group]) -> list[Item]:
-    """Stand-ins that have lengths but no content."""
-    return [Item(_prompt(size), [Row(np.zeros(n, np.int32), 1.0) for n in lengths]) for size, lengths in groups]
+def drawn(kind: Drawn, prompts: int, config: ConfigDict, steps: int) -> list[list[Group]]:
+    """Rollout batches."""
+    group, longest = config.rollout.group, config.rollout.max_new_tokens
+    return [lengths.draw(kind, prompts, group, longest, 2, np.random.default_rng(seed)) for seed in range(steps)]
 
 
-def batch_of(part: Sequence[Item], layout: Layout, shape: BatchShape, lengths: tuple[int, ...]) -> UpdateBatch:
-    """The micro-batch, with arrays of which only the size counts."""
-
-    def slots(*shape):  # of any size, without memory
-        return np.broadcast_to(np.int32(0), shape)
-
-    vision = None
-    if shape.patch_slots:
-        segments = np.zeros(shape.patch_slots, np.int8)
-        segments[: sum(sum(PromptSize.of(item.prompt).images) for item in part)] = 1
-        vision = types.SimpleNamespace(segments=segments)
-    prompts = types.SimpleNamespace(
-        lengths=np.array([len(item.prompt) for item in part]), tokens=slots(shape.prompts, shape.tokens),
-        vision=vision,
-    )  # fmt: skip
-    return UpdateBatch(prompts, packing.pack([item.rows for item in part], layout.counts, lengths, 0, sampled=False))
-
-
-def _prompt(size: PromptSize) -> Prompt:
-    empty = np.zeros(0, np.int32)
-    return Prompt(np.zeros(size.tokens, np.int32), empty, 0, empty, empty, tuple((1, 1, n) for n in size.images))
-
-
-# ---------------------------------------------------------------------- lengths
+def laptop(config: ConfigDict, steps: int) -> dict[str, list[list[Group]]]:
+    """Rollout batches of each stage; of the merged one a third of each."""
+    prompts = config.stages.merged.prompts
+    batches = {name: drawn(kind, prompts, config, steps) for name, kind in LAPTOP.items()}
+    random = np.random.default_rng(0)
+    merged = []
+    for each in zip(*batches.values(), strict=True):
+        pool = [group for groups in each for group in groups]
+        merged.append([pool[i] for i in random.permutation(len(pool))[:prompts]])
+    return batches | {"merged": merged}
 
 
 def recorded(workdir: Path, config: ConfigDict) -> dict[str, list[list[Group]]]:
-    """The rollout batches of each stage of a run; prompts are measured with the config's checkpoint."""
-    prompt = config.prompt
-    processor = Processor.from_directory(config.checkpoint, prompt.min_pixels, prompt.max_pixels)
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_buckets[-1][1])
+    """The rollout batches of each stage of a run."""
     steps: dict[tuple[str, int], list[Group]] = collections.defaultdict(list)
     for line in read_jsonl(workdir / "rollouts.jsonl"):
-        images = tuple(str(workdir / image) for image in line["images"])
-        size = builder.measure(Problem(line["id"], line["problem"], line["answer"], images))
+        size = lengths.PromptSize(line["prompt_tokens"], tuple(line["image_patches"]))
         steps[line["stage"], line["step"]].append((size, [sample["tokens"] for sample in line["samples"]]))
     stages: dict[str, list[list[Group]]] = collections.defaultdict(list)
     for (stage, step), groups in steps.items():
@@ -101,97 +81,66 @@ def recorded(workdir: Path, config: ConfigDict) -> dict[str, list[list[Group]]]:
     return stages
 
 
-def drawn(config: ConfigDict, prompts: int, steps: int, image_sigma: float) -> list[list[Group]]:
-    """Rollout batches like MathVision's; four patches make an image token."""
-    random, G = np.random.default_rng(0), config.rollout.group
-    batches = []
-    for _ in range(steps):
-        images = np.rint(1000 * np.exp(image_sigma * random.standard_normal(prompts))).astype(int)
-        texts = random.integers(60, 151, prompts)
-        # Of a log-normal number with sigmas a and b the mean is median x exp((a^2 + b^2) / 2).
-        spread = 0.35 * random.standard_normal((prompts, 1)) + 0.35 * random.standard_normal((prompts, G))
-        lengths = np.rint(400 * math.exp(-(0.35**2)) * np.exp(spread)).astype(int)
-        lengths = np.clip(lengths, 1, config.rollout.max_new_tokens)
-        sizes = [PromptSize(int(i + t), (int(4 * i),)) for i, t in zip(images, texts, strict=True)]
-        batches.append(list(zip(sizes, lengths.tolist(), strict=True)))
-    return batches
-
-
 # ---------------------------------------------------------------------- counts
 
 
-def count(stage: Stage, config: ConfigDict, steps: Sequence[Sequence[Group]]) -> dict:
-    """Of all rollout batches of a stage."""
-    prompt = config.prompt
-    sizes = [size for groups in steps for size, _ in groups]
-    layout = Layout.of(
-        stage, config, Buckets(prompt.token_buckets, prompt.patch_buckets),
-        processor=None, mesh=AbstractMesh((1, _ROWS.value, 1), ("data", "fsdp", "tensor")),
-        images=any(size.images for size in sizes),
+def layout_of(config: ConfigDict, stage: str, rows: int, batches: Sequence[Sequence[Group]]) -> Layout:
+    """Of a stage whose prompts are these, on so many device rows."""
+    with config.unlocked():
+        config.order = (stage,)
+    prompt, sizes = config.prompt, [size for groups in batches for size, _ in groups]
+    return Layout.of(
+        schedule.stages(config)[0], config, Buckets((1,), smallest=prompt.min_pixels // 256 or 4),
+        SimpleNamespace(config=None, pad_token=0), AbstractMesh((1, rows, 1), ("data", "fsdp", "tensor")),
+        any(size.images for size in sizes), sizes,
     )  # fmt: skip
-    used, counts = collections.Counter(), np.zeros(len(packing.SLOTS), np.int64)
-    for groups in steps:
-        items = items_of(groups)
-        for at in range(0, len(items), len(items) // layout.updates):
-            parts = grouped(items[at : at + len(items) // layout.updates], layout)
-            shapes = agreed(parts, layout)
-            used.update(shapes)
-            counts += packing.slots([batch_of(part, layout, *shape) for part, shape in zip(parts, shapes, strict=True)])
-    lengths = np.array([n for groups in steps for _, responses in groups for n in responses])
-    prompts = np.array([size.tokens for size in sizes])
-    return {
-        "counts": counts, "programs": len(layout.shapes(sizes)) * len(layout.lengths), "used": used,
-        "prompt": (prompts.mean(), prompts.max()), "response": (lengths.mean(), lengths.max()),
-    }  # fmt: skip
 
 
-def line_of(name: str, counts: np.ndarray) -> dict:
-    shares = packing.shares(counts)
-    patches = f"  of patches {shares['patch_padding']:.3f}" if "patch_padding" in shares else ""
-    print(f"{name:<12} packing {shares['packing']:.3f}  padding {shares['token_padding']:.3f}{patches}")
-    return shares
+def count(config: ConfigDict, stage: str, rows: int, batches: Sequence[Sequence[Group]]) -> dict[str, Any]:
+    """Shares and counts of these rollout batches."""
+    layout, used = layout_of(config, stage, rows, batches), collections.Counter()
+    counts, micros = np.zeros(len(packing.SLOTS), np.int64), 0
+    for groups in batches:
+        for update in work.updates(groups, layout):
+            counts += sum(micro.slots() for micro in update)
+            used.update(micro.shape for micro in update)
+            micros += len(update)
+    found = packing.shares(counts) | {"device_rows": rows, "programs": len(layout.shapes()), "used": used}
+    found["computed"] = found["packing"] / (1 - found["token_padding"])
+    found["micro_batches"] = micros / len(batches) / layout.updates
+    return found
+
+
+def show(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Prints it; what is kept of it."""
+    patches = f"  of patches {found['patch_padding']:.3f}" if "patch_padding" in found else ""
+    print(
+        f"{name:<11} on {found['device_rows']} rows: packing {found['packing']:.3f}  computed {found['computed']:.3f}"
+        f"  padding {found['token_padding']:.3f}{patches}  {found['micro_batches']:.1f} micro-batches an update, "
+        f"{found['programs']} programs a pass"
+    )
+    shapes = ", ".join(f"{times} x {length} + {n} x {P}" for (length, n, P), times in sorted(found["used"].items()))
+    print(f"{'':<11} tokens + rows of patches: {shapes}")
+    return {key: value for key, value in found.items() if key != "used"}
 
 
 def main(_) -> None:
-    config = _CONFIG.value
-    stages = {stage.name: stage for stage in schedule.stages(config)}
-    settings = {
-        **config.packing.to_dict(), "token_buckets": config.prompt.token_buckets,
-        "patch_buckets": config.prompt.patch_buckets, "updates_per_batch": config.objective.updates_per_batch,
-        "device_rows": _ROWS.value,
-    }  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    config = presets.get("laptop")
+    results: dict[str, list[dict[str, Any]]] = {}
     if _WORKDIR.value:
-        batches, source = recorded(Path(_WORKDIR.value), config), f"recorded in {_WORKDIR.value}"
+        stages = recorded(Path(_WORKDIR.value), config)
     else:
-        stage = stages.get("visual") or next(iter(stages.values()))
-        batches = {stage.name: drawn(config, stage.prompts, _STEPS.value, _IMAGE_SIGMA.value)}
-        source = f"drawn: MathVision-like, image sigma {_IMAGE_SIGMA.value}"
-    print(f"lengths {source}")
-    results, total = {}, np.zeros(len(packing.SLOTS), np.int64)
-    for name, steps in batches.items():
-        found = count(stages[name], config, steps)
-        total += found["counts"]
-        results[name] = line_of(name, found["counts"]) | {"programs": found["programs"], "steps": len(steps)}
-        (prompt, longest_prompt), (response, longest) = found["prompt"], found["response"]
-        print(
-            f"  {len(steps)} rollout batches; tokens of a prompt {prompt:.0f}, at most {longest_prompt}, of a response "
-            f"{response:.0f}, at most {longest}; {found['programs']} shapes to compile; micro-batches of each:"
-        )
-        for (shape, lengths), times in found["used"].most_common():
-            print(
-                f"    {times:5d} x {shape.prompts} prompts of {shape.tokens}, {shape.patch_rows} x {shape.patches} "
-                f"patches, responses of {lengths}"
-            )
-    results["all"] = line_of("all", total)
-    line = json.dumps({"benchmark": "packing", "lengths": source, "settings": settings, "results": results})
-    print(line)
-    shown = {
-        name: {k: found[k] for k in ("packing", "token_padding")} for name, found in results.items() if name != "all"
-    }
+        stages, large = laptop(config, _STEPS.value), presets.get("qwen3_vl_8b")
+        for name in NAMES:
+            stage = "text" if name == "text" else "visual"
+            batches = drawn(lengths.NAMES[name], large.stages[stage].prompts, large, _STEPS.value)
+            results[name] = [show(name, count(large, stage, rows, batches)) for rows in ROWS]
+    for name, batches in stages.items():
+        results[f"laptop, {name}"] = [show(name, count(config, name, 1, batches))]
+    print(json.dumps({"benchmark": "packing", "results": results}))
     record.write(
-        {"stages": shown, "batches": sum(map(len, batches.values()))},
-        [*(f"capcur_jax/learner/{name}.py" for name in ("packing", "layout", "minibatches")),
+        {"lengths": results, "batches": sum(map(len, stages.values()))},
+        [*(f"capcur_jax/learner/{name}.py" for name in ("bins", "packing", "layout", "minibatches")),
          "capcur_jax/models/batching.py"],
     )  # fmt: skip
 

@@ -86,11 +86,11 @@ def open_stage(
         graph, parameters, objective=stage.objective, freeze=stage.freeze, config=config,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    layout = Layout.of(stage, config, buckets, processor, mesh, images=any(size.images for size in sizes))
+    layout = Layout.of(stage, config, buckets, processor, mesh, any(size.images for size in sizes), sizes)
     trained, frozen = learner.split(parameters)
     start = learner.split(parameters if reference is None else reference)[0]
     copied = learner.copy_as(start, jnp.float32) if layout.reference else None
     trainer = Trainer(learner, mesh, learner.start(trained), frozen, reference=copied)
-    blank = next(layout.blanks(sizes, passes=False))
+    blank = next(layout.blanks(passes=False))
     trainer.sums = learner.zeros(trainer.state.trained, trainer.frozen, blank)
     return layout, trainer

@@ -1,6 +1,6 @@
 """The letters of axes, one meaning each, and the check of the shapes that public functions declare with them.
 
-    A  rows of any kind, for what treats them alike (attention's, a softmax's)
+    A  rows of any kind, for what treats them alike (attention's, a softmax's); device rows of packed tokens
     B  prompts of a batch
     C  slots that the local engine decodes in
     D  width of the residual stream
@@ -9,7 +9,7 @@
     H  dimension of a head
     J  rows of patches, in which images lie
     K  heads of keys and values
-    L  layers
+    L  layers; tokens of a packed row
     N  heads of queries
     P  patches of a row of patches
     R  responses: G of each of the B prompts, row r of prompt r // G

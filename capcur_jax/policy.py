@@ -68,7 +68,7 @@ def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str
             warn(f"{source} is no {config.architecture}: what plan says of that does not hold here")
     buckets = Buckets.of(prompt, known.vision, processor.images.size["shortest_edge"])
     store = ImageStore(config.data.workers, config.data.image_cache_mb)
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, buckets.longest_image, store)
+    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, buckets.images.longest, store)
     return model, Policy(source, kinds["lora"], processor, builder, buckets, store)
 
 

@@ -32,7 +32,11 @@ LAPTOP_LEARNING_RATE = 5e-5  # at 1e-4 the visual stage forgets what the first t
 LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
+_ROWS = "groups of a mini-batch are packed into device rows of few lengths: declare these in config.packing.lengths"
 DELETED = {
+    "packing.buckets": _ROWS,
+    "packing.slabs": _ROWS,
+    "packing.micro_prompts": _ROWS,
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
     "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
     "prompt.patch_row": "config.prompt.patch_buckets declares how many rows of patches a device row has and how long",
@@ -179,9 +183,12 @@ def defaults() -> ConfigDict:
                 "dynamic_retries": 0,
             },
             "packing": {
-                "micro_prompts": 0,  # prompts of a device row whose gradient is taken at once; 0: an update's
-                "slabs": (),  # rows of a group that share a length, shortest first, such as (3, 2); (): all
-                "buckets": (),  # the preset's: declared lengths, one for each slab
+                # The preset's: declared lengths of a device row of tokens, which holds whole groups. A mini-batch takes
+                # those that hold it with the fewest tokens, one for each micro-batch. On accelerators multiples of 128.
+                "lengths": (),
+                "groups": 0,  # the preset's: groups of such a row at most
+                # The preset's: declared patches of such a row's images, (rows, patches of a row) of each, rising.
+                "patch_buckets": (),
             },
             "reward": {
                 "accuracy_weight": 0.9,  # times 1 for a right answer
@@ -281,9 +288,9 @@ def laptop() -> ConfigDict:
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96)})
-    config.prompt.update({"patch_buckets": tuple((rows, 64) for rows in (8, 12, 16, 32, 64))})
+    config.prompt.update({"patch_buckets": tuple((rows, 64) for rows in (8, 16))})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"micro_prompts": 8, "buckets": ((16,), (20,), (32,), (48,))})
+    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((10, 64),)})
     config.evaluation.counterfactual = 200
     return config
 
@@ -305,15 +312,15 @@ def _paper(architecture: str) -> ConfigDict:
             "min_pixels": 262_144,
             "max_pixels": 4_194_304,
             "token_buckets": (512, 1280, 2048),
-            "patch_buckets": tuple((1, patches) for patches in (2048, 4096, 5120, 6656, 8192, 9728, 12288, 16384)),
+            "patch_buckets": tuple((1, patches) for patches in (2048, 4096, 8192)),
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "slots": 192})
     config.packing.update(
         {
-            "micro_prompts": 1,  # 2 need 34 GiB of a device on v6e-16, 40 on 8 x H200
-            "slabs": (3, 2),
-            "buckets": ((256, 512), (448, 640), (640, 896), (896, 1280), (1280, 2048), (2048, 2048)),
+            "lengths": (9216, 11_264, 13_312, 15_360),
+            "groups": 16,
+            "patch_buckets": tuple((1, patches) for patches in (6144, 8192, 10_240, 12_288, 16_384, 20_480)),
         }
     )
     config.objective.updates_per_batch = 4

@@ -19,6 +19,7 @@ from capcur_jax.evaluation import folders, keeper, kept, page
 from capcur_jax.evaluation.blind import blind_accuracy
 from capcur_jax.hub import download
 from capcur_jax.learner import objectives, packing
+from capcur_jax.learner.minibatches import Micro
 from capcur_jax.records import jsonl, metrics
 from capcur_jax.report import model_card
 from capcur_jax.report import run as report
@@ -152,7 +153,12 @@ def _blind(run: Run) -> dict[str, float]:
 
 
 def step_record(
-    run: Run, stage: Stage, minibatches: Sequence, rollout: Rollout | None, rate: float, sync: dict[str, float]
+    run: Run,
+    stage: Stage,
+    minibatches: Sequence[Sequence[Micro]],
+    rollout: Rollout | None,
+    rate: float,
+    sync: dict[str, float],
 ) -> dict[str, Any]:
     """What is known of the step that `run.progress` counts last, before its update is done. `sync`: seconds of the
     weights' way to the engine by phase."""
@@ -161,8 +167,8 @@ def step_record(
             f"step {run.progress.step}: the rollout engine refused {len(rollout.refused)} prompts, others took their "
             f"places (the first: {rollout.refused[0]}): {run.engine.health().refusal}"
         )
-    batches = [batch for mini in minibatches for batch in mini]
-    counts = distributed.exchange(packing.slots(batches)).sum(0)
+    micros = [micro for mini in minibatches for micro in mini]
+    counts = distributed.exchange(sum(micro.slots() for micro in micros)).sum(0)
     return {
         "type": "step",
         "step": run.progress.step,
@@ -173,7 +179,7 @@ def step_record(
         **(rollout.metrics() | _engine_record(run) if rollout else {}),
         **packing.shares(counts),
         "tokens": int(counts[0]),
-        "micro_batches": len(batches),
+        "micro_batches": len(micros),
         **{f"seconds_sync_{phase}": seconds for phase, seconds in sync.items()},
     }
 

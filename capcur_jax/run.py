@@ -34,6 +34,7 @@ from capcur_jax.learner.trainer import Trainer, combined, learners
 from capcur_jax.learner.turns import Turns
 from capcur_jax.models import fresh
 from capcur_jax.models import lora as lora_lib
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.config import dtype_of
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.records import journal, jsonl, metrics
@@ -243,9 +244,10 @@ class Run:
 
     # ------------------------------------------------------------------ what a stage asks for
 
-    def layout(self, stage: Stage, images: bool) -> Layout:
-        """The declared shapes of its batches; `images`: whether any of its prompts has one. Raises InputError."""
-        return Layout.of(stage, self.config, self.policy.buckets, self.policy.processor, self.mesh, images)
+    def layout(self, stage: Stage, images: bool, sizes: Sequence[PromptSize] = ()) -> Layout:
+        """The declared shapes of its batches; `images`: whether any of its prompts has one; `sizes`: those of all,
+        where they are known. Raises InputError."""
+        return Layout.of(stage, self.config, self.policy.buckets, self.policy.processor, self.mesh, images, sizes)
 
     def learner(self, stage: Stage) -> Learner:
         """Stages with the same objective and the same frozen parameters share their compiled programs."""

@@ -35,8 +35,8 @@ from capcur_jax.errors import InputError
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
-from capcur_jax.learner.minibatches import Item, minibatches, sampled_item, target_item
-from capcur_jax.learner.packing import UpdateBatch
+from capcur_jax.learner.minibatches import Micro, minibatches, sampled_item, target_item
+from capcur_jax.learner.packing import Item
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.records.display import Display
 from capcur_jax.records.metrics import PhaseTimer
@@ -169,7 +169,7 @@ def open_stage(run: Run, stage: Stage, number: int, measured: Usable | None) -> 
     with run.interruption.at_once():
         sets, sizes = measured or usable(run, stage)
     images = any(size.images for size in sizes)
-    layout = run.layout(stage, images)
+    layout = run.layout(stage, images, sizes)
     run.turns.begin_stage()
     learner, name = run.learner(stage), f"{number}-{stage.name}"
     if run.restored is not None and number == run.progress.stage:
@@ -280,7 +280,7 @@ def end_of_step(run: Run, stage: Stage, step: int, last: bool) -> bool:
     return last
 
 
-def end_if_idle(run: Run, minis: Sequence[Sequence[UpdateBatch]], layout: Layout, most: int) -> None:
+def end_if_idle(run: Run, minis: Sequence[Sequence[Micro]], layout: Layout, most: int) -> None:
     """Raises InputError where the last `most` steps or more left every update out: the stage learns nothing."""
     idle = run.recorder.idle
     if idle >= most:
@@ -344,8 +344,8 @@ def warm_up(run: Run, stage: Stage, layout: Layout, sizes: Sequence[PromptSize],
     """Compiles every program that the stage's batches can need, whichever prompts and responses meet in one."""
     config, trainer, state = run.config, run.trainer, run.trainer.state
     learner = trainer.learner
-    passes = list(layout.blanks(sizes, passes=True)) if layout.scores else []
-    gradients = list(layout.blanks(sizes, passes=False))
+    passes = list(layout.blanks(passes=True)) if layout.scores else []
+    gradients = list(layout.blanks(passes=False))
     policies = [state.trained] if layout.old else []
     if trainer.reference is not None:
         policies.append(trainer.reference_home.work(trainer.reference))

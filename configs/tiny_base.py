@@ -52,5 +52,5 @@ def get_config():
         }
         config.order = ("first", "answers")
         config.prompt.token_buckets = (40, 84, 96)
-        config.packing.update({"micro_prompts": 0, "buckets": ((16,), (32,), (48,))})
+        config.packing.update({"lengths": (768, 896, 1024), "groups": 16, "patch_buckets": ((16, 64),)})
     return config

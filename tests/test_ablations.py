@@ -107,7 +107,7 @@ def test_mistakes_get_one_clear_line(arguments, words, capsys, tmp_path):
 SETTINGS = {
     **tiny.SETTINGS, "reward.function": "tests.own_rewards:by_length", "evaluation.questions": 4,
     "evaluation.blind": False, "log.tensorboard": False, "checkpointing.every": 2, "objective.updates_per_batch": 2,
-    "rollout.max_new_tokens": 4, "packing.buckets": ((4,),),
+    "rollout.max_new_tokens": 4,
     **{f"stages.{name}.steps": 5 for name in presets.CAPABILITIES},
     **{f"stages.{name}.prompts": 4 for name in presets.CAPABILITIES},
 }  # fmt: skip

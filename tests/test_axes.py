@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from capcur_jax import axes
 from capcur_jax.devices import sharding
 from capcur_jax.learner import objectives
-from capcur_jax.learner.packing import Slab
+from capcur_jax.learner.packing import Responses
 from capcur_jax.models.attention import Causal, attend
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.logprobs import token_logprobs
@@ -62,8 +62,8 @@ BORDERS = {
         (zeros(B, T, N, H), zeros(B, T, K, H), zeros(B, T, K, H)),
         (zeros(B, T, N, H), zeros(B, T, K, H), zeros(B, T, N, H)),
     ),
-    "Slab.of": (
-        Slab.of, (TOKENS, TOKENS[:, 0], zeros(R), zeros(R), RxT), (TOKENS, TOKENS[:, 0], zeros(R), zeros(R), RxT[:, 1:])
+    "Responses.of": (
+        Responses.of, (zeros(R), zeros(R), RxT, RxT), (zeros(R), zeros(R), RxT, RxT[:, 1:])
     ),
     "sample_tokens": (
         lambda logits: sample_tokens(logits, jax.random.split(jax.random.key(0), C), Sampling(1)),
@@ -86,11 +86,6 @@ def test_a_wrong_shape_fails_at_the_border(border):
 def test_a_wrong_shape_fails_at_the_model_s_borders(model, processor):
     prompt = processor.prepare(processor.render(["3 x 4"]))
     batch = Buckets((32,), ((1, 16),)).collate([prompt], processor.config, processor.pad_token)
-    shaped = lambda *tokens: jax.eval_shape(lambda rows: model.predicting(rows, batch), list(tokens))  # noqa: E731
-    (states,) = shaped(TOKENS)
-    assert states.shape == (R, T, model.config.text.width)
-    with pytest.raises(TypeCheckError, match="tokens_RxT"):
-        shaped(TOKENS.astype(np.float32))
     with pytest.raises(TypeCheckError, match="h_BxTxD"):
         QwenVL.last(zeros(T, D), batch)
     cache, one = model.empty_cache(C, S), zeros(C, dtype=np.int32)

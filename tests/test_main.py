@@ -207,8 +207,8 @@ def own(checkpoint, tmp_path_factory):
     changes = {f"data.sets.perception.{split}": str(path) for split in ("train", "test", "validation")}
     changes |= {
         "reward.function": "tests.own_rewards:by_length", "evaluation.sets": ("perception",),
-        "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.micro_prompts": 1, "packing.slabs": (2, 1),
-        "packing.buckets": ((8, 8),), "rollout.dynamic_retries": 1, "validation.every": 2,
+        "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.lengths": (160,),
+        "rollout.dynamic_retries": 1, "validation.every": 2,
         "evaluation.instruction": "system", "evaluation.base_instruction": "none",
     }  # fmt: skip
     config = tiny.config(checkpoint, {}, order=("merged", "perception"), **changes)

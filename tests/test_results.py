@@ -325,17 +325,16 @@ def test_with_several_devices_the_plan_says_where_parameters_lie(tmp_path):
 # ---------------------------------------------------------------------- records
 
 
-def mini(prompts, computed, responses):
-    """A micro-batch: prompts of these lengths, a slab with one response to each."""
-    parts = types.SimpleNamespace(lengths=np.array(prompts), tokens=np.zeros(computed), vision=None)
-    slab = types.SimpleNamespace(lengths=np.array(responses), tokens=np.zeros(computed))
-    return types.SimpleNamespace(prompts=parts, slabs=[slab])
+def micro(prompts, computed, responses):
+    """A micro-batch: prompts of these lengths, with one response to each."""
+    real = sum(prompts) + sum(responses)
+    return types.SimpleNamespace(slots=lambda: np.array([real, computed, real, 0, 0]))
 
 
 def test_a_step_s_record(tmp_path, monkeypatch):
     run = Run(tmp_path)
     (stage,) = run.stages
-    minis = [[mini((5, 3), 20, (2, 2))], [mini((4, 4), 20, (1, 3)), mini((6, 2), 20, (4, 4))]]
+    minis = [[micro((5, 3), 40, (2, 2))], [micro((4, 4), 40, (1, 3)), micro((6, 2), 40, (4, 4))]]
     rollout = Rollout([graded(1, [0, 0.1, 0.9, 1], version=18)], 4, 1, version=18)
     record = results.step_record(run, stage, minis, rollout, 0.125, {"write": 2.0})
     expected = {

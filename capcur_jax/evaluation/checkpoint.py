@@ -202,25 +202,31 @@ class Checkpoint:
 
 
 def shapes(declared: Any, sizes: Collection[Any], prompts: int, merge: int) -> Any:
-    """The declared shapes, and beside them such as hold prompts of these sizes (models/batching.py).
+    """The declared shapes, or beside them such as hold prompts of these sizes (models/batching.py).
 
     Args:
       prompts: of a device row at once.
       merge: patches of a side of an image token.
     """
-    from capcur_jax.models.batching import assign_rows, rounded_up, rows_of
+    from capcur_jax.models.batching import rounded_up
+    from capcur_jax.models.image_rows import assign_rows, rows_of
 
-    lengths = sorted(size.tokens for size in sizes)
+    lengths, images = sorted(size.tokens for size in sizes), [size.images for size in sizes]
     tokens = {*declared.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
     if lengths[-1] <= max(declared.tokens, default=0):
         tokens = set(declared.tokens)
     wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)))
     try:
-        wider.patch_buckets(sizes, prompts)
+        wider.images.possible(images, prompts)
         return wider
     except InputError:
-        largest = max(patches for size in sizes for patches in size.images)
-        row = max(declared.longest_image, rounded_up(max(largest, declared.smallest), math.lcm(_ROUND, merge**2)))
-        rows = prompts * max(rows_of(assign_rows(size.images, row)) for size in sizes)
-        rows = max(rows, *(rows for rows, _ in declared.patches), 1)
-        return dataclasses.replace(wider, patches=(*declared.patches, (rows, row)))
+        counted = [declared.images.counted(each) for each in images]
+    if all(rows == 1 for rows, _ in declared.patches):
+        row = rounded_up(prompts * max(map(sum, counted)), math.lcm(_ROUND, merge**2))
+        patches = (*declared.patches, *((1, n) for n in (row // 2, row) if n > declared.images.longest))
+    else:
+        largest, row = max(map(max, filter(None, counted))), declared.images.longest
+        row = row if largest <= row else rounded_up(largest, math.lcm(_ROUND, merge**2))
+        rows = prompts * max(rows_of(assign_rows(each, row)) for each in counted)
+        patches = ((-(-rows // 2), row), (rows, row))
+    return dataclasses.replace(wider, patches=patches)

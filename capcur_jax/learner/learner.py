@@ -7,7 +7,6 @@ mini-batch is split, over micro-batches or devices, changes nothing but the orde
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any, NamedTuple
 
@@ -132,50 +131,44 @@ class Learner:
 
     # ------------------------------------------------------------------ passes
 
-    def _predict(self, model: QwenVL, batch: UpdateBatch) -> list[TokenLogprobs]:
-        """Of each slab's response tokens, [R, T]. The vocabulary is walked once for all slabs."""
-        hidden = model.predicting([slab.tokens for slab in batch.slabs], batch.prompts)
-        B = batch.prompts.tokens.shape[0]
-        # [B, G x T]: what belongs to a prompt is on its own device row, however many rows of it a slab has.
-        h = jnp.concatenate([x.reshape(B, -1, x.shape[-1]) for x in hidden], axis=1)
-        tokens = jnp.concatenate([slab.tokens.reshape(B, -1) for slab in batch.slabs], axis=1)
+    def _predict(self, model: QwenVL, batch: UpdateBatch) -> TokenLogprobs:
+        """Of all response tokens, [R, T]; past a response's end they are anything."""
         kernel, axis = model.unembedding()
         shards = None
         if self._mesh.size > 1:
             path = "head.kernel" if axis else "text.embed.embedding"
             shards = Shards(self._mesh, P(sharding.ROWS), sharding.spec_of(self._mesh, path, kernel.shape))
+        rows = batch.rows
         scored = token_logprobs(
-            h, kernel, tokens, vocabulary_axis=axis, temperature=self._temperature, banned=self._banned, shards=shards
-        )
-        parts, at = [], 0
-        for slab in batch.slabs:
-            width = slab.tokens.size // B
-            cut = functools.partial(jax.lax.slice_in_dim, start_index=at, limit_index=at + width, axis=1)
-            parts.append(jax.tree.map(lambda x, cut=cut, slab=slab: cut(x).reshape(slab.tokens.shape), scored))
-            at += width
-        return parts
+            model.predicting(rows), kernel, rows.tokens, vocabulary_axis=axis, temperature=self._temperature,
+            banned=self._banned, shards=shards,
+        )  # fmt: skip
 
-    def _score(self, trained: nnx.State, frozen: nnx.State, batch: UpdateBatch) -> list[jax.Array]:
-        """Log-probs [R, T] of each slab's response tokens."""
-        return [part.logprobs for part in self._predict(nnx.merge(self._graph, trained, frozen), batch)]
+        def of_responses(x_AxL, start_AxR):
+            index = jnp.minimum(start_AxR[..., None] + jnp.arange(rows.response), x_AxL.shape[1] - 1)
+            A = len(x_AxL)
+            return jnp.take_along_axis(x_AxL, index.reshape(A, -1), axis=1).reshape(-1, rows.response)
+
+        of = sharding.local(self._mesh, of_responses, (P(sharding.ROWS),) * 2, P(sharding.ROWS))
+        return jax.tree.map(lambda x: of(x, rows.places.response_start), scored)
+
+    def _score(self, trained: nnx.State, frozen: nnx.State, batch: UpdateBatch) -> jax.Array:
+        """Log-probs [R, T] of the response tokens."""
+        return self._predict(nnx.merge(self._graph, trained, frozen), batch).logprobs
 
     def _loss(self, trained, frozen, batch: UpdateBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """This micro-batch's share of the loss, and its sums."""
-        total, sums = jnp.zeros(()), None
-        predicted = self._predict(nnx.merge(self._graph, trained, frozen), batch)
-        for slab, new in zip(batch.slabs, predicted, strict=True):
-            mask = objectives.response_mask(slab.lengths, slab.tokens.shape[1])
-            loss, values = self._objective.loss(slab, new, mask, self._settings)
-            total += (slab.weights * objectives.masked_sum(loss, mask)).sum()
-            of_slab = {
-                name: jnp.where(mask, value, 0.0).max()
-                if name.endswith("_max")
-                else objectives.masked_sum(value.astype(jnp.float32), mask).sum()
-                for name, value in values.items()
-            }
-            of_slab["tokens"] = mask.sum().astype(jnp.float32)
-            sums = of_slab if sums is None else combine_metrics(sums, of_slab)
-        return total, {**sums, "loss": total}
+        new = self._predict(nnx.merge(self._graph, trained, frozen), batch)
+        mask = objectives.response_mask(batch.rows.places.response_length.reshape(-1), batch.rows.response)
+        loss, values = self._objective.loss(batch.responses, new, mask, self._settings)
+        total = (batch.responses.weights * objectives.masked_sum(loss, mask)).sum()
+        sums = {
+            name: jnp.where(mask, value, 0.0).max()
+            if name.endswith("_max")
+            else objectives.masked_sum(value.astype(jnp.float32), mask).sum()
+            for name, value in values.items()
+        }
+        return total, {**sums, "tokens": mask.sum().astype(jnp.float32), "loss": total}
 
     # ------------------------------------------------------------------ updates
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from capcur_jax.devices import distributed
-from capcur_jax.learner import objectives, packing
+from capcur_jax.learner import bins, objectives, packing
 from capcur_jax.learner.layout import Layout
-from capcur_jax.learner.packing import Row, UpdateBatch
-from capcur_jax.models.batching import BatchShape, PromptSize
+from capcur_jax.learner.packing import Item, Row, RowShape, UpdateBatch
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Prompt
 from capcur_jax.rollout.engine import Sample
-
-
-class Item(NamedTuple):
-    """A prompt and what is to be learned from its responses."""
-
-    prompt: Prompt
-    rows: list[Row]  # weight: 1 if the row counts, 0 if not
 
 
 def sampled_item(prompt: Prompt, samples: Sequence[Sample], advantages: np.ndarray, mask_truncated: bool) -> Item:
@@ -40,40 +34,67 @@ def target_item(prompt: Prompt, target: np.ndarray) -> Item:
     return Item(prompt, [Row(target, 1.0)])
 
 
-def minibatches(items: Sequence[Item], layout: Layout, config: ConfigDict) -> list[list[UpdateBatch]]:
-    """The step's updates, in order, each as its micro-batches (numpy, this process's rows)."""
+@dataclasses.dataclass(frozen=True)
+class Micro:
+    """A micro-batch whose arrays are not made yet: those of a whole step would take gigabytes."""
+
+    layout: Layout
+    shape: RowShape
+    rows: list[list[Item]]  # of each device row of this process
+
+    def batch(self) -> UpdateBatch:
+        """Its arrays (numpy)."""
+        return self.layout.collate(self.rows, self.shape)
+
+    def slots(self) -> np.ndarray:
+        """See packing.slots; of this process."""
+        return packing.slots(self.rows, self.shape)
+
+
+def minibatches(items: Sequence[Item], layout: Layout, config: ConfigDict) -> list[list[Micro]]:
+    """The step's updates, in order, each as its micro-batches (this process's rows)."""
     size = len(items) // layout.updates
-    return [microbatches(items[at : at + size], layout, config) for at in range(0, len(items), size)]
+    parts = [items[at : at + size] for at in range(0, len(items), size)]
+    return [packed(list(_weighted(part, layout, config)), layout) for part in parts]
 
 
-def microbatches(items: Sequence[Item], layout: Layout, config: ConfigDict) -> list[UpdateBatch]:
-    """The micro-batches of one update."""
-    weighted = zip(items, _weighted(items, layout, config), strict=True)
-    parts = grouped([Item(item.prompt, rows) for item, rows in weighted], layout)
-    return [_batch(part, layout, *shape) for part, shape in zip(parts, agreed(parts, layout), strict=True)]
+def packed(items: Sequence[Item], layout: Layout) -> list[Micro]:
+    """The micro-batches of one update: rows of as few tokens in all as hold the items, as alike in patches as may be.
+
+    All processes take rows of the same shapes: the first that hold what each of them has.
+    """
+    parts = [part for item in items for part in item.parts(max(layout.lengths))]
+    images = [PromptSize.of(part.prompt).images for part in parts]
+
+    def bucket(members: Sequence[int]) -> int:
+        return layout.patches.fitting([images[i] for i in members])
+
+    sizes, declared = [part.tokens for part in parts], layout.patches.declared
+    patches = sum(map(sum, images)) // max(math.prod(declared[-1]), 1)
+    fewest = max(-(-len(parts) // layout.bounds.groups), patches, 1)
+    needed, least = distributed.exchange(-(-np.array([sum(sizes), fewest]) // layout.shards)).max(0).tolist()
+    rooms, filled = [], None
+    for lengths in bins.sums(layout.lengths, needed, least):  # without an end: each item has room in a row of its own
+        rooms = [length for length in lengths for _ in range(layout.shards)]
+        filled = bins.fill(sizes, rooms, layout.bounds.groups, lambda members: bucket(members) < len(declared))
+        if distributed.exchange(np.array(filled is not None)).all():
+            break
+    # Rows with many images share a micro-batch.
+    order = sorted(range(len(rooms)), key=lambda b: (-rooms[b], -bucket(filled[b]), b))
+    batches = [order[at : at + layout.shards] for at in range(0, len(order), layout.shards)]
+    needs = np.array([max(bucket(filled[b]) for b in batch) for batch in batches])
+    shapes = [
+        RowShape(rooms[batch[0]], *declared[number])
+        for batch, number in zip(batches, distributed.exchange(needs).max(0).tolist(), strict=True)
+    ]
+    return [
+        Micro(layout, shape, [[parts[i] for i in filled[b]] for b in batch])
+        for shape, batch in zip(shapes, batches, strict=True)
+    ]
 
 
-def grouped(items: Sequence[Item], layout: Layout) -> list[list[Item]]:
-    """As many items as a micro-batch has, alike in length."""
-    ordered = sorted(items, key=lambda item: packing.sort_key(len(item.prompt), item.rows, layout.counts))
-    return [ordered[at : at + layout.micro] for at in range(0, len(ordered), layout.micro)]
-
-
-def agreed(parts: Sequence[Sequence[Item]], layout: Layout) -> list[tuple[BatchShape, tuple[int, ...]]]:
-    """The shape of each micro-batch: one program, so all processes take the largest of theirs."""
-    needs = [layout.needs([PromptSize.of(i.prompt) for i in part], [i.rows for i in part]) for part in parts]
-    return [layout.fitting(need) for need in distributed.exchange(np.array(needs)).max(0).tolist()]
-
-
-def _batch(part: Sequence[Item], layout: Layout, shape: BatchShape, lengths: tuple[int, ...]) -> UpdateBatch:
-    known, prompts = layout.processor, [item.prompt for item in part]
-    collated = layout.buckets.collate(prompts, known.config, known.pad_token, shards=layout.shards, shape=shape)
-    rows = [item.rows for item in part]
-    return UpdateBatch(collated, packing.pack(rows, layout.counts, lengths, known.pad_token, layout.sampled))
-
-
-def _weighted(items: Sequence[Item], layout: Layout, config: ConfigDict) -> Iterator[list[Row]]:
-    """The rows with their weights in the loss of the whole mini-batch, all processes' included."""
+def _weighted(items: Sequence[Item], layout: Layout, config: ConfigDict) -> Iterator[Item]:
+    """The items whose rows have their weights in the loss of the whole mini-batch, all processes' included."""
     rows = [row for item in items for row in item.rows]
     lengths, counted = np.array([len(row.tokens) for row in rows]), np.array([row.weight > 0 for row in rows])
     tokens, number = distributed.exchange(np.array([(lengths * counted).sum(), counted.sum()])).sum(0).tolist()
@@ -87,4 +108,4 @@ def _weighted(items: Sequence[Item], layout: Layout, config: ConfigDict) -> Iter
     )
     at = iter(weights.tolist())
     for item in items:
-        yield [row._replace(weight=next(at)) for row in item.rows]
+        yield item._replace(rows=[row._replace(weight=next(at)) for row in item.rows])

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax.axes import Array, Bool, Float, Int, checked
 from capcur_jax.errors import InputError
-from capcur_jax.learner.packing import Slab
+from capcur_jax.learner.packing import Responses
 from capcur_jax.models.logprobs import TokenLogprobs
 from capcur_jax.schedule import Stage
 
@@ -239,7 +239,7 @@ def _choice(what: str, value: str, choices: tuple[str, ...]) -> None:
 Losses = tuple[jax.Array, dict[str, jax.Array]]
 
 
-def grpo_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
+def grpo_loss(responses: Responses, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
     """The clipped policy loss with the group's advantages, the KL to the reference and the entropy bonus."""
 
     # Padding is cut out before the losses, not only after: a banned pad token has log-prob -inf, and 0 x NaN of its
@@ -247,18 +247,17 @@ def grpo_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: Con
     def seen(logprobs):
         return jnp.where(mask_RxT, logprobs, 0.0)
 
-    logprobs, sampler = seen(new.logprobs), seen(slab.sampler_logprobs)
+    logprobs, sampler = seen(new.logprobs), seen(responses.sampler_logprobs)
     # Where the policy has made no update since the samples it is the old one, in whatever precision: its own log-probs,
     # not those of another program, whose ratios would be 1 but for rounding (verl #6280).
     old = jax.lax.stop_gradient(logprobs)
-    if slab.old_logprobs is not None:
-        old = (
-            seen(slab.old_logprobs) if slab.own is None else jnp.where(slab.own[:, None], old, seen(slab.old_logprobs))
-        )
+    if responses.old_logprobs is not None:
+        earlier = seen(responses.old_logprobs)
+        old = earlier if responses.own is None else jnp.where(responses.own[:, None], old, earlier)
     terms = policy_terms(
         logprobs,
         old,
-        slab.advantages,
+        responses.advantages,
         mask_RxT,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
@@ -286,8 +285,8 @@ def grpo_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: Con
     }
     if settings.sampler_correction != "none":
         values["sampler_weight"] = correction
-    if slab.reference_logprobs is not None:
-        reference = seen(slab.reference_logprobs)
+    if responses.reference_logprobs is not None:
+        reference = seen(responses.reference_logprobs)
         values["kl"] = divergence(settings.kl_estimator, logprobs, reference, old, mask_RxT)
         loss = loss + settings.kl_coefficient * values["kl"]
     if settings.entropy_coefficient:
@@ -295,7 +294,7 @@ def grpo_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: Con
     return loss, {**values, "policy_loss": terms.loss}
 
 
-def sft_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
+def sft_loss(responses: Responses, new: TokenLogprobs, mask_RxT: jax.Array, settings: ConfigDict) -> Losses:
     """The negative log-prob of the target's tokens."""
     return -new.logprobs, {"token_accuracy": new.greedy, "entropy": new.entropy}
 
@@ -303,14 +302,14 @@ def sft_loss(slab: Slab, new: TokenLogprobs, mask_RxT: jax.Array, settings: Conf
 class Objective(NamedTuple):
     """A way to learn from responses.
 
-    loss: (slab, the log-probs of its tokens under the trained policy, mask [R, T], config.objective) -> per-token loss
-        [R, T] and, for the metrics, per-token values [R, T] by name. Outside the mask neither counts. The records have
-        a value's mean over the tokens, or its maximum where the name ends with _max.
+    loss: (responses, log-probs of their tokens under the trained policy, mask [R, T], config.objective) -> per-token
+        loss [R, T] and, for the metrics, per-token values [R, T] by name. Outside the mask neither counts. The records
+        have a value's mean over the tokens, or its maximum where the name ends with _max.
     sampled: True where the rows are the policy's own samples, with rewards and advantages; False where they are targets
         to imitate.
     """
 
-    loss: Callable[[Slab, TokenLogprobs, jax.Array, ConfigDict], Losses]
+    loss: Callable[[Responses, TokenLogprobs, jax.Array, ConfigDict], Losses]
     sampled: bool
 
 

@@ -1,34 +1,35 @@
-"""Rollouts -> update batches of static shape: prompt rows once a group, response rows sorted into length buckets.
+"""Groups -> the arrays of a micro-batch: packed rows of tokens, and what the loss knows of each response.
 
-A mini-batch (one optimizer update) is split into micro-batches (one gradient each). Its groups are sorted by length
-first, so that a micro-batch's groups are alike. The rows of each group are sorted too: the shortest of all groups make
-one slab, the longest another, each as long as its own longest row needs (config.packing.slabs). None of this changes
-loss or gradient: every row carries its weight in the whole mini-batch.
+A mini-batch (one optimizer update) is split into micro-batches (one gradient each) of one packed row for each device
+row. Which groups share a row, and in what order, changes neither loss nor gradient: every response carries its weight
+in the whole mini-batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from capcur_jax.axes import Bool, Float, Int, checked
-from capcur_jax.errors import InputError
-from capcur_jax.models.qwen_vl import PromptBatch
+from capcur_jax.axes import Bool, Float, checked
+from capcur_jax.models.attention import Places
+from capcur_jax.models.batching import PromptSize
+from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.image_rows import ImagePacker, blank_vision, place_images
+from capcur_jax.models.inputs import Prompt
+from capcur_jax.models.qwen_vl import PackedBatch
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slab:
-    """R response rows of one length; row r answers prompt r // (R / B). Arrays that an objective does not use are None
-    (targets have neither advantages nor the sampler's log-probs)."""
+class Responses:
+    """What the loss knows of R responses of at most T tokens; those that are absent have weight 0 and no token. Arrays
+    that an objective does not use are None (targets have neither advantages nor the sampler's log-probs)."""
 
-    tokens: Any  # [R, T] int32, padded on the right
-    lengths: Any  # [R] int32
-    weights: Any  # [R] float32: the loss is the sum of weight x the sum over the row's tokens
+    weights: Any  # [R] float32: the loss is the sum of weight x the sum over the response's tokens
     advantages: Any = None  # [R] float32
     sampler_logprobs: Any = None  # [R, T] float32
     old_logprobs: Any = None  # [R, T]; None: one update per rollout batch, the policy's own with stopped gradient
@@ -39,27 +40,25 @@ class Slab:
     @checked
     def of(
         cls,
-        tokens: Int[np.ndarray, "R T"],
-        lengths: Int[np.ndarray, " R"],
         weights: Float[np.ndarray, " R"],
         advantages: Float[np.ndarray, " R"] | None = None,
         sampler_logprobs: Float[np.ndarray, "R T"] | None = None,
         old_logprobs: Float[np.ndarray, "R T"] | None = None,
         own: Bool[np.ndarray, " R"] | None = None,
         reference_logprobs: Float[np.ndarray, "R T"] | None = None,
-    ) -> Slab:
-        """Makes a slab from arrays on the host and checks their shapes. The constructor checks none: JAX calls it, too,
+    ) -> Responses:
+        """Makes them from arrays on the host and checks their shapes. The constructor checks none: JAX calls it, too,
         with tracers, shapes or shardings in the fields."""
-        return cls(tokens, lengths, weights, advantages, sampler_logprobs, old_logprobs, own, reference_logprobs)
+        return cls(weights, advantages, sampler_logprobs, old_logprobs, own, reference_logprobs)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UpdateBatch:
-    """B prompts and all their responses, in slabs."""
+    """A micro-batch: A packed rows, and their responses, those of one row behind those of another."""
 
-    prompts: PromptBatch
-    slabs: tuple[Slab, ...]
+    rows: PackedBatch
+    responses: Responses
 
 
 class Row(NamedTuple):
@@ -71,122 +70,146 @@ class Row(NamedTuple):
     logprobs: np.ndarray | None = None  # [t], the sampler's
 
 
-def ranks(group: int, slabs: Sequence[int]) -> tuple[int, ...]:
-    """How many rows of each group go to which slab, shortest rows first. Raises InputError."""
-    if not slabs or group == 1:
-        return (group,)
-    if sum(slabs) != group or min(slabs) < 1:
-        raise InputError(
-            f"config.packing.slabs = {tuple(slabs)} must be whole numbers that add up to {group} responses"
-        )
-    return tuple(slabs)
+class Item(NamedTuple):
+    """A prompt and what is to be learned from its responses, or a part of them."""
+
+    prompt: Prompt
+    rows: list[Row]  # weight: 1 if the row counts, 0 if not; in a micro-batch that in the mini-batch's loss
+    again: bool = False  # whether other responses to the prompt lie in another row, which counts the prompt's tokens
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.prompt) + sum(len(row.tokens) for row in self.rows)
+
+    def parts(self, longest: int) -> Iterator[Item]:
+        """It, or where it is longer than that, its responses in several parts, each with the prompt."""
+        room, parts = longest - len(self.prompt), [[]]
+        for r in sorted(range(len(self.rows)), key=lambda r: (-len(self.rows[r].tokens), r)):
+            length = len(self.rows[r].tokens)
+            used = [sum(len(self.rows[i].tokens) for i in part) for part in parts]
+            chosen = next((part for part, n in zip(parts, used, strict=True) if n + length <= room), None)
+            if chosen is None:
+                parts.append(chosen := [])
+            chosen.append(r)
+        for number, part in enumerate(parts):
+            yield Item(self.prompt, [self.rows[r] for r in sorted(part)], number > 0)
 
 
-def smallest_lengths(buckets: Sequence[Sequence[int]], needed: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
-    """The declared lengths of the slabs that hold rows of these lengths with the fewest slots.
+class RowShape(NamedTuple):
+    """Of each device row of a micro-batch: tokens, and rows of patches with their length (0: no vision arrays)."""
 
-    Raises:
-        InputError: no bucket does; names config.packing.buckets.
-    """
-    fitting = [tuple(b) for b in buckets if all(have >= need for have, need in zip(b, needed, strict=True))]
-    if not fitting:
-        raise InputError(f"config.packing.buckets = {tuple(buckets)} has none for rows of {tuple(needed)}; declare one")
-    return min(fitting, key=lambda bucket: sum(n * length for n, length in zip(counts, bucket, strict=True)))
+    length: int
+    patch_rows: int = 0
+    patches: int = 0
 
 
-def sort_key(prompt_tokens: int, rows: Sequence[Row], counts: Sequence[int]) -> tuple[int, ...]:
-    """Groups in this order have neighbours of like length, the longest slab first."""
-    return (*needed_lengths([rows], counts)[::-1], prompt_tokens)
+class Bounds(NamedTuple):
+    """What no packed row of a stage exceeds."""
+
+    groups: int  # of a row
+    group: int  # responses of a group
+    prompt: int  # tokens
+    response: int  # tokens
+    image: int = 4  # patches that one counts for at least, which bounds how many share a row of patches
 
 
-def in_ranks(rows: Sequence[Row]) -> list[int]:
-    """The rows of a group from the shortest to the longest, by number."""
-    return sorted(range(len(rows)), key=lambda r: len(rows[r].tokens))
-
-
-def needed_lengths(groups: Sequence[Sequence[Row]], counts: Sequence[int]) -> tuple[int, ...]:
-    """The longest row of each slab."""
-    lengths = np.sort([[len(row.tokens) for row in group] for group in groups], axis=1)
-    ends = np.cumsum(counts)
-    return tuple(int(lengths[:, end - 1].max()) for end in ends)
-
-
-def pack_rows(rows: Sequence[np.ndarray], length: int, fill: float | int, dtype: Any) -> np.ndarray:
-    """Ragged rows -> [R, length], padded on the right with `fill`."""
-    packed = np.full((len(rows), length), fill, dtype)
-    for i, row in enumerate(rows):
-        packed[i, : len(row)] = row
-    return packed
-
-
-def pack(
-    groups: Sequence[Sequence[Row]], counts: Sequence[int], lengths: Sequence[int], pad: int, sampled: bool = True
-) -> tuple[Slab, ...]:
-    """Responses of B prompts, group after group -> slabs of the given lengths (see `smallest_lengths`)."""
-    slabs, start = [], 0
-    for count, length in zip(counts, lengths, strict=True):
-        chosen = [group[r] for group in groups for r in in_ranks(group)[start : start + count]]
-        start += count
-        extra = {}
-        if sampled:
-            extra["advantages"] = np.array([row.advantage for row in chosen], np.float32)
-            extra["sampler_logprobs"] = pack_rows([row.logprobs for row in chosen], length, 0.0, np.float32)
-        slabs.append(
-            Slab.of(
-                tokens=pack_rows([row.tokens for row in chosen], length, pad, np.int32),
-                lengths=np.array([len(row.tokens) for row in chosen], np.int32),
-                weights=np.array([row.weight for row in chosen], np.float32),
-                **extra,
-            )
-        )
-    return tuple(slabs)
+# ---------------------------------------------------------------------- arrays
 
 
 def blank(
     rows: int,
-    counts: Sequence[int],
-    lengths: Sequence[int],
+    shape: RowShape,
+    bounds: Bounds,
+    known: ModelConfig,
+    pad: int = 0,
     *,
     sampled: bool,
     old: bool = False,
     reference: bool = False,
-) -> tuple[Slab, ...]:
-    """Slabs of that shape with nothing in them: what a warm-up compiles for. `rows`: prompts."""
-    slabs = []
-    for count, length in zip(counts, lengths, strict=True):
-        R = rows * count
-        zeros = np.zeros((R, length), np.float32)
-        slabs.append(
-            Slab.of(
-                tokens=np.zeros((R, length), np.int32),
-                lengths=np.ones(R, np.int32),
-                weights=zeros[:, 0],
-                advantages=zeros[:, 0] if sampled else None,
-                sampler_logprobs=zeros if sampled else None,
-                old_logprobs=zeros if old else None,
-                own=np.zeros(R, bool) if old else None,
-                reference_logprobs=zeros if reference else None,
-            )
-        )
-    return tuple(slabs)
+) -> UpdateBatch:
+    """A batch of that shape with nothing in it (numpy): what `collate` fills, and what a warm-up compiles for."""
+    length, B, R = shape.length, bounds.groups, bounds.groups * bounds.group
+    zeros = np.zeros((rows * R, bounds.response), np.float32)
+    return UpdateBatch(
+        PackedBatch(
+            tokens=np.full((rows, length), pad, np.int32),
+            positions=np.zeros((rows, 3, length), np.int32),
+            visual_index=np.full((rows, length), -1, np.int32),
+            vision=blank_vision(rows * shape.patch_rows, shape.patches, known.vision, bounds.image)
+            if shape.patch_rows
+            else None,
+            places=Places(*(np.zeros((rows, n), np.int32) for n in (B, B, R, R))),
+            prompt=bounds.prompt,
+            response=bounds.response,
+        ),
+        Responses.of(
+            weights=zeros[:, 0].copy(),
+            advantages=zeros[:, 0].copy() if sampled else None,
+            sampler_logprobs=zeros.copy() if sampled else None,
+            old_logprobs=zeros if old else None,
+            own=np.zeros(rows * R, bool) if old else None,
+            reference_logprobs=zeros if reference else None,
+        ),
+    )
 
+
+def collate(
+    rows: Sequence[Sequence[Item]],
+    shape: RowShape,
+    bounds: Bounds,
+    known: ModelConfig,
+    pad: int,
+    *,
+    sampled: bool,
+) -> UpdateBatch:
+    """The packed rows of these items as numpy arrays; each row's items lie in it in their order."""
+    batch = blank(len(rows), shape, bounds, known, pad, sampled=sampled)
+    packed, responses, G = batch.rows, batch.responses, bounds.group
+    packer = ImagePacker(packed.vision, known.vision, shape.patch_rows)
+    for a, items in enumerate(rows):
+        counted = [[max(n, bounds.image) for n in PromptSize.of(item.prompt).images] for item in items]
+        images = iter(place_images(counted, shape.patches))
+        packer.start(a)
+        at = 0
+        for b, (prompt, members, _) in enumerate(items):
+            here = slice(at, at + len(prompt))
+            packed.tokens[a, here], packed.positions[a, :, here] = prompt.tokens, prompt.positions
+            if prompt.grids:
+                index = packer.place(prompt, [next(images) for _ in prompt.grids])
+                shown = prompt.visual_index >= 0
+                packed.visual_index[a, here][shown] = index[prompt.visual_index[shown]]
+            packed.places.prompt_start[a, b], packed.places.prompt_length[a, b] = at, len(prompt)
+            at = here.stop
+            for r, row in enumerate(members, b * G):
+                length, number = len(row.tokens), a * bounds.groups * G + r
+                here = slice(at, at + length)
+                packed.tokens[a, here] = row.tokens
+                packed.positions[a, :, here] = prompt.next_position + np.arange(length)
+                packed.places.response_start[a, r], packed.places.response_length[a, r] = at, length
+                responses.weights[number] = row.weight
+                if sampled:
+                    responses.advantages[number] = row.advantage
+                    responses.sampler_logprobs[number, :length] = row.logprobs
+                at = here.stop
+    return batch
+
+
+# ---------------------------------------------------------------------- counts
 
 SLOTS = ("real", "computed", "full", "patches", "patch_slots")
 
 
-def slots(batches: Sequence[UpdateBatch]) -> np.ndarray:
-    """Counts in the order of SLOTS of these batches (numpy): real tokens, token slots computed, tokens of full
-    sequences (each response with its prompt in front), real patches, patch slots."""
+def slots(rows: Sequence[Sequence[Item]], shape: RowShape) -> np.ndarray:
+    """Counts of a micro-batch in the order of SLOTS: real tokens, each prompt once; token slots computed; tokens of
+    full sequences, each response with its prompt in front; real patches; patch slots."""
     counts = np.zeros(len(SLOTS), np.int64)
-    for batch in batches:
-        prompts, vision = np.asarray(batch.prompts.lengths), batch.prompts.vision
-        counts[:2] += prompts.sum(), batch.prompts.tokens.size
-        for slab in batch.slabs:
-            tokens = slab.lengths.sum()
-            group = len(slab.lengths) // len(prompts)
-            counts[:3] += tokens, slab.tokens.size, tokens + prompts.sum() * group
-        if vision is not None:
-            counts[3:] += (vision.segments > 0).sum(), vision.segments.size
+    counts[1], counts[4] = len(rows) * shape.length, len(rows) * shape.patch_rows * shape.patches
+    for item in (item for row in rows for item in row):
+        prompt, size = PromptSize.of(item.prompt), item.tokens
+        once = not item.again
+        full = size + (len(item.rows) - 1) * prompt.tokens
+        counts += size - prompt.tokens * (not once), 0, full, once * sum(prompt.images), 0
     return counts
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from capcur_jax.checkpoints.checkpointing import Checkpoints
 from capcur_jax.devices import sharding
 from capcur_jax.learner.learner import Learner, Sums, TrainState, token_means
+from capcur_jax.learner.minibatches import Micro
 from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.learner.residence import AT_HOME, Offload, Residence
 from capcur_jax.models.config import dtype_of
@@ -120,7 +121,7 @@ class Trainer:
     # ------------------------------------------------------------------ updates
 
     def step(
-        self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool, rates: Sequence[float]
+        self, minibatches: Sequence[Sequence[Micro]], old: bool, rates: Sequence[float]
     ) -> list[dict[str, jax.Array]]:
         """One update for each mini-batch, dispatched; returns their metrics, still on the devices.
 
@@ -130,43 +131,44 @@ class Trainer:
         scored = self._scored(minibatches, old)
         results = []
         for mini, rate in zip(minibatches, rates, strict=True):
-            for batch in mini:
-                placed = _with(sharding.put(self.mesh, batch), next(scored, {}))
+            for micro in mini:
+                placed = _with(sharding.put(self.mesh, micro.batch()), next(scored, {}))
                 self.sums = self.learner.accumulate(self.state.trained, self.frozen, self.sums, placed)
             self.state, self.sums, metrics = self.learner.apply(self.at_work(), self.sums, np.float32(rate))
             self._rest()
             results.append(metrics)
         return results
 
-    def not_finite(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> str:
+    def not_finite(self, minibatches: Sequence[Sequence[Micro]], old: bool) -> str:
         """Names the parameters that are NaN or infinite, or, where none is, what of a step's gradient is. It looks at
         all of them, and leaves the sums of that gradient: for a run that ends."""
         found, where = _not_finite(self.parameters()), "parameters"
         if not found:
             scored, where = self._scored(minibatches, old), "gradients"
-            for batch in (batch for mini in minibatches for batch in mini):
-                placed = _with(sharding.put(self.mesh, batch), next(scored, {}))
+            for micro in (micro for mini in minibatches for micro in mini):
+                placed = _with(sharding.put(self.mesh, micro.batch()), next(scored, {}))
                 self.sums = self.learner.accumulate(self.state.trained, self.frozen, self.sums, placed)
             found = _not_finite(self.sums.gradients)
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         return f"{where} that are NaN or infinite: {', '.join(found[:5]) or 'none'}{more}"
 
-    def _scored(self, minibatches: Sequence[Sequence[UpdateBatch]], old: bool) -> Iterator[dict[str, list[jax.Array]]]:
-        """Log-probs of other passes for each micro-batch, by field. Patches are put on the devices once more for the
-        gradient: those of a whole step at once would take gigabytes."""
+    def _scored(self, minibatches: Sequence[Sequence[Micro]], old: bool) -> Iterator[dict[str, jax.Array]]:
+        """Log-probs of other passes for each micro-batch, by field. Its arrays are made and put on the devices once
+        more for the gradient: those of a whole step at once would take gigabytes."""
         scores = []
         reference = None if self.reference is None else self.reference_home.work(self.reference)
         for number, mini in enumerate(minibatches):
             policies = {} if reference is None else {"reference_logprobs": reference}
             if old and number > 0:
                 policies["old_logprobs"] = self.state.trained
-            for batch in mini if policies or old else ():
+            for micro in mini if policies or old else ():
+                batch = micro.batch()
                 placed = sharding.put(self.mesh, batch)
                 scored = {f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()}
                 if old:  # `own` and what it leaves unread have the same shapes in every update: one program
-                    unread = [] if number else [np.zeros(slab.tokens.shape, np.float32) for slab in batch.slabs]
-                    own = [np.full(slab.lengths.shape, number == 0) for slab in batch.slabs]
-                    scored |= sharding.put(self.mesh, {"own": own, **({"old_logprobs": unread} if unread else {})})
+                    R, T = len(batch.responses.weights), batch.rows.response
+                    unread = {} if number else {"old_logprobs": np.zeros((R, T), np.float32)}
+                    scored |= sharding.put(self.mesh, {"own": np.full(R, number == 0), **unread})
                 scores.append(scored)
         return iter(scores)
 
@@ -204,13 +206,9 @@ def learners(
     return make
 
 
-def _with(batch: UpdateBatch, fields: dict[str, list[jax.Array]]) -> UpdateBatch:
-    """The batch with more log-probs, a list over its slabs for each field."""
-    slabs = [
-        dataclasses.replace(slab, **{name: values[i] for name, values in fields.items()})
-        for i, slab in enumerate(batch.slabs)
-    ]
-    return dataclasses.replace(batch, slabs=tuple(slabs))
+def _with(batch: UpdateBatch, fields: dict[str, jax.Array]) -> UpdateBatch:
+    """The batch with more log-probs of its responses."""
+    return dataclasses.replace(batch, responses=dataclasses.replace(batch.responses, **fields))
 
 
 def combined(updates: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Attention as the layouts of this project need it, behind one function: `attend(q, k, v, layout)`.
 
-Axes: axes.py. The rows A of queries are prompts, responses, slots or rows of patches, as the layout says; of patches
+Axes: axes.py. The rows A of queries are prompts, slots, rows of patches or packed rows, as the layout says; of patches
 T = S = P. Scores and softmax are float32; grouped heads are never repeated in memory.
 
 Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows, windows and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from ctypes.util import find_library
 from typing import NamedTuple
 
@@ -40,16 +41,25 @@ class Causal(NamedTuple):
     """Prompt rows, padded on the right: each query sees the keys up to itself, so causality hides padding too."""
 
 
-class Extend(NamedTuple):
-    """Response rows after their group's prompt: each query sees the prompt's tokens and its row's own up to itself.
+class Places(NamedTuple):
+    """Where groups lie in packed rows: each as one run [prompt | response 1 | response 2 | ...], one behind the other.
 
-    Row r belongs to prompt r // G. The prompt's keys and values are computed once and never repeated (cuDNN's way alone
-    copies them a row, one layer at a time).
+    Response r of a row belongs to prompt r // (R // B) of the same row. A group or a response that is absent has length
+    0. All int32; B and R are those of a row.
     """
 
-    keys_BxSxKxH: jax.Array
-    values_BxSxKxH: jax.Array
-    lengths_B: jax.Array  # prompt tokens
+    prompt_start: jax.Array  # [A, B]
+    prompt_length: jax.Array  # [A, B]
+    response_start: jax.Array  # [A, R]
+    response_length: jax.Array  # [A, R]
+
+
+class Packed(NamedTuple):
+    """Packed rows: each token sees its group's prompt and its own response, up to itself."""
+
+    places: Places
+    prompt: int  # a bound on the tokens of a prompt
+    response: int  # and of a response
 
 
 class Cached(NamedTuple):
@@ -69,7 +79,7 @@ class Segments(NamedTuple):
     reach: int = 0
 
 
-Layout = Causal | Extend | Cached | Segments
+Layout = Causal | Packed | Cached | Segments
 
 
 @checked
@@ -85,21 +95,27 @@ def attend(
 
     A query with nothing to look at (padding) gets finite values that nobody reads. `implementation`: "auto", or "xla"
     for the reference everywhere. On a mesh each device attends for its own rows and kv heads (the compiler could not
-    split a Pallas kernel), so row r's prompt r // G lies with it.
+    split a Pallas kernel).
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"config.model.attention = {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     rows_heads, rows = P(sharding.ROWS, None, "tensor"), P(sharding.ROWS)
-    reach = layout.reach if isinstance(layout, Segments) else 0
+    arrays, structure = _parts(layout)
 
     def own(q, k, v, *arrays):
-        of_device = Segments(*arrays, reach) if isinstance(layout, Segments) else type(layout)(*arrays)
-        return _attend_here(q, k, v, of_device, implementation)
+        return _attend_here(q, k, v, structure(*arrays), implementation)
 
-    arrays = (layout.ids_JxP,) if isinstance(layout, Segments) else tuple(layout)
-    specs = (rows_heads, rows_heads, rows) if isinstance(layout, Extend) else (rows,) * len(arrays)
-    attended = sharding.local(mesh, own, (rows_heads,) * 3 + specs, rows_heads)
+    attended = sharding.local(mesh, own, (rows_heads,) * 3 + (rows,) * len(arrays), rows_heads)
     return attended(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, *arrays)
+
+
+def _parts(layout: Layout) -> tuple[tuple[jax.Array, ...], Callable[..., Layout]]:
+    """The layout's arrays, and what makes it again from them."""
+    if isinstance(layout, Packed):
+        return tuple(layout.places), lambda *arrays: layout._replace(places=Places(*arrays))
+    if isinstance(layout, Segments):
+        return (layout.ids_JxP,), lambda ids: layout._replace(ids_JxP=ids)
+    return tuple(layout), type(layout)
 
 
 def _attend_here(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Layout, implementation: str) -> jax.Array:
@@ -129,8 +145,8 @@ def _has_kernel(q_AxTxNxH: jax.Array, layout: Layout) -> bool:
 def _fused(kernels, layout: Layout, q_AxTxNxH, k_AxSxKxH, v_AxSxKxH) -> jax.Array:
     if isinstance(layout, Causal):
         return kernels.causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
-    if isinstance(layout, Extend):
-        return kernels.extend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, *layout)
+    if isinstance(layout, Packed):
+        return _gathered(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, kernels.causal, kernels.extend)
     return kernels.segments(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.ids_JxP)
 
 
@@ -138,17 +154,25 @@ def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, 
     """`attend` in plain XLA, for any layout, type and platform; it holds the scores of all heads in memory."""
     if isinstance(layout, Segments) and 0 < 3 * layout.reach < q_AxTxNxH.shape[1]:
         return _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout)
-    T, S = q_AxTxNxH.shape[1], k_AxSxKxH.shape[1]
     if isinstance(layout, Segments):
         return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.ids_JxP[:, :, None] == layout.ids_JxP[:, None, :])
     if isinstance(layout, Causal):
-        return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, np.tril(np.ones((1, T, S), bool)))
+        return _causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
     if isinstance(layout, Cached):
         return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.seen_CxS[:, None])
-    own = np.tril(np.ones((T, S), bool))
-    seen = jnp.arange(layout.keys_BxSxKxH.shape[1]) < layout.lengths_B[:, None]
-    prompt = (layout.keys_BxSxKxH, layout.values_BxSxKxH, seen)
-    return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, jnp.broadcast_to(own, (1, T, S)), prompt)
+    return _gathered(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, _causal, _extend)
+
+
+def _causal(q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array) -> jax.Array:
+    T = q_AxTxNxH.shape[1]
+    return _attend(q_AxTxNxH, k_AxTxKxH, v_AxTxKxH, np.tril(np.ones((1, T, T), bool)))
+
+
+def _extend(q_RxTxNxH, k_RxTxKxH, v_RxTxKxH, keys_BxSxKxH, values_BxSxKxH, lengths_B) -> jax.Array:
+    """Each query sees its prompt's first `lengths_B` keys and its row's own up to itself; row r is of prompt r // G."""
+    T, S = q_RxTxNxH.shape[1], keys_BxSxKxH.shape[1]
+    prompt = keys_BxSxKxH, values_BxSxKxH, jnp.arange(S) < lengths_B[:, None]
+    return _attend(q_RxTxNxH, k_RxTxKxH, v_RxTxKxH, np.tril(np.ones((1, T, T), bool)), prompt)
 
 
 def _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, mask, prompt=None) -> jax.Array:
@@ -194,3 +218,57 @@ def _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Segments) -> jax.Array:
     mask = cut(ids, 0)[:, :, None] == cut(ids, 1)[:, None, :]
     out = _attend(cut(q_AxTxNxH, 0), cut(k_AxSxKxH, 1), cut(v_AxSxKxH, 1), mask)
     return out.reshape(J, blocks * W, N, H)[:, :P]
+
+
+# ---------------------------------------------------------------------- packed rows
+
+
+def _gathered(
+    q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed, causal: Callable, extend: Callable
+) -> jax.Array:
+    """Tokens of packed rows in short padded rows for attention alone: prompts [A x B, S], responses [A x R, T]."""
+    places, S, T = layout.places, layout.prompt, layout.response
+    (A, B), R = places.prompt_start.shape, places.response_start.shape[1]
+    out, back = _moves(layout, q_AxLxNxH.shape[1])
+
+    def rows(x_AxLxNxH):
+        N, H = x_AxLxNxH.shape[2:]
+        x = _moved(x_AxLxNxH.reshape(A, -1, N * H), out, back)
+        return x[:, : B * S].reshape(A * B, S, N, H), x[:, B * S :].reshape(A * R, T, N, H)
+
+    (q_prompts, q), (k_prompts, k), (v_prompts, v) = map(rows, (q_AxLxNxH, k_AxLxKxH, v_AxLxKxH))
+    of_prompts = causal(q_prompts, k_prompts, v_prompts)
+    of_responses = extend(q, k, v, k_prompts, v_prompts, places.prompt_length.reshape(-1))
+    both = [x.reshape(A, -1, q_AxLxNxH.shape[2] * q_AxLxNxH.shape[3]) for x in (of_prompts, of_responses)]
+    return _moved(jnp.concatenate(both, axis=1), back, out).reshape(q_AxLxNxH.shape)
+
+
+def _moves(layout: Packed, length: int) -> tuple[jax.Array, jax.Array]:
+    """Where each place of the short rows [A, B x S + R x T] finds its token in the packed row, and each token of that
+    [A, L] its place there; -1: nowhere."""
+    places, widths = layout.places, (layout.prompt, layout.response)
+    parts = (places.prompt_start, places.prompt_length), (places.response_start, places.response_length)
+    out, back, first = [], [], 0
+    for (start, count), width in zip(parts, widths, strict=True):
+        at = jnp.arange(width)
+        out.append(jnp.where(at < count[..., None], start[..., None] + at, -1).reshape(len(start), -1))
+        offset = jnp.arange(length)[:, None] - start[:, None]  # [A, L, B or R]
+        inside = (offset >= 0) & (offset < count[:, None])
+        place = first + width * jnp.arange(start.shape[1]) + offset
+        back.append(jnp.where(inside, place, -1).max(-1))
+        first += width * start.shape[1]
+    return jnp.concatenate(out, axis=1), jnp.maximum(*back)
+
+
+@jax.custom_vjp
+def _moved(x_AxTxD: jax.Array, index_AxS: jax.Array, back_AxT: jax.Array) -> jax.Array:
+    """`x` at an index, 0 where that is -1. `back` is the way back, so that the gradient is a gather, too: XLA's scatter
+    is slow. What has no way back is read by nobody."""
+    found = jnp.take_along_axis(x_AxTxD, jnp.maximum(index_AxS, 0)[..., None], axis=1)
+    return jnp.where((index_AxS >= 0)[..., None], found, 0)
+
+
+_moved.defvjp(
+    lambda x, index, back: (_moved(x, index, back), (index, back)),
+    lambda ways, gradient: (_moved(gradient, *ways[::-1]), None, None),
+)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from capcur_jax.axes import Array, Bool, Float, Int, checked
 from capcur_jax.devices import sharding
+from capcur_jax.models.attention import Packed, Places
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import text_angles
@@ -31,6 +32,20 @@ class PromptBatch:
     next_position: Any  # [B] int32: the position of the first response token, max + 1 over the prompt
     visual_index: Any  # [B, T] int32 into the flat merged features (of the prompt's device row), -1 at text tokens
     vision: VisionBatch | None  # None: no image in this batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """A packed rows of L tokens, each with several groups: prompts and their responses, then padding."""
+
+    tokens: Any  # [A, L] int32, image tokens expanded
+    positions: Any  # [A, 3, L] int32: MRoPE time, height, width; responses go on from their prompt's max + 1
+    visual_index: Any  # [A, L] int32 into the flat merged features (of the packed row), -1 at text tokens
+    vision: VisionBatch | None  # None: no image in this batch
+    places: Places
+    prompt: int = dataclasses.field(metadata={"static": True})  # a bound on the tokens of a prompt
+    response: int = dataclasses.field(metadata={"static": True})  # T, a bound on those of a response
 
 
 class QwenVL(nnx.Module):
@@ -58,10 +73,12 @@ class QwenVL(nnx.Module):
 
     def prefill(self, batch: PromptBatch) -> tuple[jax.Array, KeysValues]:
         """Final hidden states [B, T, D] and the prompt's keys and values of every layer."""
-        return self.text.prefill(*self._prompt(batch))
+        return self.text.prefill(*self._inputs(batch))
 
-    def _prompt(self, batch: PromptBatch) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-        """The decoder's inputs for prompts: embeddings with images in them, angles, DeepStack features, their index."""
+    def _inputs(
+        self, batch: PromptBatch | PackedBatch
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+        """The decoder's inputs: embeddings with images in them, angles, DeepStack features, their index."""
         h, deep, index = self.text.embedded(batch.tokens), None, None
         if batch.vision is not None:
             features, deep = self.visual(batch.vision)
@@ -69,20 +86,6 @@ class QwenVL(nnx.Module):
             h = jnp.where((index >= 0)[..., None], sharding.take(self.mesh, features, index).astype(h.dtype), h)
         angles = text_angles(jnp.moveaxis(batch.positions, 1, 0), self.config.text)
         return sharding.constrain(self.mesh, h), angles, deep, index
-
-    def _response_angles(self, batch: PromptBatch, offsets_T: jax.Array, rows: int) -> jax.Array:
-        # Text after an image goes on from max + 1 of all three axes, not from the sequence length.
-        start_R = jnp.repeat(batch.next_position, rows // batch.next_position.shape[0])
-        positions = start_R[:, None] + offsets_T[None]
-        return text_angles(jnp.broadcast_to(positions, (3, *positions.shape)), self.config.text)
-
-    @checked
-    def _response(
-        self, tokens_RxT: Int[Array, "R T"], batch: PromptBatch
-    ) -> tuple[Float[Array, "R T D"], Float[Array, "R T _"]]:
-        """The decoder's inputs for response rows: embeddings and angles."""
-        rows, length = tokens_RxT.shape
-        return self.text.embedded(tokens_RxT), self._response_angles(batch, jnp.arange(length), rows)
 
     @checked
     def decode(
@@ -98,20 +101,26 @@ class QwenVL(nnx.Module):
         h, cache = self.text.decode(self.text.embedded(tokens_C[:, None]), angles, slot, seen_CxS, cache)
         return h[:, 0], cache
 
-    def predicting(self, responses: Sequence[jax.Array], batch: PromptBatch) -> list[jax.Array]:
-        """For each slab of responses [R, T], which has a G of its own: the hidden states [R, T, D] that predict its
-        tokens, the prompt's last one, then the row's own.
+    def predicting(self, batch: PackedBatch) -> jax.Array:
+        """The hidden states [A, L, D] that predict each response token: that of its prompt's last token for the first
+        one, then that of the token before. At all other places they are anything.
 
         A group's prompt, image included, is computed once and equals full sequences in value and gradient.
         """
-        rows = [self._response(tokens_RxT[:, :-1], batch) for tokens_RxT in responses]
-        h_BxSxD, *rows = self.text.together(*self._prompt(batch), rows, batch.lengths)
-        last_BxD = self.last(h_BxSxD, batch)
-        predicting = []
-        for own in rows:
-            first_RxD = jnp.repeat(last_BxD, own.shape[0] // last_BxD.shape[0], axis=0)
-            predicting.append(jnp.concatenate([first_RxD[:, None], own], axis=1))
-        return predicting
+        layout = Packed(batch.places, batch.prompt, batch.response)
+        h_AxLxD = self.text.packed(*self._inputs(batch), layout)
+
+        def before(h_AxLxD, places):
+            A, L = h_AxLxD.shape[:2]
+            last_AxB = places.prompt_start + places.prompt_length - 1
+            last_AxR = jnp.repeat(last_AxB, places.response_start.shape[1] // last_AxB.shape[1], axis=1)
+            index_AxL = jnp.broadcast_to(jnp.maximum(jnp.arange(L) - 1, 0), (A, L))
+            first_AxR = jnp.where(places.response_length > 0, places.response_start, L)
+            index_AxL = index_AxL.at[jnp.arange(A)[:, None], first_AxR].set(last_AxR, mode="drop")
+            return jnp.take_along_axis(h_AxLxD, index_AxL[..., None], axis=1)
+
+        rows = P(sharding.ROWS)
+        return sharding.local(self.mesh, before, (rows, rows), rows)(h_AxLxD, batch.places)
 
     @staticmethod
     @checked

@@ -4,19 +4,18 @@ added after the first layers (Qwen3-VL)."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from capcur_jax.devices import sharding
 from capcur_jax.models import layers as layers_lib
 from capcur_jax.models import lora as lora_lib
-from capcur_jax.models.attention import Cached, Causal, Extend, attend
+from capcur_jax.models.attention import Cached, Causal, Packed, attend
 from capcur_jax.models.config import TextConfig
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import rotate
@@ -99,60 +98,46 @@ class Decoder(nnx.Module):
         self, h_BxTxD: jax.Array, angles: jax.Array, deep: jax.Array | None, visual_index_BxT: jax.Array | None
     ) -> tuple[jax.Array, KeysValues]:
         """Causal pass over prompt rows. `deep` [n, F, D] is added at image tokens after the first n layers."""
-
-        def body(layer, h, index):
-            q, k, v = layer.qkv(h, angles)
-            h = layer.finish(h, self._attend(q, k, v, Causal()))
-            if deep is not None:
-                h = self._shown(h, deep, visual_index_BxT, index)
-            return sharding.constrain(self.mesh, h), KeysValues(k, v)
-
-        h, cache = layers_lib.scan(self.layers, body, h_BxTxD, jnp.arange(self.config.depth), remat=self.remat)
+        h, cache = self._pass(h_BxTxD, angles, deep, visual_index_BxT, Causal(), KeysValues)
         return self.norm(h), cache
 
-    def together(
+    def packed(
         self,
-        h_BxTxD: jax.Array,
+        h_AxLxD: jax.Array,
         angles: jax.Array,
         deep: jax.Array | None,
-        visual_index_BxT: jax.Array | None,
-        rows: Sequence[tuple[jax.Array, jax.Array]],
-        lengths_B: jax.Array,
-    ) -> list[jax.Array]:
-        """`prefill`, and response rows that see their prompts, (h, angles) of each slab: all results, prompts first.
+        visual_index_AxL: jax.Array | None,
+        layout: Packed,
+    ) -> jax.Array:
+        """The same over packed rows, whose keys and values nobody needs: [A, L, D]."""
+        h, _ = self._pass(h_AxLxD, angles, deep, visual_index_AxL, layout, lambda k, v: None)
+        return self.norm(h)
 
-        All tokens of a prompt and its responses go through a layer as one row, parted only for its attention. So a
-        layer's parameters are gathered once, their gradient is scattered once, and no keys and values outlive it.
-        """
-        B, T = h_BxTxD.shape[:2]
-        parts = [(h_BxTxD, angles), *rows]
-        ends = np.cumsum([x.shape[0] * x.shape[1] // B for x, _ in parts])
-        joined = [jnp.concatenate([x.reshape(B, -1, x.shape[-1]) for x in xs], 1) for xs in zip(*parts, strict=True)]
-
-        def split(x):
-            pieces = jnp.split(x, ends[:-1], axis=1)
-            return [x.reshape(*h.shape[:2], *x.shape[2:]) for x, (h, _) in zip(pieces, parts, strict=True)]
-
+    def _pass(
+        self,
+        h_AxTxD: jax.Array,
+        angles: jax.Array,
+        deep: jax.Array | None,
+        visual_index_AxT: jax.Array | None,
+        layout: Causal | Packed,
+        kept: Callable[[jax.Array, jax.Array], Any],
+    ) -> tuple[jax.Array, Any]:
         def body(layer, h, index):
-            (q, *own_q), (k, *own_k), (v, *own_v) = map(split, layer.qkv(h, joined[1]))
-            attended = [self._attend(q, k, v, Causal())]
-            attended += [self._attend(*own, Extend(k, v, lengths_B)) for own in zip(own_q, own_k, own_v, strict=True)]
-            whole = jnp.concatenate([x.reshape(B, -1, *x.shape[2:]) for x in attended], 1)
-            h = layer.finish(h, whole)
+            q, k, v = layer.qkv(h, angles)
+            h = layer.finish(h, self._attend(q, k, v, layout))
             if deep is not None:
-                h = jnp.concatenate([self._shown(h[:, :T], deep, visual_index_BxT, index), h[:, T:]], 1)
-            return sharding.constrain(self.mesh, h), None
+                h = self._shown(h, deep, visual_index_AxT, index)
+            return sharding.constrain(self.mesh, h), kept(k, v)
 
-        h, _ = layers_lib.scan(self.layers, body, joined[0], jnp.arange(self.config.depth), remat=self.remat)
-        return split(self.norm(h))
+        return layers_lib.scan(self.layers, body, h_AxTxD, jnp.arange(self.config.depth), remat=self.remat)
 
-    def _shown(self, h_BxTxD, deep, visual_index_BxT, index) -> jax.Array:
+    def _shown(self, h_AxTxD, deep, visual_index_AxT, index) -> jax.Array:
         """With the DeepStack features of layer `index` added at image tokens."""
         # The same body serves every layer: past the last feature the addend is masked away.
         feature = deep[jnp.minimum(index, deep.shape[0] - 1)]
-        shown = (visual_index_BxT >= 0) & (index < deep.shape[0])
-        here = sharding.take(self.mesh, feature, visual_index_BxT)
-        return h_BxTxD + jnp.where(shown[..., None], here, 0).astype(h_BxTxD.dtype)
+        shown = (visual_index_AxT >= 0) & (index < deep.shape[0])
+        here = sharding.take(self.mesh, feature, visual_index_AxT)
+        return h_AxTxD + jnp.where(shown[..., None], here, 0).astype(h_AxTxD.dtype)
 
     def decode(
         self, h_Cx1xD: jax.Array, angles: jax.Array, slot: jax.Array, seen_CxS: jax.Array, cache: KeysValues

@@ -17,6 +17,7 @@ from capcur_jax.models.batching import PromptSize
 from capcur_jax.records.jsonl import read_jsonl
 from capcur_jax.schedule import Stage
 
+_SHORT = 8  # a response of the smallest step is this part of the longest
 Group = tuple[PromptSize, list[int]]  # a prompt's size and its responses' lengths, in tokens
 Lengths = Callable[[Stage, bool], list[Group]]  # those of a step of a stage, whose prompts have images or not
 
@@ -118,9 +119,10 @@ def declared(config: ConfigDict, merge: int, images: bool, choose: Callable[...,
 
 
 def extreme(config: ConfigDict, merge: int, largest: bool) -> Lengths:
-    """All prompts and responses of the largest (smallest) declared sizes. `merge`: as in `draw`."""
+    """All prompts of the largest (smallest) declared sizes; responses as long as may be (an eighth of that). `merge`:
+    as in `draw`."""
     choose = max if largest else min
-    length = min(choose(choose(bucket) for bucket in config.packing.buckets), config.rollout.max_new_tokens)
+    length = config.rollout.max_new_tokens if largest else -(-config.rollout.max_new_tokens // _SHORT)
 
     def same(stage: Stage, images: bool) -> list[Group]:
         return [(declared(config, merge, images, choose), [length] * _group(stage, config))] * stage.prompts

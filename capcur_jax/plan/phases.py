@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from capcur_jax import policy
 from capcur_jax.learner import packing
+from capcur_jax.learner.minibatches import Micro
+from capcur_jax.learner.packing import RowShape
 from capcur_jax.models.batching import BatchShape
 from capcur_jax.plan import flops, rates, work
 from capcur_jax.plan.lengths import Group
@@ -67,15 +69,13 @@ class Step:
         self._programs = {program.name: program for program in variant.programs}
         self._shards = variant.mesh.shape["data"] * variant.mesh.shape["fsdp"]
         self._known = variant.layout.processor.config
-        shapes, counts = variant.shapes, variant.layout.counts
-        rows = sum(n * (x - 1) for n, x in zip(counts, shapes["tokens of a response"], strict=True))
-        self._largest = shapes["prompts of a gradient"] * (shapes["tokens of a prompt"] + rows)  # as compiled
+        self._largest = variant.layout.shards * max(variant.layout.lengths)  # tokens, as compiled
         self._counts = functools.cache(_counts)
-        self._vision_counts: dict[tuple[Any, int, int], np.ndarray] = {}
+        self._vision_counts: dict[tuple[Any, ...], np.ndarray] = {}
 
     def of(self, groups: Sequence[Group]) -> tuple[list[Phase], dict[str, Any]]:
         """The phases, and the step's figures. Raises InputError where lengths fit no declared shape."""
-        micros = list(work.updates(groups, self._variant.layout))
+        micros = work.updates(groups, self._variant.layout)
         useful, sampled = work.useful(groups), None
         phases: list[Phase] = []
         if self._variant.slots[0]:
@@ -95,32 +95,31 @@ class Step:
 
     # ------------------------------------------------------------------ trainer
 
-    def _pass(self, phase: str, program: Program, micros: Sequence[work.Micro]) -> Phase:
+    def _pass(self, phase: str, program: Program, micros: Sequence[Micro]) -> Phase:
         rate, measured = self._rates, self._measured[program.name]
         kernels = measured["kernels"]
-        cudnn = any("fmha" in kernel for kernel in kernels)
         exposed = rate.exposed_gradient if phase == "gradient" else rate.exposed
         by: dict[str, float] = dict.fromkeys(
             ("layers", "attention", "vision layers", "vision attention", "sends", "launch"), 0.0
         )
         total, repeats = 0.0, (np.ones(2), np.ones(2))
         if phase == "gradient":  # how many forward passes it is worth depends on no shape
-            shapes = micros[0].shape, micros[0].lengths
-            both = zip(self._split(program.at, *shapes), self._split(self._variant.forward, *shapes), strict=True)
+            shape = micros[0].shape
+            both = zip(self._split(program.at, shape), self._split(self._variant.forward, shape), strict=True)
             repeats = tuple(np.divide(all_, one, out=np.ones(2), where=one > 0) for all_, one in both)
         for micro in micros:
-            once = self._split(self._variant.forward, micro.shape, micro.lengths)
+            once = self._split(self._variant.forward, micro.shape)
             text, vision = (one * times for one, times in zip(once, repeats, strict=True))
-            total += text.sum() + vision.sum()
-            whole = micro.tokens() // self._shards % 8 == 0
-            by["layers"] += text[0] / self._trainers / (rate.linear if whole else rate.ragged)
-            pairs = micro.pairs(cudnn) * work.pair_flops(self._known)
+            # Attention's plain form, which is what is traced, pads prompts and responses: kernels don't.
+            pairs = work.pairs(micro) * work.pair_flops(self._known)
+            total += text[0] + pairs * repeats[0][1] + vision.sum()
+            by["layers"] += text[0] / self._trainers / rate.linear
             by["attention"] += self._attended(pairs, repeats[0][1], rate.attention)
             by["vision layers"] += vision[0] / self._trainers / rate.vision
             by["vision attention"] += self._seen(once[1][1], repeats[1][1], kernels)
             # Sums of activations have nothing to hide behind, and there are more of them in a larger batch.
             split = self._variant.mesh.shape["tensor"] > 1
-            share = micro.tokens() / self._largest if split else exposed
+            share = work.tokens(micro) / self._largest if split else exposed
             by["sends"] += measured["sent_bytes"] * share / rate.link
             by["launch"] += rate.launch
         slots = _total(micros)
@@ -141,14 +140,14 @@ class Step:
         kernel, dim = rates.images(self._rates, kernels), self._known.vision.head_dim
         return self._attended(forward * (-(-dim // kernel.heads) * kernel.heads / dim), repeats, kernel)
 
-    def _split(self, at: Any, shape: BatchShape, *slabs: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, at: Any, shape: BatchShape | RowShape) -> tuple[np.ndarray, np.ndarray]:
         """FLOPs (linear, attention) of the decoder and of the vision tower."""
-        text = self._counts(at, shape._replace(patch_rows=0, patches=0), *slabs)
+        text = self._counts(at, shape._replace(patch_rows=0, patches=0))
         if not shape.patch_rows:
             return text, np.zeros(2)
-        key = at, *shape[2:]
+        key = at, shape.patch_rows, shape.patches
         if key not in self._vision_counts:  # the tower sees nothing of the text
-            self._vision_counts[key] = self._counts(at, shape, *slabs) - text
+            self._vision_counts[key] = self._counts(at, shape) - text
         return text, self._vision_counts[key]
 
     def _optimizer(self, updates: int) -> Phase:
@@ -198,7 +197,7 @@ class Step:
 
     # ------------------------------------------------------------------ servers
 
-    def _served(self, groups: Sequence[Group], useful: work.Useful, micro: work.Micro) -> list[Phase]:
+    def _served(self, groups: Sequence[Group], useful: work.Useful, micro: Micro) -> list[Phase]:
         """A model of servers; none of their programs is compiled here."""
         text = self._known.text
         devices = self._devices if self._config.rollout.sglang.colocate else self._devices - self._trainers
@@ -235,33 +234,34 @@ class Step:
                 by["swap"] = 2 * self._variant.state_bytes / HOST.offload
         return Phase("weights", int(bool(by)), by)
 
-    def _host(self, micros: Sequence[work.Micro], useful: work.Useful) -> Phase:
-        by = {"arrays": sum(self._arrays(micro.shape) for micro in micros) / HOST.arrays}
+    def _host(self, micros: Sequence[Micro], useful: work.Useful) -> Phase:
+        blank = functools.cache(lambda shape: _bytes(self._variant.layout.blank(shape, passes=True)))
+        by = {"arrays": sum(blank(micro.shape) for micro in micros) / HOST.arrays}
         if self._variant.layout.sampled:
-            responses = sum(micro.shape.prompts * sum(micro.counts) for micro in micros)
+            responses = sum(len(item.rows) for micro in micros for row in micro.rows for item in row)
             by["grading"] = responses / (HOST.graded * max(self._config.reward.workers, 1))
         return Phase("host", len(micros), by)
 
     def _arrays(self, shape: BatchShape) -> int:
         """Bytes of a batch of prompts as the host makes it."""
         layout = self._variant.layout
-        blank = layout.buckets.blank(shape, self._known, layout.processor.pad_token)
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(blank))
+        return _bytes(layout.buckets.blank(shape, self._known, layout.processor.pad_token))
 
-    def _forward(self, useful: work.Useful, micro: work.Micro) -> float:
+    def _forward(self, useful: work.Useful, micro: Micro) -> float:
         """FLOPs of one forward pass of real tokens and patches; the vision tower's by those traced for a batch."""
         total = work.linear_flops(self._known, useful) + useful.pairs * work.pair_flops(self._known)
         return total + self._vision(useful, micro)
 
-    def _vision(self, useful: work.Useful, micro: work.Micro) -> float:
+    def _vision(self, useful: work.Useful, micro: Micro) -> float:
         if not micro.shape.patch_rows:
             return 0.0
-        linear, attention = self._split(self._variant.forward, micro.shape, micro.lengths)[1]
-        slots = micro.shape.patch_slots
-        return useful.patches * linear / slots + useful.patch_pairs * attention / (slots * micro.shape.patches)
+        linear, attention = self._split(self._variant.forward, micro.shape)[1]
+        row = micro.shape.patches
+        slots = len(micro.rows) * micro.shape.patch_rows * row
+        return useful.patches * linear / slots + useful.patch_pairs * attention / (slots * row)
 
     def _figures(
-        self, phases: Sequence[Phase], micros: Sequence[work.Micro], useful: work.Useful, sampled: work.Sampled | None
+        self, phases: Sequence[Phase], micros: Sequence[Micro], useful: work.Useful, sampled: work.Sampled | None
     ) -> dict[str, Any]:
         """What a plan ends with, in seconds a step."""
         layout, config = self._variant.layout, self._config
@@ -291,11 +291,15 @@ class Step:
         }
 
 
-def _counts(at: Any, shape: BatchShape, *slabs: Any) -> np.ndarray:
+def _counts(at: Any, shape: BatchShape | RowShape) -> np.ndarray:
     """FLOPs (linear, attention) of a program at a shape."""
-    jaxpr = at(shape, *slabs).jaxpr
+    jaxpr = at(shape).jaxpr
     return np.array([flops.jaxpr_flops(jaxpr, kind=kind) for kind in ("linear", "attention")], float)
 
 
-def _total(micros: Sequence[work.Micro]) -> np.ndarray:
-    return sum((micro.slots for micro in micros), np.zeros(len(packing.SLOTS), np.int64))
+def _total(micros: Sequence[Micro]) -> np.ndarray:
+    return sum((micro.slots() for micro in micros), np.zeros(len(packing.SLOTS), np.int64))
+
+
+def _bytes(batch: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))

@@ -31,7 +31,7 @@ from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
-from capcur_jax.plan.lengths import declared
+from capcur_jax.plan import lengths, work
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
 from capcur_jax.schedule import Stage
@@ -51,7 +51,7 @@ class Program:
     given: int  # bytes a device of its arguments, those that it does not use included
     resident: int  # bytes a device of what lies there while it runs and is no argument
     turns: int = 0  # of its loop that ends with its responses; 0: it has none
-    at: Callable[..., Any] | None = None  # traces it at other shapes of prompts and slabs, where these count
+    at: Callable[..., Any] | None = None  # traces it at another shape, where that counts
 
 
 class Variant(NamedTuple):
@@ -64,7 +64,7 @@ class Variant(NamedTuple):
     shapes: dict[str, Any]  # what the largest shapes are
     parameters: int
     layout: Layout
-    forward: Callable[..., Any]  # traces a pass of the trainer at shapes of prompts and of slabs
+    forward: Callable[..., Any]  # traces a pass of the trainer at a shape of packed rows
     slots: tuple[int, int]  # of a device row, and prompts that it prefills at once; (0, 0): servers sample
     state_bytes: int  # a device's, of what the trainer keeps
     weight_bytes: int  # of a model as a sampler reads it
@@ -142,8 +142,8 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    large = _sizes(config, processor.config.vision.merge_size, images)
-    scored, batch = (max(layout.blanks(large, passes=passes), key=_slots) for passes in (True, False))
+    shape = max(layout.shapes())
+    scored, batch = (layout.blank(shape, passes=passes) for passes in (True, False))
 
     trained, frozen = learner.split(parameters)
     state, sums = learner.abstract_state(), _sums(learner, trained, frozen, batch, mesh)
@@ -160,7 +160,8 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         engine = _engine(config, processor, buckets, mesh)
         if config.rollout.gathered:  # the sampler's copy stays
             kept, ahead = kept + on_device(engine.parameters), ahead + on_device(engine.parameters)
-    micro = stage.prompts // batch.prompts.tokens.shape[0]
+    updates = work.updates(lengths.extreme(config, largest=True)(stage, images), layout)
+    micro = sum(map(len, updates))
     programs = []
     if reference is not None:
         beside = on_device(trained) + moments + on_device(sums) + ahead
@@ -169,7 +170,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         beside = moments + on_device(sums) + ahead
         beside += on_device(reference) if reference is not None else 0  # fetched for the pass if it lies on the host
         # The first update's old policy is the one that it trains.
-        times = micro - micro // layout.updates
+        times = micro - len(updates[0])
         programs.append(_score("old log-probs", learner, trained, frozen, scored, times, beside))
     programs.append(
         Program(
@@ -178,7 +179,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
             lambda: learner.accumulate.trace(trained, frozen, sums, batch),
             on_device((trained, frozen, sums, batch)),
             moments + kept + ahead,
-            at=lambda *shapes: learner.accumulate.trace(trained, frozen, sums, layout.blank(*shapes, passes=False)),
+            at=lambda shape: learner.accumulate.trace(trained, frozen, sums, layout.blank(shape, passes=False)),
         )
     )
     apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
@@ -186,21 +187,23 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
     slots = (0, 0)
     if engine is not None:
         beside = moments + on_device(sums) + kept
+        large = _sizes(config, processor.config.vision.merge_size, images)
         sampling, slots = _sampling(engine, config, stage, large, images, beside)
         programs += sampling
     shapes = {
         "prompts of a step": stage.prompts,
         "updates of a step": layout.updates,
-        "prompts of a gradient": batch.prompts.tokens.shape[0],
-        "of them on a device row": batch.prompts.tokens.shape[0] // sharding.row_shards(mesh),
-        "responses of a prompt": config.rollout.group if layout.sampled else 1,
-        "tokens of a prompt": batch.prompts.tokens.shape[1],
-        "patches of a prompt": 0 if batch.prompts.vision is None else _patches(batch),
-        "tokens of a response": [slab.tokens.shape[1] for slab in batch.slabs],
+        "packed rows of a gradient": sharding.row_shards(mesh),
+        "tokens of a packed row": shape.length,
+        "patches of a packed row": shape.patch_rows * shape.patches,
+        "prompts of a packed row": layout.bounds.groups,
+        "responses of a prompt": layout.bounds.group,
+        "tokens of a prompt": layout.bounds.prompt,
+        "tokens of a response": layout.bounds.response,
         "tokens to sample": config.rollout.max_new_tokens if layout.sampled else 0,
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    forward = lambda *shapes: learner.score.trace(trained, frozen, layout.blank(*shapes, passes=True))  # noqa: E731
+    forward = lambda shape: learner.score.trace(trained, frozen, layout.blank(shape, passes=True))  # noqa: E731
     kept = on_device((state, sums)) + (on_device(reference) if reference is not None else 0)
     weights = count * jnp.dtype(config.model.dtype).itemsize
     return Variant(stages, images, mesh, tuple(programs), shapes, count, layout, forward, slots, kept, weights)
@@ -272,16 +275,7 @@ def _sampling(
 def _sizes(config: ConfigDict, merge: int, images: bool) -> list[PromptSize]:
     """As many prompts as a batch may have, all of the largest declared size."""
     most = max(stage.prompts for stage in schedule.stages(config))
-    return [declared(config, merge, images, max)] * max(most, config.rollout.slots)
-
-
-def _slots(batch: UpdateBatch) -> tuple[int, int]:
-    patches = 0 if batch.prompts.vision is None else batch.prompts.vision.segments.size
-    return batch.prompts.tokens.size + sum(slab.tokens.size for slab in batch.slabs), patches
-
-
-def _patches(batch: UpdateBatch) -> int:
-    return batch.prompts.vision.segments.size // batch.prompts.tokens.shape[0]
+    return [lengths.declared(config, merge, images, max)] * max(most, config.rollout.slots)
 
 
 def _as(tree: nnx.State, dtype: Any) -> nnx.State:

@@ -26,9 +26,6 @@ class Rates(NamedTuple):
     """Bytes, FLOPs and seconds."""
 
     linear: float  # products with the decoder's parameters
-    ragged: (
-        float  # the same where a device's tokens are no multiple of 8, and each product's operands are padded by a copy
-    )
     attention: Kernel  # of prompts and responses
     images: Kernel  # of patches
     vision: float  # products with the vision tower's parameters
@@ -44,13 +41,13 @@ class Rates(NamedTuple):
 
 _EDGES = 1.15  # a kernel computes blocks at the edges of a mask in whole
 _GPU = Rates(
-    linear=580 * _T, ragged=555 * _T, attention=Kernel(550 * _T / _EDGES, 420 * _T / _EDGES, 1),
+    linear=580 * _T, attention=Kernel(550 * _T / _EDGES, 420 * _T / _EDGES, 1),
     images=Kernel(350 * _T, 187.5 * _T, 128), vision=450 * _T, memory=4000 * _GB, link=330 * _GB,
     exposed=0.15, exposed_gradient=0.36, launch=0.004, turn=0.0018, gather=12e-6, hidden=0.57,
 )  # fmt: skip
 _GPU_IMAGES = Kernel(330 * _T, 330 * _T, 1)  # cuDNN's, where a program has no kernel of Triton's
 _TPU = Rates(
-    linear=275 * _T, ragged=275 * _T, attention=Kernel(200 * _T / _EDGES, 180 * _T / _EDGES, 1),
+    linear=275 * _T, attention=Kernel(200 * _T / _EDGES, 180 * _T / _EDGES, 1),
     images=Kernel(200 * _T, 143 * _T, 128), vision=230 * _T, memory=2200 * _GB, link=420 * _GB,
     exposed=0.15, exposed_gradient=0.3, launch=0.002, turn=0.001, gather=0.0, hidden=0.0,
 )  # fmt: skip
@@ -86,7 +83,7 @@ def of(topology: Topology) -> Rates:
         return kernel._replace(forward=kernel.forward * flops, backward=kernel.backward * flops)
 
     return base._replace(
-        linear=base.linear * flops, ragged=base.ragged * flops, vision=base.vision * flops,
+        linear=base.linear * flops, vision=base.vision * flops,
         attention=scaled(base.attention), images=scaled(base.images),
         memory=base.memory * memory, link=base.link * link,
     )  # fmt: skip

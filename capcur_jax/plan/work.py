@@ -3,16 +3,14 @@ local sampler makes them. Counts alone, no seconds."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from capcur_jax.learner import packing
 from capcur_jax.learner.layout import Layout
-from capcur_jax.learner.minibatches import Item, agreed, grouped
-from capcur_jax.learner.packing import Row, UpdateBatch
+from capcur_jax.learner.minibatches import Micro, packed
+from capcur_jax.learner.packing import Item, Row
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.inputs import Prompt
@@ -22,38 +20,11 @@ from capcur_jax.rollout.local.places import LOOK, Places
 # ---------------------------------------------------------------------- trainer
 
 
-class Micro(NamedTuple):
-    """A micro-batch, of all device rows."""
-
-    shape: BatchShape
-    lengths: tuple[int, ...]  # of the slabs
-    counts: tuple[int, ...]  # rows of a prompt in each
-    slots: np.ndarray  # in the order of packing.SLOTS
-
-    def tokens(self) -> int:
-        """That a pass computes: of the last one of a response nothing is asked."""
-        rows = sum(n * (length - 1) for n, length in zip(self.counts, self.lengths, strict=True))
-        return self.shape.prompts * (self.shape.tokens + rows)
-
-    def pairs(self, whole_rows: bool) -> float:
-        """(query, key) pairs of its attention. `whole_rows`: a response's queries stand behind as many empty ones as
-        its prompt has places (cuDNN's way)."""
-        T = self.shape.tokens
-        own = [(T + x) ** 2 / 2 if whole_rows else T * x + x * x / 2 for x in self.lengths]
-        rows = sum(n * pairs for n, pairs in zip(self.counts, own, strict=True))
-        return self.shape.prompts * (T * T / 2 + rows)
-
-
-def updates(groups: Sequence[Group], layout: Layout) -> Iterator[list[Micro]]:
-    """The micro-batches of each update of a step."""
+def updates(groups: Sequence[Group], layout: Layout) -> list[list[Micro]]:
+    """The micro-batches of each update of a step, all device rows'."""
     items = items_of(groups)
     size = len(items) // layout.updates
-    for at in range(0, len(items), size):
-        parts = grouped(items[at : at + size], layout)
-        yield [
-            Micro(*shape, layout.counts, packing.slots([batch_of(part, layout, *shape)]))
-            for part, shape in zip(parts, agreed(parts, layout), strict=True)
-        ]
+    return [packed(items[at : at + size], layout) for at in range(0, len(items), size)]
 
 
 def items_of(groups: Sequence[Group]) -> list[Item]:
@@ -61,22 +32,18 @@ def items_of(groups: Sequence[Group]) -> list[Item]:
     return [Item(_prompt(size), [Row(np.zeros(n, np.int32), 1.0) for n in lengths]) for size, lengths in groups]
 
 
-def batch_of(part: Sequence[Item], layout: Layout, shape: BatchShape, lengths: tuple[int, ...]) -> UpdateBatch:
-    """The micro-batch, with arrays of which only the size counts."""
+def tokens(micro: Micro) -> int:
+    """That a pass computes."""
+    return len(micro.rows) * micro.shape.length
 
-    def slots(*shape):  # of any size, without memory
-        return np.broadcast_to(np.int32(0), shape)
 
-    vision = None
-    if shape.patch_slots:
-        segments = np.zeros(shape.patch_slots, np.int8)
-        segments[: sum(sum(PromptSize.of(item.prompt).images) for item in part)] = 1
-        vision = types.SimpleNamespace(segments=segments)
-    prompts = types.SimpleNamespace(
-        lengths=np.array([len(item.prompt) for item in part]), tokens=slots(shape.prompts, shape.tokens),
-        vision=vision,
-    )  # fmt: skip
-    return UpdateBatch(prompts, packing.pack([item.rows for item in part], layout.counts, lengths, 0, sampled=False))
+def pairs(micro: Micro) -> float:
+    """(query, key) pairs of its attention that the layout has; what kernels compute beside them is in their rates."""
+    total = 0.0
+    for item in (item for row in micro.rows for item in row):
+        S, lengths = len(item.prompt), np.array([len(row.tokens) for row in item.rows])
+        total += S * S / 2 + (S * lengths + lengths**2 / 2).sum()
+    return total
 
 
 def _prompt(size: PromptSize) -> Prompt:

@@ -2,10 +2,10 @@
 
 Run by tests/test_sharding.py in processes of their own, since the number of devices is fixed when JAX starts:
 
-    replay.py CHECKPOINT DATA FSDP TENSOR MICRO_PROMPTS UPDATES [key=value ...]
+    replay.py CHECKPOINT DATA FSDP TENSOR ROW UPDATES [key=value ...]
 
 The metrics of every update, and a fingerprint of the moments and of the final parameters (their projections on fixed
-random directions) do not depend on the mesh, the number of processes or the micro-batches.
+random directions) do not depend on the mesh, the number of processes or the micro-batches. ROW: tokens of a packed row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from capcur_jax.learner.learner import Learner
 from capcur_jax.learner.minibatches import minibatches, sampled_item
 from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models import huggingface
-from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.rollout.engine import Sample, Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
@@ -64,12 +64,13 @@ def fingerprint(tree: nnx.State) -> dict[str, list[float]]:
 
 def main(arguments: list[str]) -> None:
     checkpoint, *numbers = arguments[:6]
-    data, fsdp, tensor, micro, updates = map(int, numbers)
+    data, fsdp, tensor, row, updates = map(int, numbers)
     cluster.initialize()
     config = presets.laptop()
     config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
     config.rollout.update({"group": GROUP, "max_new_tokens": LENGTH})
-    config.packing.update({"micro_prompts": micro, "buckets": ((LENGTH,),)})
+    config.prompt.max_tokens = 160
+    config.packing.update({"lengths": (row,), "groups": 8, "patch_buckets": ((2, 256), (8, 256))})
     config.objective.update({"updates_per_batch": updates, "kl_coefficient": 0.3})
     config.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (a.split("=") for a in arguments[6:])})
     mesh = sharding.make_mesh(config.mesh)
@@ -97,8 +98,7 @@ def main(arguments: list[str]) -> None:
     items = [sampled_item(prompts[n], *groups[n], config.objective.mask_truncated) for n in mine]
     trained, frozen = learner.split(parameters)
     trainer = Trainer(learner, mesh, learner.start(trained), frozen, reference=learner.copy_as(trained, np.float32))
-    sizes = [PromptSize.of(prompt) for prompt in prompts]
-    trainer.sums = learner.zeros(trained, frozen, next(layout.blanks(sizes, passes=False)))
+    trainer.sums = learner.zeros(trained, frozen, next(layout.blanks(passes=False)))
     results = trainer.step(minibatches(items, layout, config), layout.old, [1e-3] * updates)
     report = {
         "updates": [{k: float(v) for k, v in jax.device_get(r).items()} for r in results],

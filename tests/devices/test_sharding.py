@@ -27,9 +27,9 @@ from tests import environment
 from tests.test_main import ROOT
 
 LAYOUTS = {
-    "data 2 x fsdp 2 x tensor 2": (2, 2, 2, 0),
-    "fsdp 8, a prompt at a time": (1, 8, 1, 1),
-    "fsdp 4 x tensor 2, two micro-batches": (1, 4, 2, 1),
+    "data 2 x fsdp 2 x tensor 2": (2, 2, 2, 512),
+    "fsdp 8": (1, 8, 1, 256),
+    "fsdp 4 x tensor 2, two micro-batches": (1, 4, 2, 256),
 }
 
 
@@ -64,7 +64,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 @pytest.fixture(scope="module")
 def alone(checkpoint):
     """Two updates on one device, each one micro-batch."""
-    return report(start(checkpoint, (1, 1, 1, 0, 2), 1))
+    return report(start(checkpoint, (1, 1, 1, 1536, 2), 1))
 
 
 @pytest.mark.e2e
@@ -91,7 +91,7 @@ def test_two_processes_change_nothing(checkpoint, alone):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", **environment.TOGETHER}
-    started = [start(checkpoint, (2, 2, 1, 0, 2), 2, JAX_PROCESS_ID=str(i), **shared) for i in range(2)]
+    started = [start(checkpoint, (2, 2, 1, 512, 2), 2, JAX_PROCESS_ID=str(i), **shared) for i in range(2)]
     first, second = map(report, started)
     assert first["devices"] == 4 and first["updates"] == second["updates"]
     assert_same(first, alone)
@@ -102,8 +102,8 @@ def test_two_processes_change_nothing(checkpoint, alone):
 @pytest.mark.e2e
 def test_windows_and_a_head_of_its_own(windowed_untied_checkpoint):
     """Qwen2.5-VL; one kv head, which no tensor axis splits, so parameters over four devices alone."""
-    ours = report(start(windowed_untied_checkpoint, (1, 4, 1, 1, 1), 4))
-    assert_same(ours, report(start(windowed_untied_checkpoint, (1, 1, 1, 0, 1), 1)))
+    ours = report(start(windowed_untied_checkpoint, (1, 4, 1, 512, 1), 4))
+    assert_same(ours, report(start(windowed_untied_checkpoint, (1, 1, 1, 1536, 1), 1)))
 
 
 # ---------------------------------------------------------------------- rules and meshes

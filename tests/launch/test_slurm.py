@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(slurm.missing()), reason=
 
 SETTINGS = {
     **tiny.SETTINGS, "reward.function": "tests.own_rewards:by_length", "evaluation.questions": 4, "reward.workers": 1,
-    "evaluation.blind": False, "log.tensorboard": False, "rollout.max_new_tokens": 4, "packing.buckets": ((4,),),
+    "evaluation.blind": False, "log.tensorboard": False, "rollout.max_new_tokens": 4,
 }  # fmt: skip
 # Plays the trainer and the servers: says what it was given, and saves for a second when it hears SIGTERM.
 STAND_IN = """#!/bin/bash

@@ -14,7 +14,7 @@ from flax import nnx
 from capcur_jax import presets
 from capcur_jax.devices import sharding
 from capcur_jax.learner.learner import Learner, TrainState, token_means
-from capcur_jax.learner.packing import Row, Slab, UpdateBatch, pack
+from capcur_jax.learner.packing import Bounds, Item, Responses, Row, RowShape, UpdateBatch, collate
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
@@ -85,14 +85,20 @@ def plain(prompts, tokens, processor):
     """The batch of a first update without a reference policy."""
     zeros = np.zeros(T, np.float32)
     rows = [Row(row, float(EVENLY[0]), float(a), zeros[: len(row)]) for row, a in zip(tokens, ADVANTAGES, strict=True)]
-    collated = Buckets((48, 64), ((2, 96),)).collate(prompts, processor.config, 0)
-    return UpdateBatch(collated, pack([rows[:G], rows[G:]], (G,), (T,), processor.pad_token))
+    items = [Item(prompts[0], rows[:G]), Item(prompts[1], rows[G:])]
+    return packed(processor, items)
+
+
+def packed(processor, *rows: list[Item], sampled: bool = True, **bounds: int) -> UpdateBatch:
+    """Packed rows of these items."""
+    bounds = Bounds(**{"groups": 2, "group": G, "prompt": 64, "response": T} | bounds)
+    shape, known = RowShape(160, 2, 96), processor.config
+    return collate(rows, shape, bounds, known, processor.pad_token, sampled=sampled)
 
 
 @pytest.fixture(scope="package")
 def logprobs(learner, parts, plain):
-    (scored,) = learner.score(*learner.split(parts[1]), plain)
-    return np.asarray(scored)
+    return np.asarray(learner.score(*learner.split(parts[1]), plain))
 
 
 @pytest.fixture(scope="package")
@@ -107,8 +113,8 @@ def batch(plain, logprobs):
 
 
 def replaced(batch: UpdateBatch, **fields: Any) -> UpdateBatch:
-    """A batch of one slab with other fields."""
-    return dataclasses.replace(batch, slabs=(dataclasses.replace(batch.slabs[0], **fields),))
+    """A batch whose responses have other fields."""
+    return dataclasses.replace(batch, responses=dataclasses.replace(batch.responses, **fields))
 
 
 class Result(NamedTuple):
@@ -178,7 +184,7 @@ def full_sequences(parts, prompts, tokens, processor):
     return plainly
 
 
-def expected(logprobs: np.ndarray, slab: Slab, settings: Any, weights: np.ndarray = EVENLY):
+def expected(logprobs: np.ndarray, responses: Responses, settings: Any, weights: np.ndarray = EVENLY):
     """The objective token by token in float64: metrics, and the loss's derivative by each log-prob, [R, T].
 
     `weights`: [R], of the rows in the loss. Of `settings` (config.objective) everything but the entropy bonus.
@@ -188,7 +194,13 @@ def expected(logprobs: np.ndarray, slab: Slab, settings: Any, weights: np.ndarra
     for r, length in enumerate(LENGTHS):
         advantage, new, old, reference, sampler = (
             np.float64(x[r])
-            for x in (slab.advantages, logprobs, slab.old_logprobs, slab.reference_logprobs, slab.sampler_logprobs)
+            for x in (
+                responses.advantages,
+                logprobs,
+                responses.old_logprobs,
+                responses.reference_logprobs,
+                responses.sampler_logprobs,
+            )
         )
         row = slice(length)
         mean = np.mean(new[row] - old[row])

@@ -1,6 +1,8 @@
 """GRPO updates of a real tiny Qwen3-VL: log-probs, losses, gradients and AdamW against independent implementations, and
 what padding, a learning rate and a non-finite batch do."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from tests.learner.conftest import (  # fmt: skip
     ADVANTAGES,
     EVENLY,
+    LENGTHS,
     MASK,
     TEMPERATURE,
     T,
@@ -39,7 +42,7 @@ def updated(learner, parts, batch):
 
 
 def test_metrics_equal_the_formula_in_numpy(updated, logprobs, batch, config):
-    values, _ = expected(logprobs, batch.slabs[0], config.objective)
+    values, _ = expected(logprobs, batch.responses, config.objective)
     clipped = [values[f"clip_fraction_{which}"] for which in ("low", "high", "dual")]
     assert min(clipped) > 0 and sum(clipped) < 0.8 and values["kl"] > 0.05
     assert values.pop("sampler_weight") == 1 and "sampler_weight" not in updated[1].metrics
@@ -58,7 +61,7 @@ def test_gradient_with_a_shared_prompt_is_that_of_full_sequences(
 ):
     """Of the token-mean over the whole mini-batch, image and prompt included."""
     state, result = updated
-    _, weights = expected(logprobs, batch.slabs[0], config.objective)
+    _, weights = expected(logprobs, batch.responses, config.objective)
     _, _, want = full_sequences(parts[1], TEMPERATURE, weights)
     norm = float(optax.global_norm(want))
     assert result.metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -86,10 +89,10 @@ def test_two_steps_equal_pytorch_s_adamw_with_clipping(
     )
     # The second step sees the same advantages at moved parameters: a different gradient.
     state = jax.tree.map(jnp.copy, updated[0])
-    (scores,) = learner.score(state.trained, learner.split(start)[1], replaced(batch, **UNUSED))
+    scores = learner.score(state.trained, learner.split(start)[1], replaced(batch, **UNUSED))
     points = [(start, logprobs), (jax.tree.map(jnp.copy, state.trained), np.asarray(scores))]
     for (parameters, scored), rate in zip(points, rates, strict=True):
-        _, weights = expected(scored, batch.slabs[0], config.objective)
+        _, weights = expected(scored, batch.responses, config.objective)
         _, _, gradient = full_sequences(parameters, TEMPERATURE, weights)
         for parameter, g in zip(ours, jax.tree.leaves(gradient), strict=True):
             parameter.grad = torch.tensor(np.array(g))
@@ -114,13 +117,16 @@ def test_reference_equal_to_the_policy_costs_nothing(learner, parts, batch, logp
     assert metrics["grad_norm"] == pytest.approx(norm_of(want), rel=1e-4)
 
 
-def test_what_the_padding_holds_changes_nothing(learner, parts, batch, updated, processor):
+def test_what_the_padding_holds_changes_nothing(learner, parts, batch, updated, processor, prompts):
     """Not even a token that may not be sampled (some checkpoints pad with <|vision_pad|>: log-prob -inf), or NaN."""
-    slab = batch.slabs[0]
     fill = {"old_logprobs": np.nan, "reference_logprobs": np.inf, "sampler_logprobs": np.nan}
-    changed = {key: np.where(MASK, getattr(slab, key), value).astype(np.float32) for key, value in fill.items()}
-    changed["tokens"] = np.where(MASK, slab.tokens, processor.banned_tokens[0]).astype(np.int32)
-    state, result = update(learner, parts, fresh_state(learner, parts), replaced(batch, **changed))
+    changed = {
+        key: np.where(MASK, getattr(batch.responses, key), value).astype(np.float32) for key, value in fill.items()
+    }
+    empty = np.arange(batch.rows.tokens.shape[1]) >= sum(map(len, prompts)) + sum(LENGTHS)
+    tokens = np.where(empty, processor.banned_tokens[0], batch.rows.tokens).astype(np.int32)
+    filled = dataclasses.replace(replaced(batch, **changed), rows=dataclasses.replace(batch.rows, tokens=tokens))
+    state, result = update(learner, parts, fresh_state(learner, parts), filled)
     assert result.metrics["skipped_updates"] == 0
     for key, value in updated[1].metrics.items():
         assert result.metrics[key] == pytest.approx(value, rel=1e-5), key

@@ -43,8 +43,8 @@ def test_loss_and_gradient_are_those_of_the_formula(options, config, parts, proc
     _, result = update(learner, parts, fresh_state(learner, parts), weighted)
 
     settings = changed.objective
-    metrics, slopes = expected(logprobs, batch.slabs[0], settings, weights)
-    usual, _ = expected(logprobs, batch.slabs[0], config.objective, weights)
+    metrics, slopes = expected(logprobs, batch.responses, settings, weights)
+    usual, _ = expected(logprobs, batch.responses, config.objective, weights)
     if settings.sampler_correction == "none":
         metrics.pop("sampler_weight")
     else:
@@ -61,7 +61,7 @@ def test_loss_and_gradient_are_those_of_the_formula(options, config, parts, proc
 
 def test_without_a_kl_term_the_reference_is_not_looked_at(config, learner, parts, batch, logprobs):
     """The learner has no reference log-probs then; the loss is the policy's alone."""
-    metrics, _ = expected(logprobs, batch.slabs[0], config.objective)
+    metrics, _ = expected(logprobs, batch.responses, config.objective)
     _, result = update(learner, parts, fresh_state(learner, parts), replaced(batch, reference_logprobs=None))
     assert "kl" not in result.metrics
     assert result.metrics["loss"] == pytest.approx(metrics["policy_loss"], rel=1e-4)

@@ -1,6 +1,7 @@
-"""How a mini-batch is packed changes nothing: micro-batches, slabs, length buckets, the order of its groups."""
+"""How a mini-batch is packed changes nothing: micro-batches, lengths of rows, the order of its groups."""
 
 import copy
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -22,14 +23,14 @@ from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Prompt
 from capcur_jax.rollout.engine import Sample
 from tests.conftest import random_image
-from tests.learner.conftest import relative_differences
+from tests.learner.conftest import relative_differences, replaced
 
 G, LIMIT, RATE = 3, 8, 1e-3
-BUCKETS = Buckets((96,), ((2, 64), (4, 64), (8, 64)))  # few shapes: each is a program to compile
-PACKINGS = {
-    "one micro-batch": {"micro_prompts": 0, "slabs": (), "buckets": ((8,),)},
-    "several": {"micro_prompts": 2, "slabs": (), "buckets": ((5,), (8,))},
-    "slabs of several": {"micro_prompts": 2, "slabs": (2, 1), "buckets": ((4, 6), (8, 8))},
+BUCKETS = Buckets((96,))
+PACKINGS = {  # few shapes: each is a program to compile
+    "one micro-batch": {"lengths": (320,), "groups": 4, "patch_buckets": ((6, 64),)},
+    "several": {"lengths": (112, 128), "groups": 2, "patch_buckets": ((6, 64),)},
+    "groups in parts": {"lengths": (80,), "groups": 2, "patch_buckets": ((1, 64), (3, 64))},
 }
 WEIGHTINGS = list(itertools.product(("token", "sequence", "constant"), (False, True)))
 
@@ -42,19 +43,20 @@ class Scene(NamedTuple):
     groups: list[tuple[Prompt, list[Sample], np.ndarray]]
     processor: object
 
-    def layout(self, packing="one micro-batch", updates=1, buckets=BUCKETS) -> Layout:
+    def layout(self, packing="one micro-batch", updates=1) -> Layout:
         config = copy.deepcopy(self.config)
         config.packing.update(PACKINGS[packing] if isinstance(packing, str) else packing)
         config.objective.updates_per_batch = updates
         (stage,) = schedule.stages(config)
-        return Layout.of(stage, config, buckets, self.processor, self.mesh, images=True)
+        sizes = [PromptSize.of(prompt) for prompt, _, _ in self.groups]
+        return Layout.of(stage, config, BUCKETS, self.processor, self.mesh, True, sizes)
 
     def batches(self, items, packing="one micro-batch", aggregation="token"):
         """The micro-batches of one update."""
         config = copy.deepcopy(self.config)
         config.objective.aggregation = aggregation
         (minibatch,) = minibatches(items, self.layout(packing), config)
-        return minibatch
+        return [micro.batch() for micro in minibatch]
 
     def items(self, mask_truncated=False, order=None):
         return [sampled_item(*self.groups[n], mask_truncated) for n in order or range(len(self.groups))]
@@ -111,7 +113,7 @@ def whole(scene):
     found = {}
     for aggregation, masked in WEIGHTINGS:
         (batch,) = scene.batches(scene.items(masked), aggregation=aggregation)
-        assert [slab.tokens.shape for slab in batch.slabs] == [(4 * G, 8)]
+        assert batch.rows.tokens.shape == (1, 320) and batch.responses.weights.shape == (4 * G,)
         found[aggregation, masked] = summed(scene, [batch])
     return found
 
@@ -127,20 +129,17 @@ def check(got, want):
 def test_a_packing_changes_neither_loss_nor_metrics_nor_gradient(scene, whole, packing):
     for aggregation, masked in WEIGHTINGS:
         minibatch = scene.batches(scene.items(masked), packing, aggregation)
-        micro = PACKINGS[packing]["micro_prompts"]
-        assert len(minibatch) == 4 // micro and all(len(batch.prompts.tokens) == micro for batch in minibatch)
-        assert all(len(batch.slabs) == max(len(PACKINGS[packing]["slabs"]), 1) for batch in minibatch)
+        assert len(minibatch) > 1
         check(summed(scene, minibatch), whole[aggregation, masked])
 
 
-def test_buckets_are_used_where_they_help(scene):
-    """What the packings above compare is not all of one shape."""
+def test_the_packings_compared_are_different_ones(scene):
     several = scene.batches(scene.items(), "several")
-    assert {slab.tokens.shape[1] for batch in several for slab in batch.slabs} == {5, 8}
-    slabs = scene.batches(scene.items(), "slabs of several")
-    assert {tuple(slab.tokens.shape for slab in batch.slabs) for batch in slabs} == {
-        ((4, 4), (2, 6)), ((4, 8), (2, 8)),
-    }  # fmt: skip
+    assert {batch.rows.tokens.shape[1] for batch in several} == {112, 128}
+    parts = scene.batches(scene.items(), "groups in parts")
+    assert {len(batch.rows.vision.segments) for batch in parts} == {1, 3}
+    groups = sum(int((batch.rows.places.prompt_length > 0).sum()) for batch in parts)
+    assert groups > len(scene.groups)  # some prompts lie in two rows
 
 
 def test_the_order_of_groups_changes_nothing(scene, whole):
@@ -160,28 +159,33 @@ def test_weightings_differ_and_are_the_formulas(scene, whole):
         sizes = {"token": lengths * counted, "sequence": counted, "constant": LIMIT * counted}[aggregation]
         per_token = lengths if aggregation == "sequence" else np.ones_like(lengths)
         want = np.where(counted, 1 / per_token / sizes.sum(), 0)
-        got = [(len_, w) for b in minibatch for s in b.slabs for len_, w in zip(s.lengths, s.weights, strict=True)]
+        lengths_ = [batch.rows.places.response_length.reshape(-1) for batch in minibatch]
+        weights = [batch.responses.weights for batch in minibatch]
+        got = [pair for pair in zip(np.concatenate(lengths_), np.concatenate(weights), strict=True) if pair[0]]
         for (length, weight), (expected_length, expected_weight) in zip(
             sorted(map(tuple, np.array(got).tolist())), sorted(zip(lengths.tolist(), want.tolist(), strict=True)),
             strict=True,
         ):  # fmt: skip
             assert length == expected_length and weight == pytest.approx(expected_weight, rel=1e-6)
         # A constant number for each response, were the objective to give each token 1.
-        totals = sum(float((s.weights * s.lengths).sum()) for b in minibatch for s in b.slabs)
+        totals = float((np.concatenate(lengths_) * np.concatenate(weights)).sum())
         assert totals == pytest.approx((want * lengths).sum(), rel=1e-6)
 
 
-def test_every_response_is_packed_once_with_what_is_its_own(scene):
-    minibatch = scene.batches(scene.items(), "slabs of several")
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_response_is_packed_once_with_what_is_its_own(scene, packing):
     found = {}
-    for batch in minibatch:
-        for slab in batch.slabs:
-            group = len(slab.tokens) // len(batch.prompts.tokens)
-            for r, length in enumerate(slab.lengths):
-                prompt = batch.prompts.tokens[r // group, : batch.prompts.lengths[r // group]]
-                key = slab.tokens[r, :length].tobytes()
+    for batch in scene.batches(scene.items(), packing):
+        (tokens,), places, of = batch.rows.tokens, batch.rows.places, batch.responses
+        spans = [slice(a, a + n) for a, n in zip(places.prompt_start[0], places.prompt_length[0], strict=True)]
+        for r, (start, length) in enumerate(zip(places.response_start[0], places.response_length[0], strict=True)):
+            if length:
+                key = tokens[start : start + length].tobytes()
                 assert key not in found
-                found[key] = prompt.tobytes(), slab.advantages[r], slab.sampler_logprobs[r, :length].tobytes()
+                prompt = tokens[spans[r // G]]
+                found[key] = prompt.tobytes(), of.advantages[r], of.sampler_logprobs[r, :length].tobytes()
+            else:
+                assert of.weights[r] == 0
     for prompt, samples, advantages in scene.groups:
         for sample, advantage in zip(samples, advantages, strict=True):
             want = prompt.tokens.tobytes(), advantage, sample.logprobs.tobytes()
@@ -189,30 +193,64 @@ def test_every_response_is_packed_once_with_what_is_its_own(scene):
     assert not found
 
 
+def test_what_changes_in_a_group_changes_that_group_alone(scene):
+    """A pixel, a prompt's token, a response's token: the log-probs of its group from there on, and no other's."""
+    (batch,) = scene.batches(scene.items())
+    learner = scene.learner
+    parts = learner.split(scene.parameters)
+    places = jax.tree.map(lambda x: x[0], batch.rows.places)
+    inside = np.arange(LIMIT) < places.response_length[:, None]
+    before = np.asarray(learner.score(*parts, batch))
+
+    def changed(**fields):
+        after = learner.score(*parts, dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, **fields)))
+        return inside & (np.abs(np.asarray(after) - before) > 1e-7)
+
+    b = int(np.flatnonzero([(batch.rows.visual_index[0, at] >= 0).any() for at in _spans(places)])[0])
+    own = np.arange(len(inside)) // G == b
+    feature = batch.rows.visual_index[0][_spans(places)[b]].max()
+    patches = batch.rows.vision.patches.copy()
+    patches.reshape(-1, patches.shape[-1])[4 * feature] += 1
+    pixel = changed(vision=dataclasses.replace(batch.rows.vision, patches=patches))
+    assert (pixel[own].sum(1) == inside[own].sum(1)).all() and not pixel[~own].any()
+
+    def other(at):
+        tokens = batch.rows.tokens.copy()
+        tokens[0, at] = 20 + tokens[0, at] % 100
+        return changed(tokens=tokens)
+
+    token = other(places.prompt_start[b] + 1)
+    assert token[own].any(1).all() and not token[~own].any()
+    row = int(np.argmax(places.response_length * own))
+    token = other(places.response_start[row] + 1)
+    assert token[row, 1] and not token[row, 0] and not np.delete(token, row, 0).any()
+
+
+def _spans(places):
+    return [slice(at, at + n) for at, n in zip(places.prompt_start, places.prompt_length, strict=True)]
+
+
 # ---------------------------------------------------------------------- whole steps
 
 
 def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
     """Trainer.step against its parts: both passes come before any update, each micro-batch gets its own."""
-    layout = scene.layout({**PACKINGS["several"], "buckets": ((LIMIT,),)}, updates=2)
+    layout = scene.layout({"lengths": (192,), "groups": 2, "patch_buckets": ((6, 64),)}, updates=2)
     batched = minibatches(scene.items(), layout, scene.config)
     assert [len(mini) for mini in batched] == [1, 1] and layout.old and layout.reference and layout.scores
     learner, mesh = scene.learner, scene.mesh
     trained, frozen = learner.split(jax.tree.map(lambda x: x + 0, scene.parameters))
     reference = jax.tree.map(lambda x: 0.9 * x, trained)
     trainer = Trainer(learner, mesh, learner.start(trained), frozen, reference=reference)
-    sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
-    trainer.sums = learner.zeros(trained, frozen, next(layout.blanks(sizes, passes=False)))
+    trainer.sums = learner.zeros(trained, frozen, next(layout.blanks(passes=False)))
     results = trainer.step(batched, layout.old, [RATE, 2 * RATE])
 
     start, _ = learner.split(jax.tree.map(lambda x: x + 0, scene.parameters))
     fields = []
-    for (batch,) in batched:
-        placed = sharding.put(mesh, batch)
+    for (micro,) in batched:
+        placed = sharding.put(mesh, micro.batch())
         old, given = learner.score(start, frozen, placed), learner.score(reference, frozen, placed)
-        (slab,) = placed.slabs
-        slab = type(slab)(**{**slab.__dict__, "old_logprobs": old[0], "reference_logprobs": given[0]})
-        fields.append(type(placed)(placed.prompts, (slab,)))
+        fields.append(replaced(placed, old_logprobs=old, reference_logprobs=given))
     state, updates = learner.start(start), []
     for placed, rate in zip(fields, (RATE, 2 * RATE), strict=True):
         sums = learner.accumulate(state.trained, frozen, learner.zeros(state.trained, frozen, placed), placed)
@@ -246,56 +284,63 @@ def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoin
     learner = Learner(graph, parameters, config=config, **kinds)
     trained, frozen = learner.split(parameters)
     trainer = Trainer(learner, scene.mesh, learner.start(trained), frozen)
-    layout = scene._replace(config=config).layout({**PACKINGS["several"], "buckets": ((LIMIT,),)}, updates=2)
+    layout = scene._replace(config=config).layout(
+        {"lengths": (192,), "groups": 2, "patch_buckets": ((6, 64),)}, updates=2
+    )
     batched = minibatches(scene.items(), layout, config)
-    sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
-    trainer.sums = learner.zeros(trainer.state.trained, frozen, next(layout.blanks(sizes, passes=False)))
+    trainer.sums = learner.zeros(trainer.state.trained, frozen, next(layout.blanks(passes=False)))
     first, second = jax.device_get(trainer.step(batched, layout.old, [RATE, RATE]))
     assert float(first["clip_fraction"]) == 0.0 < float(second["clip_fraction"])
 
 
 def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
     def signature(batch):
-        return jax.tree.map(lambda leaf: (leaf.shape, np.dtype(leaf.dtype).name), batch)
+        return jax.tree.structure(batch), [(leaf.shape, np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(batch)]
 
-    sizes = [PromptSize.of(prompt) for prompt, _, _ in scene.groups]
-    random, buckets = np.random.default_rng(0), Buckets((48, 64, 96), tuple((rows, 64) for rows in range(1, 9)))
-    for packing in (*PACKINGS.values(), {"micro_prompts": 1, "slabs": (1, 1, 1), "buckets": ((4, 6, 8), (8, 8, 8))}):
-        layout, seen = scene.layout(packing, buckets=buckets), []
-        known = [signature(batch) for batch in layout.blanks(sizes, passes=True)]
+    random = np.random.default_rng(0)
+    for packing in (
+        *PACKINGS.values(),
+        {"lengths": (80, 96, 128), "groups": 1, "patch_buckets": ((1, 64), (1, 80), (4, 64))},
+    ):
+        layout, seen = scene.layout(packing), []
+        known = [signature(batch) for batch in layout.blanks(passes=True)]
+        assert len(known) == len(packing["lengths"]) * len(packing["patch_buckets"])
         for _ in range(8):
             order = random.integers(0, 4, 4).tolist()
             for mini in minibatches(scene.items(order=order), layout, scene.config):
-                seen += [signature(batch) for batch in mini]
-        assert all(one in known for one in seen) and any(one != seen[0] for one in seen)
-        later = list(layout.blanks(sizes, passes=False))
-        assert len(later) == len(known) and all(s.reference_logprobs is not None for b in later for s in b.slabs)
-        assert all(s.old_logprobs is None for b in later for s in b.slabs)
+                seen += [signature(micro.batch()) for micro in mini]
+        assert all(one in known for one in seen)
+        later = [batch.responses for batch in layout.blanks(passes=False)]
+        assert len(later) == len(known) and all(of.reference_logprobs is not None for of in later)
+        assert all(of.old_logprobs is None for of in later)
 
 
-def test_sft_items_take_one_slab_of_the_longest_lengths(scene):
+def test_targets_have_one_response_and_no_advantage(scene):
     config = copy.deepcopy(scene.config)
-    config.packing.update({"slabs": (2, 1), "buckets": ((4, 6), (8, 8)), "micro_prompts": 2})
+    config.packing.update({"lengths": (112, 128), "groups": 3, "patch_buckets": ((6, 64),)})
     config.stages.perception.objective = "sft"
     (stage,) = schedule.stages(config)
     layout = Layout.of(stage, config, BUCKETS, scene.processor, scene.mesh, images=True)
     items = [target_item(prompt, samples[0].tokens) for prompt, samples, _ in scene.groups]
     (minibatch,) = minibatches(items, layout, config)
-    assert [[slab.tokens.shape for slab in batch.slabs] for batch in minibatch] == [[(2, 6)], [(2, 8)]]
-    assert all(slab.advantages is None and slab.sampler_logprobs is None for b in minibatch for slab in b.slabs)
+    batches = [micro.batch() for micro in minibatch]
+    assert layout.bounds.group == 1 and not layout.scores
+    assert all(b.responses.advantages is None and b.responses.sampler_logprobs is None for b in batches)
     tokens = sum(len(row.tokens) for item in items for row in item.rows)
-    assert all((slab.weights == np.float32(1 / tokens)).all() for b in minibatch for slab in b.slabs)
-    assert not layout.scores
+    weights = np.concatenate([batch.responses.weights for batch in batches])
+    assert sorted(set(weights.tolist())) == [0, np.float32(1 / tokens)] and (weights > 0).sum() == len(items)
 
 
 @pytest.mark.parametrize(
     ("packing", "updates", "message"),
     [
-        ({"micro_prompts": 3}, 1, r"config\.packing\.micro_prompts = 3 .* 4 that an update of stage perception"),
         ({}, 3, r"config\.stages\.perception\.prompts = 4 can't be split into 3 equal updates.*updates_per_batch"),
-        ({"slabs": (2, 2)}, 1, r"config\.packing\.slabs = \(2, 2\) .* add up to 3"),
-        ({"slabs": (2, 1), "buckets": ((8,),)}, 1, r"config\.packing\.buckets.*each of config\.packing\.slabs"),
-        ({"buckets": ((7,),)}, 1, r"config\.packing\.buckets: one must hold config\.rollout\.max_new_tokens"),
+        ({"lengths": (40, 48)}, 1, r"config\.packing\.lengths = \(40, 48\): the longest must hold .* \d+ tokens"),
+        (
+            {"patch_buckets": ((1, 8),)},
+            1,
+            r"config\.packing\.patch_buckets = \(\(1, 8\),\): none holds .* patches; declare",
+        ),
     ],
 )
 def test_what_can_t_be_packed_names_its_key(scene, packing, updates, message):

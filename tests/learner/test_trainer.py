@@ -1,5 +1,7 @@
 """A trainer says what is not finite."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -7,6 +9,11 @@ from flax import nnx
 from capcur_jax.devices import sharding
 from capcur_jax.learner.trainer import Trainer
 from tests.learner.conftest import ADVANTAGES, fresh_state, replaced
+
+
+def micro(batch):
+    """One whose arrays are made."""
+    return SimpleNamespace(batch=lambda: batch)
 
 
 @pytest.fixture
@@ -18,7 +25,7 @@ def trainer(learner, parts, batch):
 
 def test_a_gradient_that_is_not_finite_is_named(trainer, batch):
     advantages = np.where(np.arange(6) == 2, np.nan, ADVANTAGES).astype(np.float32)
-    broken = [[replaced(batch, advantages=advantages)]]
+    broken = [[micro(replaced(batch, advantages=advantages))]]
     trainer.step(broken, False, [1e-3])
     said = trainer.not_finite(broken, False)
     assert said.startswith("gradients that are NaN or infinite: text.") and " more" in said
@@ -30,5 +37,5 @@ def test_a_parameter_that_is_not_finite_is_named(trainer, batch):
     path = next(path for path in flat if path[0] == "text" and path[-2:] == ("down", "kernel"))
     flat[path] = flat[path].replace(flat[path][...].at[0].set(np.nan))
     trainer.state = trainer.state._replace(trained=nnx.from_flat_state(list(flat.items())))
-    said = trainer.not_finite([[batch]], False)
+    said = trainer.not_finite([[micro(batch)]], False)
     assert said == f"parameters that are NaN or infinite: {'.'.join(map(str, path))}"

@@ -13,7 +13,7 @@ import pytest
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import attention_gpu, attention_tpu
-from capcur_jax.models.attention import Cached, Causal, Extend, Segments, attend, reference
+from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments, _extend, attend, reference
 
 ODD = 149  # two blocks of 128, the second one mostly padding
 # Two images and padding; one image.
@@ -33,7 +33,7 @@ def heads(rows, tokens, query=4, kv=2, size=12, **kinds):
 def in_group(kernel):
     """Two prompts of 140 slots with two rows each, and their keys and values to differentiate as well."""
     arrays = (*heads(4, ODD), normal(2, 140, 2, 12, seed=3), normal(2, 140, 2, 12, seed=4))
-    theirs = lambda q, k, v, *prompt: reference(q, k, v, Extend(*prompt, LENGTHS))  # noqa: E731
+    theirs = lambda *arrays: _extend(*arrays, LENGTHS)  # noqa: E731
     return lambda *arrays: kernel(*arrays, LENGTHS), theirs, arrays
 
 
@@ -97,11 +97,57 @@ def test_cudnn_gets_even_lengths(kernel, monkeypatch):
     assert lengths == [ODD + 1 + 130 * bool(prompt)] * 3
 
 
-@pytest.mark.parametrize("layout", [Causal(), Extend(*prompt()), Segments(jnp.zeros((2, 128), jnp.int32))])
+PLACES = Places(  # two rows of 128: two groups of two responses and padding; one group that has one response
+    np.array([[0, 48], [0, 0]]), np.array([[20, 7], [90, 0]]),
+    np.array([[20, 31, 55, 60], [90, 0, 0, 0]]), np.array([[11, 17, 5, 30], [38, 0, 0, 0]]),
+)  # fmt: skip
+ROWS = Packed(Places(*(x.astype(np.int32) for x in PLACES)), prompt=96, response=40)
+
+
+@pytest.mark.parametrize("layout", [Causal(), ROWS, Segments(jnp.zeros((2, 128), jnp.int32))])
 def test_the_platform_that_a_program_is_lowered_for_chooses(layout):
     assert "tpu_custom_call" in lowered("tpu", layout)
     assert "custom_call" not in lowered("cpu", layout)
     assert "tpu_custom_call" not in lowered("tpu", layout, implementation="xla")
+
+
+def seen_in_packed_rows(places: Places, length: int) -> np.ndarray:
+    """[A, L, L], by a loop over the groups; a token of padding sees itself."""
+    seen = np.tile(np.eye(length, dtype=bool), (len(places.prompt_start), 1, 1))
+    group = places.response_start.shape[1] // places.prompt_start.shape[1]
+    for a, r in np.ndindex(places.response_start.shape):
+        prompt, n = places.prompt_start[a, r // group], places.prompt_length[a, r // group]
+        own, m = places.response_start[a, r], places.response_length[a, r]
+        for query in range(prompt, prompt + n):
+            seen[a, query, prompt : query + 1] = True
+        for query in range(own, own + m):
+            seen[a, query, prompt : prompt + n] = seen[a, query, own : query + 1] = True
+    return seen
+
+
+def test_packed_rows_see_their_prompt_and_their_own_response():
+    """Values and gradients of a softmax over a dense mask, in float64."""
+    q, k, v = heads(2, 128)
+    seen, real = seen_in_packed_rows(PLACES, 128), np.zeros((2, 128), bool)
+    for starts, lengths in (PLACES[:2], PLACES[2:]):
+        for a, i in np.ndindex(starts.shape):
+            real[a, starts[a, i] : starts[a, i] + lengths[a, i]] = True
+
+    def dense(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = jnp.einsum("aqnh,aknh->anqk", q, k) / np.sqrt(12)
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -np.inf), axis=-1)
+        return jnp.einsum("anqk,aknh->aqnh", weights, v)
+
+    def both(function, arrays):
+        weights = normal(*q.shape, seed=5) * real[..., None, None]
+        value = lambda *arrays: (function(*arrays) * weights).sum()  # noqa: E731
+        return jnp.where(real[..., None, None], function(*arrays), 0), jax.grad(value, (0, 1, 2))(*arrays)
+
+    ours = jax.jit(functools.partial(both, functools.partial(attend, layout=ROWS, mesh=sharding.single())))
+    with jax.enable_x64(True):
+        want = jax.device_get(both(dense, tuple(x.astype(jnp.float64) for x in (q, k, v))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), ours((q, k, v)), want)
 
 
 def test_what_xla_does_as_well_or_exactly_stays_with_xla():

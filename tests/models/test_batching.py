@@ -9,16 +9,7 @@ from hypothesis import given, strategies
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import inputs
-from capcur_jax.models.batching import (
-    BatchShape,
-    Buckets,
-    PromptSize,
-    assign_rows,
-    padding,
-    place_images,
-    rows_of,
-    smallest_bucket,
-)
+from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, padding, smallest_bucket
 from capcur_jax.models.inputs import Processor
 
 
@@ -47,52 +38,20 @@ def test_no_bucket_is_an_error_that_names_the_key_and_the_need():
         smallest_bucket((24, 48), 49, "config.x.buckets")
 
 
-def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
-    assert assign_rows([10, 60, 36, 24, 4], 64) == [(2, 0), (0, 0), (1, 0), (1, 36), (0, 60)]
-    assert assign_rows([64, 64], 64) == [(0, 0), (1, 0)]
-    assert assign_rows([], 64) == []
-    with pytest.raises(InputError, match=r"patch_buckets has no row for an image of 65 patches, the longest has 64"):
-        assign_rows([65], 64)
-
-
-@given(strategies.lists(strategies.integers(1, 64).map(lambda features: 4 * features), max_size=60))
-def test_rows_hold_what_they_can_and_no_two_images_share_a_slot(sizes):
-    taken = np.zeros((len(sizes), 256), int)
-    places = assign_rows(sizes, 256)
-    for (row, at), size in zip(places, sizes, strict=True):
-        taken[row, at : at + size] += 1
-        assert at % 4 == 0 and at + size <= 256
-    filled = taken.sum(1)
-    assert taken.max(initial=0) <= 1 and filled.sum() == sum(sizes)
-    # A row is begun for an image that no row before it has room for.
-    begins = [(row, size) for (row, at), size in zip(places, sizes, strict=True) if at == 0]
-    assert all(filled[:row].min(initial=256) + size > 256 for row, size in begins)
-    assert sorted(row for row, _ in begins) == list(range(np.count_nonzero(filled)))
-
-
 def test_the_shape_of_a_batch():
-    buckets = Buckets((16, 32), ((1, 64), (2, 64), (4, 64), (4, 128)))
+    buckets = Buckets((16, 32), ((1, 64), (2, 64), (4, 64)))
     images = [PromptSize(10), PromptSize(20, (12,)), PromptSize(15, (40, 8)), PromptSize(1)]
     assert buckets.shape(images) == BatchShape(4, 32, 1, 64)
     assert buckets.shape([PromptSize(9, (40, 40))] * 2 + [PromptSize(9)] * 2) == BatchShape(4, 16, 4, 64)
-    assert buckets.shape([PromptSize(9, (68,))]) == BatchShape(1, 16, 4, 128)
     assert buckets.shape([PromptSize(16)]) == BatchShape(1, 16)  # no image: no vision arrays
     # Where images may come, a batch without any takes the program of one with few.
     assert buckets.shape([PromptSize(16)] * 4, images=True) == BatchShape(4, 16, 1, 64)
     with pytest.raises(InputError, match=r"config\.prompt\.token_buckets .* 33"):
         buckets.shape([PromptSize(33)])
-    with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets .* image of 132 patches, .* 128"):
+    with pytest.raises(InputError, match=r"image of 132 patches is longer .* has 64: .* config\.prompt\.patch_buckets"):
         buckets.shape([PromptSize(3, (132,))])
-    with pytest.raises(
-        InputError, match=r"config\.prompt\.patch_buckets = .* images of 1 prompts .* need 5 rows of 128"
-    ):
-        buckets.shape([PromptSize(3, (68,) * 5)])
-
-
-@pytest.mark.parametrize("patches", [(64, 128), ((2, 64), (1, 128)), ((1, 128), (2, 64)), ((1, 2, 3),)])
-def test_declared_patches_are_pairs_that_rise(patches):
-    with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets = .* give \(rows, patches of a row\)"):
-        Buckets((16,), patches)
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets = .* of 1 prompts .* declare \(5, 64\)"):
+        buckets.shape([PromptSize(3, (40,) * 5)])
 
 
 def test_declared_shapes_of_a_config(processor):
@@ -104,14 +63,6 @@ def test_declared_shapes_of_a_config(processor):
     assert Buckets.of(larger, processor.config.vision, 9 * merge * patch**2).smallest == 2 * merge
     with pytest.raises(InputError, match=rf"config\.prompt\.patch_buckets = .* multiple of {merge}"):
         Buckets.of(settings | {"patch_buckets": ((1, 65),)}, processor.config.vision)
-
-
-def test_a_row_holds_no_more_images_than_its_tables_name():
-    """An image that is smaller than the smallest counts as that one."""
-    buckets = Buckets((16,), ((1, 64), (2, 64)), smallest=16)
-    assert buckets.shape([PromptSize(9, (4,) * 4)]) == BatchShape(1, 16, 1, 64)
-    assert buckets.shape([PromptSize(9, (4,) * 5)]) == BatchShape(1, 16, 2, 64)
-    assert buckets.placed([(4, 20), (8,)]).places == [(0, 20), (0, 0), (0, 36)]
 
 
 def test_a_batch_holds_every_prompt_and_blank_padding(processor, prompts):
@@ -169,9 +120,7 @@ def test_the_shape_of_parts_is_that_of_the_one_with_most_images():
     assert buckets.shape(sizes, shards=4) == BatchShape(4, 32, 4 * 1, 64)
     # The same images side by side need fewer: each part has two prompts and one row.
     assert buckets.shape([sizes[0], sizes[2], sizes[1], sizes[3]], shards=2) == BatchShape(4, 32, 2 * 1, 64)
-    with pytest.raises(
-        InputError, match=r"config\.prompt\.patch_buckets = .* images of 1 prompts .* need 3 rows of 64"
-    ):
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets = .* of 1 prompts .* declare \(3, 64\)"):
         buckets.shape([PromptSize(3, (64, 64, 64)), PromptSize(3)], shards=2)
 
 
@@ -228,7 +177,8 @@ def test_no_prompt_at_all_makes_a_blank_of_the_agreed_shape(processor):
 @pytest.mark.parametrize(("rows", "shards"), [(1, 1), (4, 1), (8, 2), (8, 4), (6, 2)])
 def test_every_batch_that_can_be_drawn_has_a_declared_shape(rows, shards):
     random = np.random.default_rng(rows + shards)
-    buckets = Buckets((16, 32, 48), ((1, 64), (2, 64), (4, 64), (4, 128), (8, 128), (24, 128)))
+    declared = [tuple((n, 64) for n in (1, 2, 4, 8, 12, 24)), tuple((1, 64 * n) for n in (1, 2, 4, 8, 12, 24))]
+    buckets = Buckets((16, 32, 48), declared[rows % 3 == 0])
     for number in range(12):
         images = number % 4 > 0
         # Few sizes or many, small images or large: the sum of patches alone does not say how well they pack.
@@ -267,16 +217,8 @@ def test_what_no_batch_can_need_is_not_declared():
     assert buckets.shapes([PromptSize(9), PromptSize(20, (64,))], True, 4) == [
         BatchShape(4, 16, 2, 64), BatchShape(4, 32, 2, 64), BatchShape(4, 32, 4, 64),
     ]  # fmt: skip
-    with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets .* images of 8 prompts .* need 16 rows of 64"):
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets .* of 8 prompts .* declare \(16, 64\)"):
         buckets.shapes([PromptSize(9, (64, 64))] * 8, True, 8)
-
-
-def test_images_in_every_prompt_are_a_least_number_of_patches():
-    buckets, shown = Buckets((16,), ((1, 64), (2, 64), (4, 64))), [PromptSize(9, (32,)), PromptSize(9, (64,))]
-    assert buckets.patch_buckets(shown, most=4) == [(1, 64), (2, 64), (4, 64)]
-    assert buckets.patch_buckets(shown, most=4, least=4) == [(2, 64), (4, 64)]
-    assert buckets.patch_buckets([*shown, PromptSize(9)], most=4, least=4) == [(1, 64), (2, 64), (4, 64)]
-    assert buckets.patch_buckets([PromptSize(9)], most=4, least=4) == [(1, 64)]
 
 
 @pytest.mark.parametrize("grid", [(1, 4, 6), (1, 8, 8), (1, 10, 14), (2, 6, 10), (1, 2, 18)])
@@ -301,10 +243,11 @@ def _stages(draw):
     images = strategies.lists(strategies.integers(1, length), max_size=4).map(tuple)
     sizes = draw(strategies.lists(images.map(lambda patches: PromptSize(9, patches)), min_size=1, max_size=6))
     rows = sorted(draw(strategies.lists(strategies.integers(1, 20), min_size=1, max_size=6)))
-    lengths = sorted(draw(strategies.lists(strategies.integers(length // 2, 2 * length), min_size=6, max_size=6)))
+    row, single = draw(strategies.integers(max(1, length // 2), 2 * length)), draw(strategies.booleans())
+    declared = tuple((1, row * n) if single else (n, row) for n in rows)
     each, shards = draw(strategies.integers(1, 8)), draw(strategies.integers(1, 3))
     drawn = draw(strategies.lists(strategies.sampled_from(sizes), min_size=1, max_size=each * shards))
-    buckets = Buckets((16,), tuple(zip(rows, lengths, strict=False)), draw(strategies.integers(1, 4)))
+    buckets = Buckets((16,), declared, draw(strategies.integers(1, 4)))
     return buckets, each * shards, shards, sizes, drawn
 
 
@@ -316,22 +259,3 @@ def test_a_batch_of_sizes_that_passed_the_warm_up_fits_a_shape_that_it_compiled(
     except InputError:
         return  # said before the first step
     assert buckets.shape(drawn, True, rows, shards) in declared
-
-
-def test_images_of_several_prompts_need_no_more_rows_than_the_prompts_alone():
-    """Together 5 4 3 3 3 2 take three rows of ten, each largest first in the fullest row that holds it."""
-    buckets = Buckets((512,), ((1, 10), (2, 10)), smallest=1)
-    sizes = [PromptSize(100, (10,)), PromptSize(100, (5, 3, 2)), PromptSize(100, (4, 3, 3))]
-    assert buckets.shapes(sizes, True, 2) == [BatchShape(2, 512, 1, 10), BatchShape(2, 512, 2, 10)]
-    assert buckets.shape(sizes[1:], True, 2) == BatchShape(2, 512, 2, 10)
-    places = place_images([size.images for size in sizes[1:]], 10)
-    assert [row for row, _ in places] == [0, 0, 0, 1, 1, 1] and rows_of(places) == 2
-    assert rows_of(assign_rows([5, 3, 2, 4, 3, 3], 10)) == 3
-
-
-def test_a_batch_that_would_fail_in_a_step_fails_before_the_first_one():
-    """The prompts with most patches fit three rows; four with 70 each need four."""
-    sizes = [PromptSize(100, (50, 25))] * 4 + [PromptSize(100, (70,))] * 4
-    with pytest.raises(InputError, match=r"images of 4 prompts of a device row need 4 rows of 100 patches; declare"):
-        Buckets((512,), ((3, 100),)).shapes(sizes, True, 4)
-    assert Buckets((512,), ((3, 100), (4, 100))).shape(sizes[4:], True, 4) == BatchShape(4, 512, 4, 100)

@@ -26,6 +26,7 @@ from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA, LoRALinear
 from capcur_jax.models.qwen_vl import QwenVL
 from tests.decoding import decode_steps
+from tests.packed import of_responses, packed
 
 SETTINGS = LoRA(rank=3, alpha=5.0)
 TOKENS = 64
@@ -234,9 +235,9 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits):
     model_of = lambda p: nnx.merge(graph, p)  # noqa: E731
     full = np.asarray(jax.jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
     _, prompt = jax.jit(lambda p: model_of(p).prefill(scene.batch))(state)
-    predicting = np.asarray(
-        jax.jit(lambda p: model_of(p).logits(model_of(p).predicting([tokens], scene.batch)[0]))(state)
-    )
+    together = packed(scene.prompts, tokens, scene.processor)
+    states = jax.jit(lambda p, together: of_responses(model_of(p).predicting(together), together))(state, together)
+    predicting = np.asarray(scene.adapted.logits(states))
     step = jax.jit(lambda p, *given: model_of(p).decode(*given))
     cache = scene.adapted.empty_cache(2, prompt.keys.shape[2] + 5)
     around = cache, prompt, tokens, scene.batch.lengths, scene.batch.next_position

@@ -23,6 +23,7 @@ from capcur_jax.models.logprobs import ban, token_logprobs
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.models.rope import text_angles, vision_angles
 from tests.decoding import decode_steps
+from tests.packed import of_responses, packed
 
 TOKENS, PATCHES = 64, 64
 RESPONSES, GROUP = 6, 2  # tokens of a response, responses a prompt
@@ -281,20 +282,26 @@ def logprobs_of(model: QwenVL, h: jax.Array, tokens, banned) -> jax.Array:
 
 
 @pytest.fixture(scope="module")
-def grouped(scene, batch, responses, parameters):
+def rows(scene, responses):
+    """Both prompts and all their responses in one packed row."""
+    return packed(scene.prepare(), responses[0], scene.processor, PATCHES)
+
+
+@pytest.fixture(scope="module")
+def grouped(scene, rows, responses, parameters):
     """`grouped(graph)`: the weighted sum of the responses' log-probs, [R, T] of them, and the gradient, each prompt
     computed once."""
     tokens, _, weights = responses
     banned = scene.processor.banned_tokens
 
     def run(graph):
-        def loss(parameters, batch):
+        def loss(parameters, rows):
             model: QwenVL = nnx.merge(graph, parameters)
-            logprobs = logprobs_of(model, model.predicting([tokens], batch)[0], tokens, banned)
+            logprobs = logprobs_of(model, of_responses(model.predicting(rows), rows), tokens, banned)
             return (logprobs * weights).sum(), logprobs
 
         step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        return step(parameters, batch)
+        return step(parameters, rows)
 
     return run
 
@@ -394,7 +401,7 @@ def equations(jaxpr) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_neither_loss_nor_gradient(checkpoint, batch, parameters, grouped, once, remat):
+def test_rematerialisation_changes_neither_loss_nor_gradient(checkpoint, rows, parameters, grouped, once, remat):
     graph = nnx.graphdef(huggingface.load(checkpoint, remat=remat))
     (loss, _), gradient = grouped(graph)
     (expected, _), reference = once
@@ -404,7 +411,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(checkpoint, batch, 
 
     # It does something: the tower's layers and the decoder's, prompts and responses together, are recomputed.
     def recomputed(graph) -> int:
-        jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).predicting([np.ones((4, 3), np.int32)], batch))(parameters)
+        jaxpr = jax.make_jaxpr(lambda p: nnx.merge(graph, p).predicting(rows))(parameters)
         return sum("remat" in e.primitive.name or "checkpoint" in e.primitive.name for e in equations(jaxpr.jaxpr))
 
     assert recomputed(graph) == recomputed(nnx.graphdef(huggingface.load(checkpoint))) + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from capcur_jax import presets, schedule
 from capcur_jax.errors import InputError
 from capcur_jax.learner import packing
 from capcur_jax.learner.layout import Layout
+from capcur_jax.learner.minibatches import Micro
+from capcur_jax.learner.packing import RowShape
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.plan import lengths, work
 from capcur_jax.records.jsonl import JsonLines
@@ -93,13 +96,13 @@ def paper():
 
 def test_the_trainers_packing_is_what_is_counted(paper):
     _, micros = paper_step(paper)
-    shares = packing.shares(sum(micro.slots for micro in micros))
+    slots = [micro.slots() for micro in micros]
+    shares = packing.shares(sum(slots))
     real = sum(size.tokens + sum(responses) for size, responses in paper)
-    assert sum(micro.slots[0] for micro in micros) == real == work.useful(paper).tokens
-    assert sum(micro.slots[3] for micro in micros) == work.useful(paper).patches
-    assert len(micros) == 64 and 0 < shares["token_padding"] < 1 and 0 < shares["patch_padding"] < 1
-    for micro in micros:  # of each response the last token is not computed
-        assert micro.tokens() == micro.slots[1] - 8 * 5
+    assert sum(each[0] for each in slots) == real == work.useful(paper).tokens
+    assert sum(each[3] for each in slots) == work.useful(paper).patches
+    assert 16 <= len(micros) <= 24 and 0 < shares["token_padding"] < 0.06 and 0 < shares["patch_padding"] < 1
+    assert all(work.tokens(micro) == each[1] for micro, each in zip(micros, slots, strict=True))
 
 
 def test_the_samplers_slots_are_what_is_counted(paper):
@@ -110,6 +113,7 @@ def test_the_samplers_slots_are_what_is_counted(paper):
     assert found.steps * found.slots >= drawn.sum() and found.steps >= drawn.max()
     assert {shape.prompts for shape in found.admissions} == {8}
     # With a slot for every response all start at once, and the longest ends the step.
+    buckets = dataclasses.replace(buckets, patches=((1, 2**18),))
     whole = work.sampled(paper, buckets, shards=8, rows=320, each=64, images=True)
     assert (len(whole.admissions), whole.steps) == (1, drawn.max())
 
@@ -120,7 +124,9 @@ def test_useful_work_by_hand():
     assert useful.pairs == 50 + 18 + (20 + 2) + (40 + 8) + 2 * (6 + 0.5) and useful.patch_pairs == 16 + 64
 
 
-def test_pairs_of_a_micro_batch_by_hand():
-    micro = work.Micro((2, 10, 0), (4,), (3,), np.zeros(5))
-    micro = micro._replace(shape=types.SimpleNamespace(prompts=2, tokens=10))
-    assert micro.pairs(False) == 2 * (50 + 3 * (40 + 8)) and micro.pairs(True) == 2 * (50 + 3 * 14**2 / 2)
+def test_pairs_of_a_micro_batch_by_hand(paper):
+    items = work.items_of([(PromptSize(10), [4, 2]), (PromptSize(6), [1])])
+    micro = Micro(None, RowShape(64), [items[:1], items[1:]])
+    assert work.pairs(micro) == 50 + (40 + 8) + (20 + 2) + 18 + (6 + 0.5) and work.tokens(micro) == 128
+    _, micros = paper_step(paper)
+    assert sum(map(work.pairs, micros)) == pytest.approx(work.useful(paper).pairs)

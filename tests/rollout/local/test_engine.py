@@ -11,7 +11,7 @@ from flax import nnx
 
 from capcur_jax import presets
 from capcur_jax.learner.learner import Learner
-from capcur_jax.learner.packing import Row, UpdateBatch, in_ranks, pack
+from capcur_jax.learner.packing import Responses, UpdateBatch
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.records import metrics
 from capcur_jax.rollout.engine import Sampling
@@ -19,6 +19,7 @@ from capcur_jax.rollout.local import engine as local
 from capcur_jax.rollout.local import slots as slots_lib
 from capcur_jax.rollout.local.engine import LocalEngine
 from tests.conftest import random_image
+from tests.packed import packed
 
 ROWS, G, T = 12, 3, 10
 BUCKETS = Buckets((40, 64), ((4, 96),))
@@ -193,11 +194,10 @@ def test_log_probs_equal_the_trainer_s(engine, sampling, prompts, parameters, gr
         mesh=engine.mesh,
     )
     groups = engine.generate(prompts[:4], sampling, G, seed=3)
-    rows = [[Row(sample.tokens, 1.0) for sample in group] for group in groups]
-    collated = BUCKETS.collate(prompts[:4], processor.config, processor.pad_token)
-    batch = UpdateBatch(collated, pack(rows, (G,), (T,), processor.pad_token, sampled=False))
-    (scored,) = learner.score(*learner.split(parameters), batch)
-    samples = [group[r] for group, ranked in zip(groups, rows, strict=True) for r in in_ranks(ranked)]
+    samples = [sample for group in groups for sample in group]
+    rows = packed(prompts[:4], [sample.tokens for sample in samples], processor, 96)
+    batch = UpdateBatch(rows, Responses.of(np.zeros(len(samples), np.float32)))
+    scored = learner.score(*learner.split(parameters), batch)
     for sample, row in zip(samples, np.asarray(scored), strict=True):
         np.testing.assert_allclose(sample.logprobs, row[: len(sample.tokens)], atol=1e-5)
 

@@ -1,0 +1,58 @@
+"""Rows of few lengths that hold a mini-batch's groups with the fewest tokens."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from capcur_jax.learner import bins
+
+
+@pytest.mark.parametrize(("lengths", "needed", "least"), [((5, 6, 7), 23, 1), ((9, 11, 13, 15), 100, 1), ((4,), 9, 7)])
+def test_sums_rise_and_hold_what_is_needed(lengths, needed, least):
+    tries = list(itertools.islice(bins.sums(lengths, needed, least), 40))
+    assert all(set(way) <= set(lengths) and sum(way) >= needed and len(way) >= least for way in tries)
+    totals = [sum(way) for way in tries]
+    assert totals == sorted(totals) and len(set(totals)) > 1
+    assert all(list(way) == sorted(way, reverse=True) for way in tries)
+    # The first is the smallest that there is, in as few rows as can make it.
+    every = [w for n in range(1, 26) for w in itertools.combinations_with_replacement(sorted(lengths), n)
+             if sum(w) == totals[0]] if totals[0] <= 30 else [tries[0]]  # fmt: skip
+    assert len(tries[0]) == min(len(way) for way in every if len(way) >= least)
+
+
+def test_few_lengths_make_nearly_every_sum():
+    """Why three lengths are enough: the sums that two rows or more can have lie one step apart."""
+    made = {sum(next(bins.sums((5, 6, 7), needed, 1))) for needed in range(10, 60)}
+    assert made == set(range(10, 60))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_filling_holds_every_item_once(seed):
+    random = np.random.default_rng(seed)
+    sizes = random.integers(60, 340, 40).tolist()
+    total = sum(sizes)
+    rooms = [int(total * share * 1.02) for share in (0.3, 0.3, 0.25, 0.15)]
+    filled = bins.fill(sizes, rooms, most=16, together=lambda members: True)
+    assert filled is not None and sorted(itertools.chain(*filled)) == list(range(40))
+    for room, members in zip(rooms, filled, strict=True):
+        assert sum(sizes[i] for i in members) <= room and len(members) <= 16 and members == sorted(members)
+    assert filled == bins.fill(sizes, rooms, most=16, together=lambda members: True)
+
+
+def test_swaps_fill_what_the_first_pass_does_not():
+    """Longest first puts 5 + 5 beside 4 + 3 + 3, and one more than fits; a swap mends it."""
+    filled = bins.fill([7, 6, 5, 4, 4, 4], [15, 15], most=6, together=lambda members: True)
+    assert filled is not None and {sum([7, 6, 5, 4, 4, 4][i] for i in members) for members in filled} == {15}
+
+
+def test_what_may_not_lie_together_does_not():
+    sizes, kinds = [5] * 8, [0, 0, 0, 0, 1, 1, 1, 1]
+    filled = bins.fill(sizes, [20, 20, 20, 20], 8, lambda members: sum(kinds[i] for i in members) <= 1)
+    assert filled is not None and all(sum(kinds[i] for i in members) <= 1 for members in filled)
+    assert bins.fill(sizes, [20, 20], 8, lambda members: sum(kinds[i] for i in members) <= 1) is None
+
+
+@pytest.mark.parametrize(("sizes", "rooms", "most"), [([5, 5], [9], 4), ([2, 2, 2], [9, 9], 1), ([6, 1], [5, 5], 2)])
+def test_what_does_not_fit_is_none(sizes, rooms, most):
+    assert bins.fill(sizes, rooms, most, lambda members: True) is None
