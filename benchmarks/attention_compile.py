@@ -31,28 +31,31 @@ _MIB = 2**20
 
 def cases():
     """Name -> (shapes of q, k, v and the layout's arrays, layout of those arrays, what to split over two devices)."""
-    from capcur_jax.models.attention import Cached, Causal, Extend, Segments
+    from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments
 
-    G, T, S, N, K, H = 5, 2048, 2048, 32, 8, 128  # Qwen3-VL-8B's heads, a group of 5
+    G, T, N, K, H = 5, 2048, 32, 8, 128  # Qwen3-VL-8B's heads, a group of 5
 
-    def own(rows, tokens, slots=T):
+    def own(rows, tokens, slots):
         return (rows, tokens, N, H), (rows, slots, K, H), (rows, slots, K, H)
 
-    def prompt(B):
-        return (B, S, K, H), (B, S, K, H), (B,)
+    def rows(count, tokens, groups):
+        return *own(count, tokens, tokens), *((count, groups * n) for n in (1, 1, G, G))
+
+    def packed(*places):
+        return Packed(Places(*places), prompt=T, response=T)
 
     def images(patches, heads, size):
         return *((1, patches, heads, size) for _ in range(3)), (1, patches)
 
     return {
-        "prompt rows": (own(2, T), lambda: Causal(), None),
-        "response rows": ((*own(G, T), *prompt(1)), Extend, None),
+        "prompt rows": (own(2, T, T), lambda: Causal(), None),
+        "packed rows": (rows(1, 8 * T, 6), packed, None),
         "images (heads of 80)": (images(8192, 16, 80), Segments, None),
         "images (heads of 72)": (images(8192, 16, 72), Segments, None),
         "windows of 64": (images(8192, 16, 80), functools.partial(Segments, reach=64), None),
-        "decoding": ((*own(16 * G, 1, S + T), (16 * G, S + T)), Cached, None),
-        "response rows (heads / 2)": ((*own(G, T), *prompt(1)), Extend, "heads"),
-        "response rows (rows / 2)": ((*own(2 * G, T), *prompt(2)), Extend, "rows"),
+        "decoding": ((*own(16 * G, 1, 2 * T), (16 * G, 2 * T)), Cached, None),
+        "packed rows (heads / 2)": (rows(1, 8 * T, 6), packed, "heads"),
+        "packed rows (rows / 2)": (rows(2, 8 * T, 6), packed, "rows"),
     }
 
 
@@ -128,7 +131,10 @@ def main(argv: list[str]) -> None:
             found.append(json.loads(kept.read_text(encoding="utf-8")))
     empty = dict.fromkeys(("forward", "backward", "xla_forward", "xla_backward"))
     layouts = [{"layout": name, "targets": [empty | one[name] for one in found]} for name in found[0]]
-    record.write({"targets": _TARGETS.value, "layouts": layouts}, ("capcur_jax/models/attention*.py",))
+    record.write(
+        {"targets": _TARGETS.value, "layouts": layouts},
+        ("capcur_jax/models/attention*.py", "capcur_jax/models/packed*.py"),
+    )
 
 
 if __name__ == "__main__":

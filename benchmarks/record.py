@@ -2,7 +2,7 @@
 
 A benchmark calls `write` at its end. Nothing is kept without --record=NAME, so that a quick try changes no figure.
 `python docs/write.py` then writes the figures into the pages. A benchmark that is run in two ways has two names, such
-as packing_drawn and packing_recorded; docs/figures.jinja has all of them.
+as image_padding and image_padding_larger; docs/figures.jinja has all of them.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@
     J  rows of patches, in which images lie
     K  heads of keys and values
     L  layers; tokens of a packed row
+    M  segments of tokens, that a kernel computes by themselves
     N  heads of queries
     P  patches of a row of patches
     R  responses: G of each of the B prompts, row r of prompt r // G

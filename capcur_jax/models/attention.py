@@ -5,7 +5,7 @@ T = S = P. Scores and softmax are float32; grouped heads are never repeated in m
 
 Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows, windows and
 decoding everywhere; everything else is checked against it. 16-bit floats on an accelerator take the kernel of the
-platform that the program is lowered for (attention_tpu.py, attention_gpu.py).
+platform that the program is lowered for (attention_tpu.py, attention_gpu.py; for packed rows ways.py says which).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from jax.sharding import PartitionSpec as P
 from capcur_jax.axes import Array, Float, checked
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
-from capcur_jax.models import attention_gpu, attention_tpu
+from capcur_jax.models import attention_gpu, attention_groups, attention_tpu
+from capcur_jax.models import ways as ways_lib
+from capcur_jax.models.packed import Packed, Places
 
 IMPLEMENTATIONS = ("auto", "xla")
-_BLOCK = 128  # queries that a kernel takes at once; scores of shorter rows are small and XLA's
 # jax asks for cuDNN as soon as it traces a call to it, whatever the platform: its CUDA plugin and cuDNN must be there.
 _CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)) and bool(
     (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")) or find_library("cudnn")
@@ -39,27 +40,6 @@ _MASKED = np.float32(np.finfo(np.float32).min)
 
 class Causal(NamedTuple):
     """Prompt rows, padded on the right: each query sees the keys up to itself, so causality hides padding too."""
-
-
-class Places(NamedTuple):
-    """Where groups lie in packed rows: each as one run [prompt | response 1 | response 2 | ...], one behind the other.
-
-    Response r of a row belongs to prompt r // (R // B) of the same row. A group or a response that is absent has length
-    0. All int32; B and R are those of a row.
-    """
-
-    prompt_start: jax.Array  # [A, B]
-    prompt_length: jax.Array  # [A, B]
-    response_start: jax.Array  # [A, R]
-    response_length: jax.Array  # [A, R]
-
-
-class Packed(NamedTuple):
-    """Packed rows: each token sees its group's prompt and its own response, up to itself."""
-
-    places: Places
-    prompt: int  # a bound on the tokens of a prompt
-    response: int  # and of a response
 
 
 class Cached(NamedTuple):
@@ -119,35 +99,34 @@ def _parts(layout: Layout) -> tuple[tuple[jax.Array, ...], Callable[..., Layout]
 
 
 def _attend_here(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Layout, implementation: str) -> jax.Array:
-    if implementation == "xla" or not _has_kernel(q_AxTxNxH, layout):
-        return reference(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout)
-    return jax.lax.platform_dependent(
-        q_AxTxNxH,
-        k_AxSxKxH,
-        v_AxSxKxH,
-        default=functools.partial(reference, layout=layout),
-        **{platform: functools.partial(_fused, module, layout) for platform, module in _KERNELS.items()},
-    )
+    fused = {} if implementation == "xla" else _kernels(q_AxTxNxH, layout)
+    plain = functools.partial(reference, layout=layout)
+    if not fused:
+        return plain(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
+    return jax.lax.platform_dependent(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, default=plain, **fused)
 
 
-def _has_kernel(q_AxTxNxH: jax.Array, layout: Layout) -> bool:
-    """Whether a kernel serves this layout better than XLA does.
+def _kernels(q_AxTxNxH: jax.Array, layout: Layout) -> dict[str, Callable]:
+    """By platform, what serves this layout better than XLA does.
 
-    It does not for float32 (the reference, and cuDNN has none), nor for decoding (one query a row has no scores worth
+    Nothing does for float32 (the reference, and cuDNN has none), nor for decoding (one query a row has no scores worth
     saving), nor for windows: XLA computes 3 x reach keys a query, kernels many more, since their blocks hold several.
     """
     P = q_AxTxNxH.shape[1]
-    if isinstance(layout, Segments) and 0 < 3 * layout.reach < P:
-        return False
-    return q_AxTxNxH.dtype.itemsize == 2 and P >= _BLOCK and not isinstance(layout, Cached)
-
-
-def _fused(kernels, layout: Layout, q_AxTxNxH, k_AxSxKxH, v_AxSxKxH) -> jax.Array:
-    if isinstance(layout, Causal):
-        return kernels.causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
     if isinstance(layout, Packed):
-        return _gathered(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, kernels.causal, kernels.extend)
-    return kernels.segments(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.ids_JxP)
+        found = {
+            platform: ways_lib.of(platform, q_AxTxNxH.shape, q_AxTxNxH.dtype).kernels for platform in ways_lib.PLATFORMS
+        }
+        return {
+            platform: functools.partial(kernels.packed, layout=layout) for platform, kernels in found.items() if kernels
+        }
+    windows = isinstance(layout, Segments) and 0 < 3 * layout.reach < P
+    if q_AxTxNxH.dtype.itemsize != 2 or ways_lib.SHORTEST > P or windows or isinstance(layout, Cached):
+        return {}
+    if isinstance(layout, Causal):
+        return {platform: kernels.causal for platform, kernels in _KERNELS.items()}
+    of_ids = {"ids_JxP": layout.ids_JxP}
+    return {platform: functools.partial(kernels.segments, **of_ids) for platform, kernels in _KERNELS.items()}
 
 
 def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, layout: Layout) -> jax.Array:
@@ -160,7 +139,7 @@ def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, 
         return _causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
     if isinstance(layout, Cached):
         return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.seen_CxS[:, None])
-    return _gathered(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, _causal, _extend)
+    return attention_groups.attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, _causal, _extend)
 
 
 def _causal(q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array) -> jax.Array:
@@ -218,57 +197,3 @@ def _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Segments) -> jax.Array:
     mask = cut(ids, 0)[:, :, None] == cut(ids, 1)[:, None, :]
     out = _attend(cut(q_AxTxNxH, 0), cut(k_AxSxKxH, 1), cut(v_AxSxKxH, 1), mask)
     return out.reshape(J, blocks * W, N, H)[:, :P]
-
-
-# ---------------------------------------------------------------------- packed rows
-
-
-def _gathered(
-    q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed, causal: Callable, extend: Callable
-) -> jax.Array:
-    """Tokens of packed rows in short padded rows for attention alone: prompts [A x B, S], responses [A x R, T]."""
-    places, S, T = layout.places, layout.prompt, layout.response
-    (A, B), R = places.prompt_start.shape, places.response_start.shape[1]
-    out, back = _moves(layout, q_AxLxNxH.shape[1])
-
-    def rows(x_AxLxNxH):
-        N, H = x_AxLxNxH.shape[2:]
-        x = _moved(x_AxLxNxH.reshape(A, -1, N * H), out, back)
-        return x[:, : B * S].reshape(A * B, S, N, H), x[:, B * S :].reshape(A * R, T, N, H)
-
-    (q_prompts, q), (k_prompts, k), (v_prompts, v) = map(rows, (q_AxLxNxH, k_AxLxKxH, v_AxLxKxH))
-    of_prompts = causal(q_prompts, k_prompts, v_prompts)
-    of_responses = extend(q, k, v, k_prompts, v_prompts, places.prompt_length.reshape(-1))
-    both = [x.reshape(A, -1, q_AxLxNxH.shape[2] * q_AxLxNxH.shape[3]) for x in (of_prompts, of_responses)]
-    return _moved(jnp.concatenate(both, axis=1), back, out).reshape(q_AxLxNxH.shape)
-
-
-def _moves(layout: Packed, length: int) -> tuple[jax.Array, jax.Array]:
-    """Where each place of the short rows [A, B x S + R x T] finds its token in the packed row, and each token of that
-    [A, L] its place there; -1: nowhere."""
-    places, widths = layout.places, (layout.prompt, layout.response)
-    parts = (places.prompt_start, places.prompt_length), (places.response_start, places.response_length)
-    out, back, first = [], [], 0
-    for (start, count), width in zip(parts, widths, strict=True):
-        at = jnp.arange(width)
-        out.append(jnp.where(at < count[..., None], start[..., None] + at, -1).reshape(len(start), -1))
-        offset = jnp.arange(length)[:, None] - start[:, None]  # [A, L, B or R]
-        inside = (offset >= 0) & (offset < count[:, None])
-        place = first + width * jnp.arange(start.shape[1]) + offset
-        back.append(jnp.where(inside, place, -1).max(-1))
-        first += width * start.shape[1]
-    return jnp.concatenate(out, axis=1), jnp.maximum(*back)
-
-
-@jax.custom_vjp
-def _moved(x_AxTxD: jax.Array, index_AxS: jax.Array, back_AxT: jax.Array) -> jax.Array:
-    """`x` at an index, 0 where that is -1. `back` is the way back, so that the gradient is a gather, too: XLA's scatter
-    is slow. What has no way back is read by nobody."""
-    found = jnp.take_along_axis(x_AxTxD, jnp.maximum(index_AxS, 0)[..., None], axis=1)
-    return jnp.where((index_AxS >= 0)[..., None], found, 0)
-
-
-_moved.defvjp(
-    lambda x, index, back: (_moved(x, index, back), (index, back)),
-    lambda ways, gradient: (_moved(gradient, *ways[::-1]), None, None),
-)

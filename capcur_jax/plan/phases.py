@@ -107,6 +107,7 @@ class Step:
             shape = micros[0].shape
             both = zip(self._split(program.at, shape), self._split(self._variant.forward, shape), strict=True)
             repeats = tuple(np.divide(all_, one, out=np.ones(2), where=one > 0) for all_, one in both)
+            repeats[0][1] -= 1  # packed rows' plain form computes its scores once more backwards, kernels don't
         for micro in micros:
             once = self._split(self._variant.forward, micro.shape)
             text, vision = (one * times for one, times in zip(once, repeats, strict=True))

@@ -1,6 +1,7 @@
 """Attention: every kernel against the plain XLA reference, in values and gradients; which one a program is lowered to.
 
 Kernels run in Pallas' interpret mode, cuDNN's part by jax.nn's XLA one: benchmarks/attention_compile.py compiles both.
+Those of packed rows: test_packed.py.
 """
 
 import functools
@@ -13,12 +14,11 @@ import pytest
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import attention_gpu, attention_tpu
-from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments, _extend, attend, reference
+from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments, attend, reference
 
 ODD = 149  # two blocks of 128, the second one mostly padding
 # Two images and padding; one image.
 IDS = np.repeat([[1, 2, 0], [1, 1, 1]], [90, 40, 19], axis=1)
-LENGTHS = np.array([140, 3], np.int32)  # one prompt full, one mostly padding
 
 
 def normal(*shape, dtype=jnp.float32, seed=0):
@@ -28,13 +28,6 @@ def normal(*shape, dtype=jnp.float32, seed=0):
 def heads(rows, tokens, query=4, kv=2, size=12, **kinds):
     shapes = [(rows, tokens, n, size) for n in (query, kv, kv)]
     return tuple(normal(*shape, seed=seed, **kinds) for seed, shape in enumerate(shapes))
-
-
-def in_group(kernel):
-    """Two prompts of 140 slots with two rows each, and their keys and values to differentiate as well."""
-    arrays = (*heads(4, ODD), normal(2, 140, 2, 12, seed=3), normal(2, 140, 2, 12, seed=4))
-    theirs = lambda *arrays: _extend(*arrays, LENGTHS)  # noqa: E731
-    return lambda *arrays: kernel(*arrays, LENGTHS), theirs, arrays
 
 
 def in_images(kernel):
@@ -48,10 +41,8 @@ def alone(kernel):
 
 CASES = {
     "tpu, causal": (alone, functools.partial(attention_tpu.causal, interpret=True)),
-    "tpu, extend": (in_group, functools.partial(attention_tpu.extend, interpret=True)),
     "tpu, segments": (in_images, attention_tpu.segments),
     "gpu, causal": (alone, functools.partial(attention_gpu.causal, implementation="xla")),
-    "gpu, extend": (in_group, functools.partial(attention_gpu.extend, implementation="xla")),
     "gpu, segments": (in_images, attention_gpu.segments),
 }
 
@@ -69,21 +60,16 @@ def test_kernels_equal_the_reference_in_values_and_gradients(case):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), both(ours, arrays), both(theirs, arrays))
 
 
-def lowered(platform, layout, *, tokens=128, dtype=jnp.bfloat16, implementation="auto"):
-    arrays = heads(2, tokens, kv=4, dtype=dtype)
+def lowered(platform, layout, *, tokens=128, dtype=jnp.bfloat16, implementation="auto", **kinds):
+    arrays = heads(2, tokens, kv=4, dtype=dtype, **kinds)
     program = jax.jit(
         functools.partial(attend, layout=layout, mesh=sharding.single(), implementation=implementation)
     ).trace(*arrays)
     return program.lower(lowering_platforms=(platform,)).as_text()
 
 
-def prompt(dtype=jnp.bfloat16):
-    return normal(1, 128, 4, 12, dtype=dtype), normal(1, 128, 4, 12, dtype=dtype), LENGTHS[:1]
-
-
-@pytest.mark.parametrize("kernel", ["gpu, causal", "gpu, extend"])
-def test_cudnn_gets_even_lengths(kernel, monkeypatch):
-    """jax refuses odd ones where it differentiates; a response row has one token less than its bucket."""
+def test_cudnn_gets_even_lengths(monkeypatch):
+    """jax refuses odd ones where it differentiates."""
     lengths = []
 
     def attention(*arrays, **kinds):
@@ -92,9 +78,8 @@ def test_cudnn_gets_even_lengths(kernel, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
     q, k, v = heads(2, ODD)
-    prompt = () if kernel == "gpu, causal" else (normal(1, 130, 2, 12), normal(1, 130, 2, 12), LENGTHS[1:])
-    assert CASES[kernel][1](q, k, v, *prompt).shape == q.shape
-    assert lengths == [ODD + 1 + 130 * bool(prompt)] * 3
+    assert CASES["gpu, causal"][1](q, k, v).shape == q.shape
+    assert lengths == [ODD + 1] * 3
 
 
 PLACES = Places(  # two rows of 128: two groups of two responses and padding; one group that has one response
@@ -111,6 +96,12 @@ def test_the_platform_that_a_program_is_lowered_for_chooses(layout):
     assert "tpu_custom_call" not in lowered("tpu", layout, implementation="xla")
 
 
+def test_packed_rows_are_cudnns_where_it_takes_their_heads():
+    assert lowered("cuda", ROWS, size=16).count("__cudnn$fmhaSoftmax") == 2
+    assert "__cudnn" not in lowered("cuda", ROWS, size=12)
+    assert "__cudnn" not in lowered("cuda", ROWS, size=16, dtype=jnp.float32)
+
+
 def seen_in_packed_rows(places: Places, length: int) -> np.ndarray:
     """[A, L, L], by a loop over the groups; a token of padding sees itself."""
     seen = np.tile(np.eye(length, dtype=bool), (len(places.prompt_start), 1, 1))
@@ -125,11 +116,14 @@ def seen_in_packed_rows(places: Places, length: int) -> np.ndarray:
     return seen
 
 
-def test_packed_rows_see_their_prompt_and_their_own_response():
-    """Values and gradients of a softmax over a dense mask, in float64."""
+@pytest.mark.parametrize("longest", [16, 17, 38])
+def test_packed_rows_see_their_prompt_and_their_own_response(longest):
+    """Values and gradients of a softmax over a dense mask, in float64; one compiled length of responses is enough, the
+    next one is needed, the longest is."""
     q, k, v = heads(2, 128)
-    seen, real = seen_in_packed_rows(PLACES, 128), np.zeros((2, 128), bool)
-    for starts, lengths in (PLACES[:2], PLACES[2:]):
+    places = PLACES._replace(response_length=np.minimum(PLACES.response_length, longest))
+    seen, real = seen_in_packed_rows(places, 128), np.zeros((2, 128), bool)
+    for starts, lengths in (places[:2], places[2:]):
         for a, i in np.ndindex(starts.shape):
             real[a, starts[a, i] : starts[a, i] + lengths[a, i]] = True
 
@@ -144,7 +138,8 @@ def test_packed_rows_see_their_prompt_and_their_own_response():
         value = lambda *arrays: (function(*arrays) * weights).sum()  # noqa: E731
         return jnp.where(real[..., None, None], function(*arrays), 0), jax.grad(value, (0, 1, 2))(*arrays)
 
-    ours = jax.jit(functools.partial(both, functools.partial(attend, layout=ROWS, mesh=sharding.single())))
+    layout = ROWS._replace(places=Places(*(x.astype(np.int32) for x in places)))
+    ours = jax.jit(functools.partial(both, functools.partial(attend, layout=layout, mesh=sharding.single())))
     with jax.enable_x64(True):
         want = jax.device_get(both(dense, tuple(x.astype(jnp.float64) for x in (q, k, v))))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), ours((q, k, v)), want)
