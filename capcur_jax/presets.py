@@ -290,7 +290,7 @@ def laptop() -> ConfigDict:
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96)})
     config.prompt.update({"patch_buckets": tuple((rows, 64) for rows in (8, 16))})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((10, 64),)})
+    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((4, 64), (10, 64))})
     config.evaluation.counterfactual = 200
     return config
 
@@ -320,7 +320,7 @@ def _paper(architecture: str) -> ConfigDict:
         {
             "lengths": (9216, 11_264, 13_312, 15_360),
             "groups": 16,
-            "patch_buckets": tuple((1, patches) for patches in (6144, 8192, 10_240, 12_288, 16_384, 20_480)),
+            "patch_buckets": tuple((1, patches) for patches in (5120, 6144, 8192, 10_240, 12_288, 16_384, 20_480)),
         }
     )
     config.objective.updates_per_batch = 4

@@ -122,6 +122,14 @@ class PatchBuckets:
         """Patches of a prompt's images, as they are placed."""
         return tuple(max(size, self.smallest) for size in images)
 
+    def slots(self, images: Sequence[int]) -> int:
+        """Patches of a bucket that a prompt's images take, at most: where a row is alone that is all of theirs, else
+        whole rows."""
+        counted = self.counted(images)
+        if all(rows == 1 for rows, _ in self.declared):
+            return sum(counted)
+        return rows_of(assign_rows(counted, self.longest)) * self.longest
+
     def possible(self, images: Collection[Sequence[int]], most: int) -> list[tuple[int, int]]:
         """The buckets that a device row's images can need; [(0, 0)] where none is declared and there is no image.
 
