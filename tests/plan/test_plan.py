@@ -57,6 +57,7 @@ def test_what_is_compiled_and_how_often_a_step_runs_it(tiny):
     assert times == updated | {"prefill": 1, "decoding": 1}
     assert stage["shapes"]["tokens of a response"] == 48
     assert stage["shapes"]["tokens of a packed row"] == max(presets.laptop().packing.lengths)
+    assert stage["shapes"]["attention of packed rows"].startswith("group after group (no kernel for cpu")
 
 
 def test_bytes_follow_from_the_parameters(tiny):
@@ -143,7 +144,7 @@ def test_a_cpu_gets_no_verdict_and_says_what_it_is_good_for(tiny, capsys):
     plan.render(tiny)
     shown = " ".join(capsys.readouterr().out.split())
     assert "Virtual CPU devices are for numerics" in shown
-    assert "tokens of a packed row 896" in shown and "old log-probs" in shown and "Fits" not in shown
+    assert "tokens of a packed row 1472" in shown and "old log-probs" in shown and "Fits" not in shown
 
 
 # ---------------------------------------------------------------------- verdict and estimate
