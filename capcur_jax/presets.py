@@ -290,7 +290,7 @@ def laptop() -> ConfigDict:
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96)})
     config.prompt.update({"patch_buckets": tuple((rows, 64) for rows in (8, 16))})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1216), "groups": 16, "patch_buckets": ((5, 64), (8, 64))})
+    config.packing.update({"lengths": (960, 1216), "groups": 16, "patch_buckets": ((4, 64), (8, 64))})
     config.evaluation.counterfactual = 200
     return config
 

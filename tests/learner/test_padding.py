@@ -24,6 +24,7 @@ def test_published_sizes_have_little_padding(found, lengths):
     eight, many = found[lengths]
     assert (eight["device_rows"], many["device_rows"]) == (8, 32)
     assert 0 < eight["token_padding"] <= 0.06 and 0 < many["token_padding"] <= 0.08
+    assert all(0 <= one.get("patch_padding", 0) <= 0.15 for one in (eight, many))
 
 
 def test_prompts_computed_once_and_packed_are_under_half_of_full_sequences(found):
