@@ -287,8 +287,7 @@ def laptop() -> ConfigDict:
     config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
-    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96)})
-    config.prompt.update({"patch_buckets": tuple((rows, 64) for rows in (8, 16))})
+    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_buckets": ((16, 64),)})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
     config.packing.update({"lengths": (960, 1088), "groups": 10, "patch_buckets": ((4, 64), (6, 64), (8, 64))})
     config.evaluation.counterfactual = 200
