@@ -160,7 +160,9 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         engine = _engine(config, processor, buckets, mesh)
         if config.rollout.gathered:  # the sampler's copy stays
             kept, ahead = kept + on_device(engine.parameters), ahead + on_device(engine.parameters)
-    updates = work.updates(lengths.extreme(config, largest=True)(stage, images), layout)
+    updates = work.updates(
+        lengths.extreme(config, processor.config.vision.merge_size, largest=True)(stage, images), layout
+    )
     micro = sum(map(len, updates))
     programs = []
     if reference is not None:
