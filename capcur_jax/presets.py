@@ -33,14 +33,18 @@ LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
 _ROWS = "groups of a mini-batch are packed into device rows of few lengths: declare these in config.packing.lengths"
+_PATCHES = (
+    "images of several prompts share rows of patches: declare these in config.prompt.patch_buckets for the sampler, in "
+    "config.packing.patch_buckets for the trainer"
+)
 DELETED = {
     "packing.buckets": _ROWS,
     "packing.slabs": _ROWS,
     "packing.micro_prompts": _ROWS,
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
     "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
-    "prompt.patch_row": "config.prompt.patch_buckets declares how many rows of patches a device row has and how long",
-    "prompt.patch_rows": "config.prompt.patch_buckets declares how many rows of patches a device row has and how long",
+    "prompt.patch_row": _PATCHES,
+    "prompt.patch_rows": _PATCHES,
 }
 
 
@@ -161,8 +165,8 @@ def defaults() -> ConfigDict:
                 "min_pixels": 0,  # smaller images are enlarged; 0: the checkpoint's own
                 "max_pixels": 0,  # larger images are shrunk; 0: the checkpoint's own
                 "token_buckets": (),  # the preset's: declared lengths of prompt rows
-                # The preset's: declared patches of a device row's images, (rows, patches of a row) of each, rising.
-                # Images share a row, and none may have more patches than it.
+                # The preset's: declared patches of a device row's images in a prefill, (rows, patches of a row) of each,
+                # rising. Images share a row, and none may have more patches than it.
                 "patch_buckets": (),
             },
             "rollout": {
