@@ -165,8 +165,8 @@ def defaults() -> ConfigDict:
                 "min_pixels": 0,  # smaller images are enlarged; 0: the checkpoint's own
                 "max_pixels": 0,  # larger images are shrunk; 0: the checkpoint's own
                 "token_buckets": (),  # the preset's: declared lengths of prompt rows
-                # The preset's: declared patches of a device row's images in a prefill, (rows, patches of a row) of each,
-                # rising. Images share a row, and none may have more patches than it.
+                # The preset's: declared patches of a device row's images in a prefill, (rows, patches of a row) of
+                # each, rising. Images share a row, and none may have more patches than it.
                 "patch_buckets": (),
             },
             "rollout": {
