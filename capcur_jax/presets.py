@@ -27,18 +27,22 @@ CAPABILITIES = ("perception", "text", "visual")
 # The laptop run's budget, the same for every row of the paper (capcur_jax/grid/): each row sees the same problems of
 # each of its sets once, at a constant rate.
 LAPTOP_STEPS = 250  # of a stage; one merged stage has those of all three
+LAPTOP_SHORT_STEPS = 120  # the same for laptop_short, which grids of many runs take
 LAPTOP_PROMPTS = 32  # of a step
 LAPTOP_LEARNING_RATE = 5e-5  # at 1e-4 the visual stage forgets what the first two learned
 LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
 _ROWS = "groups of a mini-batch are packed into device rows of few lengths: declare these in config.packing.lengths"
+_PATCHES = "declare config.prompt.patch_buckets, for the sampler, and config.packing.patch_buckets, for the trainer"
 DELETED = {
     "packing.buckets": _ROWS,
     "packing.slabs": _ROWS,
     "packing.micro_prompts": _ROWS,
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
     "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
+    "prompt.patch_row": _PATCHES,
+    "prompt.patch_rows": _PATCHES,
 }
 
 
@@ -159,8 +163,9 @@ def defaults() -> ConfigDict:
                 "min_pixels": 0,  # smaller images are enlarged; 0: the checkpoint's own
                 "max_pixels": 0,  # larger images are shrunk; 0: the checkpoint's own
                 "token_buckets": (),  # the preset's: declared lengths of prompt rows
-                "patch_row": 0,  # the preset's: patches in a row of the vision tower; no image may have more
-                "patch_rows": (1.0,),  # declared numbers of such rows, for each prompt of a batch
+                # The preset's: declared patches of a device row's images in a prefill, (rows, patches of a row) of
+                # each, rising. Images share a row, and none may have more patches than it.
+                "patch_buckets": (),
             },
             "rollout": {
                 "engine": "local",  # or "sglang": servers, docs/rollouts.md
@@ -271,23 +276,23 @@ def defaults() -> ConfigDict:
     return config
 
 
-def laptop() -> ConfigDict:
-    """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
+def laptop(steps: int = LAPTOP_STEPS) -> ConfigDict:
+    """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores. `steps`: of a stage."""
     config = defaults()
     config.checkpoint = TINY_CHECKPOINT
     numbers = {"prompts": LAPTOP_PROMPTS, "learning_rate": LAPTOP_LEARNING_RATE}
-    config.stages = {name: stage((name,), LAPTOP_STEPS, **numbers) for name in CAPABILITIES}
+    config.stages = {name: stage((name,), steps, **numbers) for name in CAPABILITIES}
     # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
     config.stages.text.freeze = "^visual"
-    config.stages.merged = stage(CAPABILITIES, len(CAPABILITIES) * LAPTOP_STEPS, **numbers, freeze="^visual")
+    config.stages.merged = stage(CAPABILITIES, len(CAPABILITIES) * steps, **numbers, freeze="^visual")
     for entry in config.stages.values():
-        entry.curriculum.rows = LAPTOP_STEPS * LAPTOP_PROMPTS
+        entry.curriculum.rows = steps * LAPTOP_PROMPTS
     config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
-    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
+    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_buckets": ((16, 64),)})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((10, 64),)})
+    config.packing.update({"lengths": (960, 1216), "groups": 16, "patch_buckets": ((4, 64), (6, 64), (8, 64))})
     config.evaluation.counterfactual = 200
     return config
 
@@ -309,8 +314,7 @@ def _paper(architecture: str) -> ConfigDict:
             "min_pixels": 262_144,
             "max_pixels": 4_194_304,
             "token_buckets": (512, 1280, 2048),
-            "patch_row": 8192,
-            "patch_rows": (0.5, 1.0),
+            "patch_buckets": tuple((1, patches) for patches in (2048, 4096, 8192)),
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "slots": 192})
@@ -318,7 +322,7 @@ def _paper(architecture: str) -> ConfigDict:
         {
             "lengths": (9216, 11_264, 13_312, 15_360),
             "groups": 16,
-            "patch_buckets": tuple((1, patches) for patches in (6144, 8192, 10_240, 12_288, 16_384, 20_480)),
+            "patch_buckets": tuple((1, patches) for patches in (5120, 6144, 8192, 10_240, 12_288, 16_384, 20_480)),
         }
     )
     config.objective.updates_per_batch = 4
@@ -356,7 +360,11 @@ def _turns(preset: Callable[[], ConfigDict]) -> ConfigDict:
     return config
 
 
-PRESETS = {"laptop": laptop, "qwen2_5_vl_72b": qwen2_5_vl_72b}
+PRESETS = {
+    "laptop": laptop,
+    "laptop_short": functools.partial(laptop, LAPTOP_SHORT_STEPS),
+    "qwen2_5_vl_72b": qwen2_5_vl_72b,
+}
 for _size in ("qwen3_vl_8b", "qwen2_5_vl_7b"):  # the paper's two models
     PRESETS[_size] = _published = functools.partial(_paper, _size)
     PRESETS[f"{_size}_split"] = functools.partial(_split, _published)

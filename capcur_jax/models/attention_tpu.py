@@ -1,4 +1,5 @@
-"""Attention on TPUs: jax's splash kernel, which holds no scores in memory and skips blocks that a static mask empties.
+"""Attention of prompt rows on TPUs: jax's splash kernel, which holds no scores in memory and skips blocks that a static
+mask empties.
 
 Axes: axes.py. Grouped heads and sequences of any length; a kernel is called for each row (vmap). Under a
 mesh these functions belong inside shard_map, with rows and kv heads split in any way.
@@ -22,32 +23,14 @@ def causal(q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array, *, 
     T = q_AxTxNxH.shape[1]
     block = block_of(T)
     q, k, v = (_pad(x, block) for x in (q_AxTxNxH, k_AxTxKxH, v_AxTxKxH))
-    return _splash(q, k, v, masks.CausalMask((q.shape[1], q.shape[1])), None, block, interpret)[:, :T]
+    mask = masks.CausalMask((q.shape[1], q.shape[1]))
+    q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    return jnp.swapaxes(jax.vmap(_kernel(mask, q.shape[1], block, interpret))(q, k, v), 1, 2)[:, :T]
 
 
-def segments(
-    q_JxPxNxH: jax.Array, k_JxPxKxH: jax.Array, v_JxPxKxH: jax.Array, ids_JxP: jax.Array, *, interpret: bool = False
-) -> jax.Array:
-    """Each query sees the keys whose id (>= 0) is its own: [J, P, N, H]."""
-    P = q_JxPxNxH.shape[1]
-    block = block_of(P)
-    q, k, v = (_pad(x, block) for x in (q_JxPxNxH, k_JxPxKxH, v_JxPxKxH))
-    ids = _pad(ids_JxP.astype(jnp.int32), block, -1)
-    mask = masks.FullMask((q.shape[1], q.shape[1]))
-    return _splash(q, k, v, mask, splash.SegmentIds(q=ids, kv=ids), block, interpret)[:, :P]
-
-
-def _pad(x_AxTx: jax.Array, block: int, value: int = 0) -> jax.Array:
-    padding = [(0, 0)] * x_AxTx.ndim
-    padding[1] = (0, -x_AxTx.shape[1] % block)
-    return jnp.pad(x_AxTx, padding, constant_values=value)
-
-
-def _splash(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, mask, ids, block: int, interpret: bool) -> jax.Array:
-    N, H = q_AxTxNxH.shape[2:]
-    q = q_AxTxNxH * np.asarray(H**-0.5, q_AxTxNxH.dtype)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k_AxSxKxH, v_AxSxKxH))
-    return jnp.swapaxes(jax.vmap(_kernel(mask, N, block, interpret))(q, k, v, ids), 1, 2)
+def _pad(x_AxTxNxH: jax.Array, block: int) -> jax.Array:
+    return jnp.pad(x_AxTxNxH, ((0, 0), (0, -x_AxTxNxH.shape[1] % block), (0, 0), (0, 0)))
 
 
 @functools.lru_cache(maxsize=64)

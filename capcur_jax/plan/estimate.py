@@ -88,7 +88,7 @@ def report(
             where = f"config.stages.{stage.name}"
             raise InputError(f"{where}.epochs: a plan has no data to count; give {where}.steps, and epochs=0")
     merge = plan_programs.architecture(config).config.vision.merge_size
-    kinds = {which: lengths_lib.extreme(config, which == "largest") for which in ("smallest", "largest")}
+    kinds = {which: lengths_lib.extreme(config, merge, which == "largest") for which in ("smallest", "largest")}
     kinds |= {lengths: lengths_lib.of(lengths, config, merge)} if lengths else {}
 
     def told(variant: Any, program: Any) -> dict[str, Any]:

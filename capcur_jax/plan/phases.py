@@ -115,11 +115,15 @@ class Step:
             text, vision = (one * times for one, times in zip(once, repeats, strict=True))
             # Attention's plain form, which is what is traced, pads prompts and responses: kernels don't.
             pairs = work.pairs(micro) * work.pair_flops(self._known)
-            total += text[0] + pairs * repeats[0][1] + vision.sum()
+            # The tower's is traced for whole rows of patches, of which kernels skip what is not an image's own.
+            shape = micro.shape
+            own = work.patch_pairs(micro) / max(len(micro.rows) * shape.patch_rows * shape.patches**2, 1)
+            own = 1.0 if self._known.vision.window else own
+            total += text[0] + pairs * repeats[0][1] + vision[0] + own * vision[1]
             by["layers"] += text[0] / self._trainers / rate.linear
             by["attention"] += self._attended(pairs, repeats[0][1], rate.attention)
             by["vision layers"] += vision[0] / self._trainers / rate.vision
-            by["vision attention"] += self._seen(once[1][1], repeats[1][1], kernels)
+            by["vision attention"] += self._seen(own * once[1][1], repeats[1][1], kernels)
             # Sums of activations have nothing to hide behind, and there are more of them in a larger batch.
             split = self._variant.mesh.shape["tensor"] > 1
             share = work.tokens(micro) / self._largest if split else exposed
@@ -145,10 +149,10 @@ class Step:
 
     def _split(self, at: Any, shape: BatchShape | RowShape) -> tuple[np.ndarray, np.ndarray]:
         """FLOPs (linear, attention) of the decoder and of the vision tower."""
-        text = self._counts(at, shape._replace(patch_rows=0))
+        text = self._counts(at, shape._replace(patch_rows=0, patches=0))
         if not shape.patch_rows:
             return text, np.zeros(2)
-        key = at, shape.patch_rows, getattr(shape, "patches", 0)
+        key = at, shape.patch_rows, shape.patches
         if key not in self._vision_counts:  # the tower sees nothing of the text
             self._vision_counts[key] = self._counts(at, shape) - text
         return text, self._vision_counts[key]
@@ -165,10 +169,13 @@ class Step:
         measured, slots = self._measured["prefill"], 0
         by = dict.fromkeys(("layers", "attention", "vision layers", "vision attention", "sends", "launch", "host"), 0.0)
         total, tokens = 0.0, 0
+        whole = sum(shape.patch_slots * shape.patches for shape in sampled.admissions)
+        own = 1.0 if self._known.vision.window else useful.patch_pairs / max(whole, 1)
         for shape in sampled.admissions:
             text, vision = self._split(program.at, shape)
+            vision = vision * np.array([1.0, own])  # see _pass
             total += text.sum() + vision.sum()
-            tokens, slots = tokens + shape.prompts * shape.tokens, slots + self._patches(shape)
+            tokens, slots = tokens + shape.prompts * shape.tokens, slots + shape.patch_slots
             layers = text[0] / self._trainers / rate.linear
             pairs = shape.prompts * shape.tokens**2 / 2 * work.pair_flops(self._known)
             attention = self._attended(pairs, 1.0, rate.attention)
@@ -252,9 +259,6 @@ class Step:
         """Bytes of a batch of prompts as the host makes it."""
         layout = self._variant.layout
         return _bytes(layout.buckets.blank(shape, self._known, layout.processor.pad_token))
-
-    def _patches(self, shape: BatchShape) -> int:
-        return shape.patch_rows * self._variant.layout.buckets.patch_row
 
     def _forward(self, useful: work.Useful, micro: Micro) -> float:
         """FLOPs of one forward pass of real tokens and patches; the vision tower's by those traced for a batch."""

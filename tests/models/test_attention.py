@@ -17,8 +17,6 @@ from capcur_jax.models import attention_gpu, attention_tpu
 from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments, attend, reference
 
 ODD = 149  # two blocks of 128, the second one mostly padding
-# Two images and padding; one image.
-IDS = np.repeat([[1, 2, 0], [1, 1, 1]], [90, 40, 19], axis=1)
 
 
 def normal(*shape, dtype=jnp.float32, seed=0):
@@ -30,20 +28,13 @@ def heads(rows, tokens, query=4, kv=2, size=12, **kinds):
     return tuple(normal(*shape, seed=seed, **kinds) for seed, shape in enumerate(shapes))
 
 
-def in_images(kernel):
-    theirs = functools.partial(reference, layout=Segments(IDS))
-    return functools.partial(kernel, ids_JxP=IDS, interpret=True), theirs, heads(2, ODD, kv=4)
-
-
 def alone(kernel):
     return kernel, functools.partial(reference, layout=Causal()), heads(2, ODD)
 
 
 CASES = {
     "tpu, causal": (alone, functools.partial(attention_tpu.causal, interpret=True)),
-    "tpu, segments": (in_images, attention_tpu.segments),
     "gpu, causal": (alone, functools.partial(attention_gpu.causal, implementation="xla")),
-    "gpu, segments": (in_images, attention_gpu.segments),
 }
 
 
@@ -87,9 +78,13 @@ PLACES = Places(  # two rows of 128: two groups of two responses and padding; on
     np.array([[20, 31, 55, 60], [90, 0, 0, 0]]), np.array([[11, 17, 5, 30], [38, 0, 0, 0]]),
 )  # fmt: skip
 ROWS = Packed(Places(*(x.astype(np.int32) for x in PLACES)), prompt=96, response=40)
+IMAGES = Segments(  # two images and padding; one image
+    np.repeat([[1, 2, 0], [1, 1, 1]], [70, 40, 18], axis=1), np.array([[0, 70], [0, 0]], np.int32),
+    np.array([[70, 40], [128, 0]], np.int32),
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", [Causal(), ROWS, Segments(jnp.zeros((2, 128), jnp.int32))])
+@pytest.mark.parametrize("layout", [Causal(), ROWS, IMAGES])
 def test_the_platform_that_a_program_is_lowered_for_chooses(layout):
     assert "tpu_custom_call" in lowered("tpu", layout)
     assert "custom_call" not in lowered("cpu", layout)
