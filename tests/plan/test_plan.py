@@ -197,7 +197,7 @@ def test_a_tiny_run_on_accelerators(topology, attention, tmp_path):
     if lacking := topologies.missing(topologies.parse(topology).platform, kernels=attention != "xla"):
         pytest.skip(f"{' and '.join(lacking)} not installed")
     settings = ("--config.order=('text',)", "--config.model.dtype=bfloat16", *QUICK)
-    settings += (f"--config.model.attention={attention}",)
+    settings += (f"--config.model.attention={attention}", "--config.packing.lengths=(1024,1280,1536)")
     left = topology.startswith("cuda:h200")  # to the memory, of which there is more than enough
     settings += ("--config.model.remat=auto",) if left else ("--config.rollout.gathered=False",)
     groups = [(30 + i, [4, 6, 10, 20, 40]) for i in range(8)]
