@@ -45,6 +45,7 @@ from capcur_jax.learner.minibatches import minibatches, sampled_item
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Processor
+from capcur_jax.models.vision import pixel_values
 from capcur_jax.rollout.engine import Sample
 
 _TRL = flags.DEFINE_string("trl_python", "", "Python of an environment with TRL; empty: our side alone.")
@@ -73,7 +74,8 @@ def write_inputs(directory: Path) -> dict[str, Any]:
     processor = Processor.from_directory(checkpoint)
     builder = PromptBuilder(processor, "suffix", 96, 64)
     prompts = [builder.build(problem) for problem in problems]
-    np.save(directory / "patches.npy", np.stack([prompt.patches for prompt in prompts]))
+    patches = np.stack([prompt.patches for prompt in prompts])
+    np.save(directory / "patches.npy", pixel_values(patches, processor.config.vision))
     random, end = np.random.default_rng(0), processor.end_tokens[0]
     low, high = 10, len(processor.tokenizer)  # behind the special tokens
     # Where there are several updates TRL divides each by the mean of their tokens, this project by its own: the
@@ -127,7 +129,8 @@ def serve(path: str) -> None:
     processor = Processor.from_directory(record["checkpoint"])
     model = huggingface.load(record["checkpoint"], remat=config.model.remat)
     processor.banned_tokens = ()  # TRL has none
-    builder = PromptBuilder(processor, config.prompt.instruction, config.prompt.max_tokens, config.prompt.patch_row)
+    row = config.prompt.patch_buckets[-1][1]
+    builder = PromptBuilder(processor, config.prompt.instruction, config.prompt.max_tokens, row)
     prompts = [builder.build(Problem(*problem)) for problem in record["problems"]]
     reference = nnx.state(huggingface.load(record["reference"])) if record["beta"] else None
     layout, trainer = open_stage(config, model, processor, [PromptSize.of(p) for p in prompts], reference)

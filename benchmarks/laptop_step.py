@@ -47,8 +47,8 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
     prompt, objective = config.prompt, config.objective
     processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint, remat=config.model.remat)
     processor.end_tokens = (-1,)  # no response may end early
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
-    buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
+    buckets = Buckets.of(prompt, processor.config.vision)
+    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, buckets.images.longest)
     layout, trainer = open_stage(config, model, processor, [builder.measure(problem) for problem in problems])
     engine = LocalEngine(model, processor, slots=PROMPTS * GROUP, buckets=buckets)
     advantages = jax.jit(functools.partial(objectives.group_advantages, epsilon=objective.advantage_epsilon))

@@ -38,6 +38,7 @@ from capcur_jax.models import fresh, huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.models.vision import pixel_values
 
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Measurements of each side; the median counts.")
 
@@ -113,7 +114,7 @@ def ours(directory: Path, processor: Processor, prompts: list[Prompt]) -> tuple[
     graph, parameters = nnx.split(huggingface.load(directory, remat="full"))
     longest = max(map(len, prompts))
     row = max(len(prompt.patches) for prompt in prompts)
-    batch = Buckets((longest,), row, (1.0,)).collate(prompts, processor.config, processor.pad_token)
+    batch = Buckets((longest,), ((len(prompts), row),)).collate(prompts, processor.config, processor.pad_token)
     batch = jax.device_put(batch)
 
     def loss(parameters, batch):
@@ -139,7 +140,9 @@ def theirs(directory: Path, processor: Processor, prompts: list[Prompt]) -> tupl
         "input_ids": tokens,
         "attention_mask": mask,
         "mm_token_type_ids": (tokens == processor.config.image_token).astype(np.int64),
-        "pixel_values": np.concatenate([prompt.patches for prompt in prompts]),
+        "pixel_values": np.array(
+            pixel_values(np.concatenate([prompt.patches for prompt in prompts]), processor.config.vision)
+        ),
         "image_grid_thw": np.array([grid for prompt in prompts for grid in prompt.grids]),
     }
     inputs = {name: torch.from_numpy(value) for name, value in inputs.items()}

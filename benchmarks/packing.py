@@ -90,7 +90,7 @@ def layout_of(config: ConfigDict, stage: str, rows: int, batches: Sequence[Seque
         config.order = (stage,)
     prompt, sizes = config.prompt, [size for groups in batches for size, _ in groups]
     return Layout.of(
-        schedule.stages(config)[0], config, Buckets((1,), prompt.patch_row, (1.0,)),
+        schedule.stages(config)[0], config, Buckets((1,), smallest=prompt.min_pixels // 256 or 4),
         SimpleNamespace(config=None, pad_token=0), AbstractMesh((1, rows, 1), ("data", "fsdp", "tensor")),
         any(size.images for size in sizes), sizes,
     )  # fmt: skip

@@ -49,6 +49,7 @@ from capcur_jax.data.sets import Sets
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.vision import pixel_values
 from capcur_jax.rollout.engine import Engine, Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
 
@@ -83,7 +84,7 @@ def make_prompts(directory: Path, processor: Processor, name: str, count: int) -
     """Questions of a set of the laptop preset, one row after the other."""
     config = presets.get("laptop")
     prompt = config.prompt
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
+    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_buckets[-1][1])
     problems = Sets(config.data, directory).drawn(name, "train", 2 * count)
     built = [found for found in map(builder.try_build, problems) if found is not None]
     return built[:count]
@@ -109,7 +110,7 @@ def flat(groups: Sequence[Sequence]) -> Responses:
 def local(load: Load) -> Side:
     """The engine as a run has it, its programs compiled."""
     prompt, sizes = presets.get("laptop").prompt, [PromptSize.of(prompt) for prompt in load.prompts]
-    buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, (0.125, 1.0))
+    buckets = Buckets(prompt.token_buckets, ((2, 64), (8, 64), (16, 64)))
     used = tuple(sorted({buckets.shape([size], False).tokens for size in sizes}))  # the cache holds the longest
     buckets = dataclasses.replace(buckets, tokens=used)
     model = huggingface.load(presets.TINY_CHECKPOINT)
@@ -158,7 +159,8 @@ def padded(prompts: Sequence[Prompt], processor: Processor) -> dict[str, torch.T
     arrays = {"input_ids": tokens, "attention_mask": mask}
     arrays["mm_token_type_ids"] = (tokens == processor.config.image_token).astype(np.int64)
     if any(prompt.grids for prompt in prompts):
-        arrays["pixel_values"] = np.concatenate([prompt.patches for prompt in prompts])
+        patches = np.concatenate([prompt.patches for prompt in prompts])
+        arrays["pixel_values"] = np.array(pixel_values(patches, processor.config.vision))
         arrays["image_grid_thw"] = np.array([grid for prompt in prompts for grid in prompt.grids], np.int64)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

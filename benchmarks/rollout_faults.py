@@ -86,7 +86,7 @@ def make_prompts(directory: Path, processor: Processor, count: int) -> list[Prom
     """Questions with and without images by turns, all different."""
     config = presets.get("laptop")
     prompt, sets = config.prompt, Sets(config.data, directory)
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row)
+    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_buckets[-1][1])
     each = [sets.drawn(name, "train", count) for name in presets.CAPABILITIES]
     problems = [problem for turn in zip(*each, strict=True) for problem in turn]
     return [prompt for prompt in map(builder.try_build, problems[: 2 * count]) if prompt is not None][:count]
@@ -111,7 +111,7 @@ def differences(
     rows = [(prompt, sample) for prompt, group in zip(prompts, groups, strict=True) for sample in group]
     longest, found = max(map(len, prompts)) + _TOKENS.value, []
     patches = max(len(prompt.patches) for prompt in prompts)
-    buckets = Buckets((longest,), patch_row=max(patches, 64), patch_rows=(1.0,))
+    buckets = Buckets((longest,), ((8, max(patches, 64)),))
     for at in range(0, len(rows), 8):
         part = rows[at : at + 8]
         whole = [extended(prompt, sample.tokens) for prompt, sample in part]

@@ -80,7 +80,7 @@ def open_stage(
     """
     stage, mesh = schedule.stages(config)[0], model.mesh
     prompt = config.prompt
-    buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
+    buckets = Buckets.of(prompt, processor.config.vision)
     graph, parameters = nnx.split(model)
     learner = Learner(
         graph, parameters, objective=stage.objective, freeze=stage.freeze, config=config,

@@ -27,7 +27,7 @@ _KEYS = {  # interval: keys; * is any stage
         log.rollout_prompts stages.*.steps stages.*.epochs stages.*.warmup_steps stages.*.curriculum.rows
         rollout.sglang.retries rollout.sglang.restarts rollout.sglang.gpus""",
     "[1, inf)": """
-        prompt.max_tokens prompt.token_buckets prompt.patch_row
+        prompt.max_tokens prompt.token_buckets prompt.patch_buckets
         rollout.group rollout.max_new_tokens rollout.slots rollout.prefill
         packing.lengths packing.groups packing.patch_buckets
         reward.workers objective.sampler_cap objective.updates_per_batch
@@ -35,7 +35,7 @@ _KEYS = {  # interval: keys; * is any stage
         stages.*.switch.checks stages.*.switch.window
         rollout.sglang.servers rollout.sglang.tensor_parallel rollout.sglang.concurrency rollout.sglang.file_mb""",
     "(0, inf)": """
-        model.lora.alpha prompt.patch_rows objective.advantage_epsilon optimizer.epsilon
+        model.lora.alpha objective.advantage_epsilon optimizer.epsilon
         stages.*.curriculum.weights
         rollout.sglang.request_timeout_s rollout.sglang.start_timeout_s rollout.sglang.update_timeout_s""",
     "(0, 1]": """

@@ -141,13 +141,13 @@ def answer(options: argparse.Namespace) -> None:
     processor = Processor.from_directory(checkpoint, options.min_pixels, options.max_pixels)
     prompt = build(options, processor)
     tokens, images = len(prompt), PromptSize.of(prompt).images
-    row = rounded_up(max(images, default=0), math.lcm(BUCKET, processor.config.vision.merge_size**2))
+    row = rounded_up(sum(images), math.lcm(BUCKET, processor.config.vision.merge_size**2))
     dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     engine = LocalEngine(
         huggingface.load(checkpoint, dtype=dtype, param_dtype=dtype),
         processor,
         slots=1,
-        buckets=Buckets((rounded_up(tokens, BUCKET),), patch_row=row, patch_rows=tuple(range(1, len(images) + 1))),
+        buckets=Buckets((rounded_up(tokens, BUCKET),), ((1, row),) if images else ()),
     )
     device = jax.devices()[0].device_kind
     _tell(f"{tokens} prompt tokens, {sum(images)} image patches, {dtype.name} on {device}; compiling")

@@ -66,12 +66,9 @@ def open_model(config: ConfigDict, source: Path, mesh: Mesh, warn: Callable[[str
         expected = model_config.from_dict(published.config(config.architecture))
         if (expected.text, expected.vision) != (known.text, known.vision):
             warn(f"{source} is no {config.architecture}: what plan says of that does not hold here")
-    merged = known.vision.merge_size**2
-    if prompt.patch_row % merged:
-        raise InputError(f"config.prompt.patch_row must be a multiple of {merged}, the patches of a token")
-    buckets = Buckets(tuple(prompt.token_buckets), prompt.patch_row, tuple(prompt.patch_rows))
+    buckets = Buckets.of(prompt, known.vision, processor.images.size["shortest_edge"])
     store = ImageStore(config.data.workers, config.data.image_cache_mb)
-    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, prompt.patch_row, store)
+    builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, buckets.images.longest, store)
     return model, Policy(source, kinds["lora"], processor, builder, buckets, store)
 
 

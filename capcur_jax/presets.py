@@ -39,6 +39,8 @@ DELETED = {
     "packing.micro_prompts": _ROWS,
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
     "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
+    "prompt.patch_row": "config.prompt.patch_buckets declares how many rows of patches a device row has and how long",
+    "prompt.patch_rows": "config.prompt.patch_buckets declares how many rows of patches a device row has and how long",
 }
 
 
@@ -159,8 +161,9 @@ def defaults() -> ConfigDict:
                 "min_pixels": 0,  # smaller images are enlarged; 0: the checkpoint's own
                 "max_pixels": 0,  # larger images are shrunk; 0: the checkpoint's own
                 "token_buckets": (),  # the preset's: declared lengths of prompt rows
-                "patch_row": 0,  # the preset's: patches in a row of the vision tower; no image may have more
-                "patch_rows": (1.0,),  # declared numbers of such rows, for each prompt of a batch
+                # The preset's: declared patches of a device row's images, (rows, patches of a row) of each, rising.
+                # Images share a row, and none may have more patches than it.
+                "patch_buckets": (),
             },
             "rollout": {
                 "engine": "local",  # or "sglang": servers, docs/rollouts.md
@@ -284,9 +287,10 @@ def laptop() -> ConfigDict:
     config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
-    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_row": 64})
+    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96)})
+    config.prompt.update({"patch_buckets": tuple((rows, 64) for rows in (8, 16))})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((10, 64),)})
+    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((4, 64), (10, 64))})
     config.evaluation.counterfactual = 200
     return config
 
@@ -308,8 +312,7 @@ def _paper(architecture: str) -> ConfigDict:
             "min_pixels": 262_144,
             "max_pixels": 4_194_304,
             "token_buckets": (512, 1280, 2048),
-            "patch_row": 8192,
-            "patch_rows": (0.5, 1.0),
+            "patch_buckets": tuple((1, patches) for patches in (2048, 4096, 8192)),
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "slots": 192})
@@ -317,7 +320,7 @@ def _paper(architecture: str) -> ConfigDict:
         {
             "lengths": (9216, 11_264, 13_312, 15_360),
             "groups": 16,
-            "patch_buckets": tuple((1, patches) for patches in (6144, 8192, 10_240, 12_288, 16_384, 20_480)),
+            "patch_buckets": tuple((1, patches) for patches in (5120, 6144, 8192, 10_240, 12_288, 16_384, 20_480)),
         }
     )
     config.objective.updates_per_batch = 4

@@ -27,6 +27,7 @@ from capcur_jax.models import config as config_lib
 from capcur_jax.models import fresh, huggingface
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.models.vision import pixel_values
 
 # The same examples in every run, none kept; what Hypothesis knows of our constants lies outside the tree.
 settings.register_profile("capcur_jax", derandomize=True, deadline=None, max_examples=100, database=None)
@@ -275,7 +276,8 @@ def transformers_inputs():
         grids = [grid for prompt in prompts for grid in prompt.grids]
         if grids:
             inputs["mm_token_type_ids"] = (tokens == processor.config.image_token).astype(np.int64)
-            inputs["pixel_values"] = np.concatenate([prompt.patches for prompt in prompts])
+            patches = np.concatenate([prompt.patches for prompt in prompts])
+            inputs["pixel_values"] = np.array(pixel_values(patches, processor.config.vision))
             inputs["image_grid_thw"] = np.array(grids)
         return {name: torch.from_numpy(value) for name, value in inputs.items()}
 

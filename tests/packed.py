@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from capcur_jax.learner.packing import Bounds, Item, Row, RowShape, collate
-from capcur_jax.models.batching import PromptSize, place_images, rows_of
+from capcur_jax.models.batching import PromptSize
+from capcur_jax.models.image_rows import place_images, rows_of
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import PackedBatch
 

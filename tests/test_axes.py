@@ -85,7 +85,7 @@ def test_a_wrong_shape_fails_at_the_border(border):
 
 def test_a_wrong_shape_fails_at_the_model_s_borders(model, processor):
     prompt = processor.prepare(processor.render(["3 x 4"]))
-    batch = Buckets((32,), 16, (1.0,)).collate([prompt], processor.config, processor.pad_token)
+    batch = Buckets((32,), ((1, 16),)).collate([prompt], processor.config, processor.pad_token)
     with pytest.raises(TypeCheckError, match="h_BxTxD"):
         QwenVL.last(zeros(T, D), batch)
     cache, one = model.empty_cache(C, S), zeros(C, dtype=np.int32)

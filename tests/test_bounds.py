@@ -39,7 +39,7 @@ def test_no_bounds_are_of_a_key_that_is_not_there():
         ("objective.clip_high", -0.1), ("objective.clip_dual", 1.0), ("objective.kl_coefficient", math.inf),
         ("objective.sampler_cap", 0.5), ("rollout.top_p", 0.0), ("rollout.top_p", 1.1), ("rollout.temperature", -1.0),
         ("rollout.max_new_tokens", 0), ("reward.format_weight", math.nan), ("reward.timeout_s", 0.0), ("seed", -1),
-        ("model.lora.alpha", 0.0), ("mesh.tensor", 0), ("prompt.patch_rows", (1.0, math.nan)),
+        ("model.lora.alpha", 0.0), ("mesh.tensor", 0), ("prompt.patch_buckets", ((0, 64),)),
         ("prompt.token_buckets", (0, 96)), ("packing.lengths", (16, -1)), ("rollout.sglang.port", 65536),
     ],
 )  # fmt: skip

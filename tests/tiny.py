@@ -19,7 +19,6 @@ SETTINGS = {
     "prompt.max_tokens": 128,
     "prompt.max_pixels": 1024,
     "prompt.token_buckets": (128,),
-    "prompt.patch_row": 64,
     "rollout.max_new_tokens": 8,
     "packing.lengths": (160, 320),
     "packing.groups": 4,

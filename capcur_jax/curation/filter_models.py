@@ -244,12 +244,12 @@ class LocalModel:
 
         lengths = sorted(size.tokens for size in sizes)
         tokens = {rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
-        most = max(len(size.images) for size in sizes)
         largest = max((patches for size in sizes for patches in size.images), default=0)
         row = rounded_up(max(1, largest), math.lcm(_ROUND, self._processor.config.vision.merge_size**2))
-        buckets = Buckets(tuple(sorted(tokens)), row, (most / 2, float(most)) if most else ())
         rows = sharding.row_shards(self._model.mesh)
         slots = rounded_up(min(self._how.batch, len(sizes)), rows)
+        most = slots // rows * max(len(size.images) for size in sizes)
+        buckets = Buckets(tuple(sorted(tokens)), ((-(-most // 2), row), (most, row)) if most else ())
         engine = LocalEngine(self._model, self._processor, slots=slots, buckets=buckets, prefill=slots // rows)
         return engine, Sampling(self._how.max_new_tokens, temperature=0.0)
 

@@ -105,8 +105,8 @@ class PromptBuilder:
             )
         if patches > self._max_patches:
             raise BadInput(
-                f"an image has {patches} patches, config.prompt.patch_row = {self._max_patches}: "
-                "raise it or lower config.prompt.max_pixels"
+                f"an image has {patches} patches, a row of config.prompt.patch_buckets at most {self._max_patches}: "
+                "declare a longer one or lower config.prompt.max_pixels"
             )
 
     def try_build(self, problem: Problem) -> Prompt | None:

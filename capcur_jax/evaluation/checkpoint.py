@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,10 @@ class Checkpoint:
             with contextlib.suppress(BadInput):  # `answer` says so
                 sizes.add(self._measure(question))
         self._images = any(size.images for size in sizes)
-        opened = opened._replace(buckets=shapes(opened.buckets, sizes or {PromptSize(1)}, opened.processor))
+        sizes = sizes or {PromptSize(1)}
+        opened = opened._replace(
+            buckets=shapes(opened.buckets, sizes, config.rollout.prefill, opened.processor.config.vision.merge_size)
+        )
         self._engine = policy.open_engine(config, model, opened, self._workdir)
         self._closing.callback(self._engine.close)
         self._engine.update_weights(nnx.split(model)[1], 0)
@@ -197,19 +201,32 @@ class Checkpoint:
             done([(asked[index], Said(*one)) for part in parts for index, one in json.loads(part)])
 
 
-def shapes(declared: Any, sizes: Iterable[Any], processor: Any) -> Any:
-    """The declared shapes, and beside them such as hold prompts of these sizes (models/batching.py)."""
-    from capcur_jax.models.batching import Buckets, assign_rows, rounded_up, rows_of
+def shapes(declared: Any, sizes: Collection[Any], prompts: int, merge: int) -> Any:
+    """The declared shapes, or beside them such as hold prompts of these sizes (models/batching.py).
 
-    lengths = sorted(size.tokens for size in sizes)
+    Args:
+      prompts: of a device row at once.
+      merge: patches of a side of an image token.
+    """
+    from capcur_jax.models.batching import rounded_up
+    from capcur_jax.models.image_rows import assign_rows, rows_of
+
+    lengths, images = sorted(size.tokens for size in sizes), [size.images for size in sizes]
     tokens = {*declared.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
     if lengths[-1] <= max(declared.tokens, default=0):
         tokens = set(declared.tokens)
-    largest = max((patches for size in sizes for patches in size.images), default=0)
-    row = max(declared.patch_row, processor.config.vision.merge_size**2)
-    if largest > row:
-        row = rounded_up(largest, math.lcm(_ROUND, processor.config.vision.merge_size**2))
-    most = max((rows_of(assign_rows(size.images, row)) for size in sizes), default=0)
-    enough = max(declared.patch_rows, default=0) >= most
-    rows = declared.patch_rows if enough else (*declared.patch_rows, most / 2, float(most))
-    return Buckets(tuple(sorted(tokens)), row, tuple(sorted(set(rows))))
+    wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)))
+    try:
+        wider.images.possible(images, prompts)
+        return wider
+    except InputError:
+        counted = [declared.images.counted(each) for each in images]
+    if all(rows == 1 for rows, _ in declared.patches):
+        row = rounded_up(prompts * max(map(sum, counted)), math.lcm(_ROUND, merge**2))
+        patches = (*declared.patches, *((1, n) for n in (row // 2, row) if n > declared.images.longest))
+    else:
+        largest, row = max(map(max, filter(None, counted))), declared.images.longest
+        row = row if largest <= row else rounded_up(largest, math.lcm(_ROUND, merge**2))
+        rows = prompts * max(rows_of(assign_rows(each, row)) for each in counted)
+        patches = ((-(-rows // 2), row), (rows, row))
+    return dataclasses.replace(wider, patches=patches)

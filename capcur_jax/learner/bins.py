@@ -1,4 +1,5 @@
-"""Groups into rows of few lengths: the fewest tokens that hold them, longest first, then swaps."""
+"""Groups into rows of few lengths: the fewest tokens that hold them, longest first, then swaps. Of those that hold them
+the patches of their images are spread by further swaps."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 SWAPS = 300  # of a filling, after which other lengths are tried
 WAYS = 4  # that are tried to make one sum of lengths
+SPARE = 1.02  # of a second capacity, so that few swaps are enough
 
 
 def sums(lengths: Sequence[int], needed: int, least: int) -> Iterator[tuple[int, ...]]:
@@ -91,3 +95,91 @@ def _swap(
         if together(here) and together(there):
             return here, there, moved
     return None
+
+
+# ---------------------------------------------------------------------- a second capacity
+
+
+def capacities(lengths: Sequence[int], needed: int, declared: Sequence[int]) -> list[int]:
+    """A second capacity for each of some rows, all of which need so much of it, in shares like their lengths: little
+    more in sum than is needed, of those that are declared (rising)."""
+    chosen, needed, room = [], needed * SPARE, sum(lengths)
+    for length, alike in itertools.groupby(lengths):
+        n = len(list(alike))
+        share = needed * n * length / room
+        low = max((c for c in declared if n * c <= share), default=declared[0])
+        high = min((c for c in declared if c > low), default=low)
+        more = 0 if high == low else min(n, max(0, math.ceil((share - n * low) / (high - low))))
+        chosen += [high] * more + [low] * (n - more)
+        needed, room = max(0.0, needed - more * high - (n - more) * low), room - n * length
+    return chosen
+
+
+def level(
+    bins: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    rooms: Sequence[int],
+    weights: Sequence[int],
+    capacities: Sequence[int],
+    most: int,
+) -> list[list[int]]:
+    """The bins after swaps of one or two items for as many or fewer, which leave all of them room and bring down what
+    a bin weighs above its capacity.
+
+    Args:
+        bins: as `fill` gives them for `sizes`, `rooms` and `most`.
+        weights: of the items.
+        capacities: of the bins, in weight.
+    """
+    filled = [list(members) for members in bins]
+    of_items = np.array([sizes, weights], np.int64)
+    limits = np.array([rooms, capacities], np.int64)
+    spare = limits - np.stack([of_items[:, members].sum(1) for members in filled], axis=1)
+    for _ in range(SWAPS):
+        over = [b for b in np.argsort(spare[1], kind="stable").tolist() if spare[1, b] < 0]
+        change = next((found for b in over if (found := _lighter(filled, of_items, spare, b, most))), None)
+        if change is None:
+            break
+        full, other, there, here = change
+        filled[full] = [i for i in filled[full] if i not in there] + list(here)
+        filled[other] = [i for i in filled[other] if i not in here] + list(there)
+        moved = of_items[:, list(there)].sum(1) - of_items[:, list(here)].sum(1)
+        spare[:, full] += moved
+        spare[:, other] -= moved
+    return [sorted(members) for members in filled]
+
+
+def _lighter(
+    filled: Sequence[Sequence[int]], of_items: np.ndarray, spare: np.ndarray, full: int, most: int
+) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
+    """The swap (bin, other bin, items that go there, items that come here) that takes most of what is above capacity
+    off the two bins; None: there is none."""
+    out = _few(filled[full])
+    back = [(other, items) for other in range(len(filled)) if other != full for items in _few(filled[other])]
+    others = np.array([other for other, _ in back])
+    moved = _sums(of_items, out)[:, :, None] - _sums(of_items, [items for _, items in back])[:, None, :]
+    more = np.array([len(items) for items in out])[:, None] - np.array([len(items) for _, items in back])
+    counts = np.array([len(members) for members in filled])
+    room = (moved[0] <= spare[0, others]) & (moved[0] >= -spare[0, full])
+    room &= (counts[others] + more <= most) & (counts[full] - more <= most)
+
+    def above(spare):
+        return np.minimum(spare, 0) ** 2
+
+    gain = above(spare[1, full]) + above(spare[1, others])
+    gain = gain - above(spare[1, full] + moved[1]) - above(spare[1, others] - moved[1])
+    x, y = np.unravel_index(np.where(room, gain, 0).argmax(), gain.shape)
+    if not room[x, y] or gain[x, y] <= 0:
+        return None
+    return full, back[y][0], out[x], back[y][1]
+
+
+def _few(members: Sequence[int]) -> list[tuple[int, ...]]:
+    """None, one or two of them."""
+    return [some for n in range(3) for some in itertools.combinations(members, n)]
+
+
+def _sums(of_items: np.ndarray, chosen: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Sizes and weights [2, ...] of some of the items together."""
+    padded = np.concatenate([of_items, np.zeros((2, 1), np.int64)], axis=1)
+    return padded[:, [[*some, -1, -1][:2] for some in chosen]].sum(-1)

@@ -12,7 +12,8 @@ from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives, packing
 from capcur_jax.learner.packing import Bounds, Item, RowShape, UpdateBatch
-from capcur_jax.models.batching import Buckets, PromptSize, place_images, rounded_up, rows_of
+from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
+from capcur_jax.models.image_rows import PatchBuckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.schedule import Stage
 
@@ -32,7 +33,7 @@ class Layout:
     updates: int  # in a step
     shards: int  # device rows of this process
     lengths: tuple[int, ...]  # declared, of packed rows; rising
-    patches: tuple[tuple[int, int], ...]  # declared, beside a packed row: rows and their length, rising
+    patches: PatchBuckets  # beside a packed row; ((0, 0),) where no prompt has an image
     bounds: Bounds
     old: bool  # whether the old policy's log-probs are needed
     reference: bool  # whether the reference policy's are
@@ -65,9 +66,10 @@ class Layout:
         longest = max((size.tokens for size in sizes), default=config.prompt.max_tokens)
         bounds = Bounds(
             config.packing.groups, config.rollout.group if sampled else 1, rounded_up(longest, _NEARLY),
-            rounded_up(config.rollout.max_new_tokens, _NEARLY),
+            rounded_up(config.rollout.max_new_tokens, _NEARLY), buckets.smallest,
         )  # fmt: skip
-        patches = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
+        declared = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
+        patches = PatchBuckets(declared, buckets.smallest, "config.packing.patch_buckets")
         layout = cls(
             buckets, processor, mesh, images, sampled, updates, sharding.local_row_shards(mesh),
             tuple(sorted(set(config.packing.lengths))), patches, bounds,
@@ -88,20 +90,7 @@ class Layout:
         if accelerated and (odd := [length for length in self.lengths if length % _TILE]):
             raise InputError(f"config.packing.lengths: {odd} are no multiples of {_TILE}, as accelerators want it")
         for size in sizes:
-            if self.bucket([size.images]) == len(self.patches):
-                raise InputError(
-                    f"config.packing.patch_buckets = {self.patches}: none holds a prompt's images of {size.images} "
-                    "patches; declare a larger one"
-                )
-
-    def bucket(self, images: Sequence[Sequence[int]]) -> int:
-        """The number of the smallest declared rows of patches that hold the images of such prompts, given as patches of
-        each; as many as there are where none does."""
-        largest = max((size for each in images for size in each), default=0)
-        for number, (rows, length) in enumerate(self.patches):
-            if not largest or (largest <= length and rows_of(place_images(images, length)) <= rows):
-                return number
-        return len(self.patches)
+            self.patches.bucket([size.images])
 
     @property
     def scores(self) -> bool:
@@ -110,7 +99,7 @@ class Layout:
 
     def shapes(self) -> list[RowShape]:
         """Those that a micro-batch can take."""
-        return [RowShape(length, *patches) for length in self.lengths for patches in self.patches]
+        return [RowShape(length, *patches) for length in self.lengths for patches in self.patches.declared]
 
     def blanks(self, *, passes: bool) -> Iterator[UpdateBatch]:
         """An abstract batch of each shape; `passes`: as the score pass sees it, else as the gradient does, with old and

@@ -67,24 +67,31 @@ def packed(items: Sequence[Item], layout: Layout) -> list[Micro]:
     images = [PromptSize.of(part.prompt).images for part in parts]
 
     def bucket(members: Sequence[int]) -> int:
-        return layout.bucket([images[i] for i in members])
+        return layout.patches.fitting([images[i] for i in members])
 
-    sizes, most = [part.tokens for part in parts], len(layout.patches)
-    patches = sum(map(sum, images)) // max(math.prod(layout.patches[-1]), 1)
-    fewest = max(-(-len(parts) // layout.bounds.groups), patches, 1)
-    needed, least = distributed.exchange(-(-np.array([sum(sizes), fewest]) // layout.shards)).max(0).tolist()
-    rooms, filled = [], None
+    sizes, declared = [part.tokens for part in parts], layout.patches.declared
+    slots, room = [layout.patches.slots(each) for each in images], [math.prod(bucket) for bucket in declared]
+    fewest = max(-(-len(parts) // layout.bounds.groups), sum(slots) // max(room[-1], 1), 1)
+    sums = -(-np.array([sum(sizes), fewest, sum(slots)]) // layout.shards)
+    needed, least, patches = distributed.exchange(sums).max(0).tolist()
+    rooms, filled, lengths = [], [], ()
     for lengths in bins.sums(layout.lengths, needed, least):  # without an end: each item has room in a row of its own
         rooms = [length for length in lengths for _ in range(layout.shards)]
-        filled = bins.fill(sizes, rooms, layout.bounds.groups, lambda members: bucket(members) < most)
-        if distributed.exchange(np.array(filled is not None)).all():
+        found = bins.fill(sizes, rooms, layout.bounds.groups, lambda members: bucket(members) < len(declared))
+        if distributed.exchange(np.array(found is not None)).all():
+            filled = found or []
             break
+    if patches:
+        most = [n for n in bins.capacities(lengths, patches, room) for _ in range(layout.shards)]
+        levelled = bins.level(filled, sizes, rooms, slots, most, layout.bounds.groups)
+        # What each prompt's images take alone is a bound, and capacities may be too small for all of them.
+        filled = levelled if all(bucket(members) < len(declared) for members in levelled) else filled
     # Rows with many images share a micro-batch.
     order = sorted(range(len(rooms)), key=lambda b: (-rooms[b], -bucket(filled[b]), b))
     batches = [order[at : at + layout.shards] for at in range(0, len(order), layout.shards)]
     needs = np.array([max(bucket(filled[b]) for b in batch) for batch in batches])
     shapes = [
-        RowShape(rooms[batch[0]], *layout.patches[number])
+        RowShape(rooms[batch[0]], *declared[number])
         for batch, number in zip(batches, distributed.exchange(needs).max(0).tolist(), strict=True)
     ]
     return [

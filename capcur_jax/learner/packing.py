@@ -16,8 +16,9 @@ import numpy as np
 
 from capcur_jax.axes import Bool, Float, checked
 from capcur_jax.models.attention import Places
-from capcur_jax.models.batching import ImagePacker, PromptSize, blank_vision, place_images
+from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.image_rows import ImagePacker, blank_vision, place_images
 from capcur_jax.models.inputs import Prompt
 from capcur_jax.models.qwen_vl import PackedBatch
 
@@ -110,6 +111,7 @@ class Bounds(NamedTuple):
     group: int  # responses of a group
     prompt: int  # tokens
     response: int  # tokens
+    image: int = 4  # patches that one counts for at least, which bounds how many share a row of patches
 
 
 # ---------------------------------------------------------------------- arrays
@@ -134,7 +136,9 @@ def blank(
             tokens=np.full((rows, length), pad, np.int32),
             positions=np.zeros((rows, 3, length), np.int32),
             visual_index=np.full((rows, length), -1, np.int32),
-            vision=blank_vision(rows * shape.patch_rows, shape.patches, known.vision) if shape.patch_rows else None,
+            vision=blank_vision(rows * shape.patch_rows, shape.patches, known.vision, bounds.image)
+            if shape.patch_rows
+            else None,
             places=Places(*(np.zeros((rows, n), np.int32) for n in (B, B, R, R))),
             prompt=bounds.prompt,
             response=bounds.response,
@@ -164,7 +168,8 @@ def collate(
     packed, responses, G = batch.rows, batch.responses, bounds.group
     packer = ImagePacker(packed.vision, known.vision, shape.patch_rows)
     for a, items in enumerate(rows):
-        images = iter(place_images([PromptSize.of(item.prompt).images for item in items], shape.patches))
+        counted = [[max(n, bounds.image) for n in PromptSize.of(item.prompt).images] for item in items]
+        images = iter(place_images(counted, shape.patches))
         packer.start(a)
         at = 0
         for b, (prompt, members, _) in enumerate(items):

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from capcur_jax.axes import Array, Float, checked
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
-from capcur_jax.models import attention_gpu, attention_tpu
+from capcur_jax.models import attention_gpu, attention_groups, attention_tpu
 from capcur_jax.models import ways as ways_lib
 from capcur_jax.models.packed import Packed, Places
 
@@ -35,7 +35,6 @@ _CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in
     (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")) or find_library("cudnn")
 )
 _KERNELS = {"tpu": attention_tpu} | ({"cuda": attention_gpu} if _CUDA else {})
-_LENGTHS = 3  # of responses in packed rows, that the reference is compiled for
 _MASKED = np.float32(np.finfo(np.float32).min)
 
 
@@ -140,7 +139,7 @@ def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, 
         return _causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
     if isinstance(layout, Cached):
         return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.seen_CxS[:, None])
-    return _gathered(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout)
+    return attention_groups.attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, _causal, _extend)
 
 
 def _causal(q_AxTxNxH: jax.Array, k_AxTxKxH: jax.Array, v_AxTxKxH: jax.Array) -> jax.Array:
@@ -198,85 +197,3 @@ def _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Segments) -> jax.Array:
     mask = cut(ids, 0)[:, :, None] == cut(ids, 1)[:, None, :]
     out = _attend(cut(q_AxTxNxH, 0), cut(k_AxSxKxH, 1), cut(v_AxSxKxH, 1), mask)
     return out.reshape(J, blocks * W, N, H)[:, :P]
-
-
-# ---------------------------------------------------------------------- packed rows
-
-
-def _gathered(q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed) -> jax.Array:
-    """Tokens of packed rows in short padded rows for attention alone.
-
-    Most responses are far shorter than the longest allowed, and attention is quadratic: so it is compiled for a few
-    lengths of response, and at run time the shortest one that holds all of them is taken.
-    """
-    lengths = sorted({-(-layout.response * n // (_LENGTHS * 8)) * 8 for n in range(1, _LENGTHS + 1)})
-
-    def at(length):
-        return lambda q, k, v, places: _short_rows(q, k, v, Packed(places, layout.prompt, length))
-
-    def pull(length):
-        def back(q, k, v, places, gradient):
-            return jax.vjp(lambda *arrays: at(length)(*arrays, places), q, k, v)[1](gradient)
-
-        return back
-
-    def chosen(ways, q, k, v, places, *gradient):
-        longest = places.response_length.max()
-        number = sum((longest > length).astype(jnp.int32) for length in lengths[:-1])
-        return jax.lax.switch(number, [ways(length) for length in lengths], q, k, v, places, *gradient)
-
-    # A branch's own gradient: else each would keep for it what all of them need.
-    attended = jax.custom_vjp(functools.partial(chosen, at))
-    attended.defvjp(
-        lambda *arrays: (chosen(at, *arrays), arrays), lambda arrays, gradient: (*chosen(pull, *arrays, gradient), None)
-    )
-    return attended(q_AxLxNxH, k_AxLxKxH, v_AxLxKxH, layout.places)
-
-
-def _short_rows(q_AxLxNxH: jax.Array, k_AxLxKxH: jax.Array, v_AxLxKxH: jax.Array, layout: Packed) -> jax.Array:
-    """Prompts [A x B, S] and responses [A x R, T] by themselves, and back to the packed rows."""
-    places, S, T = layout.places, layout.prompt, layout.response
-    (A, B), R = places.prompt_start.shape, places.response_start.shape[1]
-    out, back = _moves(layout, q_AxLxNxH.shape[1])
-
-    def rows(x_AxLxNxH):
-        N, H = x_AxLxNxH.shape[2:]
-        x = _moved(x_AxLxNxH.reshape(A, -1, N * H), out, back)
-        return x[:, : B * S].reshape(A * B, S, N, H), x[:, B * S :].reshape(A * R, T, N, H)
-
-    (q_prompts, q), (k_prompts, k), (v_prompts, v) = map(rows, (q_AxLxNxH, k_AxLxKxH, v_AxLxKxH))
-    of_prompts = _causal(q_prompts, k_prompts, v_prompts)
-    of_responses = _extend(q, k, v, k_prompts, v_prompts, places.prompt_length.reshape(-1))
-    both = [x.reshape(A, -1, q_AxLxNxH.shape[2] * q_AxLxNxH.shape[3]) for x in (of_prompts, of_responses)]
-    return _moved(jnp.concatenate(both, axis=1), back, out).reshape(q_AxLxNxH.shape)
-
-
-def _moves(layout: Packed, length: int) -> tuple[jax.Array, jax.Array]:
-    """Where each place of the short rows [A, B x S + R x T] finds its token in the packed row, and each token of that
-    [A, L] its place there; -1: nowhere."""
-    places, widths = layout.places, (layout.prompt, layout.response)
-    parts = (places.prompt_start, places.prompt_length), (places.response_start, places.response_length)
-    out, back, first = [], [], 0
-    for (start, count), width in zip(parts, widths, strict=True):
-        at = jnp.arange(width)
-        out.append(jnp.where(at < count[..., None], start[..., None] + at, -1).reshape(len(start), -1))
-        offset = jnp.arange(length)[:, None] - start[:, None]  # [A, L, B or R]
-        inside = (offset >= 0) & (offset < count[:, None])
-        place = first + width * jnp.arange(start.shape[1]) + offset
-        back.append(jnp.where(inside, place, -1).max(-1))
-        first += width * start.shape[1]
-    return jnp.concatenate(out, axis=1), jnp.maximum(*back)
-
-
-@jax.custom_vjp
-def _moved(x_AxTxD: jax.Array, index_AxS: jax.Array, back_AxT: jax.Array) -> jax.Array:
-    """`x` at an index, 0 where that is -1. `back` is the way back, so that the gradient is a gather, too: XLA's scatter
-    is slow. What has no way back is read by nobody."""
-    found = jnp.take_along_axis(x_AxTxD, jnp.maximum(index_AxS, 0)[..., None], axis=1)
-    return jnp.where((index_AxS >= 0)[..., None], found, 0)
-
-
-_moved.defvjp(
-    lambda x, index, back: (_moved(x, index, back), (index, back)),
-    lambda ways, gradient: (_moved(gradient, *ways[::-1]), None, None),
-)

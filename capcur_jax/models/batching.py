@@ -6,17 +6,18 @@ Shapes are declared, so that a run compiles a handful of programs: a batch takes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from capcur_jax.errors import InputError
 from capcur_jax.models.config import ModelConfig, VisionConfig
-from capcur_jax.models.inputs import Prompt, coordinates, table_taps, window_order
+from capcur_jax.models.image_rows import ImagePacker, PatchBuckets, blank_vision, place_images
+from capcur_jax.models.inputs import Prompt
 from capcur_jax.models.qwen_vl import PromptBatch
-from capcur_jax.models.vision import VisionBatch
 
 
 class PromptSize(NamedTuple):
@@ -31,11 +32,17 @@ class PromptSize(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """B prompts of T tokens; J rows of patches, 0: no vision arrays."""
+    """B prompts of T tokens; J rows of P patches, those of all parts together; both 0: no vision arrays."""
 
     prompts: int
     tokens: int
-    patch_rows: int
+    patch_rows: int = 0
+    patches: int = 0
+
+    @property
+    def patch_slots(self) -> int:
+        """Patches that the vision tower computes."""
+        return self.patch_rows * self.patches
 
 
 def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
@@ -51,56 +58,36 @@ def rounded_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """(row, offset) of each image in rows of `length` patches.
-
-    The largest comes first, each goes to the fullest row that holds it. Raises InputError for one longer than a row.
-    """
-    free: list[int] = []
-    places = [(0, 0)] * len(sizes)
-    for image in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        size = sizes[image]
-        if size > length:
-            raise InputError(f"config.prompt.patch_row = {length} does not hold an image of {size} patches; raise it")
-        fitting = [row for row, left in enumerate(free) if left >= size]
-        row = min(fitting, key=free.__getitem__, default=len(free))
-        if row == len(free):
-            free.append(length)
-        places[image] = (row, length - free[row])
-        free[row] -= size
-    return places
-
-
-def place_images(prompts: Sequence[Sequence[int]], length: int) -> list[tuple[int, int]]:
-    """(row, offset) of each image of several prompts, given as patches of each, one prompt after the other.
-
-    All images together as in `assign_rows`, or, where that needs fewer rows, each prompt's in rows of their own: so a
-    batch never needs more rows than its prompts do alone, which `Buckets.most_rows` counts on.
-    """
-    together = assign_rows([size for images in prompts for size in images], length)
-    apart: list[tuple[int, int]] = []
-    for images in prompts:
-        first = rows_of(apart)
-        apart += [(first + row, at) for row, at in assign_rows(images, length)]
-    return min(together, apart, key=rows_of)
-
-
-def rows_of(places: Sequence[tuple[int, int]]) -> int:
-    """How many rows images at these places take."""
-    return 1 + max((row for row, _ in places), default=-1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The declared shapes of a batch of prompts (`config.prompt`).
-
-    `tokens`: lengths of prompt rows. `patch_row`: patches in a row of the vision tower, at least the largest image's.
-    `patch_rows`: how many such rows a prompt of the batch gets on average, for example (0.25, 0.5, 1.0).
+    """The declared shapes of a batch of prompts (`config.prompt`): lengths of prompt rows, and what a device row's
+    images take (`PatchBuckets`, which says what `patches` and `smallest` are, and raises InputError).
     """
 
     tokens: tuple[int, ...]
-    patch_row: int
-    patch_rows: tuple[float, ...]
+    patches: tuple[tuple[int, int], ...] = ()
+    smallest: int = 4
+
+    def __post_init__(self):
+        _ = self.images
+
+    @functools.cached_property
+    def images(self) -> PatchBuckets:
+        """Those of images."""
+        return PatchBuckets(self.patches, self.smallest)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], vision: VisionConfig, min_pixels: int = 0) -> Buckets:
+        """Those of `config.prompt`. `min_pixels`: of an image, where the settings leave that to the checkpoint.
+
+        Raises:
+          InputError: a row of patches that is no whole number of image tokens; names the config key.
+        """
+        merged, patches = vision.merge_size**2, tuple(map(tuple, settings["patch_buckets"]))
+        fewest = (settings["min_pixels"] or min_pixels) // vision.patch_size**2
+        buckets = cls(tuple(settings["token_buckets"]), patches, max(1, fewest // merged) * merged)
+        buckets.images.check_multiples(merged)
+        return buckets
 
     def shape(
         self, sizes: Sequence[PromptSize], images: bool | None = None, rows: int = 0, shards: int = 1
@@ -119,60 +106,24 @@ class Buckets:
         B = rows or len(sizes)
         T = smallest_bucket(self.tokens, max((size.tokens for size in sizes), default=1), "config.prompt.token_buckets")
         if not (any(size.images for size in sizes) if images is None else images):
-            return BatchShape(B, T, 0)
-        needed = 0
-        for part in _parts(sizes, B, shards):
-            needed = max(needed, rows_of(place_images([size.images for size in part], self.patch_row)))
-        return BatchShape(B, T, shards * min(self._holding(needed, B // shards)))
-
-    def _holding(self, needed: int, prompts: int) -> list[int]:
-        """The declared numbers of rows that are enough for so many prompts. Raises InputError if none is."""
-        declared = self.patch_row_counts(prompts)
-        if needed > declared[-1]:
-            raise InputError(
-                f"config.prompt.patch_rows = {self.patch_rows} gives {prompts} prompts at most {declared[-1]} rows of "
-                f"patches, their images can need {needed}: declare {math.ceil(100 * needed / prompts) / 100:g} too, or "
-                "raise config.prompt.patch_row"
-            )
-        return [count for count in declared if count >= needed]
-
-    def patch_row_counts(self, prompts: int) -> list[int]:
-        """The declared numbers of rows of patches for a batch of prompts, rising."""
-        return sorted({math.ceil(share * prompts) for share in self.patch_rows} or {0})
+            return BatchShape(B, T, 0, 0)
+        J, P = max(self.images.bucket([size.images for size in part]) for part in _parts(sizes, B, shards))
+        return BatchShape(B, T, shards * J, P)
 
     def shapes(self, sizes: Sequence[PromptSize], images: bool, rows: int, shards: int = 1) -> list[BatchShape]:
-        """Every shape that a batch of `rows` prompts drawn from these sizes can take, whichever meet in it."""
-        tokens = sorted({self.shape([size], False).tokens for size in sizes})
-        if not images:
-            return [BatchShape(rows, T, 0) for T in tokens]
-        enough, declared = self.check(sizes, rows // shards), self.patch_row_counts(rows // shards)
-        return [BatchShape(rows, T, shards * n) for T in tokens for n in declared if n <= enough]
-
-    def check(self, sizes: Sequence[PromptSize], prompts: int) -> int:
-        """The smallest declared number of rows of patches that holds any `prompts` prompts of these sizes. Raises
-        InputError where none does: now, and not in the middle of a run."""
-        return min(self._holding(self.most_rows(sizes, prompts), prompts))
-
-    def most_rows(self, sizes: Sequence[PromptSize], prompts: int) -> int:
-        """A bound on the rows of patches of any `prompts` prompts of these sizes, each as often as it likes (one may
-        come twice at an epoch's end). The largest sum of patches is no such bound: a smaller one may pack worse."""
-        P, images = self.patch_row, {size.images for size in sizes if size.images}
-        if not images:
-            return 0
-        alone = prompts * max(rows_of(assign_rows(each, P)) for each in images)
-        patches, count = prompts * max(map(sum, images)), prompts * max(map(len, images))
-        largest = max(map(max, images))
-        # `assign_rows` begins a row for an image that no other has room for. So all rows but one have more than
-        # P - largest patches, and as many images as the largest would be in a row; and all but one are over half full.
-        return min(
-            alone, 1 + (patches - 1) // (P - largest + 1), -(-count // (P // largest)), max(1, -(-2 * patches // P))
-        )
+        """Every shape that a batch of at most `rows` prompts drawn from these sizes can take, whichever meet in it."""
+        shapes = []
+        for T in sorted({self.shape([size], False).tokens for size in sizes}):
+            shown = [size.images for size in sizes if size.tokens <= T]
+            declared = self.images.possible(shown, rows // shards) if images else [(0, 0)]
+            shapes += [BatchShape(rows, T, shards * J, P) for J, P in declared]
+        return shapes
 
     def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
-        (B, T, J), P, vision = shape, self.patch_row, None
+        (B, T, J, P), vision = shape, None
         if J:
-            vision = blank_vision(J, P, config.vision)
+            vision = blank_vision(J, P, config.vision, self.images.smallest)
         return PromptBatch(
             tokens=np.full((B, T), pad, np.int32),
             lengths=np.ones(B, np.int32),
@@ -197,15 +148,15 @@ class Buckets:
         `images`, `rows`, `shards`: see `shape`, which is also what to fill if it is given (processes must agree on it).
         Rows without a prompt of their own repeat the last one, its images included, which are in each part once.
         """
-        sizes = [PromptSize.of(prompt) for prompt in prompts]
-        shape = shape or self.shape(sizes, images, rows, shards)
+        shape = shape or self.shape([PromptSize.of(prompt) for prompt in prompts], images, rows, shards)
         batch = self.blank(shape, config, pad)
         if not prompts:
             return batch
         packer = ImagePacker(batch.vision, config.vision, shape.patch_rows // shards)
         each = shape.prompts // shards
         for shard, part in enumerate(_parts(prompts, shape.prompts, shards)):
-            places = iter(place_images([PromptSize.of(prompt).images for prompt in part], self.patch_row))
+            counted = [self.images.counted(PromptSize.of(prompt).images) for prompt in part]
+            places = iter(place_images(counted, shape.patches))
             packer.start(shard)
             for row, prompt in enumerate(part, shard * each):
                 length = len(prompt)
@@ -222,61 +173,11 @@ class Buckets:
         return batch
 
 
-def blank_vision(rows: int, length: int, config: VisionConfig) -> VisionBatch:
-    """So many rows of so many patches with nothing in them (numpy)."""
-    J, P = rows, length
-    return VisionBatch(
-        patches=np.zeros((J, P, config.patch_values), np.float32),
-        table_index=np.zeros((J, P, 4), np.int32) if config.table_size else None,
-        table_weight=np.zeros((J, P, 4), np.float32) if config.table_size else None,
-        coordinates=np.zeros((J, P, 2), np.int32),
-        segments=np.zeros((J, P), np.int32),
-        windows=np.zeros((J, P), np.int32) if config.window else None,
-    )
-
-
 def _parts(items: Sequence[Any], rows: int, shards: int) -> Iterator[Sequence[Any]]:
     """What each of `shards` equal parts of `rows` rows holds of its own; a part that gets nothing has the last item."""
     each = rows // shards
     for at in range(0, rows, each):
         yield items[at : at + each] or items[-1:]
-
-
-class ImagePacker:
-    """Writes images into the rows of a vision batch, in window order; each frame of each image is an attention segment
-    of its own, and so is each of its windows."""
-
-    def __init__(self, vision: VisionBatch | None, config: VisionConfig, rows: int):
-        self._vision, self._config, self._rows, self._first = vision, config, rows, 0  # rows of a part
-        total = 0 if vision is None else len(vision.segments)
-        self._segments, self._windows = np.zeros(total, np.int32), np.zeros(total, np.int32)  # used so far, by row
-
-    def start(self, shard: int) -> None:
-        """What is placed from now on belongs to this part."""
-        self._first = shard * self._rows
-
-    def place(self, prompt: Prompt, places: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Where among the flat merged features of its part each of the prompt's lies."""
-        vision, config, merged = self._vision, self._config, self._config.merge_size**2
-        index, start = [], 0
-        for grid, (row, at) in zip(prompt.grids, places, strict=True):
-            order, windows = window_order(grid, config)
-            index.append(np.argsort(order) + (row * vision.segments.shape[1] + at) // merged)
-            row += self._first
-            patches = (order[:, None] * merged + np.arange(merged)).reshape(-1)
-            here = (row, slice(at, at + len(patches)))
-            vision.patches[here] = prompt.patches[start + patches]
-            vision.coordinates[here] = coordinates(grid, config)[patches]
-            vision.segments[here] = self._segments[row] + 1 + np.repeat(np.arange(grid[0]), grid[1] * grid[2])
-            if config.table_size:
-                taps, weights = table_taps(grid, config)
-                vision.table_index[here], vision.table_weight[here] = taps[patches], weights[patches]
-            if config.window:
-                vision.windows[here] = self._windows[row] + 1 + np.repeat(windows, merged)
-            self._segments[row] += grid[0]
-            self._windows[row] += windows[-1] + 1
-            start += len(patches)
-        return np.concatenate(index)
 
 
 def padding(batches: Sequence[PromptBatch]) -> dict[str, float]:

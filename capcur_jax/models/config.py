@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ UNSUPPORTED = {
     "qwen2_vl": "Qwen2-VL, the generation before windows",
     "qwen2_5_omni": "audio",
 }
+# Of transformers' image processor of both families, where a checkpoint's file leaves them out.
+IMAGE_DEFAULTS = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "rescale_factor": 1 / 255,
+}  # fmt: skip
 # Older writers leave out what equals the defaults of transformers' configuration classes; these are those.
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2_5_vl": {
@@ -55,7 +61,8 @@ class VisionConfig:
 
     `deepstack`: blocks whose outputs feed the first decoder layers (Qwen3-VL). `table_size`: entries of the square grid
     of learned positions, 0 for none. `window`: side of an attention window in merged features, 0 for none; the blocks
-    of `full_blocks` see whole images all the same (Qwen2.5-VL).
+    of `full_blocks` see whole images all the same (Qwen2.5-VL). `rescale`, `mean`, `std`: a byte of a channel counts
+    (byte x rescale - mean) / std.
     """
 
     depth: int
@@ -76,6 +83,9 @@ class VisionConfig:
     rms_norm: bool = False  # instead of LayerNorm
     patch_bias: bool = True
     rope_theta: float = 10000.0
+    rescale: float = 1 / 255
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @property
     def head_dim(self) -> int:
@@ -85,6 +95,11 @@ class VisionConfig:
     def patch_values(self) -> int:
         """Numbers in one flattened patch: channels x temporal pair x pixels."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of one patch of a still image, whose frames are all the same: channels x pixels."""
+        return self.channels * self.patch_size**2
 
     @property
     def table_side(self) -> int:
@@ -182,6 +197,8 @@ def _vision(section: dict, family: str, where: str) -> VisionConfig:
             gated=True,
             rms_norm=True,
             patch_bias=False,
+            mean=IMAGE_DEFAULTS["image_mean"],
+            std=IMAGE_DEFAULTS["image_std"],
         )
     config = VisionConfig(
         **shared,
@@ -276,7 +293,41 @@ def from_directory(directory: str | Path) -> ModelConfig:
         published = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnsupportedCheckpoint(f"{path} is not valid JSON ({error}); copy the file again") from None
-    return from_dict(published, str(path))
+    config = from_dict(published, str(path))
+    settings = _image_settings(Path(directory))
+    if settings is None:
+        return config
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **byte_values(settings)))
+
+
+def _image_settings(directory: Path) -> dict[str, Any] | None:
+    """Those of the checkpoint's image processor; None: it has no file of them. Raises InputError."""
+    # Newer writers nest them, and those count first, as for transformers.
+    for name, section in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
+        if not (directory / name).is_file():
+            continue
+        try:
+            found = json.loads((directory / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{directory}: {name} is not usable ({error}); copy it again") from None
+        if not section or section in found:
+            return found.get(section) if section else found
+    return None
+
+
+def byte_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`rescale`, `mean` and `std` of VisionConfig, by the settings of an image processor."""
+
+    def of(key: str) -> Any:
+        value = settings.get(key)
+        return IMAGE_DEFAULTS[key] if value is None else value
+
+    normal = settings.get("do_normalize", True)
+    return {
+        "rescale": float(of("rescale_factor")) if settings.get("do_rescale", True) else 1.0,
+        "mean": tuple(map(float, of("image_mean"))) if normal else (0.0, 0.0, 0.0),
+        "std": tuple(map(float, of("image_std"))) if normal else (1.0, 1.0, 1.0),
+    }
 
 
 DTYPES = ("float32", "bfloat16")

@@ -43,7 +43,7 @@ class Prompt:
     positions: np.ndarray  # [3, T] int32
     next_position: int
     visual_index: np.ndarray  # [T] int32 into this prompt's own merged features, -1 at text
-    patches: np.ndarray  # [P, values] float32
+    patches: np.ndarray  # [P, channels x pixels] uint8; the frames of a still image are all the same
     grids: tuple[tuple[int, int, int], ...]  # (time, rows, columns) of patches, an image each
 
     def __len__(self) -> int:
@@ -112,17 +112,18 @@ def coordinates(grid: tuple[int, int, int], config: VisionConfig) -> np.ndarray:
 
 
 def pixels(values: np.ndarray, places: np.ndarray, config: VisionConfig) -> np.ndarray:
-    """Patches of one image [P, values] laid out as the image [frames, height, width, channels]; what is not there is 0.
+    """Patches of one image [P, channels x pixels] laid out as the image [height, width, channels]; what is not there is
+    0.
 
-    `values`: the patches themselves, normalised, or anything of their shape, such as a gradient. The frames of a still
-    image are copies: its gradient is their sum. `places`: (row, column) of each, as `coordinates` gives them.
+    `values`: the patches themselves, or anything of their shape, such as a gradient. `places`: (row, column) of each,
+    as `coordinates` gives them.
     """
-    p, frames = config.patch_size, config.temporal_patch_size
+    p = config.patch_size
     height, width = p * (places.max(axis=0) + 1)
-    patches = values.reshape(len(values), -1, frames, p, p).transpose(0, 2, 3, 4, 1)
-    image = np.zeros((frames, height, width, patches.shape[-1]), patches.dtype)
+    patches = values.reshape(len(values), -1, p, p).transpose(0, 2, 3, 1)
+    image = np.zeros((height, width, patches.shape[-1]), patches.dtype)
     for (row, column), patch in zip(places, patches, strict=True):
-        image[:, p * row : p * (row + 1), p * column : p * (column + 1)] = patch
+        image[p * row : p * (row + 1), p * column : p * (column + 1)] = patch
     return image
 
 
@@ -208,8 +209,9 @@ class Processor:
             images = AutoImageProcessor.from_pretrained(str(directory), local_files_only=True, backend="pil")
         except (OSError, ValueError) as error:
             raise InputError(f"{directory}: preprocessor_config.json is not usable ({error}); copy it again") from None
-        for key in ("patch_size", "temporal_patch_size", "merge_size"):
-            theirs, ours = getattr(images, key), getattr(config.vision, key)
+        read = {key: getattr(images, key) for key in ("patch_size", "temporal_patch_size", "merge_size")}
+        for key, theirs in (read | config_lib.byte_values(vars(images))).items():
+            ours = getattr(config.vision, key)
             if theirs != ours:
                 raise InputError(
                     f"{directory}: {key} is {theirs} by preprocessor_config.json and {ours} by config.json; "
@@ -295,15 +297,17 @@ class Processor:
             images: pictures, which are resized, or else arrays [height, width, 3] uint8 whose size is by `resized`.
         """
         tokens = self.tokenize(text, len(images))
-        merge, image_token = self.config.vision.merge_size, self.config.image_token
-        patches, grids = np.zeros((0, self.config.vision.patch_values), np.float32), ()
+        vision, image_token = self.config.vision, self.config.image_token
+        merge = vision.merge_size
+        patches, grids = np.zeros((0, vision.patch_bytes), np.uint8), ()
         if images:
             # Arrays are not resized again: of narrow images a second time would not find the size of the first.
             arrays = {"do_resize": False, "input_data_format": "channels_last"}
-            done = self.images(
-                images=list(images), return_tensors="np", **(arrays if isinstance(images[0], np.ndarray) else {})
-            )
-            patches = np.ascontiguousarray(done["pixel_values"], np.float32)
+            arrays = arrays if isinstance(images[0], np.ndarray) else {}
+            # As bytes: the tower makes numbers of them, once for each pass instead of four bytes for each on the way.
+            done = self.images(images=list(images), return_tensors="np", do_rescale=False, do_normalize=False, **arrays)
+            frames = done["pixel_values"].reshape(-1, vision.channels, vision.temporal_patch_size, vision.patch_size**2)
+            patches = frames[:, :, 0].reshape(-1, vision.patch_bytes).astype(np.uint8)
             grids = tuple(tuple(int(n) for n in grid) for grid in done["image_grid_thw"])
             counts = np.ones(len(tokens), np.int64)
             counts[tokens == image_token] = [t * h * w // merge**2 for t, h, w in grids]

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -32,12 +33,25 @@ class VisionBatch:
     has windows, the blocks of a window follow one another too, so that nothing is permuted on the device.
     """
 
-    patches: Any  # [J, P, channels x temporal x pixels] float32, normalised
+    patches: Any  # [J, P, channels x pixels] uint8, as the image has them
     table_index: Any  # [J, P, 4] int32 into the learned positions; None where the tower has none
     table_weight: Any  # [J, P, 4] float32, bilinear; None likewise
     coordinates: Any  # [J, P, 2] int32 (row, column) of the patch in its image
-    segments: Any  # [J, P] int32: 0 padding, otherwise the number of the image frame in its row
+    segments: Any  # [J, P] int32: 0 padding, otherwise the number of the image in its row, from 1
+    starts: Any  # [J, I] int32: where image i + 1 begins in its row
+    lengths: Any  # [J, I] int32: its patches, 0: there is none
     windows: Any  # [J, P] int32: likewise for the windows of all its images; None where the tower has none
+
+
+def pixel_values(patches, config: VisionConfig) -> jax.Array:
+    """Bytes [..., channels x pixels] -> [..., channels x frames x pixels] float32, as transformers' image processor has
+    them: (byte x rescale - mean) / std. A still image fills the frames of a patch alike."""
+    lead, pixels = patches.shape[:-1], config.patch_size**2
+    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (config.mean, config.std))
+    scaled = jnp.asarray(patches).reshape(*lead, config.channels, 1, pixels).astype(jnp.float32)
+    normal = (scaled * np.float32(config.rescale) - mean) / std
+    frames = jnp.broadcast_to(normal, (*lead, config.channels, config.temporal_patch_size, pixels))
+    return frames.reshape(*lead, config.patch_values)
 
 
 class VisionAttention(nnx.Module):
@@ -133,7 +147,7 @@ class VisionTower(nnx.Module):
     def __call__(self, batch: VisionBatch) -> tuple[jax.Array, jax.Array | None]:
         """Features [F, D] and DeepStack features [n, F, D] (None where the model has none)."""
         taken = jnp.array(self.config.deepstack, jnp.int32)
-        x = self.patch(batch.patches)
+        x = self.patch(pixel_values(batch.patches, self.config))
         if self.config.table_size:
             table = jnp.asarray(self.table.embedding, self.dtype)[batch.table_index]
             x = x + (table * batch.table_weight[..., None]).sum(-2).astype(x.dtype)

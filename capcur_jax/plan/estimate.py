@@ -80,7 +80,7 @@ def report(
     if lengths and not chip:
         raise InputError(f"--lengths={lengths}: a CPU's devices have no rates; leave it out, or plan for a chip")
     merge = plan_programs.architecture(config).config.vision.merge_size
-    kinds = {which: lengths_lib.extreme(config, which == "largest") for which in ("smallest", "largest")}
+    kinds = {which: lengths_lib.extreme(config, merge, which == "largest") for which in ("smallest", "largest")}
     kinds |= {lengths: lengths_lib.of(lengths, config, merge)} if lengths else {}
     variants = plan_programs.variants(config, devices, without_images)
     stages = []

@@ -110,15 +110,22 @@ def _pools(path: Path) -> dict[str, list[Group]]:
     return pools
 
 
-def extreme(config: ConfigDict, largest: bool) -> Lengths:
-    """All prompts of the largest (smallest) declared sizes; responses as long as may be (an eighth of that)."""
+def declared(config: ConfigDict, merge: int, images: bool, choose: Callable[..., int]) -> PromptSize:
+    """The largest (`choose`: max) or smallest (min) prompt that is declared, with an image as large as there can be in
+    it."""
+    tokens = choose(config.prompt.token_buckets)
+    row = choose((length for _, length in config.prompt.patch_buckets), default=0)
+    return PromptSize(tokens, (min(row, tokens * merge**2),) if images else ())
+
+
+def extreme(config: ConfigDict, merge: int, largest: bool) -> Lengths:
+    """All prompts of the largest (smallest) declared sizes; responses as long as may be (an eighth of that). `merge`:
+    as in `draw`."""
     choose = max if largest else min
-    share = min(1.0, choose(config.prompt.patch_rows))
-    patches, tokens = int(config.prompt.patch_row * share), choose(config.prompt.token_buckets)
     length = config.rollout.max_new_tokens if largest else -(-config.rollout.max_new_tokens // _SHORT)
 
     def same(stage: Stage, images: bool) -> list[Group]:
-        return [(PromptSize(tokens, (patches,) if images else ()), [length] * _group(stage, config))] * stage.prompts
+        return [(declared(config, merge, images, choose), [length] * _group(stage, config))] * stage.prompts
 
     return same
 

@@ -143,10 +143,10 @@ class Step:
 
     def _split(self, at: Any, shape: BatchShape | RowShape) -> tuple[np.ndarray, np.ndarray]:
         """FLOPs (linear, attention) of the decoder and of the vision tower."""
-        text = self._counts(at, shape._replace(patch_rows=0))
+        text = self._counts(at, shape._replace(patch_rows=0, patches=0))
         if not shape.patch_rows:
             return text, np.zeros(2)
-        key = at, shape.patch_rows, getattr(shape, "patches", 0)
+        key = at, shape.patch_rows, shape.patches
         if key not in self._vision_counts:  # the tower sees nothing of the text
             self._vision_counts[key] = self._counts(at, shape) - text
         return text, self._vision_counts[key]
@@ -166,7 +166,7 @@ class Step:
         for shape in sampled.admissions:
             text, vision = self._split(program.at, shape)
             total += text.sum() + vision.sum()
-            tokens, slots = tokens + shape.prompts * shape.tokens, slots + self._patches(shape)
+            tokens, slots = tokens + shape.prompts * shape.tokens, slots + shape.patch_slots
             layers = text[0] / self._trainers / rate.linear
             pairs = shape.prompts * shape.tokens**2 / 2 * work.pair_flops(self._known)
             attention = self._attended(pairs, 1.0, rate.attention)
@@ -247,9 +247,6 @@ class Step:
         """Bytes of a batch of prompts as the host makes it."""
         layout = self._variant.layout
         return _bytes(layout.buckets.blank(shape, self._known, layout.processor.pad_token))
-
-    def _patches(self, shape: BatchShape) -> int:
-        return shape.patch_rows * self._variant.layout.buckets.patch_row
 
     def _forward(self, useful: work.Useful, micro: Micro) -> float:
         """FLOPs of one forward pass of real tokens and patches; the vision tower's by those traced for a batch."""

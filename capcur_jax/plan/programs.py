@@ -134,7 +134,7 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
 
 def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, images: bool) -> Variant:
     stage = stages[0]
-    buckets = Buckets(config.prompt.token_buckets, config.prompt.patch_row, config.prompt.patch_rows)
+    buckets = Buckets.of(config.prompt, processor.config.vision)
     layout = Layout.of(stage, config, buckets, processor, mesh, images)
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
     learner = Learner(
@@ -187,7 +187,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
     slots = (0, 0)
     if engine is not None:
         beside = moments + on_device(sums) + kept
-        large = _sizes(config, images)
+        large = _sizes(config, processor.config.vision.merge_size, images)
         sampling, slots = _sampling(engine, config, stage, large, images, beside)
         programs += sampling
     shapes = {
@@ -272,11 +272,10 @@ def _sampling(
     ], (work.rows, work.prompts)
 
 
-def _sizes(config: ConfigDict, images: bool) -> list[PromptSize]:
+def _sizes(config: ConfigDict, merge: int, images: bool) -> list[PromptSize]:
     """As many prompts as a batch may have, all of the largest declared size."""
-    patches = (int(config.prompt.patch_row * min(1.0, max(config.prompt.patch_rows))),) if images else ()
     most = max(stage.prompts for stage in schedule.stages(config))
-    return [PromptSize(max(config.prompt.token_buckets), patches)] * max(most, config.rollout.slots)
+    return [lengths.declared(config, merge, images, max)] * max(most, config.rollout.slots)
 
 
 def _as(tree: nnx.State, dtype: Any) -> nnx.State:

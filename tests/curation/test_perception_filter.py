@@ -320,7 +320,7 @@ def replies_alone(directory, rows, caption_chat=False, max_new_tokens=8):
         bare = perception_filter.FROM_CAPTION.format(caption=row.metadata["caption"], question=text)
         bare += perception_filter.LETTER_ALONE
         prompts.append(processor.prepare(processor.render([bare]) if caption_chat else bare + "\nAnswer:"))
-    buckets = Buckets((max(map(len, prompts)),), 1024, (1.0,))
+    buckets = Buckets((max(map(len, prompts)),), ((len(prompts), 1024),))
     engine = LocalEngine(huggingface.load(directory), processor, slots=1, buckets=buckets)
     groups = engine.generate(prompts, Sampling(max_new_tokens, 0.0), 1)
     texts = [processor.decode(sample.tokens) for (sample,) in groups]

@@ -180,7 +180,10 @@ def test_an_overlong_prompt_is_left_out_whole(processor, images):
     assert len(exact.build(problem)) == tokens
     for limits, message in (
         ((tokens - 1, patches), rf"has {tokens} tokens, config\.prompt\.max_tokens = {tokens - 1}: raise the limit"),
-        ((tokens, patches - 1), rf"an image has {patches} patches, config\.prompt\.patch_row = {patches - 1}: "),
+        (
+            (tokens, patches - 1),
+            rf"an image has {patches} patches, a row of config\.prompt\.patch_buckets at most {patches - 1}: ",
+        ),
     ):
         strict = PromptBuilder(processor, "suffix", *limits)
         for method in (strict.build, strict.measure):

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     mesh = sharding.make_mesh(config.mesh)
     model = huggingface.load(checkpoint, mesh=mesh, remat="full")
     processor = Processor.from_directory(checkpoint)
-    buckets = Buckets((64, 160), 64 * 4, (1.0, 2.0))
+    buckets = Buckets((64, 160), tuple((rows, 64 * 4) for rows in (1, 2, 4, 8, 16)))
     graph, parameters = nnx.split(model)
     prompts, groups = recorded(processor)
     engine = LocalEngine(model, processor, slots=PROMPTS, buckets=buckets)

@@ -162,7 +162,7 @@ def full_sequences(parts, prompts, tokens, processor):
         )
         where[r, :length] = len(prompt) - 1 + np.arange(length)
         place[r, :length] = np.searchsorted(allowed, response)
-    sequences = Buckets((80,), 96, (1.0,)).collate(rows, processor.config, processor.pad_token)
+    sequences = Buckets((80,), ((6, 96),)).collate(rows, processor.config, processor.pad_token)
 
     @jax.jit
     def run(parameters, temperature, weights, of_entropy):

@@ -125,7 +125,7 @@ def test_a_new_objective_is_a_line_in_the_table(monkeypatch, config, parts, proc
     config = copy.deepcopy(config)
     config.stages.perception.objective, config.order = "weighted", ("perception",)
     (stage,) = schedule.stages(config)
-    layout = Layout.of(stage, config, Buckets((48,), 96, (1.0,)), processor, sharding.single(), images=True)
+    layout = Layout.of(stage, config, Buckets((48,)), processor, sharding.single(), images=True)
     assert layout.sampled == sampled and layout.bounds.group == (config.rollout.group if sampled else 1)
     learner = make_learner(config, parts, processor, objective="weighted")
     _, result = update(learner, parts, fresh_state(learner, parts), plain)

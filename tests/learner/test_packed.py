@@ -26,7 +26,7 @@ from tests.conftest import random_image
 from tests.learner.conftest import relative_differences, replaced
 
 G, LIMIT, RATE = 3, 8, 1e-3
-BUCKETS = Buckets((96,), 64, (2.0,))
+BUCKETS = Buckets((96,))
 PACKINGS = {  # few shapes: each is a program to compile
     "one micro-batch": {"lengths": (320,), "groups": 4, "patch_buckets": ((6, 64),)},
     "several": {"lengths": (112, 128), "groups": 2, "patch_buckets": ((6, 64),)},

@@ -13,9 +13,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from capcur_jax.errors import InputError
+from capcur_jax.models import config as config_lib
 from capcur_jax.models import inputs
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import BadInput, Processor
+from capcur_jax.models.vision import pixel_values
 
 SIZES = [(37, 50), (64, 20), (16, 16), (9, 130), (200, 151)]  # the last is above the checkpoint's max_pixels
 
@@ -28,17 +30,26 @@ def pictures(make_image):
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_patches_equal_transformers_pil_processor(checkpoint, processor, pictures):
+def values_of(prompt, processor) -> np.ndarray:
+    return np.asarray(pixel_values(prompt.patches, processor.config.vision))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "windowed_checkpoint"])
+def test_patches_equal_transformers_pil_processor(kind, request, pictures):
     """Called by itself, with the settings of preprocessor_config.json and one image at a time."""
+    checkpoint = request.getfixturevalue(kind)
+    processor = Processor.from_directory(checkpoint)
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text(encoding="utf-8"))
     kept = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "size")
-    theirs = Qwen2VLImageProcessorPil(**{key: settings[key] for key in kept})
+    limits = ("min_pixels", "max_pixels")
+    theirs = Qwen2VLImageProcessorPil(**{key: settings[key] for key in (*kept, *limits) if key in settings})
     prompt = processor.prepare(processor.render([None] * len(pictures)), pictures)
     done = [theirs(images=[picture], return_tensors="np") for picture in pictures]
     assert prompt.grids == tuple(tuple(one["image_grid_thw"][0].tolist()) for one in done)
-    np.testing.assert_array_equal(prompt.patches, np.concatenate([one["pixel_values"] for one in done]))
-    assert prompt.patches.dtype == np.float32
-    assert -1 <= prompt.patches.min() < -0.5 < 0.5 < prompt.patches.max() <= 1
+    expected, found = np.concatenate([one["pixel_values"] for one in done]), values_of(prompt, processor)
+    np.testing.assert_allclose(found, expected, rtol=3e-7, atol=3e-7)  # of values up to 2.2: a rounding or two
+    assert prompt.patches.dtype == np.uint8 and found.dtype == np.float32
+    assert found.min() < -0.5 < 0.5 < found.max()
 
 
 def test_a_patch_holds_its_pixels(processor):
@@ -47,11 +58,12 @@ def test_a_patch_holds_its_pixels(processor):
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     prompt = processor.prepare(processor.render([None]), [Image.fromarray(pixels)])
     assert prompt.grids == ((1, 4, 4),)
-    scaled = (pixels / 255.0 - 0.5) / 0.5
     corners = [(0, 0), (0, 4), (4, 0), (4, 4), (0, 8), (0, 12), (4, 8), (4, 12)]  # the two upper merged blocks
     for patch, (y, x) in zip(prompt.patches, corners, strict=False):
-        expected = np.moveaxis(scaled[y : y + 4, x : x + 4], -1, 0)
-        np.testing.assert_allclose(patch.reshape(3, 2, 4, 4), np.stack([expected] * 2, axis=1), atol=1e-6)
+        np.testing.assert_array_equal(patch.reshape(3, 4, 4), np.moveaxis(pixels[y : y + 4, x : x + 4], -1, 0))
+    scaled = (np.moveaxis(pixels[:4, :4], -1, 0) / 255.0 - 0.5) / 0.5
+    values = values_of(prompt, processor)[0].reshape(3, 2, 4, 4)
+    np.testing.assert_allclose(values, np.stack([scaled] * 2, axis=1), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "windowed_checkpoint"])
@@ -60,14 +72,12 @@ def test_pixels_are_where_they_were(kind, request, make_image):
     processor = Processor.from_directory(request.getfixturevalue(kind))
     picture, config = np.asarray(make_image(40, 24)), processor.config
     prompt = processor.prepare(processor.render([None]), [picture])
-    scaled = (picture / 255.0 - processor.images.image_mean) / processor.images.image_std
-    expected = np.stack([scaled] * 2)  # frames
     places = inputs.coordinates(prompt.grids[0], config.vision)
-    np.testing.assert_allclose(inputs.pixels(prompt.patches, places, config.vision), expected, atol=1e-6)
-    vision = Buckets((128,), patch_row=64, patch_rows=(1,)).collate([prompt], config, processor.pad_token).vision
+    np.testing.assert_array_equal(inputs.pixels(prompt.patches, places, config.vision), picture)
+    vision = Buckets((128,), ((1, 64),)).collate([prompt], config, processor.pad_token).vision
     there = vision.segments[0] > 0
     found = inputs.pixels(vision.patches[0][there], vision.coordinates[0][there], config.vision)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(found, picture)
     assert not (kind.startswith("windowed") and (vision.coordinates[0][there] == places).all())
 
 
@@ -241,9 +251,9 @@ def test_image_settings_of_qwen2_5_vl(windowed_checkpoint, pictures):
     theirs = Qwen2VLImageProcessorPil.from_pretrained(str(windowed_checkpoint))
     prompt = known.prepare(known.render([None] * len(pictures)), pictures)
     done = theirs(images=pictures, return_tensors="np")
-    np.testing.assert_array_equal(prompt.patches, done["pixel_values"])
+    np.testing.assert_allclose(values_of(prompt, known), done["pixel_values"], rtol=3e-7, atol=3e-7)
     pixel = Image.new("RGB", (16, 16), (255, 255, 255))
-    white = known.prepare(known.render([None]), [pixel]).patches.reshape(-1, 3, 2, 4, 4)
+    white = values_of(known.prepare(known.render([None]), [pixel]), known).reshape(-1, 3, 2, 4, 4)
     np.testing.assert_allclose(white[:, 0], (1 - 0.48145466) / 0.26862954, rtol=1e-5)
 
 
@@ -257,6 +267,28 @@ def test_image_settings_in_processor_config(checkpoint, pictures, tmp_path):
     ours, same = Processor.from_directory(checkpoint), Processor.from_directory(newer)
     text = ours.render([None])
     np.testing.assert_array_equal(ours.prepare(text, pictures[:1]).patches, same.prepare(text, pictures[:1]).patches)
+    # They count before those of the older file, as for transformers.
+    nested["image_processor"] = settings | {"image_mean": [0.1, 0.2, 0.3], "rescale_factor": 1 / 128}
+    (newer / "processor_config.json").write_text(json.dumps(nested), encoding="utf-8")
+    (newer / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    vision = Processor.from_directory(newer).config.vision
+    assert (vision.mean, vision.rescale) == ((0.1, 0.2, 0.3), 1 / 128)
+
+
+@pytest.mark.parametrize("changes", [
+    {"image_mean": None, "image_std": None}, {"do_rescale": False, "do_normalize": False}, {"rescale_factor": 0.01},
+], ids=str)  # fmt: skip
+def test_what_a_byte_counts_is_as_transformers_reads_the_file(checkpoint, pictures, tmp_path, changes):
+    """None: the file does not say."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text(encoding="utf-8")) | changes
+    settings = {key: value for key, value in settings.items() if value is not None}
+    (other / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    known = Processor.from_directory(other)
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(str(other))(images=pictures[:2], return_tensors="np")
+    found = values_of(known.prepare(known.render([None] * 2), pictures[:2]), known)
+    np.testing.assert_allclose(found, theirs["pixel_values"], rtol=3e-7, atol=3e-7)
+    assert config_lib.from_directory(other) == known.config
 
 
 def test_a_video_is_refused_by_name(processor):

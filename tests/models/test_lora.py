@@ -66,7 +66,7 @@ def scene(request, make_image):
         processor.prepare(processor.render([None, "circle?"]), [make_image(23, 37)]),
         processor.prepare(processor.render(["What is 3 x 4?"])),
     ]
-    batch = Buckets((TOKENS,), 64, (1.0,)).collate(prompts, processor.config, processor.pad_token)
+    batch = Buckets((TOKENS,), ((4, 64),)).collate(prompts, processor.config, processor.pad_token)
     adapted = drawn(huggingface.load(directory, lora=SETTINGS))
     return Scene(directory, processor, prompts, batch, huggingface.load(directory), adapted)
 
@@ -162,7 +162,7 @@ def test_factors_lie_beside_the_targets_kernels_stacked(scene):
 
 def test_before_training_it_is_the_base_exactly(scene, logits):
     start = huggingface.load(scene.directory, lora=SETTINGS, seed=4)
-    text = Buckets((TOKENS,), 64, (1.0,)).collate(scene.prompts[1:], scene.processor.config, scene.processor.pad_token)
+    text = Buckets((TOKENS,), ((4, 64),)).collate(scene.prompts[1:], scene.processor.config, scene.processor.pad_token)
     with jax.disable_jit():  # compiled, a longer program may sum in another order
         ours, base = (model.logits(model.prefill(text)[0]) for model in (start, scene.base))
     np.testing.assert_array_equal(ours, base)
@@ -231,7 +231,7 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits):
                 visual_index=np.concatenate([prompt.visual_index, np.full(5, -1, np.int32)]),
             )
         )
-    whole = Buckets((TOKENS,), 64, (1.0,)).collate(rows, scene.processor.config, scene.processor.pad_token)
+    whole = Buckets((TOKENS,), ((4, 64),)).collate(rows, scene.processor.config, scene.processor.pad_token)
     model_of = lambda p: nnx.merge(graph, p)  # noqa: E731
     full = np.asarray(jax.jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
     _, prompt = jax.jit(lambda p: model_of(p).prefill(scene.batch))(state)

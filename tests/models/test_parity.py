@@ -21,7 +21,7 @@ from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
 
 ROWS = 4
-BUCKETS = Buckets((96,), patch_row=288, patch_rows=(1.0,))
+BUCKETS = Buckets((96,), ((4, 288),))
 
 
 class Pair(NamedTuple):
@@ -82,7 +82,7 @@ def padded(prompts: list[Prompt], processor: Processor):
         positions=np.zeros((3, 1), np.int32),
         next_position=1,
         visual_index=np.array([-1], np.int32),
-        patches=np.zeros((0, config.vision.patch_values), np.float32),
+        patches=np.zeros((0, config.vision.patch_bytes), np.uint8),
         grids=(),
     )
     rows = ROWS if any(prompt.grids for prompt in prompts) else 2
@@ -139,7 +139,7 @@ def test_positions_equal_transformers(pair, make_image, transformers_inputs, siz
     theirs, deltas = pair.theirs.model.get_rope_index(
         inputs["input_ids"], kinds, inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"]
     )
-    buckets = Buckets((512,), 2016, (1.0,))
+    buckets = Buckets((512,), ((2, 2016),))
     batch = buckets.collate(prompts, pair.processor.config, pair.processor.pad_token)
     for row, prompt in enumerate(prompts):
         np.testing.assert_array_equal(batch.positions[row, :, : len(prompt)], theirs[:, row, : len(prompt)].numpy())

@@ -41,7 +41,7 @@ class Scene(NamedTuple):
         return [self.processor.prepare(text, of) for text, of in zip(made, images or self.images, strict=True)]
 
     def collate(self, prompts: list[Prompt], tokens: int = TOKENS, patches: int = PATCHES) -> PromptBatch:
-        buckets = Buckets((tokens,), patches, (1.0,))
+        buckets = Buckets((tokens,), ((len(prompts), patches),))
         return buckets.collate(prompts, self.processor.config, self.processor.pad_token)
 
 
@@ -109,6 +109,11 @@ def spans(scene: Scene, prompt: Prompt) -> list[slice]:
     return [slice(int(at), int(at) + np.prod(grid) // merge) for at, grid in zip(starts, prompt.grids, strict=True)]
 
 
+def pixels_of(batch: PromptBatch) -> np.ndarray:
+    """The bytes of all patches as numbers, by which one can differentiate."""
+    return batch.vision.patches.astype(np.float32)
+
+
 def patches_of(batch: PromptBatch, row: int, span: slice) -> np.ndarray:
     """[R, P], True at the patches of the image whose tokens lie at `span` of a prompt, wherever it was packed."""
     shown = np.zeros(batch.vision.segments.size // 4, bool)
@@ -152,7 +157,7 @@ def test_a_logit_depends_on_what_precedes_it_and_on_nothing_else(scene, batch, h
     points = [(0, first.start - 1), (0, first.start), (0, second.start - 1), (0, second.start + 2)]
     points += [(row, len(prompt) - 1) for row, prompt in enumerate(prompts)]
     for row, at in points:
-        by_token, by_patch = derivative(table, batch.vision.patches, row, at)
+        by_token, by_patch = derivative(table, pixels_of(batch), row, at)
         by_token = np.abs(by_token).sum(-1).reshape(rows, length)
         here = (np.arange(rows) == row)[:, None]
         text = batch.visual_index < 0  # an image token's embedding is not read
@@ -178,7 +183,7 @@ def test_images_do_not_see_each_other_in_the_vision_tower(batch, model):
     of_feature = segments.reshape(-1, 4)[:, 0] + 100 * np.repeat(np.arange(len(segments)), segments.shape[1] // 4)
     of_patch = segments + 100 * np.arange(len(segments))[:, None]
     for image in (1, 2, 101):
-        touched = np.abs(derivative(batch.vision.patches, (of_feature == image).astype(np.float32))).sum(-1) > 0
+        touched = np.abs(derivative(pixels_of(batch), (of_feature == image).astype(np.float32))).sum(-1) > 0
         np.testing.assert_array_equal(touched, of_patch == image)
 
 
@@ -207,7 +212,7 @@ def test_windowed_blocks_see_their_window_and_full_blocks_their_image(batch, mod
         for row, number in ((0, 1), (0, 2), (1, 1)):
             here = (ids == number) & (np.arange(len(ids)) == row)[:, None]
             weight = here.reshape(-1, 4)[:, 0].astype(np.float32)
-            touched = np.abs(derivative(vision.patches, weight, vision)).sum(-1) > 0
+            touched = np.abs(derivative(vision.patches.astype(np.float32), weight, vision)).sum(-1) > 0
             np.testing.assert_array_equal(touched, here)
 
 
@@ -238,10 +243,10 @@ def test_what_lies_in_the_padding_changes_nothing(scene, batch, parameters, forw
     padding = np.arange(TOKENS) >= batch.lengths[:, None]
     nowhere = batch.vision.segments == 0
     assert padding.any() and nowhere.any()
-    noise = random.standard_normal(batch.vision.patches.shape).astype(np.float32)
+    noise = random.integers(0, 256, batch.vision.patches.shape, np.uint8)
     vision = dataclasses.replace(
         batch.vision,
-        patches=np.where(nowhere[..., None], 9 * noise, batch.vision.patches),
+        patches=np.where(nowhere[..., None], noise, batch.vision.patches),
         coordinates=np.where(nowhere[..., None], 5, batch.vision.coordinates),
     )
     littered = dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def test_records_that_cannot_be_used(tmp_path, content, message):
 
 def paper_step(groups):
     prompt, mesh = PAPER.prompt, AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
-    buckets = Buckets(prompt.token_buckets, prompt.patch_row, prompt.patch_rows)
+    buckets = Buckets(prompt.token_buckets, prompt.patch_buckets)
     processor = types.SimpleNamespace(config=None, pad_token=0)
     layout = Layout.of(VISUAL, PAPER, buckets, processor, mesh, True)
     return buckets, [micro for update in work.updates(groups, layout) for micro in update]
@@ -112,6 +113,7 @@ def test_the_samplers_slots_are_what_is_counted(paper):
     assert found.steps * found.slots >= drawn.sum() and found.steps >= drawn.max()
     assert {shape.prompts for shape in found.admissions} == {8}
     # With a slot for every response all start at once, and the longest ends the step.
+    buckets = dataclasses.replace(buckets, patches=((1, 2**18),))
     whole = work.sampled(paper, buckets, shards=8, rows=320, each=64, images=True)
     assert (len(whole.admissions), whole.steps) == (1, drawn.max())
 

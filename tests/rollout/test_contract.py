@@ -16,5 +16,5 @@ class TestLocalEngine(Contract):
         """Three slots for a dozen responses."""
         path = request.getfixturevalue(request.param)
         processor, model = Processor.from_directory(path), huggingface.load(path)
-        buckets = Buckets((48, 96), patch_row=128, patch_rows=(1.0, 3.0))
+        buckets = Buckets((48, 96), ((1, 128), (3, 128), (12, 128)))
         return Served(path, processor, model, LocalEngine(model, processor, slots=3, buckets=buckets))

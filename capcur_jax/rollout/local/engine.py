@@ -110,9 +110,10 @@ class LocalEngine:
         seed: int = 0,
         images: bool | None = None,
     ) -> list[list[Sample]]:
-        """See engine.Engine. Raises InputError where too few rows of patches are declared for the prompts, whichever of
-        them would meet in a prefill."""
-        self.buckets.check([PromptSize.of(prompt) for prompt in prompts], self.work(n, sampling).prompts)
+        """See engine.Engine. Raises InputError where too few patches are declared for the prompts, whichever of them
+        would meet in a prefill."""
+        images = [PromptSize.of(prompt).images for prompt in prompts]
+        self.buckets.images.possible(images, self.work(n, sampling).prompts)
         call = _Call(self, sampling, prompts, n, seed, images)
         while distributed.agree(call.places.unfinished()):
             while distributed.agree(call.places.worthwhile()):
@@ -309,5 +310,5 @@ class _Call:
 def _nobody(processor: Processor) -> Prompt:
     """An empty prompt, which fills a batch up."""
     one = np.full(1, processor.pad_token, np.int32)
-    empty = np.zeros((0, processor.config.vision.patch_values), np.float32)
+    empty = np.zeros((0, processor.config.vision.patch_bytes), np.uint8)
     return Prompt(one, np.zeros((3, 1), np.int32), 1, np.full(1, -1, np.int32), empty, ())

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from capcur_jax.errors import RolloutError
-from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.inputs import Processor, Prompt, coordinates, pixels
 from capcur_jax.rollout.engine import Sample, Sampling, Span
 
 # JSON has no -inf. Added to a float32 logit this leaves a probability of exactly 0, as our own sampler's -inf does.
@@ -56,23 +56,11 @@ def contract(prompt: Prompt, image_token: int, merge: int) -> list[int]:
 
 def images(prompt: Prompt, processor: Processor) -> list[Image.Image]:
     """The images that the prompt's patches were made from, at the grid's size, every pixel as it was."""
-    vision, settings = processor.config.vision, processor.images
-    side, merge, channels = vision.patch_size, vision.merge_size, vision.channels
-    mean, std = (np.asarray(getattr(settings, f"image_{name}"), np.float64) for name in ("mean", "std"))
-    found, at = [], 0
-    for time, height, width in prompt.grids:
-        patches = prompt.patches[at : at + time * height * width]
-        at += time * height * width
-        shape = time, height // merge, width // merge, merge, merge, channels, vision.temporal_patch_size, side, side
-        # -> time, frame, (block row, row, pixel row), (block column, column, pixel column), channel; a still image
-        # fills all of its frames alike.
-        still = patches.reshape(shape).transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)[0, 0].astype(np.float64)
-        still = still.reshape(height * side, width * side, channels)
-        if settings.do_normalize:
-            still = still * std + mean
-        if settings.do_rescale:
-            still = still / settings.rescale_factor
-        found.append(Image.fromarray(np.rint(still).clip(0, 255).astype(np.uint8)))
+    vision, found, at = processor.config.vision, [], 0
+    for grid in prompt.grids:
+        places = coordinates(grid, vision)
+        found.append(Image.fromarray(pixels(prompt.patches[at : at + len(places)], places, vision)))
+        at += len(places)
     return found
 
 

@@ -22,7 +22,7 @@ from tests.conftest import random_image
 from tests.packed import packed
 
 ROWS, G, T = 12, 3, 10
-BUCKETS = Buckets((40, 64), patch_row=96, patch_rows=(1.0,))
+BUCKETS = Buckets((40, 64), ((4, 96),))
 WARM, COOL, GREEDY = Sampling(T), Sampling(T, temperature=0.7), Sampling(T, temperature=0.0)
 # ---------------------------------------------------------------------- choosing a token
 

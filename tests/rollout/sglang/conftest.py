@@ -89,7 +89,7 @@ class Served:
             prompt.patches,
             prompt.grids,
         )
-        buckets = Buckets((96, 512), patch_row=128, patch_rows=(1.0,))
+        buckets = Buckets((96, 512), ((3, 128),))
         batch = buckets.collate([whole], self.processor.config, self.processor.pad_token)
         logits = _logits(nnx.merge(nnx.split(self.model)[0], parameters), batch, self.processor.banned_tokens)[0]
         scaled = np.asarray(logits, np.float64)[len(prompt) - 1 : len(whole) - 1] / (sampling.temperature or 1.0)

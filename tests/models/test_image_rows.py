@@ -1,0 +1,91 @@
+"""Images placed in rows of patches that are declared: whole, apart, and never more than a row holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies
+
+from capcur_jax.errors import InputError
+from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
+from capcur_jax.models.image_rows import PatchBuckets, assign_rows, place_images, rows_of
+
+
+def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
+    assert assign_rows([10, 60, 36, 24, 4], 64) == [(2, 0), (0, 0), (1, 0), (1, 36), (0, 60)]
+    assert assign_rows([64, 64], 64) == [(0, 0), (1, 0)]
+    assert assign_rows([], 64) == []
+    with pytest.raises(
+        InputError, match=r"image of 65 patches is longer than the longest row of patches, which has 64: declare"
+    ):
+        assign_rows([65], 64)
+
+
+@given(strategies.lists(strategies.integers(1, 64).map(lambda features: 4 * features), max_size=60))
+def test_rows_hold_what_they_can_and_no_two_images_share_a_slot(sizes):
+    taken = np.zeros((len(sizes), 256), int)
+    places = assign_rows(sizes, 256)
+    for (row, at), size in zip(places, sizes, strict=True):
+        taken[row, at : at + size] += 1
+        assert at % 4 == 0 and at + size <= 256
+    filled = taken.sum(1)
+    assert taken.max(initial=0) <= 1 and filled.sum() == sum(sizes)
+    # A row is begun for an image that no row before it has room for.
+    begins = [(row, size) for (row, at), size in zip(places, sizes, strict=True) if at == 0]
+    assert all(filled[:row].min(initial=256) + size > 256 for row, size in begins)
+    assert sorted(row for row, _ in begins) == list(range(np.count_nonzero(filled)))
+
+
+@pytest.mark.parametrize("declared", [
+    (64, 128), ((2, 64), (1, 64)), ((1, 128), (1, 64)), ((1, 64), (2, 128)), ((2, 64), (2, 128)), ((1, 2, 3),),
+])  # fmt: skip
+def test_declared_patches_are_pairs_that_rise_in_one_way(declared):
+    with pytest.raises(InputError, match=r"config\.packing\.patch_buckets = .* give \(rows, patches of a row\)"):
+        PatchBuckets(declared, key="config.packing.patch_buckets")
+    with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets = .* give \(rows, patches of a row\)"):
+        Buckets((16,), declared)
+
+
+def test_the_smallest_bucket_that_holds_the_images():
+    one, many = PatchBuckets(((1, 64), (1, 128), (1, 192))), PatchBuckets(((1, 64), (2, 64), (4, 64)))
+    assert [one.bucket(each) for each in ([(64,)], [(40,), (40,)], [(68,)], [()])] == [
+        (1, 64), (1, 128), (1, 128), (1, 64),
+    ]  # fmt: skip
+    assert [many.bucket(each) for each in ([(64,)], [(40,), (40,)], [(24,), (24, 40)], [(64,), (8, 64)])] == [
+        (1, 64), (2, 64), (2, 64), (4, 64),
+    ]  # fmt: skip
+    assert (one.fitting([(196,)]), many.fitting([(68,)]), many.fitting([(64,)] * 5)) == (3, 3, 3)
+    assert PatchBuckets().bucket([()]) == (0, 0)
+    with pytest.raises(InputError, match=r"image of 196 patches is longer .* has 192"):
+        one.bucket([(4,), (196,)])
+    with pytest.raises(InputError, match=r"images of 2 prompts of a device row need more; declare \(5, 64\)"):
+        many.bucket([(64, 64), (64, 64, 64)])
+    with pytest.raises(InputError, match=r"images of 2 prompts of a device row need more; declare \(1, 256\)"):
+        one.bucket([(64, 64), (128,)])
+
+
+def test_a_row_holds_no_more_images_than_its_tables_name():
+    """An image that is smaller than the smallest counts as that one."""
+    buckets = PatchBuckets(((1, 64), (2, 64)), smallest=16)
+    assert buckets.bucket([(4,) * 4]) == (1, 64)
+    assert buckets.bucket([(4,) * 5]) == (2, 64)
+    assert buckets.counted((4, 20)) == (16, 20)
+
+
+def test_images_of_several_prompts_need_no_more_rows_than_the_prompts_alone():
+    """Together 5 4 3 3 3 2 take three rows of ten, each largest first in the fullest row that holds it."""
+    buckets = Buckets((512,), ((1, 10), (2, 10)), smallest=1)
+    sizes = [PromptSize(100, (10,)), PromptSize(100, (5, 3, 2)), PromptSize(100, (4, 3, 3))]
+    assert buckets.shapes(sizes, True, 2) == [BatchShape(2, 512, 1, 10), BatchShape(2, 512, 2, 10)]
+    assert buckets.shape(sizes[1:], True, 2) == BatchShape(2, 512, 2, 10)
+    places = place_images([size.images for size in sizes[1:]], 10)
+    assert [row for row, _ in places] == [0, 0, 0, 1, 1, 1] and rows_of(places) == 2
+    assert rows_of(assign_rows([5, 3, 2, 4, 3, 3], 10)) == 3
+
+
+def test_a_batch_that_would_fail_in_a_step_fails_before_the_first_one():
+    """The prompts with most patches fit three rows; four with 70 each need four."""
+    sizes = [PromptSize(100, (50, 25))] * 4 + [PromptSize(100, (70,))] * 4
+    with pytest.raises(InputError, match=r"images of 4 prompts of a device row need more; declare \(4, 100\)"):
+        Buckets((512,), ((3, 100),)).shapes(sizes, True, 4)
+    assert Buckets((512,), ((3, 100), (4, 100))).shape(sizes[4:], True, 4) == BatchShape(4, 512, 4, 100)
