@@ -5,7 +5,8 @@ T = S = P. Scores and softmax are float32; grouped heads are never repeated in m
 
 Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows, windows and
 decoding everywhere; everything else is checked against it. 16-bit floats on an accelerator take the kernel of the
-platform that the program is lowered for (attention_tpu.py, attention_gpu.py; for packed rows ways.py says which).
+platform that the program is lowered for: attention_tpu.py and attention_gpu.py for prompt rows, packed_tpu.py and
+packed_gpu.py for packed rows and images, where ways.py says so.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ class Cached(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Patches that see only those of their own segment (an image frame, or a window of one).
-
-    `reach`: 0, or a bound on the length of a segment whose patches follow one another (windows): attention then costs
-    P x reach, not P x P.
-    """
+    """Patches that see only those of their own segment: an image, or a window of one."""
 
     ids_JxP: jax.Array
+    # Of images: where they lie in their rows, for kernels. Without these tables XLA computes P x P.
+    starts_JxI: jax.Array | None = None
+    lengths_JxI: jax.Array | None = None  # 0: there is none
+    # Of windows: a bound on their length. Their patches follow one another, and attention costs P x reach.
     reach: int = 0
 
 
@@ -94,7 +95,8 @@ def _parts(layout: Layout) -> tuple[tuple[jax.Array, ...], Callable[..., Layout]
     if isinstance(layout, Packed):
         return tuple(layout.places), lambda *arrays: layout._replace(places=Places(*arrays))
     if isinstance(layout, Segments):
-        return (layout.ids_JxP,), lambda ids: layout._replace(ids_JxP=ids)
+        arrays = tuple(array for array in layout[:3] if array is not None)
+        return arrays, lambda *arrays: Segments(*arrays, reach=layout.reach)
     return tuple(layout), type(layout)
 
 
@@ -112,21 +114,17 @@ def _kernels(q_AxTxNxH: jax.Array, layout: Layout) -> dict[str, Callable]:
     Nothing does for float32 (the reference, and cuDNN has none), nor for decoding (one query a row has no scores worth
     saving), nor for windows: XLA computes 3 x reach keys a query, kernels many more, since their blocks hold several.
     """
-    P = q_AxTxNxH.shape[1]
-    if isinstance(layout, Packed):
-        found = {
-            platform: ways_lib.of(platform, q_AxTxNxH.shape, q_AxTxNxH.dtype).kernels for platform in ways_lib.PLATFORMS
-        }
-        return {
-            platform: functools.partial(kernels.packed, layout=layout) for platform, kernels in found.items() if kernels
-        }
-    windows = isinstance(layout, Segments) and 0 < 3 * layout.reach < P
-    if q_AxTxNxH.dtype.itemsize != 2 or ways_lib.SHORTEST > P or windows or isinstance(layout, Cached):
-        return {}
     if isinstance(layout, Causal):
-        return {platform: kernels.causal for platform, kernels in _KERNELS.items()}
-    of_ids = {"ids_JxP": layout.ids_JxP}
-    return {platform: functools.partial(kernels.segments, **of_ids) for platform, kernels in _KERNELS.items()}
+        fits = q_AxTxNxH.dtype.itemsize == 2 and q_AxTxNxH.shape[1] >= ways_lib.SHORTEST
+        return {platform: kernels.causal for platform, kernels in _KERNELS.items()} if fits else {}
+    ways = {platform: ways_lib.of(platform, q_AxTxNxH.shape, q_AxTxNxH.dtype) for platform in ways_lib.PLATFORMS}
+    kernels = {platform: way.kernels for platform, way in ways.items() if way.kernels}
+    if isinstance(layout, Packed):
+        return {platform: functools.partial(one.packed, layout=layout) for platform, one in kernels.items()}
+    if isinstance(layout, Segments) and layout.starts_JxI is not None:
+        tables = {"starts": layout.starts_JxI, "lengths": layout.lengths_JxI, "longest": q_AxTxNxH.shape[1]}
+        return {platform: functools.partial(one.segments, **tables) for platform, one in kernels.items()}
+    return {}
 
 
 def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, layout: Layout) -> jax.Array:

@@ -132,7 +132,7 @@ class VisionTower(nnx.Module):
     def _attend(self, batch: VisionBatch, index: jax.Array) -> Callable:
         """Attention of block `index`: in windows, but for the blocks that see whole images."""
         of = functools.partial(attend, implementation=self.attention, mesh=self.mesh)
-        whole = functools.partial(of, layout=Segments(batch.segments))
+        whole = functools.partial(of, layout=Segments(batch.segments, batch.starts, batch.lengths))
         if not self.config.window:
             return whole
         windows = functools.partial(of, layout=Segments(batch.windows, reach=self.config.window_patches))
