@@ -141,7 +141,7 @@ def main(_) -> None:
     record.write(
         {"lengths": results, "batches": sum(map(len, stages.values()))},
         [*(f"capcur_jax/learner/{name}.py" for name in ("bins", "packing", "layout", "minibatches")),
-         "capcur_jax/models/batching.py"],
+         "capcur_jax/models/image_rows.py"],
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The letters of axes, one meaning each, and the check of the shapes that public functions declare with them.
 
-    A  rows of any kind, for what treats them alike (attention's, a softmax's); device rows of packed tokens
+    A  rows of any kind, for what treats them alike (attention's, a softmax's); packed rows
     B  prompts of a batch
     C  slots that the local engine decodes in
     D  width of the residual stream
@@ -9,7 +9,7 @@
     H  dimension of a head
     J  rows of patches, in which images lie
     K  heads of keys and values
-    L  layers; tokens of a packed row
+    L  layers
     M  segments of tokens, that a kernel computes by themselves
     N  heads of queries
     P  patches of a row of patches
@@ -17,6 +17,7 @@
     S  keys: the tokens that a query may look at, or places of a cache
     T  tokens of a row: prompt, response, or queries
     V  vocabulary
+    W  tokens of a packed row
 
 A name ends with its axes (`q_AxTxNxH`), an annotation has them in a string (`Float[Array, "A T N H"]`). Letters that a
 few lines define for themselves (a block, a window) are theirs alone.

@@ -33,14 +33,18 @@ LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
 _ROWS = "groups of a mini-batch are packed into device rows of few lengths: declare these in config.packing.lengths"
+_PATCHES = (
+    "images of several prompts share rows of patches: declare these in config.prompt.patch_buckets for the sampler, in "
+    "config.packing.patch_buckets for the trainer"
+)
 DELETED = {
     "packing.buckets": _ROWS,
     "packing.slabs": _ROWS,
     "packing.micro_prompts": _ROWS,
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
     "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
-    "prompt.patch_row": "config.prompt.patch_buckets declares how many rows of patches a device row has and how long",
-    "prompt.patch_rows": "config.prompt.patch_buckets declares how many rows of patches a device row has and how long",
+    "prompt.patch_row": _PATCHES,
+    "prompt.patch_rows": _PATCHES,
 }
 
 
@@ -161,8 +165,8 @@ def defaults() -> ConfigDict:
                 "min_pixels": 0,  # smaller images are enlarged; 0: the checkpoint's own
                 "max_pixels": 0,  # larger images are shrunk; 0: the checkpoint's own
                 "token_buckets": (),  # the preset's: declared lengths of prompt rows
-                # The preset's: declared patches of a device row's images, (rows, patches of a row) of each, rising.
-                # Images share a row, and none may have more patches than it.
+                # The preset's: declared patches of a device row's images in a prefill, (rows, patches of a row) of
+                # each, rising. Images share a row, and none may have more patches than it.
                 "patch_buckets": (),
             },
             "rollout": {
@@ -287,10 +291,9 @@ def laptop() -> ConfigDict:
     config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
-    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96)})
-    config.prompt.update({"patch_buckets": tuple((rows, 64) for rows in (8, 16))})
+    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_buckets": ((16, 64),)})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1216, 1472), "groups": 10, "patch_buckets": ((4, 64), (10, 64))})
+    config.packing.update({"lengths": (960, 1088), "groups": 10, "patch_buckets": ((4, 64), (6, 64), (8, 64))})
     config.evaluation.counterfactual = 200
     return config
 

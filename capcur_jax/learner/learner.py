@@ -144,10 +144,10 @@ class Learner:
             banned=self._banned, shards=shards,
         )  # fmt: skip
 
-        def of_responses(x_AxL, start_AxR):
-            index = jnp.minimum(start_AxR[..., None] + jnp.arange(rows.response), x_AxL.shape[1] - 1)
-            A = len(x_AxL)
-            return jnp.take_along_axis(x_AxL, index.reshape(A, -1), axis=1).reshape(-1, rows.response)
+        def of_responses(x_AxW, start_AxR):
+            index = jnp.minimum(start_AxR[..., None] + jnp.arange(rows.response), x_AxW.shape[1] - 1)
+            A = len(x_AxW)
+            return jnp.take_along_axis(x_AxW, index.reshape(A, -1), axis=1).reshape(-1, rows.response)
 
         of = sharding.local(self._mesh, of_responses, (P(sharding.ROWS),) * 2, P(sharding.ROWS))
         return jax.tree.map(lambda x: of(x, rows.places.response_start), scored)

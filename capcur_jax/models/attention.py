@@ -5,8 +5,8 @@ T = S = P. Scores and softmax are float32; grouped heads are never repeated in m
 
 Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows, windows and
 decoding everywhere; everything else is checked against it. 16-bit floats on an accelerator take the kernel of the
-platform that the program is lowered for: attention_tpu.py and attention_gpu.py for prompt rows, packed_tpu.py and
-packed_gpu.py for packed rows and images, where ways.py says so.
+platform that the program is lowered for (attention_tpu.py, attention_gpu.py; for packed rows and images ways.py says
+which).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from ctypes.util import find_library
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -50,13 +51,16 @@ class Cached(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Patches that see only those of their own segment: an image, or a window of one."""
+    """Patches that see only those of their own segment: an image, or a window of one.
+
+    Of images tables say where each lies in its row, rising; 0 patches: there is none. Kernels read those and skip the
+    rest of a row. `reach`: 0, or a bound on the length of a segment whose patches follow one another (windows): XLA's
+    attention then costs P x reach, not P x P.
+    """
 
     ids_JxP: jax.Array
-    # Of images: where they lie in their rows, for kernels. Without these tables XLA computes P x P.
-    starts_JxI: jax.Array | None = None
-    lengths_JxI: jax.Array | None = None  # 0: there is none
-    # Of windows: a bound on their length. Their patches follow one another, and attention costs P x reach.
+    starts_JxI: jax.Array | None = None  # None: of windows
+    lengths_JxI: jax.Array | None = None
     reach: int = 0
 
 
@@ -95,8 +99,9 @@ def _parts(layout: Layout) -> tuple[tuple[jax.Array, ...], Callable[..., Layout]
     if isinstance(layout, Packed):
         return tuple(layout.places), lambda *arrays: layout._replace(places=Places(*arrays))
     if isinstance(layout, Segments):
-        arrays = tuple(array for array in layout[:3] if array is not None)
-        return arrays, lambda *arrays: Segments(*arrays, reach=layout.reach)
+        if layout.starts_JxI is None:
+            return (layout.ids_JxP,), lambda ids: layout._replace(ids_JxP=ids)
+        return tuple(layout[:3]), lambda *arrays: Segments(*arrays, reach=layout.reach)
     return tuple(layout), type(layout)
 
 
@@ -114,17 +119,20 @@ def _kernels(q_AxTxNxH: jax.Array, layout: Layout) -> dict[str, Callable]:
     Nothing does for float32 (the reference, and cuDNN has none), nor for decoding (one query a row has no scores worth
     saving), nor for windows: XLA computes 3 x reach keys a query, kernels many more, since their blocks hold several.
     """
+    shape, dtype = q_AxTxNxH.shape, q_AxTxNxH.dtype
     if isinstance(layout, Causal):
-        fits = q_AxTxNxH.dtype.itemsize == 2 and q_AxTxNxH.shape[1] >= ways_lib.SHORTEST
-        return {platform: kernels.causal for platform, kernels in _KERNELS.items()} if fits else {}
-    ways = {platform: ways_lib.of(platform, q_AxTxNxH.shape, q_AxTxNxH.dtype) for platform in ways_lib.PLATFORMS}
-    kernels = {platform: way.kernels for platform, way in ways.items() if way.kernels}
+        enough = dtype.itemsize == 2 and shape[1] >= ways_lib.SHORTEST
+        return {platform: kernels.causal for platform, kernels in _KERNELS.items()} if enough else {}
+    if isinstance(layout, Cached) or (isinstance(layout, Segments) and layout.starts_JxI is None):
+        return {}
+    found = {platform: ways_lib.of(platform, shape, dtype).kernels for platform in ways_lib.PLATFORMS}
+    return {platform: _fused(kernels, layout, shape[1]) for platform, kernels in found.items() if kernels}
+
+
+def _fused(kernels: ModuleType, layout: Packed | Segments, longest: int) -> Callable:
     if isinstance(layout, Packed):
-        return {platform: functools.partial(one.packed, layout=layout) for platform, one in kernels.items()}
-    if isinstance(layout, Segments) and layout.starts_JxI is not None:
-        tables = {"starts": layout.starts_JxI, "lengths": layout.lengths_JxI, "longest": q_AxTxNxH.shape[1]}
-        return {platform: functools.partial(one.segments, **tables) for platform, one in kernels.items()}
-    return {}
+        return functools.partial(kernels.packed, layout=layout)
+    return functools.partial(kernels.segments, starts=layout.starts_JxI, lengths=layout.lengths_JxI, longest=longest)
 
 
 def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, layout: Layout) -> jax.Array:

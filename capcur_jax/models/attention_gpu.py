@@ -1,7 +1,6 @@
 """Attention of prompt rows on NVIDIA GPUs: cuDNN by way of jax.nn.
 
-Axes: axes.py. 16-bit floats only (cuDNN's condition). Heads may be grouped. Scores are never held in memory. jax splits
-cuDNN's calls over a mesh by itself.
+Axes: axes.py. 16-bit floats only (cuDNN's condition). Heads may be grouped. Scores are never held in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention of packed rows in plain XLA: group after group, cut out of its row into short padded ones for itself alone.
 
 Most responses are far shorter than the longest allowed, and attention is quadratic. So it is compiled for a few
-lengths, and each group takes the shortest that holds its responses; an absent group costs nothing. Axes: axes.py; L are
+lengths, and each group takes the shortest that holds its responses; an absent group costs nothing. Axes: axes.py; W are
 the tokens of a packed row, S and T bound those of a prompt and of a response.
 """
 
@@ -19,14 +19,14 @@ Pieces = tuple[jax.Array, jax.Array]  # of a group: its prompt [1, S, N, H] and 
 
 
 def attend(
-    q_AxLxNxH: jax.Array,
-    k_AxLxKxH: jax.Array,
-    v_AxLxKxH: jax.Array,
+    q_AxWxNxH: jax.Array,
+    k_AxWxKxH: jax.Array,
+    v_AxWxKxH: jax.Array,
     layout: Packed,
     causal: Callable,
     extend: Callable,
 ) -> jax.Array:
-    """Each token sees its group's prompt and its own response up to itself: [A, L, N, H]; 0 or anything at padding.
+    """Each token sees its group's prompt and its own response up to itself: [A, W, N, H]; 0 or anything at padding.
 
     Args:
         causal: (q, k, v) of short rows -> attention up to each query itself.
@@ -47,23 +47,23 @@ def attend(
 
     # Its own gradient: a loop's would keep what all lengths of all groups need.
     @jax.custom_vjp
-    def row(q_LxNxH, k_LxKxH, v_LxKxH, places):
-        return _each(forward, (q_LxNxH, k_LxKxH, v_LxKxH), places, bounds, 1)[0]
+    def row(q_WxNxH, k_WxKxH, v_WxKxH, places):
+        return _each(forward, (q_WxNxH, k_WxKxH, v_WxKxH), places, bounds, 1)[0]
 
     def gradients(arrays, gradient):
         return *_each(backward, (*arrays[:3], gradient), arrays[3], bounds, 3), None
 
     row.defvjp(lambda *arrays: (row(*arrays), arrays), gradients)
     # Not vmap, which would compute every length for every group.
-    return jax.lax.map(lambda arrays: row(*arrays), (q_AxLxNxH, k_AxLxKxH, v_AxLxKxH, places))
+    return jax.lax.map(lambda arrays: row(*arrays), (q_AxWxNxH, k_AxWxKxH, v_AxWxKxH, places))
 
 
 def _each(
     compute: Callable, arrays: Sequence[jax.Array], places: Places, bounds: tuple[int, int], results: int
 ) -> list[jax.Array]:
     """What `compute(pieces of each array, places of the group)` gives for every group of a row, put together: as many
-    rows [L, N, H], like the first arrays."""
-    (S, T), L = bounds, len(arrays[0])
+    rows [W, N, H], like the first arrays."""
+    (S, T), W = bounds, len(arrays[0])
     G = len(places.response_start) // len(places.prompt_start)
     lengths = sorted({min(T, -(-T * n // (_LENGTHS * 8)) * 8) for n in range(1, _LENGTHS)} | {T})
     # No piece passes an array's end, and what is absent has a place behind the row.
@@ -73,7 +73,7 @@ def _each(
         cut = jax.lax.dynamic_slice_in_dim
         prompt, responses = (cut(x, b, 1) for x in places[:2]), (cut(x, b * G, G) for x in places[2:])
         here = Places(*prompt, *responses)
-        here = here._replace(response_start=jnp.where(here.response_length > 0, here.response_start, L))
+        here = here._replace(response_start=jnp.where(here.response_length > 0, here.response_start, W))
 
         def at(length):
             def run() -> list[Pieces]:
@@ -95,7 +95,7 @@ def _each(
         number = 1 + sum((here.response_length.max() > length).astype(jnp.int32) for length in lengths[:-1])
         number = jnp.where(here.prompt_length[0] > 0, number, 0)
         pieces = jax.lax.switch(number, [nothing, *map(at, lengths)])
-        start = jnp.where(number > 0, here.prompt_start[0], L)
+        start = jnp.where(number > 0, here.prompt_start[0], W)
         # What a piece writes behind its end is written over by the next one, or lies in padding.
         put = jax.lax.dynamic_update_slice_in_dim
         for i, (prompt, own) in enumerate(pieces):
@@ -105,7 +105,7 @@ def _each(
         return rows
 
     rows = jax.lax.fori_loop(0, len(places.prompt_start), step, [jnp.zeros_like(x) for x in longer[:results]])
-    return [x[:L] for x in rows]
+    return [x[:W] for x in rows]
 
 
 def _masked(pieces: Pieces, here: Places) -> Pieces:

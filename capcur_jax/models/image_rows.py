@@ -21,10 +21,11 @@ from capcur_jax.models.vision import VisionBatch
 def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
     """(row, offset) of each image in rows of `length` patches.
 
-    The largest comes first, each goes to the fullest row that holds it. Raises InputError for one longer than a row.
+    The largest comes first, each goes to the fullest row that holds it; in a row they lie in the order of their
+    numbers. Raises InputError for one longer than a row.
     """
     free: list[int] = []
-    places = [(0, 0)] * len(sizes)
+    rows = [0] * len(sizes)
     for image in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[image]
         if size > length:
@@ -36,8 +37,12 @@ def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
         row = min(fitting, key=free.__getitem__, default=len(free))
         if row == len(free):
             free.append(length)
-        places[image] = (row, length - free[row])
+        rows[image] = row
         free[row] -= size
+    places, used = [], [0] * len(free)
+    for row, size in zip(rows, sizes, strict=True):
+        places.append((row, used[row]))
+        used[row] += size
     return places
 
 

@@ -27,8 +27,8 @@ import numpy as np
 class Places(NamedTuple):
     """Where groups lie in packed rows: each as one run [prompt | response 1 | response 2 | ...], one behind the other.
 
-    Response r of a row belongs to prompt r // (R // B) of the same row. A group or a response that is absent has length
-    0. All int32; B and R are those of a row.
+    Response r of a row belongs to prompt r // (R // B) of the same row. Groups and responses lie in the order of their
+    numbers; one that is absent has length 0. All int32; B and R are those of a row.
     """
 
     prompt_start: jax.Array  # [A, B]

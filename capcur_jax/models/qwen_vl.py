@@ -37,11 +37,11 @@ class PromptBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """A packed rows of L tokens, each with several groups: prompts and their responses, then padding."""
+    """A packed rows of W tokens, each with several groups: prompts and their responses, then padding."""
 
-    tokens: Any  # [A, L] int32, image tokens expanded
-    positions: Any  # [A, 3, L] int32: MRoPE time, height, width; responses go on from their prompt's max + 1
-    visual_index: Any  # [A, L] int32 into the flat merged features (of the packed row), -1 at text tokens
+    tokens: Any  # [A, W] int32, image tokens expanded
+    positions: Any  # [A, 3, W] int32: MRoPE time, height, width; responses go on from their prompt's max + 1
+    visual_index: Any  # [A, W] int32 into the flat merged features (of the packed row), -1 at text tokens
     vision: VisionBatch | None  # None: no image in this batch
     places: Places
     prompt: int = dataclasses.field(metadata={"static": True})  # a bound on the tokens of a prompt
@@ -102,25 +102,25 @@ class QwenVL(nnx.Module):
         return h[:, 0], cache
 
     def predicting(self, batch: PackedBatch) -> jax.Array:
-        """The hidden states [A, L, D] that predict each response token: that of its prompt's last token for the first
+        """The hidden states [A, W, D] that predict each response token: that of its prompt's last token for the first
         one, then that of the token before. At all other places they are anything.
 
         A group's prompt, image included, is computed once and equals full sequences in value and gradient.
         """
         layout = Packed(batch.places, batch.prompt, batch.response)
-        h_AxLxD = self.text.packed(*self._inputs(batch), layout)
+        h_AxWxD = self.text.packed(*self._inputs(batch), layout)
 
-        def before(h_AxLxD, places):
-            A, L = h_AxLxD.shape[:2]
+        def before(h_AxWxD, places):
+            A, W = h_AxWxD.shape[:2]
             last_AxB = places.prompt_start + places.prompt_length - 1
             last_AxR = jnp.repeat(last_AxB, places.response_start.shape[1] // last_AxB.shape[1], axis=1)
-            index_AxL = jnp.broadcast_to(jnp.maximum(jnp.arange(L) - 1, 0), (A, L))
-            first_AxR = jnp.where(places.response_length > 0, places.response_start, L)
-            index_AxL = index_AxL.at[jnp.arange(A)[:, None], first_AxR].set(last_AxR, mode="drop")
-            return jnp.take_along_axis(h_AxLxD, index_AxL[..., None], axis=1)
+            index_AxW = jnp.broadcast_to(jnp.maximum(jnp.arange(W) - 1, 0), (A, W))
+            first_AxR = jnp.where(places.response_length > 0, places.response_start, W)
+            index_AxW = index_AxW.at[jnp.arange(A)[:, None], first_AxR].set(last_AxR, mode="drop")
+            return jnp.take_along_axis(h_AxWxD, index_AxW[..., None], axis=1)
 
         rows = P(sharding.ROWS)
-        return sharding.local(self.mesh, before, (rows, rows), rows)(h_AxLxD, batch.places)
+        return sharding.local(self.mesh, before, (rows, rows), rows)(h_AxWxD, batch.places)
 
     @staticmethod
     @checked

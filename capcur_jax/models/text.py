@@ -103,14 +103,14 @@ class Decoder(nnx.Module):
 
     def packed(
         self,
-        h_AxLxD: jax.Array,
+        h_AxWxD: jax.Array,
         angles: jax.Array,
         deep: jax.Array | None,
-        visual_index_AxL: jax.Array | None,
+        visual_index_AxW: jax.Array | None,
         layout: Packed,
     ) -> jax.Array:
-        """The same over packed rows, whose keys and values nobody needs: [A, L, D]."""
-        h, _ = self._pass(h_AxLxD, angles, deep, visual_index_AxL, layout, lambda k, v: None)
+        """The same over packed rows, whose keys and values nobody needs: [A, W, D]."""
+        h, _ = self._pass(h_AxWxD, angles, deep, visual_index_AxW, layout, lambda k, v: None)
         return self.norm(h)
 
     def _pass(

@@ -18,7 +18,7 @@ _NAMES = {"cuda": "cuDNN's packed segments", "tpu": "splash, its blocks found at
 class Way(NamedTuple):
     """How attention is computed."""
 
-    kernels: ModuleType | None  # with `packed` and `segments`; None: short rows are gathered for XLA
+    kernels: ModuleType | None  # with `packed` and `segments`; None: XLA, group after group
     name: str
     reason: str  # why no kernel; "" with one
 
@@ -45,5 +45,5 @@ def of(platform: str, shape: Sequence[int], dtype, implementation: str = "auto")
     else:
         reason = refusals[platform]()
     if reason:
-        return Way(None, "gathered rows", reason)
+        return Way(None, "group after group", reason)
     return Way(packed_gpu if platform == "cuda" else packed_tpu, _NAMES[platform], "")

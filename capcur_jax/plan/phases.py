@@ -113,11 +113,15 @@ class Step:
             text, vision = (one * times for one, times in zip(once, repeats, strict=True))
             # Attention's plain form, which is what is traced, pads prompts and responses: kernels don't.
             pairs = work.pairs(micro) * work.pair_flops(self._known)
-            total += text[0] + pairs * repeats[0][1] + vision.sum()
+            # The tower's is traced for whole rows of patches, of which kernels skip what is not an image's own.
+            shape = micro.shape
+            own = work.patch_pairs(micro) / max(len(micro.rows) * shape.patch_rows * shape.patches**2, 1)
+            own = 1.0 if self._known.vision.window else own
+            total += text[0] + pairs * repeats[0][1] + vision[0] + own * vision[1]
             by["layers"] += text[0] / self._trainers / rate.linear
             by["attention"] += self._attended(pairs, repeats[0][1], rate.attention)
             by["vision layers"] += vision[0] / self._trainers / rate.vision
-            by["vision attention"] += self._seen(once[1][1], repeats[1][1], kernels)
+            by["vision attention"] += self._seen(own * once[1][1], repeats[1][1], kernels)
             # Sums of activations have nothing to hide behind, and there are more of them in a larger batch.
             split = self._variant.mesh.shape["tensor"] > 1
             share = work.tokens(micro) / self._largest if split else exposed
@@ -163,8 +167,11 @@ class Step:
         measured, slots = self._measured["prefill"], 0
         by = dict.fromkeys(("layers", "attention", "vision layers", "vision attention", "sends", "launch", "host"), 0.0)
         total, tokens = 0.0, 0
+        whole = sum(shape.patch_slots * shape.patches for shape in sampled.admissions)
+        own = 1.0 if self._known.vision.window else useful.patch_pairs / max(whole, 1)
         for shape in sampled.admissions:
             text, vision = self._split(program.at, shape)
+            vision = vision * np.array([1.0, own])  # see _pass
             total += text.sum() + vision.sum()
             tokens, slots = tokens + shape.prompts * shape.tokens, slots + shape.patch_slots
             layers = text[0] / self._trainers / rate.linear

@@ -25,7 +25,7 @@ from capcur_jax.learner.learner import Learner, Sums
 from capcur_jax.learner.packing import UpdateBatch
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
-from capcur_jax.models import published
+from capcur_jax.models import published, ways
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.inputs import Processor
@@ -160,7 +160,9 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         engine = _engine(config, processor, buckets, mesh)
         if config.rollout.gathered:  # the sampler's copy stays
             kept, ahead = kept + on_device(engine.parameters), ahead + on_device(engine.parameters)
-    updates = work.updates(lengths.extreme(config, largest=True)(stage, images), layout)
+    updates = work.updates(
+        lengths.extreme(config, processor.config.vision.merge_size, largest=True)(stage, images), layout
+    )
     micro = sum(map(len, updates))
     programs = []
     if reference is not None:
@@ -201,6 +203,7 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         "tokens of a prompt": layout.bounds.prompt,
         "tokens of a response": layout.bounds.response,
         "tokens to sample": config.rollout.max_new_tokens if layout.sampled else 0,
+        "attention of packed rows": _way(config, processor.config, mesh, shape.length),
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     forward = lambda shape: learner.score.trace(trained, frozen, layout.blank(shape, passes=True))  # noqa: E731
@@ -276,6 +279,14 @@ def _sizes(config: ConfigDict, merge: int, images: bool) -> list[PromptSize]:
     """As many prompts as a batch may have, all of the largest declared size."""
     most = max(stage.prompts for stage in schedule.stages(config))
     return [lengths.declared(config, merge, images, max)] * max(most, config.rollout.slots)
+
+
+def _way(config: ConfigDict, known: ModelConfig, mesh: Mesh, length: int) -> str:
+    """Which way it takes on a device, and why."""
+    platform, heads = mesh.devices.flat[0].platform, known.text.heads // mesh.shape["tensor"]
+    shape = 1, length, heads, known.text.head_dim
+    platform = "cuda" if platform == "gpu" else platform
+    return str(ways.of(platform, shape, jnp.dtype(config.model.dtype), config.model.attention))
 
 
 def _as(tree: nnx.State, dtype: Any) -> nnx.State:

@@ -46,6 +46,12 @@ def pairs(micro: Micro) -> float:
     return total
 
 
+def patch_pairs(micro: Micro) -> int:
+    """Pairs of patches of one image in it."""
+    images = [PromptSize.of(item.prompt).images for row in micro.rows for item in row]
+    return sum(n * n for each in images for n in each)
+
+
 def _prompt(size: PromptSize) -> Prompt:
     empty = np.zeros(0, np.int32)
     return Prompt(np.zeros(size.tokens, np.int32), empty, 0, empty, empty, tuple((1, 1, n) for n in size.images))

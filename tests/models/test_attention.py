@@ -28,23 +28,27 @@ def heads(rows, tokens, query=4, kv=2, size=12, **kinds):
     return tuple(normal(*shape, seed=seed, **kinds) for seed, shape in enumerate(shapes))
 
 
-KERNELS = {
-    "tpu": functools.partial(attention_tpu.causal, interpret=True),
-    "gpu": functools.partial(attention_gpu.causal, implementation="xla"),
+def alone(kernel):
+    return kernel, functools.partial(reference, layout=Causal()), heads(2, ODD)
+
+
+CASES = {
+    "tpu, causal": (alone, functools.partial(attention_tpu.causal, interpret=True)),
+    "gpu, causal": (alone, functools.partial(attention_gpu.causal, implementation="xla")),
 }
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_of_prompt_rows_equal_the_reference_in_values_and_gradients(kernel):
-    arrays = heads(2, ODD)
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_equal_the_reference_in_values_and_gradients(case):
+    setting, kernel = CASES[case]
+    ours, theirs, arrays = setting(kernel)
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(function, arrays):
         out, pull = jax.vjp(function, *arrays)
         return out, pull(normal(*out.shape, seed=5))
 
-    ours, theirs = both(KERNELS[kernel], arrays), both(functools.partial(reference, layout=Causal()), arrays)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours, theirs)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), both(ours, arrays), both(theirs, arrays))
 
 
 def lowered(platform, layout, *, tokens=128, dtype=jnp.bfloat16, implementation="auto", **kinds):
@@ -65,7 +69,7 @@ def test_cudnn_gets_even_lengths(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
     q, k, v = heads(2, ODD)
-    assert KERNELS["gpu"](q, k, v).shape == q.shape
+    assert CASES["gpu, causal"][1](q, k, v).shape == q.shape
     assert lengths == [ODD + 1] * 3
 
 
@@ -74,9 +78,10 @@ PLACES = Places(  # two rows of 128: two groups of two responses and padding; on
     np.array([[20, 31, 55, 60], [90, 0, 0, 0]]), np.array([[11, 17, 5, 30], [38, 0, 0, 0]]),
 )  # fmt: skip
 ROWS = Packed(Places(*(x.astype(np.int32) for x in PLACES)), prompt=96, response=40)
-
-
-IMAGES = Segments(np.ones((2, 128), np.int32), np.zeros((2, 1), np.int32), np.full((2, 1), 128, np.int32))
+IMAGES = Segments(  # two images and padding; one image
+    np.repeat([[1, 2, 0], [1, 1, 1]], [70, 40, 18], axis=1), np.array([[0, 70], [0, 0]], np.int32),
+    np.array([[70, 40], [128, 0]], np.int32),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", [Causal(), ROWS, IMAGES])
@@ -86,11 +91,10 @@ def test_the_platform_that_a_program_is_lowered_for_chooses(layout):
     assert "tpu_custom_call" not in lowered("tpu", layout, implementation="xla")
 
 
-@pytest.mark.parametrize("layout, calls", [(ROWS, 2), (IMAGES, 1)])
-def test_packed_rows_and_images_are_cudnns_where_it_takes_their_heads(layout, calls):
-    assert lowered("cuda", layout, size=16).count("__cudnn$fmhaSoftmax") == calls
-    assert "__cudnn" not in lowered("cuda", layout, size=12)
-    assert "__cudnn" not in lowered("cuda", layout, size=16, dtype=jnp.float32)
+def test_packed_rows_are_cudnns_where_it_takes_their_heads():
+    assert lowered("cuda", ROWS, size=16).count("__cudnn$fmhaSoftmax") == 2
+    assert "__cudnn" not in lowered("cuda", ROWS, size=12)
+    assert "__cudnn" not in lowered("cuda", ROWS, size=16, dtype=jnp.float32)
 
 
 def seen_in_packed_rows(places: Places, length: int) -> np.ndarray:
@@ -139,7 +143,7 @@ def test_packed_rows_see_their_prompt_and_their_own_response(longest):
 def test_what_xla_does_as_well_or_exactly_stays_with_xla():
     assert "tpu_custom_call" not in lowered("tpu", Causal(), dtype=jnp.float32)
     assert "tpu_custom_call" not in lowered("tpu", Causal(), tokens=64)
-    assert "tpu_custom_call" not in lowered("tpu", Segments(IMAGES.ids_JxP, reach=16))
+    assert "tpu_custom_call" not in lowered("tpu", Segments(jnp.zeros((2, 128), jnp.int32), reach=16))
     step = Cached(jnp.ones((2, 1), bool))
     assert "tpu_custom_call" not in lowered("tpu", step, tokens=1)
 

@@ -24,10 +24,10 @@ def test_each_accelerator_has_its_kernels():
         ("cuda", (1, 1024, 2, 12), jnp.bfloat16, "auto", "heads of a multiple of 8"),
     ],
 )
-def test_what_no_kernel_takes_is_gathered_and_the_reason_is_told(platform, shape, dtype, implementation, reason):
+def test_what_no_kernel_takes_is_xla_s_and_the_reason_is_told(platform, shape, dtype, implementation, reason):
     way = ways.of(platform, shape, dtype, implementation)
     assert way.kernels is None
-    assert reason in str(way) and str(way).startswith("gathered rows (")
+    assert reason in str(way) and str(way).startswith("group after group (")
 
 
 def test_another_jax_without_the_private_functions_is_refused(monkeypatch):

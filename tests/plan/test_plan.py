@@ -52,11 +52,12 @@ def test_what_is_compiled_and_how_often_a_step_runs_it(tiny):
     assert (stage["stages"], stage["mesh"], stage["images"]) == (["text"], {"data": 1, "fsdp": 2, "tensor": 1}, False)
     times = {name: program["runs_a_step"] for name, program in programs(tiny).items()}
     # The first update of two trains its own old policy, and has no pass for it.
-    # Eight of the largest groups on two device rows: 4 x 336 tokens, in two packed rows.
+    # Eight of the largest groups, of 336 tokens, on two device rows: two of them in each of two packed rows.
     updated = {"reference log-probs": 4, "old log-probs": 2, "gradient": 4, "update": 2}
     assert times == updated | {"prefill": 1, "decoding": 1}
     assert stage["shapes"]["tokens of a response"] == 48
     assert stage["shapes"]["tokens of a packed row"] == max(presets.laptop().packing.lengths)
+    assert stage["shapes"]["attention of packed rows"].startswith("group after group (no kernel for cpu")
 
 
 def test_bytes_follow_from_the_parameters(tiny):
@@ -143,7 +144,7 @@ def test_a_cpu_gets_no_verdict_and_says_what_it_is_good_for(tiny, capsys):
     plan.render(tiny)
     shown = " ".join(capsys.readouterr().out.split())
     assert "Virtual CPU devices are for numerics" in shown
-    assert "tokens of a packed row 896" in shown and "old log-probs" in shown and "Fits" not in shown
+    assert "tokens of a packed row 1216" in shown and "old log-probs" in shown and "Fits" not in shown
 
 
 # ---------------------------------------------------------------------- verdict and estimate
