@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from capcur_jax.errors import InputError
-from capcur_jax.plan import topologies
+from capcur_jax.plan import cudnn, topologies
 
 
 def measure(program: Any, chip: topologies.Chip | None, headroom: float) -> dict[str, Any]:
@@ -34,10 +34,13 @@ def measure(program: Any, chip: topologies.Chip | None, headroom: float) -> dict
     sizes = {f"{name}_bytes": getattr(memory, f"{field}_size_in_bytes") for name, field in names.items()}
     # A TPU's compiler reports less than this as the peak where it reuses arguments; a CPU's reports no real peak.
     held = sizes["arguments_bytes"] + sizes["outputs_bytes"] - sizes["aliases_bytes"] + sizes["temp_bytes"]
-    peak = max(held, memory.peak_memory_in_bytes)
-    traffic = hlo.traffic(compiled.as_text(), program.turns)
+    text = compiled.as_text()
+    workspace = cudnn.workspace(text)
+    peak = max(held, memory.peak_memory_in_bytes) + workspace
+    traffic = hlo.traffic(text, program.turns)
     result |= {
         **sizes,
+        "workspace_bytes": workspace,
         "peak_bytes": peak,
         # Unused parameters are dropped from the program's arguments, but lie on the device all the same.
         "needed_bytes": peak + program.resident + max(program.given - sizes["arguments_bytes"], 0),
