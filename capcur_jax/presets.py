@@ -27,6 +27,7 @@ CAPABILITIES = ("perception", "text", "visual")
 # The laptop run's budget, the same for every row of the paper (capcur_jax/grid/): each row sees the same problems of
 # each of its sets once, at a constant rate.
 LAPTOP_STEPS = 250  # of a stage; one merged stage has those of all three
+LAPTOP_SHORT_STEPS = 120  # the same for laptop_short, which grids of many runs take
 LAPTOP_PROMPTS = 32  # of a step
 LAPTOP_LEARNING_RATE = 5e-5  # at 1e-4 the visual stage forgets what the first two learned
 LAPTOP_UPDATES = 2  # of a step
@@ -277,17 +278,17 @@ def defaults() -> ConfigDict:
     return config
 
 
-def laptop() -> ConfigDict:
-    """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores."""
+def laptop(steps: int = LAPTOP_STEPS) -> ConfigDict:
+    """A 1-4 M-parameter Qwen3-VL on 64 x 64 images: minutes on two CPU cores. `steps`: of a stage."""
     config = defaults()
     config.checkpoint = TINY_CHECKPOINT
     numbers = {"prompts": LAPTOP_PROMPTS, "learning_rate": LAPTOP_LEARNING_RATE}
-    config.stages = {name: stage((name,), LAPTOP_STEPS, **numbers) for name in CAPABILITIES}
+    config.stages = {name: stage((name,), steps, **numbers) for name in CAPABILITIES}
     # Texts give the vision tower no gradient; frozen, it is spared the weight decay too (as the paper's release does).
     config.stages.text.freeze = "^visual"
-    config.stages.merged = stage(CAPABILITIES, len(CAPABILITIES) * LAPTOP_STEPS, **numbers, freeze="^visual")
+    config.stages.merged = stage(CAPABILITIES, len(CAPABILITIES) * steps, **numbers, freeze="^visual")
     for entry in config.stages.values():
-        entry.curriculum.rows = LAPTOP_STEPS * LAPTOP_PROMPTS
+        entry.curriculum.rows = steps * LAPTOP_PROMPTS
     config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
@@ -361,7 +362,11 @@ def _turns(preset: Callable[[], ConfigDict]) -> ConfigDict:
     return config
 
 
-PRESETS = {"laptop": laptop, "qwen2_5_vl_72b": qwen2_5_vl_72b}
+PRESETS = {
+    "laptop": laptop,
+    "laptop_short": functools.partial(laptop, LAPTOP_SHORT_STEPS),
+    "qwen2_5_vl_72b": qwen2_5_vl_72b,
+}
 for _size in ("qwen3_vl_8b", "qwen2_5_vl_7b"):  # the paper's two models
     PRESETS[_size] = _published = functools.partial(_paper, _size)
     PRESETS[f"{_size}_split"] = functools.partial(_split, _published)

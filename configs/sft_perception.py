@@ -25,7 +25,7 @@ PAPER = presets.stage(
 
 def get_config(preset: str = "laptop"):
     config = presets.get(preset, order=("captions", "text", "visual"))
-    laptop = preset == "laptop"
+    laptop = preset.startswith("laptop")
     with config.unlocked():
         config.data.sets.captions = presets.problem_set("tiny_base" if laptop else "")
         config.stages.captions = _like(config.stages.perception, config) if laptop else PAPER
