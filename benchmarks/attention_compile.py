@@ -25,7 +25,7 @@ from absl import app, flags
 _TARGETS = flags.DEFINE_list("targets", ["tpu:v5p:2x2x1", "cuda:h100:1x1x2"], "see capcur_jax/plan/topologies.py")
 _KEEP = flags.DEFINE_string("keep", "", "a file for one target's bytes as JSON, for the process that asks all")
 _ONLY = flags.DEFINE_list("only", [], "layouts, by the beginnings of their names; none: all")
-_KERNEL = re.compile(r"splash_mha_(?:fwd|dq|dkv)|__cudnn\$\w+|\bmha_(?:forward|backward)\b")
+_KERNEL = re.compile(r"splash_mha_(?:fwd|dq|dkv)|__cudnn\$\w+")
 _MIB = 2**20
 
 
@@ -45,14 +45,14 @@ def cases():
         return Packed(Places(*places), prompt=T, response=T)
 
     def images(patches, heads, size):
-        return *((1, patches, heads, size) for _ in range(3)), (1, patches)
+        return *((1, patches, heads, size) for _ in range(3)), (1, patches), (1, 8), (1, 8)
 
     return {
         "prompt rows": (own(2, T, T), lambda: Causal(), None),
         "packed rows": (rows(1, 8 * T, 6), packed, None),
         "images (heads of 80)": (images(8192, 16, 80), Segments, None),
         "images (heads of 72)": (images(8192, 16, 72), Segments, None),
-        "windows of 64": (images(8192, 16, 80), functools.partial(Segments, reach=64), None),
+        "windows of 64": (images(8192, 16, 80)[:4], functools.partial(Segments, reach=64), None),
         "decoding": ((*own(16 * G, 1, 2 * T), (16 * G, 2 * T)), Cached, None),
         "packed rows (heads / 2)": (rows(1, 8 * T, 6), packed, "heads"),
         "packed rows (rows / 2)": (rows(2, 8 * T, 6), packed, "rows"),

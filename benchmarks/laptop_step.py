@@ -46,6 +46,7 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
     """Seconds of each step after warm-up, by phase; the very functions that a run calls."""
     config = settings()
     prompt, objective = config.prompt, config.objective
+    objective.updates_per_batch = 1  # as TRL's side has it
     processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint, remat=policy.remat(config))
     processor.end_tokens = (-1,)  # no response may end early
     buckets = Buckets.of(prompt, processor.config.vision)

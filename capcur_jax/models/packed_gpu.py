@@ -22,6 +22,7 @@ from capcur_jax.models import packed as packed_lib
 from capcur_jax.models.packed import Kernel, Limits, Packed, Spans
 
 _MOST_HEAD = 128  # the longest heads that cuDNN differentiates on every such card
+_CAPABILITY = 9.0  # Hopper's
 _PRIMITIVES = ("_dot_product_attention_fwd_p", "_dot_product_attention_bwd_p")
 
 
@@ -58,6 +59,9 @@ def refusal(tokens: int, heads: int, head: int) -> str:
     """Why cuDNN cannot serve rows of so many tokens in all on a device, with these heads; "" if it can."""
     if not all(hasattr(cudnn, name) for name in _PRIMITIVES):
         return f"jax {jax.__version__} has no {' and '.join(_PRIMITIVES)}"
+    here = jax.local_devices() if jax.default_backend() == "gpu" else []
+    if old := [device.device_kind for device in here if float(device.compute_capability) < _CAPABILITY]:
+        return f"cuDNN's packed segments need a Hopper card or a newer one, not {old[0]}"
     if head % 8 or head > _MOST_HEAD:
         return f"cuDNN takes heads of a multiple of 8 up to {_MOST_HEAD}, not of {head}"
     if tokens * heads * head >= 2**31:

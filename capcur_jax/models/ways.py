@@ -12,6 +12,7 @@ from capcur_jax.models import packed_gpu, packed_tpu
 
 SHORTEST = 128  # tokens of rows that a kernel takes at once; scores of shorter rows are small and XLA's
 PLATFORMS = ("cuda", "tpu")
+GATHERED = "group after group"  # XLA's way with packed rows
 _NAMES = {"cuda": "cuDNN's packed segments", "tpu": "splash, its blocks found at run time"}
 
 
@@ -45,5 +46,5 @@ def of(platform: str, shape: Sequence[int], dtype, implementation: str = "auto")
     else:
         reason = refusals[platform]()
     if reason:
-        return Way(None, "group after group", reason)
+        return Way(None, GATHERED, reason)
     return Way(packed_gpu if platform == "cuda" else packed_tpu, _NAMES[platform], "")

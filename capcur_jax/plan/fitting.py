@@ -19,7 +19,7 @@ from capcur_jax import policy, schedule
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.devices.programs import in_background
 from capcur_jax.learner import objectives
-from capcur_jax.plan import programs, topologies
+from capcur_jax.plan import cudnn, programs, topologies
 from capcur_jax.plan.programs import Program, Variant
 
 HEADROOM = 0.1  # share of a device's memory that is left free: the runtime, collectives' buffers, fragmentation
@@ -75,7 +75,9 @@ def compiled(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled | None, dic
     sizes = {f"{name}_bytes": getattr(memory, f"{field}_size_in_bytes") for name, field in names.items()}
     # A TPU's compiler reports less than this as the peak where it reuses arguments; a CPU's reports no real peak.
     held = sizes["arguments_bytes"] + sizes["outputs_bytes"] - sizes["aliases_bytes"] + sizes["temp_bytes"]
-    return program, sizes | {"peak_bytes": max(held, memory.peak_memory_in_bytes)}
+    workspace = cudnn.workspace(program.as_text())
+    peak = max(held, memory.peak_memory_in_bytes) + workspace
+    return program, sizes | {"workspace_bytes": workspace, "peak_bytes": peak}
 
 
 def account(variant: Variant, program: Program) -> dict[str, Any]:

@@ -99,7 +99,6 @@ class Step:
 
     def _pass(self, phase: str, program: Program, micros: Sequence[Micro]) -> Phase:
         rate, measured = self._rates, self._measured[program.name]
-        kernels = measured["kernels"]
         exposed = rate.exposed_gradient if phase == "gradient" else rate.exposed
         by: dict[str, float] = dict.fromkeys(
             ("layers", "attention", "vision layers", "vision attention", "sends", "launch"), 0.0
@@ -123,7 +122,7 @@ class Step:
             by["layers"] += text[0] / self._trainers / rate.linear
             by["attention"] += self._attended(pairs, repeats[0][1], rate.attention)
             by["vision layers"] += vision[0] / self._trainers / rate.vision
-            by["vision attention"] += self._seen(own * once[1][1], repeats[1][1], kernels)
+            by["vision attention"] += self._seen(own * once[1][1], repeats[1][1])
             # Sums of activations have nothing to hide behind, and there are more of them in a larger batch.
             split = self._variant.mesh.shape["tensor"] > 1
             share = work.tokens(micro) / self._largest if split else exposed
@@ -141,10 +140,10 @@ class Step:
         seconds = forwards / kernel.forward + (rates.BACKWARD / kernel.backward if backward else 0.0)
         return forward / self._trainers * seconds
 
-    def _seen(self, forward: float, repeats: float, kernels: tuple[str, ...]) -> float:
+    def _seen(self, forward: float, repeats: float) -> float:
         if not forward:
             return 0.0
-        kernel, dim = rates.images(self._rates, kernels), self._known.vision.head_dim
+        kernel, dim = self._rates.images, self._known.vision.head_dim
         return self._attended(forward * (-(-dim // kernel.heads) * kernel.heads / dim), repeats, kernel)
 
     def _split(self, at: Any, shape: BatchShape | RowShape) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +181,7 @@ class Step:
             by["layers"] += layers
             by["attention"] += attention
             by["vision layers"] += vision[0] / self._trainers / rate.vision
-            by["vision attention"] += self._seen(vision[1], 1.0, measured["kernels"])
+            by["vision attention"] += self._seen(vision[1], 1.0)
             by["sends"] += max(measured["sent_bytes"] / rate.link - layers - attention, 0.0)
             by["launch"] += rate.launch
             by["host"] += self._arrays(shape) / HOST.arrays

@@ -27,7 +27,7 @@ from capcur_jax.models import config as config_lib
 from capcur_jax.models import lora as lora_lib
 from capcur_jax.models import published, ways
 from capcur_jax.models.batching import Buckets, PromptSize
-from capcur_jax.models.config import ModelConfig
+from capcur_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
@@ -200,8 +200,10 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
         "tokens of a prompt": layout.bounds.prompt,
         "tokens of a response": layout.bounds.response,
         "tokens to sample": config.rollout.max_new_tokens if layout.sampled else 0,
-        "attention of packed rows": _way(config, processor.config, mesh, shape.length),
+        "attention of packed rows": _way(config, processor.config.text, mesh, shape.length),
     }
+    if shape.patches:
+        shapes["attention of images"] = _way(config, processor.config.vision, mesh, shape.patches, "whole rows")
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     forward = lambda shape: learner.score.trace(trained, frozen, layout.blank(shape, passes=True))  # noqa: E731
     kept = on_device((state, sums)) + (on_device(reference) if reference is not None else 0)
@@ -279,12 +281,15 @@ def _sizes(config: ConfigDict, merge: int, images: bool) -> list[PromptSize]:
     return [lengths.declared(config, merge, images, max)] * max(most, config.rollout.slots)
 
 
-def _way(config: ConfigDict, known: ModelConfig, mesh: Mesh, length: int) -> str:
-    """Which way it takes on a device, and why."""
-    platform, heads = mesh.devices.flat[0].platform, known.text.heads // mesh.shape["tensor"]
-    shape = 1, length, heads, known.text.head_dim
+def _way(
+    config: ConfigDict, tower: TextConfig | VisionConfig, mesh: Mesh, length: int, plain: str = ways.GATHERED
+) -> str:
+    """Which way attention of rows of that length takes on a device, and why; `plain`: what XLA's is called."""
+    platform, heads = mesh.devices.flat[0].platform, tower.heads // mesh.shape["tensor"]
     platform = "cuda" if platform == "gpu" else platform
-    return str(ways.of(platform, shape, jnp.dtype(config.model.dtype), config.model.attention))
+    shape = 1, length, heads, tower.head_dim
+    way = ways.of(platform, shape, jnp.dtype(config.model.dtype), config.model.attention)
+    return str(way if way.kernels else way._replace(name=plain))
 
 
 def _as(tree: nnx.State, dtype: Any) -> nnx.State:

@@ -42,10 +42,9 @@ class Rates(NamedTuple):
 _EDGES = 1.15  # a kernel computes blocks at the edges of a mask in whole
 _GPU = Rates(
     linear=580 * _T, attention=Kernel(550 * _T / _EDGES, 420 * _T / _EDGES, 1),
-    images=Kernel(350 * _T, 187.5 * _T, 128), vision=450 * _T, memory=4000 * _GB, link=330 * _GB,
+    images=Kernel(330 * _T, 330 * _T, 1), vision=450 * _T, memory=4000 * _GB, link=330 * _GB,
     exposed=0.15, exposed_gradient=0.36, launch=0.004, turn=0.0018, gather=12e-6, hidden=0.57,
 )  # fmt: skip
-_GPU_IMAGES = Kernel(330 * _T, 330 * _T, 1)  # cuDNN's, where a program has no kernel of Triton's
 _TPU = Rates(
     linear=275 * _T, attention=Kernel(200 * _T / _EDGES, 180 * _T / _EDGES, 1),
     images=Kernel(200 * _T, 143 * _T, 128), vision=230 * _T, memory=2200 * _GB, link=420 * _GB,
@@ -93,12 +92,3 @@ def of(topology: Topology) -> Rates:
 def transposed(rates: Rates) -> float:
     """Bytes a second of a cache that changes its layout."""
     return rates.memory * _TRANSPOSED
-
-
-def images(rates: Rates, kernels: tuple[str, ...]) -> Kernel:
-    """The kernel of patches in a program with these custom calls."""
-    cudnn = any("cudnn" in kernel for kernel in kernels)
-    if not cudnn or any("triton" in kernel for kernel in kernels):
-        return rates.images
-    share = rates.attention.forward / _GPU.attention.forward
-    return _GPU_IMAGES._replace(forward=_GPU_IMAGES.forward * share, backward=_GPU_IMAGES.backward * share)

@@ -56,3 +56,33 @@ def test_what_may_not_lie_together_does_not():
 @pytest.mark.parametrize(("sizes", "rooms", "most"), [([5, 5], [9], 4), ([2, 2, 2], [9, 9], 1), ([6, 1], [5, 5], 2)])
 def test_what_does_not_fit_is_none(sizes, rooms, most):
     assert bins.fill(sizes, rooms, most, lambda members: True) is None
+
+
+@pytest.mark.parametrize(("lengths", "needed", "chosen"), [
+    ((10, 10, 10, 10), 32, [10, 8, 8, 8]),  # of 8.2 each
+    ((10, 10, 10), 3, [4, 4, 4]),
+    ((20, 10), 24, [20, 8]),  # of 16.3 and what is left
+    ((10,), 50, [20]),
+])  # fmt: skip
+def test_capacities_are_few_and_hold_little_more_than_is_needed(lengths, needed, chosen):
+    assert bins.capacities(lengths, needed, (4, 8, 10, 20)) == chosen
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_levelled_bins_hold_the_same_items_with_less_above_their_capacity(seed):
+    random = np.random.default_rng(seed)
+    sizes, weights = random.integers(60, 340, 48), random.integers(0, 100, 48)
+    rooms = [int(sizes.sum() / 8 * 1.03)] * 8
+    filled = bins.fill(sizes.tolist(), rooms, 12, lambda members: True)
+    assert filled is not None
+    capacity = [int(weights.sum() / 8 * 1.05)] * 8
+    levelled = bins.level(filled, sizes, rooms, weights, capacity, 12)
+    assert sorted(itertools.chain(*levelled)) == list(range(48))
+    assert all(
+        sizes[members].sum() <= room and len(members) <= 12 for members, room in zip(levelled, rooms, strict=True)
+    )
+    before, after = ([weights[members].sum() for members in each] for each in (filled, levelled))
+    assert max(before) > capacity[0] >= max(after)
+    assert levelled == bins.level(filled, sizes, rooms, weights, capacity, 12)
+    # Nothing is above: nothing is moved.
+    assert bins.level(levelled, sizes, rooms, weights, capacity, 12) == levelled

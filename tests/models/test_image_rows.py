@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, strategies
 
 from capcur_jax.errors import InputError
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
-from capcur_jax.models.image_rows import PatchBuckets, assign_rows, place_images, rows_of
+from capcur_jax.models.config import from_directory
+from capcur_jax.models.image_rows import PatchBuckets, assign_rows, blank_vision, place_images, rows_of
 
 
 def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
@@ -64,6 +66,22 @@ def test_the_smallest_bucket_that_holds_the_images():
         many.bucket([(64, 64), (64, 64, 64)])
     with pytest.raises(InputError, match=r"images of 2 prompts of a device row need more; declare \(1, 256\)"):
         one.bucket([(64, 64), (128,)])
+
+
+def test_slots_of_a_prompt_are_a_bound_on_what_it_takes():
+    one, many = PatchBuckets(((1, 64), (1, 128))), PatchBuckets(((1, 64), (2, 64)))
+    assert [one.slots(images) for images in ((), (40,), (40, 40))] == [0, 40, 80]
+    assert [many.slots(images) for images in ((), (40,), (40, 40), (24, 40))] == [0, 64, 128, 64]
+
+
+@pytest.mark.parametrize("config", ["checkpoint", "windowed_checkpoint"])
+def test_an_image_travels_as_its_bytes(config, request):
+    """A byte of a channel of a pixel, and 12 to 60 of where a patch is."""
+    vision = from_directory(request.getfixturevalue(config)).vision
+    blank = blank_vision(2, 64, vision, 16)
+    assert blank.patches.nbytes == 2 * 64 * 3 * vision.patch_size**2
+    rest = sum(leaf.nbytes for leaf in jax.tree.leaves(blank)) - blank.patches.nbytes
+    assert blank.starts.shape == blank.lengths.shape == (2, 4) and 12 * 128 <= rest <= 60 * 128
 
 
 def test_a_row_holds_no_more_images_than_its_tables_name():

@@ -5,6 +5,7 @@ numbers, statistics by segments and NaN wherever nothing is written. tests/model
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -155,3 +156,12 @@ def test_cudnn_is_told_of_segments_no_longer_than_a_piece():
 def test_cudnn_says_what_it_does_not_take(arguments, reason):
     assert reason in packed_gpu.refusal(*arguments)
     assert bool(packed_gpu.refusal(*arguments)) == bool(reason)
+
+
+def test_cards_before_hopper_are_refused(monkeypatch):
+    card = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    assert "need a Hopper card or a newer one, not NVIDIA A100" in packed_gpu.refusal(2**14, 32, 128)
+    card.compute_capability = "9.0"
+    assert packed_gpu.refusal(2**14, 32, 128) == ""

@@ -259,12 +259,15 @@ def test_what_lies_in_the_padding_changes_nothing(scene, batch, parameters, forw
     np.testing.assert_array_equal(np.asarray(ours)[~padding], np.asarray(same)[~padding])
 
 
-@pytest.mark.parametrize("kind", ["larger token bucket", "larger patch bucket", "another prompt", "alone"])
+@pytest.mark.parametrize("kind", ["larger token bucket", "larger patch bucket", "one row", "another prompt", "alone"])
 def test_the_shape_of_the_batch_changes_nothing(scene, batch, parameters, forward, kind):
     prompts = scene.prepare()
     other = {
         "larger token bucket": lambda: scene.collate(prompts, tokens=TOKENS + 32),
         "larger patch bucket": lambda: scene.collate(prompts, patches=2 * PATCHES),
+        "one row": lambda: Buckets((TOKENS,), ((1, 4 * PATCHES),)).collate(
+            prompts, scene.processor.config, scene.processor.pad_token
+        ),
         "another prompt": lambda: scene.collate([*prompts, prompts[0]]),
         "alone": lambda: scene.collate(prompts[:1]),
     }[kind]()

@@ -107,12 +107,6 @@ def test_rates_of_other_chips_are_in_proportion_to_their_peaks():
     assert rates.of(topologies.parse("tpu:v5p:2x2x1")).linear == 275e12
 
 
-def test_the_kernel_of_patches_is_the_one_that_was_compiled():
-    triton = ("__cudnn$fmhaSoftmax", "__gpu$xla.gpu.triton")
-    assert rates.images(RATES, triton) == RATES.images != rates.images(RATES, triton[:1])
-    assert rates.images(RATES, ()) == RATES.images
-
-
 def test_servers_have_a_model_of_their_own(variant, monkeypatch):
     """Without the local sampler: their devices, waves of prompts, weights through the host."""
     config, found = variant
