@@ -9,6 +9,7 @@ share a worker of pytest-xdist.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -149,6 +150,17 @@ def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # the one process that starts the workers
         environment.tidy()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The modules and tests that are collected stay to the end: the garbage collector need not look at them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
