@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from capcur_jax import bounds, policy, presets
-from capcur_jax.checkpoints.checkpointing import Checkpoints, check_same_config
+from capcur_jax.checkpoints.checkpointing import Checkpoints, check_same_config, go_on
 from capcur_jax.data.problem import Problem, short
 from capcur_jax.data.prompts import PLACEMENTS
 from capcur_jax.data.sets import Sets
@@ -201,14 +201,16 @@ def check_same(workdir: Path, config: ConfigDict) -> dict[str, Any]:
 def goes_on_from(workdir: Path, config: ConfigDict, checkpoints: Checkpoints) -> int | None:
     """The number of the checkpoint that a run with this config goes on from; None: there is none, it starts anew.
 
-    Before its first step a run has learned nothing, and starts anew as well: with another config or other data, too.
-    Of several processes all call this. Raises InputError if it was another config that the run has learned with.
+    A run whose only checkpoint is that before its first step has learned nothing that is left, and starts anew as well:
+    with another config or other data, too. Of several processes all call this. Raises InputError if it was another
+    config that the run has learned with.
     """
     last = checkpoints.latest()
     if last is None:
         return None
     if not checkpoints.progress(last)[0].step:
-        distributed.barrier("nothing learned")  # all have read what is there
+        # First the records of steps: without a checkpoint they would be those of one that was taken away.
+        go_on(workdir, distributed.is_owner(), checkpoints, last)
         checkpoints.clear()
         return None
     check_same(workdir, config)

@@ -9,6 +9,7 @@ share a worker of pytest-xdist.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -34,15 +35,18 @@ settings.register_profile("capcur_jax", derandomize=True, deadline=None, max_exa
 settings.load_profile("capcur_jax")
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / f"capcur_jax-hypothesis-{os.getuid()}")
 
-# Whole runs and servers first, the longest ahead: a worker that gets one last makes the other wait for it.
+# Servers and whole runs first, the longest ahead: a worker that gets one last makes the other wait for it. What comes
+# between these files and the rest is marked e2e.
 LONGEST = (
     "rollout/sglang",
-    "test_resume",
     "test_processes",
+    "test_ablations",
+    "test_resume",
     "test_sharding",
-    "test_whole_way",
+    "test_slurm",
     "test_main",
     "test_plan",
+    "test_notebooks",
 )
 TEXTS = [
     "What shape is in the image?",
@@ -149,6 +153,17 @@ def pytest_configure(config):
         environment.tidy()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The modules and tests that are collected stay to the end: the garbage collector need not look at them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items):
     """One group a file, so that its fixtures are made once; an item may have a group that it shares with others."""
@@ -156,8 +171,14 @@ def pytest_collection_modifyitems(items):
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0].removesuffix(".py")))
 
+    def group(item):
+        return item.get_closest_marker("xdist_group").args[0]
+
+    whole = {group(item) for item in items if item.get_closest_marker("e2e")}
+
     def place(item):
-        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid.partition("::")[0]), len(LONGEST))
+        others = len(LONGEST) + (group(item) not in whole)
+        return next((i for i, name in enumerate(LONGEST) if name in item.nodeid.partition("::")[0]), others)
 
     items.sort(key=place)
 

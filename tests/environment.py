@@ -2,7 +2,7 @@
 
 One cache of compiled programs for all of them, which outlasts the run (JAX_COMPILATION_CACHE_DIR names another place);
 programs hardly optimised, since values are compared here and hardly anything is timed; the CPU, whatever else there is
-(JAX_PLATFORMS names another platform).
+(JAX_PLATFORMS names another platform). Processes that tests start don't find PyTorch: only parity tests need it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 # For processes that compute together. Without the fusion emitters programs have many small pieces. Now and then their
@@ -19,6 +20,7 @@ from pathlib import Path
 # in 4 of 11 tries, and with the emitters in none of 10.
 TOGETHER = {"XLA_FLAGS": ""}
 MOST_BYTES = 2**30  # of the cache: what no test asks for any more is never read again
+CHILDREN = str(Path(__file__).parent / "children")  # on the path of the processes that tests start
 
 
 def prepare() -> None:
@@ -34,6 +36,11 @@ def prepare() -> None:
         "OMP_WAIT_POLICY": "PASSIVE",  # torch's idle threads that spin take the cores from JAX
     }.items():
         os.environ.setdefault(name, value)
+    os.environ["CAPCUR_TESTS"] = sys.prefix
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *(one for one in path if one not in ("", CHILDREN))])
+    # A worker of pytest-xdist was started as they are, and has the parity tests.
+    getattr(sys.modules.get("sitecustomize"), "HIDDEN", set()).clear()
     # A shell starts what runs in its background with Ctrl-C ignored, and what that starts inherits it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

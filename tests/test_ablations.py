@@ -224,23 +224,15 @@ def test_a_finished_grid_is_left_alone_and_another_config_is_refused(grid, unbro
 
 
 @pytest.mark.e2e
-def test_a_second_run_of_the_same_shapes_compiles_nothing(grid, tmp_path, monkeypatch):
-    """JAX's log of its cache on the disk, which the runs share; the test's own cache keeps every program."""
-    monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
-    ended(grid(tmp_path / "grid", "--rows=visual", "--seeds=0,1"))
-    logs = [(tmp_path / "grid" / "visual" / f"seed{seed}" / "log.txt").read_text() for seed in range(2)]
-    words = (f"persistent compilation cache {what} for" for what in ("hit", "miss"))
-    read, compiled = ([log.lower().count(word) for log in logs] for word in words)
-    assert read[0] + compiled[0] > 10 and read[1] > 10 and compiled[1] == 0, (read, compiled)
-
-
-@pytest.mark.e2e
 def test_rows_from_easy_to_hard_see_their_problems_in_that_order(grid, sets, tmp_path):
     """By the runs' records: what every step sampled for is no easier than what comes after it is hard."""
-    rates, given = {}, ["--config.stages.merged.steps=15", "--config.stages.merged.prompts=4"]
+    steps_of = dict.fromkeys(presets.CAPABILITIES, 3) | {"merged": 9}  # all of the 12 problems of each set
+    rates, given = {}, ["--config.stages.merged.prompts=4"]
+    for name, count in steps_of.items():
+        given.append(f"--config.stages.{name}.steps={count}")
     for name in presets.CAPABILITIES:
         file = Path(sets[f"data.sets.{name}.train"])
-        lines = read_jsonl(file)
+        lines = read_jsonl(file)[:12]
         for at, line in enumerate(lines):
             line |= {"id": f"{name}-{at}", "pass_rate": (7 * at % len(lines)) / len(lines)}
             line["images"] = [str(file.parent / image) for image in line["images"]]
@@ -258,18 +250,33 @@ def test_rows_from_easy_to_hard_see_their_problems_in_that_order(grid, sets, tmp
             for group in (group for group in groups if group["stage"] == stage):
                 seen.setdefault(group["step"], []).append(rates[group["id"]])
             steps = [seen[step] for step in sorted(seen)]
-            assert len(steps) == (15 if stage == "merged" else 5) and max(steps[0]) > 0.9 and min(steps[-1]) < 0.25
+            assert len(steps) == steps_of[stage] and max(steps[0]) > 0.9 and min(steps[-1]) == 0
             assert all(min(easier) >= max(harder) for easier, harder in itertools.pairwise(steps)), (row, stage, steps)
 
 
+@pytest.fixture
+def from_cache(monkeypatch):
+    """from_cache(run): how many programs it read from JAX's cache on the disk, which the runs share, and how many it
+    compiled, as JAX logs them. The tests' own cache keeps every program."""
+    monkeypatch.setenv("JAX_DEBUG_LOG_MODULES", "jax._src.compiler")
+
+    def count(run: Path) -> list[int]:
+        log = (run / "log.txt").read_text().lower()
+        return [log.count(f"persistent compilation cache {what} for") for what in ("hit", "miss")]
+
+    return count
+
+
 @pytest.mark.e2e
-def test_a_grid_goes_on_although_a_run_fails(grid, unbroken, tmp_path):
+def test_a_grid_goes_on_although_a_run_fails(grid, unbroken, tmp_path, from_cache):
+    """The other one has the shapes of the unbroken grid's runs, and another seed: it compiles nothing."""
     workdir = tmp_path / "grid"
     (workdir / "visual").mkdir(parents=True)
-    (workdir / "visual" / "seed0").write_text("no folder")
-    workdir.joinpath("base").symlink_to(unbroken / "base")
-    output = ended(grid(workdir), code=1)
-    assert "1 of 2 done" in output and "visual seed 0 failed" in output
-    summary = json.loads((workdir / "perception" / "seed0" / "summary.json").read_text())
+    (workdir / "visual" / "seed1").write_text("no folder")
+    output = ended(grid(workdir, "--seeds=1", "--config.stages.perception.steps=1"), code=1)
+    assert "1 of 2 done" in output and "visual seed 1 failed" in output
+    summary = json.loads((workdir / "perception" / "seed1" / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert os.path.isfile(workdir / "visual" / "seed0")
+    assert os.path.isfile(workdir / "visual" / "seed1")
+    read, compiled = from_cache(workdir / "perception" / "seed1")
+    assert read > 10 and compiled == 0

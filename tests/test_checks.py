@@ -9,7 +9,7 @@ import pyarrow.ipc
 import pytest
 
 from capcur_jax import checks, presets, schedule
-from capcur_jax.checkpoints.checkpointing import Checkpoints, Progress
+from capcur_jax.checkpoints.checkpointing import Checkpoints, Progress, record_sizes, start_anew
 from capcur_jax.data import identity
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.rows import write_rows
@@ -150,7 +150,7 @@ def left(workdir, step, status=""):
     config = presets.laptop()
     jsonl.write_json_atomic(workdir / "config.json", config.to_dict())
     with Checkpoints(workdir / "state", keep=1) as checkpoints:
-        checkpoints.save_run(Progress(step=step), {"a": np.int32([3])}, {}, wait=True)
+        checkpoints.save_run(Progress(step=step), {"a": np.int32([3])}, record_sizes(workdir), wait=True)
     if status:
         jsonl.write_json_atomic(workdir / "summary.json", {"status": status})
     return config
@@ -170,6 +170,17 @@ def test_a_corrected_config_is_refused_only_if_something_was_learned(tmp_path, s
         else:
             assert checks.goes_on_from(tmp_path, config, checkpoints) is None
             assert checkpoints.latest() is None
+
+
+def test_a_run_killed_between_its_first_step_and_the_next_checkpoint_starts_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"type": "evaluation"}\n')
+    config = left(tmp_path, 0)
+    with (tmp_path / "metrics.jsonl").open("a") as records:
+        records.write('{"type": "step"}\n{"type": "st')
+    with Checkpoints(tmp_path / "state", keep=1) as checkpoints:
+        assert checks.goes_on_from(tmp_path, config, checkpoints) is None
+    assert start_anew(tmp_path, owner=True) == Progress()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_finished_run_has_its_checkpoint_too(tmp_path, checkpoint):

@@ -260,6 +260,6 @@ def test_a_question_as_it_stands(tmp_path):
     text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     block = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if block.startswith("IMAGE="))
     line = block.replace(".venv/bin/python", sys.executable)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"}
     done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "boxed" in done.stdout, done.stderr[-2000:]

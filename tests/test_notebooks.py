@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 
 import pytest
@@ -35,7 +36,7 @@ def kinds(notebook) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_it_runs_and_gives_what_is_stored(page, tmp_path, monkeypatch):
     """In a folder of its own, beside nothing. Figures may differ a little: programs are compiled otherwise here."""
-    monkeypatch.setenv("PYTHONPATH", str(refresh.FOLDER.parent))
+    monkeypatch.setenv("PYTHONPATH", f"{refresh.FOLDER.parent}{os.pathsep}{os.environ['PYTHONPATH']}")
     stored = refresh.read(page)
     fresh = refresh.clean(refresh.run(stored, tmp_path))
     assert kinds(fresh) == kinds(stored), f"{page.name}: run notebooks/refresh.py {page.name}"

@@ -122,7 +122,8 @@ def test_an_array_takes_a_line_of_a_dry_run_each(cluster, stand_in, tmp_path):
 def test_a_preempted_run_of_two_tasks_goes_on_and_ends_as_an_unbroken_one(cluster, checkpoint, sets, tmp_path):
     settings = {
         **SETTINGS, **sets, "checkpoint": str(checkpoint), "order": ("text",), "evaluation.sets": ("text",),
-        "stages.text.steps": 60, "stages.text.prompts": 4, "checkpointing.every": 20, "mesh.data": 2,
+        "stages.text.steps": 12, "stages.text.prompts": 4, "checkpointing.every": 20, "mesh.data": 2,
+        "reward.timeout_s": 120.0,  # it is held up below
     }  # fmt: skip
 
     def run(name: str) -> str:
@@ -138,7 +139,9 @@ def test_a_preempted_run_of_two_tasks_goes_on_and_ends_as_an_unbroken_one(cluste
     assert ended(whole), (tmp_path / "whole.log").read_text()[-3000:]
     broken = run("broken")
     assert until(lambda: steps("broken") >= 2, 120), (tmp_path / "broken.log").read_text()[-3000:]
-    # Another job takes all nodes; the partition gives those that have to go a minute.
+    # Another job takes all nodes; the partition gives those that have to go a minute. The run is held up until then:
+    # Slurm sends SIGCONT with the SIGTERM.
+    ask("scancel", "--signal=STOP", broken)
     ask("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     assert ended(broken), (tmp_path / "broken.log").read_text()[-3000:]
     log = (tmp_path / "broken.log").read_text()
