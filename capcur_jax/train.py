@@ -70,6 +70,7 @@ def train(
     stages = schedule.stages(config)
     quiet = quiet or not distributed.is_owner()
     display = Display(quiet=quiet)
+    display.note(f"reading data and checkpoint; what the run leaves comes into {workdir}")
     tracer = Profile(workdir, profile, display.warn)
     alone = distributed.process_count() == 1
     with (
