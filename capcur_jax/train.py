@@ -81,7 +81,7 @@ def train(
         with interruption.at_once():
             measured = {stage.name: usable(run, stage) for stage in stages if stage.epochs}
         stages = [with_steps(stage, measured) for stage in stages]
-        display.whole_run(sum(stage.steps for stage in stages))
+        display.whole_run(sum(stage.steps for stage in stages), run.progress.step)
         facts = results.plan(run, stages)
         at = run.progress
         try:

@@ -101,10 +101,10 @@ class Display:
         """Prints a table: the first row's keys are the columns."""
         self.plan({heading: rows})
 
-    def whole_run(self, steps: int) -> None:
-        """Steps of the whole run, all stages together."""
+    def whole_run(self, steps: int, done: int = 0) -> None:
+        """Steps of the whole run, all stages together, and those that are done where it goes on."""
         self.total_steps = steps
-        self._progress.update(self._run_task, total=steps)
+        self._progress.update(self._run_task, total=steps, completed=done)
 
     def stage(self, name: str, steps: int) -> None:
         """Announces a stage of `steps` steps."""
