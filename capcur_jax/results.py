@@ -53,7 +53,7 @@ def plan(run: Run, stages: Sequence[Stage]) -> dict[str, Any]:
                 "compute": config.model.dtype,
                 "devices": f"{len(devices)} x {devices[0].device_kind}",
                 "mesh": " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-                + f": {rows} device rows, each with its own prompts",
+                + f": {rows} device row{'s, each with its own prompts' if rows > 1 else ''}",
                 **run.decided,
                 **distributed.describe(),
                 "seed": config.seed,

@@ -103,7 +103,7 @@ class Run:
             self._check_inputs(self.checkpoints.progress(self.restored)[0].step)
             self.progress = go_on(workdir, self.owner, self.checkpoints, self.restored)
             if self.owner:
-                display.warn(f"{workdir}: going on after step {self.progress.step}")
+                display.note(f"{workdir}: going on after step {self.progress.step}")
         self._started -= self.progress.seconds
         self._open_reward()
         model = self._open_model()

@@ -70,6 +70,7 @@ def train(
     stages = schedule.stages(config)
     quiet = quiet or not distributed.is_owner()
     display = Display(quiet=quiet)
+    display.note(f"reading data and checkpoint; what the run leaves comes into {workdir}")
     tracer = Profile(workdir, profile, display.warn)
     alone = distributed.process_count() == 1
     with (
@@ -80,7 +81,7 @@ def train(
         with interruption.at_once():
             measured = {stage.name: usable(run, stage) for stage in stages if stage.epochs}
         stages = [with_steps(stage, measured) for stage in stages]
-        display.whole_run(sum(stage.steps for stage in stages))
+        display.whole_run(sum(stage.steps for stage in stages), run.progress.step)
         facts = results.plan(run, stages)
         at = run.progress
         try:

@@ -8,6 +8,7 @@ To be run after a notebook was edited: a test compares what a fresh run gives wi
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -44,13 +45,24 @@ def clean(notebook: NotebookNode) -> NotebookNode:
             continue
         count += 1
         cell.execution_count = count
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = _joined(output for output in cell.outputs if output.get("name") != "stderr")
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
             if "metadata" in output:
                 output.metadata = NotebookNode()
     return copy
+
+
+def _joined(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """Outputs with what was printed in one piece: where a kernel sends it in several is chance."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream" and found and found[-1].output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def main(names: list[str]) -> None:

@@ -176,6 +176,8 @@ def check(command: str) -> None:
         assert {word.removeprefix("EXTRA=") for word in rest if word.startswith("EXTRA=")} <= extras()
     elif tool in ("ruff", "pyrefly"):
         assert rest[0] in ("check", "format")
+    elif tool == "jupyter":
+        assert rest[0] == "lab" and (ROOT / rest[1]).is_dir()
     else:
         raise AssertionError(f"nothing here knows the command {tool}: give it a check")
 

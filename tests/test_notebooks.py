@@ -22,14 +22,14 @@ def code(notebook) -> list:
 
 
 def kinds(notebook) -> list[list[str]]:
-    """What each cell gives: texts, pictures, errors. In how many pieces a text comes is chance."""
+    """What each cell gives: texts, pictures, errors."""
     found = []
     for cell in code(notebook):
         given = []
         for output in cell.outputs:
             data = "+".join(sorted(output.get("data", {})))
             given.append(" ".join(filter(None, (output.output_type, output.get("name"), data))))
-        found.append([kind for kind, _ in itertools.groupby(given)])
+        found.append(given)
     return found
 
 
@@ -81,11 +81,14 @@ def test_clean_leaves_nothing_of_a_run():
     notebook = refresh.nbformat.v4.new_notebook(metadata={"language_info": {"name": "python", "version": "3.1"}})
     cell = refresh.nbformat.v4.new_code_cell("1", metadata={"execution": {"iopub.execute_input": "now"}})
     cell.update(execution_count=7, outputs=[
+        refresh.nbformat.v4.new_output("stream", name="stdout", text="a line\n"),
         refresh.nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        refresh.nbformat.v4.new_output("stream", name="stdout", text="and one that came later\n"),
         refresh.nbformat.v4.new_output("execute_result", {"text/plain": "1"}, execution_count=7),
     ])  # fmt: skip
     notebook.cells.append(cell)
     (found,) = refresh.clean(notebook).cells
-    assert (found.execution_count, found.metadata, len(found.outputs)) == (1, {}, 1)
-    assert found.outputs[0].execution_count == 1
-    assert cell.execution_count == 7 and len(cell.outputs) == 2  # a copy was made
+    assert (found.execution_count, found.metadata, len(found.outputs)) == (1, {}, 2)
+    assert found.outputs[0].text == "a line\nand one that came later\n"
+    assert found.outputs[1].execution_count == 1
+    assert cell.execution_count == 7 and len(cell.outputs) == 4  # a copy was made

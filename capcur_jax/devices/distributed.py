@@ -60,7 +60,7 @@ def describe() -> dict[str, str]:
     return {
         "process": f"{process_id()} of {process_count()} on {hosts[process_id()]}",
         "local devices": f"{len(devices)} x {devices[0].device_kind} of {jax.device_count()}",
-        "owner of servers, metrics and refill decisions": f"process 0 on {hosts[0]}",
+        "owner of records and servers": f"process 0 on {hosts[0]}",
     }
 
 

@@ -5,7 +5,9 @@ On a terminal a live bar stays at the bottom. Elsewhere (a CI log, a file, a pip
 """
 
 import contextlib
+import os
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,8 @@ from rich.text import Text
 
 from capcur_jax.records import lines, tables
 from capcur_jax.records.text import counted, moments_of, visible
+
+LOG_WIDTH = 120
 
 
 class Display:
@@ -40,7 +44,7 @@ class Display:
         line_steps: int = 10,
         line_seconds: float = 10.0,
     ):
-        self.console = console or Console(highlight=False)
+        self.console = console or _console()
         self.total_steps = 0
         self._quiet = bool(quiet)
         self._line_steps, self._line_seconds = line_steps, line_seconds
@@ -97,10 +101,10 @@ class Display:
         """Prints a table: the first row's keys are the columns."""
         self.plan({heading: rows})
 
-    def whole_run(self, steps: int) -> None:
-        """Steps of the whole run, all stages together."""
+    def whole_run(self, steps: int, done: int = 0) -> None:
+        """Steps of the whole run, all stages together, and those that are done where it goes on."""
         self.total_steps = steps
-        self._progress.update(self._run_task, total=steps)
+        self._progress.update(self._run_task, total=steps, completed=done)
 
     def stage(self, name: str, steps: int) -> None:
         """Announces a stage of `steps` steps."""
@@ -237,6 +241,12 @@ class Display:
         metrics = [*self._metrics, lines.sampling(self._health())] if self._health else self._metrics
         folded = [line for pieces in metrics for line in lines.wrap(pieces, self.console.width)]
         return Group(self._progress, *folded)
+
+
+def _console() -> Console:
+    """Standard output. Where nobody tells its width, as in a log, lines have room for a path."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else LOG_WIDTH)
 
 
 class _Count(ProgressColumn):

@@ -54,7 +54,7 @@ def titled(title: str, head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> Gr
 def pairs(values: Mapping[str, Any]) -> Table:
     """A row for each key and its value."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim")
+    grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for key, value in values.items():
         grid.add_row(Text(f"  {visible(key)}"), _cell(value))

@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("places", nargs="+", metavar="DIR", help="--workdir of a run or of a grid; ROW=DIR names a row")
-    parser.add_argument("--output", default="", help="folder for a grid's files (default: the work directory)")
+    parser.add_argument(
+        "--output", default="", metavar="DIR", help="folder for a grid's files (default: the work directory)"
+    )
     options = parser.parse_args(arguments)
     try:
         for path in _write(options.places, options.output):

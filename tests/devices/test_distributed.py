@@ -154,7 +154,7 @@ def test_two_processes_hear_each_other_to_the_last_bit(tmp_path):
     for i, output in enumerate(run(code, *environments)):
         assert f"HOST {'not here' if i else 'another process refuses it, and says why'} 0" in output
         assert f"'process': '{i} of 2 on {host}'" in output and "'local devices': '2 x cpu of 4'" in output
-        assert f"'owner of servers, metrics and refill decisions': 'process 0 on {host}'" in output
+        assert f"'owner of records and servers': 'process 0 on {host}'" in output
         assert "VALUE exchange: the processes have different shapes" in output and "((3,), dtype('float64'))" in output
         assert "{0: 'barrier save', 1: 'agree'}" in output
 

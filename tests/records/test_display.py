@@ -211,7 +211,7 @@ _LIVE_RUN = """
 import json, sys, time
 from capcur_jax.records.display import Display
 with Display() as display:
-    display.whole_run(200)
+    display.whole_run(200, 11)  # as one that goes on
     display.stage("perception", 100)
     display.step(json.loads(sys.argv[1]))
     with display.progress("evaluating text", 100) as advance:
@@ -239,11 +239,19 @@ def run_in_terminal(seconds, columns, interrupt=False):
     return output.decode(), process.wait(timeout=30)
 
 
+def test_a_log_has_room_for_a_path(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = "/" + 80 * "p"
+    Display().plan({"Run": {"checkpoint": path, "a label of a few words": 1}})
+    out = capsys.readouterr().out
+    assert path in out and "a label of a few words" in out
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_live_bar_on_a_terminal_and_after_ctrl_c():
     output, status = run_in_terminal(0.3, 80)
     assert status == 0
-    for part in ("12/200", "reward", "0.613", "rollout", "0.52s", "evaluating text", "50/100"):
+    for part in ("11/200", "12/200", "reward", "0.613", "rollout", "0.52s", "evaluating text", "50/100"):
         assert part in output
     assert output.count("\x1b[?25l") == 1 and output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l")
 

@@ -14,7 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", nargs="+", required=True, metavar="FILE", help="files of rows")
     add("--output", required=True, metavar="PATH", help="a folder (gets card.html), or FILE.html")
     add("--title", default="", metavar="TEXT", help="the page's heading (default: the first file's name)")
-    add("--examples", type=at_least(0), default=12, metavar="N", help="rows shown with their pictures (%(default)s)")
+    add(
+        "--examples",
+        type=at_least(0),
+        default=12,
+        metavar="N",
+        help="rows shown with their pictures (default: %(default)s)",
+    )
     add("--reports", nargs="+", default=[], metavar="FILE.json",
         help="what the commands that made the set printed: their rows, kept and dropped go onto the page")  # fmt: skip
     add("--images", metavar="DIR", help="folder for images that Parquet files hold as bytes")

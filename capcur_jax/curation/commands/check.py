@@ -15,7 +15,7 @@ from capcur_jax.records.tables import titled
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="files of rows")
+    add("files", nargs="+", metavar="FILE", help="files of rows: JSON lines or Parquet (docs/data.md)")
     add(
         "--checkpoint",
         default="",
@@ -23,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose tokenizer and image processor count tokens, a directory or OWNER/NAME on the Hub (default: the one "
         "that comes with the package)",
     )
-    add("--max-tokens", type=at_least(1), default=2048, metavar="N", help="longer prompts are overlong (%(default)s)")
+    add(
+        "--max-tokens",
+        type=at_least(1),
+        default=2048,
+        metavar="N",
+        help="longer prompts are overlong (default: %(default)s)",
+    )
     add(
         "--min-pixels",
         type=at_least(0),
@@ -38,14 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="larger images are reduced (0: the checkpoint's own)",
     )
-    add("--instruction", choices=("suffix", "system", "none"), default="suffix", help="as config.prompt.instruction")
+    add(
+        "--instruction",
+        choices=("suffix", "system", "none"),
+        default="suffix",
+        help="where the training's instruction stands: after the question, in a system turn, or nowhere "
+        "(default: %(default)s)",
+    )
     add("--images", metavar="DIR", help="folder for images that lie in the rows (default: none is kept)")
     add(
         "--examples",
         type=at_least(0),
         default=5,
         metavar="N",
-        help="findings of each sort that are named (%(default)s)",
+        help="findings of each sort that are named (default: %(default)s)",
     )
     add("--json", action="store_true", help="no tables, only the JSON line")
     add(

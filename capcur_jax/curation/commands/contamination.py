@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.8,
         metavar="SHARE",
-        help="texts whose 5-word runs agree to this share (Jaccard) are near-duplicates (%(default)s)",
+        help="texts whose 5-word runs agree to this share (Jaccard) are near-duplicates (default: %(default)s)",
     )
     add("--output", metavar="REPORT.json", help="gets the report with the pairs")
     add("--remove", metavar="FILE", help="gets the training rows that share nothing (.jsonl or .parquet)")
