@@ -192,7 +192,7 @@ class Display:
             done += count
             if task is not None:
                 self._progress.advance(task, count)
-            elif time.monotonic() - last_line >= self._line_seconds:
+            elif done != total and time.monotonic() - last_line >= self._line_seconds:  # the end has its own line
                 last_line = time.monotonic()
                 self._print(Text(f"{description}: {done:,}" + (f"/{total:,}" if total else "")))
 
