@@ -20,10 +20,10 @@ from rich.text import Text
 
 from capcur_jax import presets
 from capcur_jax.errors import InputError
-from capcur_jax.files import must_be_local
+from capcur_jax.files import must_be_local, write_atomically
 from capcur_jax.grid import budget, hours, runner, watch
 from capcur_jax.grid.executors import EXECUTORS, executor
-from capcur_jax.grid.jobs import Plan, config_file
+from capcur_jax.grid.jobs import COMMANDS, Plan, config_file
 from capcur_jax.grid.rows import ROWS
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.records import streams
@@ -68,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 said = (job.row, str(job.seed), hours.device_hours(job.config, options.preset))
                 print("\t".join([*said, shlex.join(["python", *job.arguments])]))
             return 0
-        return _run(plan, options, budgets)
+        return _run(plan, options, budgets, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(plan: Plan, options: argparse.Namespace, budgets) -> int:
+def _run(plan: Plan, options: argparse.Namespace, budgets, overrides: Sequence[str]) -> int:
     from capcur_jax.checks import finished  # here: --help should not wait for JAX
 
     board = watch.Board(_console(sys.stdout))
@@ -90,6 +90,7 @@ def _run(plan: Plan, options: argparse.Namespace, budgets) -> int:
                 todo = [job for job in plan.runs if job not in done]
                 needed = {name for job in todo for name in job.needs}
                 jobs = [job for job in plan.preparations() if job.name in needed] + todo
+            _remember(plan.workdir, options, overrides)
             with board:
                 states = runner.run(jobs, done, chosen, board, interruption)
     except Interrupted as signal:
@@ -100,6 +101,16 @@ def _run(plan: Plan, options: argparse.Namespace, budgets) -> int:
         _warn(board, f"{state.job.name} failed, {state.note} ({state.tries} tries; {state.job.log})")
     board.print(Text(f"{len(states) - len(failed)} of {len(states)} done in {plan.workdir}"))
     return 1 if failed else 0
+
+
+def _remember(workdir: Path, options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Adds this command to those that made the grid's runs, for its report."""
+    told = [f"--{name}={getattr(options, name)}" for name in ("rows", "seeds", "preset", "jobs", "workdir")]
+    command = shlex.join(["python", "-m", "capcur_jax.ablations", *told, *overrides])
+    file = workdir / COMMANDS
+    known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    if command not in known:
+        write_atomically(file, "".join(f"{line}\n" for line in [*known, command]).encode())
 
 
 def _console(file: TextIO) -> Console:

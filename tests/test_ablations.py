@@ -221,6 +221,10 @@ def test_a_finished_grid_is_left_alone_and_another_config_is_refused(grid, unbro
     assert state() == before
     assert "seed" not in (output := ended(grid(unbroken, "--config.stages.visual.learning_rate=0.5"), code=2))
     assert "started with another config" in output and f"learning_rate: {presets.LAPTOP_LEARNING_RATE} -> 0.5" in output
+    (command,) = (unbroken / "commands.txt").read_text().splitlines()  # and not the one that was refused
+    assert command.startswith(
+        "python -m capcur_jax.ablations --rows=visual,perception --seeds=0 --preset=laptop --jobs=1 "
+    )
 
 
 @pytest.mark.e2e

@@ -18,6 +18,7 @@ from capcur_jax.grid import budget
 from capcur_jax.grid.rows import ROWS, Row
 
 PROJECT = Path(__file__).resolve().parents[2]  # has configs/ and benchmarks/
+COMMANDS = "commands.txt"  # of a grid's work directory: what made its runs, a line each
 SAMPLES = 8  # of a pass rate that the grid measures itself, on a laptop's sets
 
 

@@ -12,10 +12,11 @@ HIDDEN = set()
 _found = importlib.machinery.PathFinder.find_spec
 
 
-def _find(name, path=None, target=None):
+def _find(_, name, path=None, target=None):
     return None if name in HIDDEN else _found(name, path, target)
 
 
 if os.environ.get("CAPCUR_TESTS") == sys.prefix:  # and not another environment's Python, such as the one of SGLang
     HIDDEN.add("torch")
-    importlib.machinery.PathFinder.find_spec = _find
+    # As it was, a method of the class: pytest keeps it as an attribute of a class of its own.
+    importlib.machinery.PathFinder.find_spec = classmethod(_find)

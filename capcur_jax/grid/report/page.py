@@ -12,6 +12,7 @@ from pathlib import Path
 
 from capcur_jax.errors import InputError
 from capcur_jax.files import write_atomically
+from capcur_jax.grid.jobs import COMMANDS
 from capcur_jax.grid.report import benchmarks, claims, examples, figures, more, tables
 from capcur_jax.grid.report.gather import Grid, read
 from capcur_jax.grid.report.tables import Table
@@ -102,9 +103,12 @@ def _markdown(grid: Grid, title: str, places: Sequence[str], made: Sequence[Tabl
 
 
 def _commands(grid: Grid, places: Sequence[str]) -> str:
-    """What makes these runs, with the grid's preset and settings, and this page of them."""
+    """What made these runs, as their grids remember it, and makes this page of them. Of single runs: rows and seeds."""
+    files = [Path(place.partition("=")[2] or place) / COMMANDS for place in places]
+    runs = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
     rows: dict[str, list[str]] = {}  # seeds -> rows
     for row in dict.fromkeys(run.row for run in grid.runs):
         rows.setdefault(",".join(str(run.seed) for run in grid.of(row)), []).append(row)
-    runs = [f"python -m capcur_jax.ablations --rows={','.join(some)} --seeds={seeds}" for seeds, some in rows.items()]
+    if not runs:
+        runs = [f"python -m capcur_jax.ablations --rows={','.join(of)} --seeds={seeds}" for seeds, of in rows.items()]
     return "\n".join(["```bash", *runs, f"python -m capcur_jax.report {shlex.join(places)}", "```"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import grid_page
 from benchmarks.grid_page import BROWSER
 from capcur_jax.evaluation import errors, folders
 from capcur_jax.grid.report import examples, gather, more, page
@@ -36,6 +37,16 @@ def test_tables_are_the_papers_and_say_what_is_missing(grid):
     assert "python -m capcur_jax.ablations --rows=staged,order_321,merged,sft_perception --seeds=0,1,2\n" in said
     assert f"python -m capcur_jax.report {grid}\n" in said and "- commit: 0000000\n" in said
     assert "not known / 37.70" in said and "-1.60 / -8.10" in said and "+5.20 / +7.40" in said
+
+
+def test_a_grid_s_own_commands_are_told(tmp_path):
+    grid_page.make(tmp_path, {"staged": 0.0, "merged": -0.5}, range(2), questions=30)
+    told = "python -m capcur_jax.ablations --rows=staged,merged --seeds=0,1 --preset=laptop_short --workdir=runs/a"
+    (tmp_path / "commands.txt").write_text(f"{told}\n")
+    page.write([f"staged={tmp_path}/staged/seed0", str(tmp_path)], tmp_path / "page")  # a run of it as well
+    said = text_of(tmp_path / "page" / "tables.md")
+    assert f"```bash\n{told}\npython -m capcur_jax.report " in said
+    assert said.count("capcur_jax.ablations") == 1
 
 
 def test_markdown_and_page_have_the_same_figures(grid):
