@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tests.test_main import ROOT
 
 pytestmark = pytest.mark.e2e
 
-STAGES = {"perception": 12, "text": 10}
+STAGES = {"perception": 8, "text": 6}
 SETTINGS = {
     **tiny.SETTINGS,
     **{f"stages.{name}.steps": steps for name, steps in STAGES.items()},
@@ -65,7 +66,7 @@ def finish(process: subprocess.Popen) -> str:
 @pytest.fixture(scope="module")
 def unbroken(command, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    finish(command(workdir))
+    finish(command(workdir, "--config.checkpointing.keep=99"))
     return workdir
 
 
@@ -83,9 +84,14 @@ def progress(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def killed_somewhere(process: subprocess.Popen, workdir: Path, choice: random.Random) -> bool:
-    """Kills the run a little after it has written a record, a checkpoint or nothing yet; False: it was done before."""
-    watched = choice.choice(["metrics.jsonl", "rollouts.jsonl", "state"])
+WRITTEN = ("metrics.jsonl", "rollouts.jsonl", "state")
+
+
+def killed_somewhere(
+    process: subprocess.Popen, workdir: Path, choice: random.Random, written: Sequence[str] = WRITTEN
+) -> bool:
+    """Kills the run a little after it has written one of these; False: it was done before."""
+    watched = choice.choice(written)
     grown, start, limit = choice.randint(1, 3), None, time.monotonic() + 120
     while process.poll() is None and time.monotonic() < limit:
         seen = progress(workdir / watched)
@@ -101,10 +107,10 @@ def killed_somewhere(process: subprocess.Popen, workdir: Path, choice: random.Ra
 
 @pytest.mark.parametrize("seed", [0])
 def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(command, unbroken, tmp_path, seed):
-    choice, workdir, kills = random.Random(seed), tmp_path / "run", 0
-    while kills < 5 and killed_somewhere(command(workdir), workdir, choice):
-        kills += 1
-    assert kills >= 3  # or the run is too short for this test
+    """Killed while it writes records, samples and checkpoints, each once, in some order."""
+    choice, workdir = random.Random(seed), tmp_path / "run"
+    for name in choice.sample(WRITTEN, len(WRITTEN)):
+        assert killed_somewhere(command(workdir), workdir, choice, [name])  # or the run is too short for this test
     finish(command(workdir))
     for name in ("1-perception", "final"):
         ours, theirs = (load_file(d / "checkpoints" / name / "model.safetensors") for d in (workdir, unbroken))
@@ -148,21 +154,18 @@ def test_a_finished_run_says_so_and_another_config_is_refused(command, unbroken)
 
 def test_a_run_goes_on_on_another_mesh(command, unbroken, tmp_path):
     """Four virtual devices take up what one has left; the figures agree within float32's accuracy."""
-    workdir = tmp_path / "run"
-    process = command(workdir)
-    limit = time.monotonic() + 120
-    with contextlib.suppress(FileNotFoundError):
-        while process.poll() is None and time.monotonic() < limit:
-            if (workdir / "state" / "2").exists():
-                break
-            time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    stopped = len(records(workdir))
+    workdir, last = tmp_path / "run", STAGES["perception"] - 2
+    shutil.copytree(unbroken, workdir)  # as if it had been killed after step `last`
+    for state in (workdir / "state").iterdir():
+        if state.name.isdecimal() and int(state.name) > last:
+            shutil.rmtree(state)
+    assert (workdir / "state" / str(last)).is_dir()
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "summary.json").unlink()
     more = "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
-    finish(command(workdir, *more, devices=4))
+    assert f"going on after step {last}" in finish(command(workdir, *more, devices=4))
     ours, theirs = records(workdir), records(unbroken)
-    assert [r["type"] for r in ours] == [r["type"] for r in theirs] and stopped < len(theirs)
+    assert [r["type"] for r in ours] == [r["type"] for r in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         if mine["type"] == "step":
             assert mine["loss"] == pytest.approx(other["loss"], abs=1e-4)
