@@ -146,7 +146,7 @@ def test_a_stream_gives_the_tokens_of_generate(model, processor):
     known = Processor(processor.tokenizer, processor.images, processor.config)
     known.end_tokens = tuple(range(0, 320, 8))
     prompt = known.prepare(known.render([None, "The shape is"]), [random_image(20, 30)])
-    engine = LocalEngine(model, known, slots=1, buckets=Buckets((48,)))
+    engine = LocalEngine(model, known, slots=1, buckets=Buckets((48,), ((1, 64),)))
     finishes = set()
     for seed in range(12):
         [[whole]] = engine.generate([prompt], Sampling(12), n=1, seed=seed)

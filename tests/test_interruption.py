@@ -80,15 +80,15 @@ def test_a_signal_is_heard_while_a_program_is_compiled():
     compiled, started = threading.Event(), time.monotonic()
     with Interruption() as interruption, pytest.raises(Interrupted), interruption.at_once():
         threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM]).start()
-        programs._in_background(lambda: compiled.wait(60))
+        programs.in_background(lambda: compiled.wait(60))
     compiled.set()
     assert time.monotonic() - started < 10
 
 
 def test_what_compiling_raises_is_raised():
-    assert programs._in_background(lambda: 3) == 3
+    assert programs.in_background(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        programs._in_background(lambda: 1 / 0)
+        programs.in_background(lambda: 1 / 0)
 
 
 def test_what_swallows_the_first_raise_does_not_swallow_the_signal(capsys):

@@ -87,7 +87,7 @@ def test_two_processes_are_one_run(checkpoint, sets, tmp_path):
         **{f"stages.{name}.prompts": 8 for name in ("perception", "text")},
     }  # fmt: skip
     outputs = together(2, 2, tmp_path / "run", settings)
-    assert "owner of servers" in outputs[0] and "Where parameters lie" in outputs[0]
+    assert "owner of records and servers" in outputs[0] and "Where parameters lie" in outputs[0]
     assert "Stage" not in outputs[1]  # the owner alone speaks
 
     records = read_jsonl(tmp_path / "run" / "metrics.jsonl")

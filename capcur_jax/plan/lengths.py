@@ -83,7 +83,10 @@ def of(name: str, config: ConfigDict, merge: int) -> Lengths:
         chosen = random.choice(len(pool), stage.prompts, replace=len(pool) < stage.prompts)
         groups, n = [pool[i] for i in chosen], _group(stage, config)
         return [
-            (size, np.minimum(random.choice(lengths, n, replace=len(lengths) < n), longest).tolist())
+            (
+                size if images else size._replace(images=()),
+                np.minimum(random.choice(lengths, n, replace=len(lengths) < n), longest).tolist(),
+            )
             for size, lengths in groups
         ]
 

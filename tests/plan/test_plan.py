@@ -95,19 +95,19 @@ def test_bytes_follow_from_the_parameters(tiny):
 
 
 def test_flops_are_those_of_the_shapes(tiny):
-    """Linear layers of prompt and response tokens, attention over [prompt | own], logits of response tokens."""
-    text = from_directory(presets.TINY_CHECKPOINT).text
-    B, G, S, T = 8, 5, 96, 48
+    """Linear layers and logits of two packed rows, attention over [prompt | own] of all groups that they may hold."""
+    config, text = presets.get("laptop"), from_directory(presets.TINY_CHECKPOINT).text
+    tokens, groups = 2 * max(config.packing.lengths), 2 * config.packing.groups
+    G, S, T = 5, 96, 48
     heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
     layer = text.width * (2 * heads + 2 * kv + 3 * text.mlp_width)
-    tokens = B * S + B * G * (T - 1)
-    attention = 2 * heads * (B * S * S + B * G * (T - 1) * (S + T - 1))
-    forward = 2 * text.depth * (tokens * layer + attention) + 2 * B * G * T * text.width * text.vocabulary
+    attention = 2 * text.depth * 2 * heads * groups * (S * S + G * T * (S + T))
+    logits = 2 * tokens * text.width * text.vocabulary
+    forward = 2 * text.depth * tokens * layer + attention + logits
     known = programs(tiny)
     assert known["old log-probs"]["flops"] == known["reference log-probs"]["flops"] == forward
-    # Backwards twice, the logits once more (they are not kept).
-    logits = 2 * B * G * T * text.width * text.vocabulary
-    assert known["gradient"]["flops"] == 3 * forward + logits
+    # Backwards twice; logits and attention once more (they are not kept).
+    assert known["gradient"]["flops"] == 3 * forward + logits + attention
     token = layer + 2 * heads * (S + T) + text.width * text.vocabulary // text.depth
     assert known["decoding"]["flops"] == pytest.approx(2 * text.depth * token * 80 * T, rel=0.01)
     assert tiny["stages"][0]["step"]["flops"] == sum(p["flops"] * p["runs_a_step"] for p in known.values())
