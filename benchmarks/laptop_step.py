@@ -44,6 +44,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 2, "How often the two sides take turns.
 def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str, float]]:
     """Seconds of each step after warm-up, by phase; the very functions that a run calls."""
     config = settings()
+    config.objective.updates_per_batch = 1
     prompt, objective = config.prompt, config.objective
     processor, model = Processor.from_directory(checkpoint), huggingface.load(checkpoint, remat=config.model.remat)
     processor.end_tokens = (-1,)  # no response may end early

@@ -7,6 +7,7 @@
     F  merged features of images
     G  responses of a prompt
     H  dimension of a head
+    I  images of a row of patches
     J  rows of patches, in which images lie
     K  heads of keys and values
     L  layers

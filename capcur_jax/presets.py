@@ -34,10 +34,7 @@ LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
 _ROWS = "groups of a mini-batch are packed into device rows of few lengths: declare these in config.packing.lengths"
-_PATCHES = (
-    "images of several prompts share rows of patches: declare these in config.prompt.patch_buckets for the sampler, in "
-    "config.packing.patch_buckets for the trainer"
-)
+_PATCHES = "declare config.prompt.patch_buckets, for the sampler, and config.packing.patch_buckets, for the trainer"
 DELETED = {
     "packing.buckets": _ROWS,
     "packing.slabs": _ROWS,
@@ -294,7 +291,7 @@ def laptop(steps: int = LAPTOP_STEPS) -> ConfigDict:
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_buckets": ((16, 64),)})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1088), "groups": 10, "patch_buckets": ((4, 64), (6, 64), (8, 64))})
+    config.packing.update({"lengths": (960, 1216), "groups": 16, "patch_buckets": ((4, 64), (6, 64), (8, 64))})
     config.evaluation.counterfactual = 200
     return config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from capcur_jax.learner.packing import Bounds, Item, Row, RowShape, collate
@@ -30,6 +31,6 @@ def packed(
 
 
 def of_responses(x: jax.Array, batch: PackedBatch) -> jax.Array:
-    """What lies at the response tokens of one packed row: [1, L, ...] -> [R, T, ...]."""
-    at = batch.places.response_start[0][:, None] + np.arange(batch.response)
-    return x[0][np.minimum(at, x.shape[1] - 1)]
+    """What lies at the response tokens of one packed row: [1, W, ...] -> [R, T, ...]."""
+    at = batch.places.response_start[0][:, None] + jnp.arange(batch.response)
+    return x[0][jnp.minimum(at, x.shape[1] - 1)]

@@ -46,6 +46,18 @@ def test_a_mistake_gets_one_short_line(mistake, said):
     assert line.startswith(said) and "\n" not in line and len(line) < 250
 
 
+@pytest.mark.parametrize("key", presets.DELETED)
+def test_a_deleted_key_is_told_what_does_its_work(key):
+    *sections, name = key.split(".")
+    section = presets.get("laptop")
+    for part in sections:
+        section = section[part]
+    with pytest.raises((AttributeError, KeyError, TypeError)) as caught:
+        setattr(section, name, 1)
+    said, _, instead = presets.explained(caught.value).partition(": ")
+    assert said == f"config.{key} was removed" and "config." in instead
+
+
 def test_a_mistake_inside_a_config_file_keeps_its_own_line():
     with pytest.raises(KeyError) as caught:
         _ = {}["a"]

@@ -28,7 +28,6 @@ class Layout:
     buckets: Buckets
     processor: Processor
     mesh: Mesh
-    images: bool  # whether any of the stage's prompts has one
     sampled: bool  # see objectives.Objective
     updates: int  # in a step
     shards: int  # device rows of this process
@@ -52,6 +51,7 @@ class Layout:
         """The stage's. Raises InputError where the config's numbers do not go together, or where a prompt does not fit.
 
         Args:
+            images: whether any of the stage's prompts has one.
             sizes: of all prompts of the stage, where they are known; else they may be as large as the config allows.
         """
         sampled = objectives.of_stage(stage).sampled
@@ -71,7 +71,7 @@ class Layout:
         declared = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
         patches = PatchBuckets(declared, buckets.smallest, "config.packing.patch_buckets")
         layout = cls(
-            buckets, processor, mesh, images, sampled, updates, sharding.local_row_shards(mesh),
+            buckets, processor, mesh, sampled, updates, sharding.local_row_shards(mesh),
             tuple(sorted(set(config.packing.lengths))), patches, bounds,
             old=sampled and updates > 1, reference=sampled and needs_reference(config),
         )  # fmt: skip

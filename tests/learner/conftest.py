@@ -86,14 +86,8 @@ def plain(prompts, tokens, processor):
     zeros = np.zeros(T, np.float32)
     rows = [Row(row, float(EVENLY[0]), float(a), zeros[: len(row)]) for row, a in zip(tokens, ADVANTAGES, strict=True)]
     items = [Item(prompts[0], rows[:G]), Item(prompts[1], rows[G:])]
-    return packed(processor, items)
-
-
-def packed(processor, *rows: list[Item], sampled: bool = True, **bounds: int) -> UpdateBatch:
-    """Packed rows of these items."""
-    bounds = Bounds(**{"groups": 2, "group": G, "prompt": 64, "response": T} | bounds)
-    shape, known = RowShape(160, 2, 96), processor.config
-    return collate(rows, shape, bounds, known, processor.pad_token, sampled=sampled)
+    bounds, shape = Bounds(groups=2, group=G, prompt=64, response=T), RowShape(160, 2, 96)
+    return collate([items], shape, bounds, processor.config, processor.pad_token, sampled=True)
 
 
 @pytest.fixture(scope="package")

@@ -300,7 +300,7 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
     random = np.random.default_rng(0)
     for packing in (
         *PACKINGS.values(),
-        {"lengths": (80, 96, 128), "groups": 1, "patch_buckets": ((1, 64), (1, 80), (4, 64))},
+        {"lengths": (80, 96, 128), "groups": 1, "patch_buckets": ((1, 64), (2, 64), (4, 64))},
     ):
         layout, seen = scene.layout(packing), []
         known = [signature(batch) for batch in layout.blanks(passes=True)]
@@ -340,7 +340,7 @@ def test_targets_have_one_response_and_no_advantage(scene):
         (
             {"patch_buckets": ((1, 8),)},
             1,
-            r"an image of \d+ patches is longer than .* which has 8: declare .*config\.packing\.patch_buckets",
+            r"image of \d+ patches is longer than .*, which has 8: declare .* config\.packing\.patch_buckets",
         ),
     ],
 )

@@ -112,8 +112,8 @@ class LocalEngine:
     ) -> list[list[Sample]]:
         """See engine.Engine. Raises InputError where too few patches are declared for the prompts, whichever of them
         would meet in a prefill."""
-        images = [PromptSize.of(prompt).images for prompt in prompts]
-        self.buckets.images.possible(images, self.work(n, sampling).prompts)
+        shown = [PromptSize.of(prompt).images for prompt in prompts]
+        self.buckets.images.possible(shown, self.work(n, sampling).prompts)
         call = _Call(self, sampling, prompts, n, seed, images)
         while distributed.agree(call.places.unfinished()):
             while distributed.agree(call.places.worthwhile()):
