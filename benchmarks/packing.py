@@ -88,10 +88,11 @@ def layout_of(config: ConfigDict, stage: str, rows: int, batches: Sequence[Seque
     """Of a stage whose prompts are these, on so many device rows."""
     with config.unlocked():
         config.order = (stage,)
+    known = SimpleNamespace(vision=SimpleNamespace(merge_size=2))
     prompt, sizes = config.prompt, [size for groups in batches for size, _ in groups]
     return Layout.of(
         schedule.stages(config)[0], config, Buckets((1,), smallest=prompt.min_pixels // 256 or 4),
-        SimpleNamespace(config=None, pad_token=0), AbstractMesh((1, rows, 1), ("data", "fsdp", "tensor")),
+        SimpleNamespace(config=known), AbstractMesh((1, rows, 1), ("data", "fsdp", "tensor")),
         any(size.images for size in sizes), sizes,
     )  # fmt: skip
 

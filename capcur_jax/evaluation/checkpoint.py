@@ -215,12 +215,14 @@ def shapes(declared: Any, sizes: Collection[Any], prompts: int, merge: int) -> A
     tokens = {*declared.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
     if lengths[-1] <= max(declared.tokens, default=0):
         tokens = set(declared.tokens)
-    wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)))
+    # All images are known. The larger the smallest is, the fewer a row can hold: kernels have room for that many.
+    smallest = max(declared.smallest, min((size for each in images for size in each), default=0))
+    wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)), smallest=smallest)
     try:
         wider.images.possible(images, prompts)
         return wider
     except InputError:
-        counted = [declared.images.counted(each) for each in images]
+        counted = [wider.images.counted(each) for each in images]
     if all(rows == 1 for rows, _ in declared.patches):
         row = rounded_up(prompts * max(map(sum, counted)), math.lcm(_ROUND, merge**2))
         patches = (*declared.patches, *((1, n) for n in (row // 2, row) if n > declared.images.longest))

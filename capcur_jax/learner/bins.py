@@ -3,7 +3,6 @@ the patches of their images are spread by further swaps."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,22 +18,24 @@ def sums(lengths: Sequence[int], needed: int, least: int) -> Iterator[tuple[int,
     """Rows to try, longest first, without an end: each try has some of `lengths`, at least `needed` in all and at least
     `least` of them. Smaller sums come first, of one sum the fewest rows; larger ones are tried in strides."""
     step = math.gcd(*lengths)
+    falling = sorted(lengths, reverse=True)
     total = -(-max(needed, least * min(lengths)) // step) * step
     while True:
-        ways = sorted(_made(tuple(sorted(lengths, reverse=True)), total), key=len)
-        yield from itertools.islice((way for way in ways if len(way) >= least), WAYS)
+        counts = range(max(least, -(-total // falling[0])), total // falling[-1] + 1)
+        yield from itertools.islice((way for rows in counts for way in _made(falling, total, rows)), WAYS)
         total += max(1, total // (64 * step)) * step
 
 
-@functools.lru_cache(maxsize=4096)
-def _made(lengths: tuple[int, ...], total: int) -> list[tuple[int, ...]]:
-    """The ways to make `total` of lengths that fall."""
-    if not lengths:
-        return [()] if total == 0 else []
+def _made(lengths: Sequence[int], total: int, rows: int) -> Iterator[tuple[int, ...]]:
+    """The ways to make `total` of so many lengths that fall, one by one: of many lengths there are millions."""
     longest, *rest = lengths
-    return [
-        (longest,) * n + way for n in range(total // longest, -1, -1) for way in _made(tuple(rest), total - n * longest)
-    ]
+    if not rest:
+        yield from [(longest,) * rows] if rows * longest == total else []
+        return
+    for n in range(min(rows, total // longest), -1, -1):
+        left, others = total - n * longest, rows - n
+        if others * rest[-1] <= left <= others * rest[0]:
+            yield from ((longest,) * n + way for way in _made(rest, left, others))
 
 
 def fill(

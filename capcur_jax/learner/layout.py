@@ -89,6 +89,7 @@ class Layout:
         accelerated = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform != "cpu"
         if accelerated and (odd := [length for length in self.lengths if length % _TILE]):
             raise InputError(f"config.packing.lengths: {odd} are no multiples of {_TILE}, as accelerators want it")
+        self.patches.check_multiples(self.processor.config.vision.merge_size**2)
         for size in sizes:
             self.patches.bucket([size.images])
 

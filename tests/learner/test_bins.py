@@ -21,6 +21,14 @@ def test_sums_rise_and_hold_what_is_needed(lengths, needed, least):
     assert len(tries[0]) == min(len(way) for way in every if len(way) >= least)
 
 
+def test_many_lengths_and_long_sums_are_no_more_work():
+    """There are millions of ways to make such a sum; the first few are all that is looked at."""
+    lengths = tuple(range(1024, 16_385, 1024))
+    tries = list(itertools.islice(bins.sums(lengths, 3_000_000, 1), bins.WAYS))
+    assert {sum(way) for way in tries} == {3_000_320} and {len(way) for way in tries} == {184}
+    assert len(set(tries)) == bins.WAYS
+
+
 def test_few_lengths_make_nearly_every_sum():
     """Why three lengths are enough: the sums that two rows or more can have lie one step apart."""
     made = {sum(next(bins.sums((5, 6, 7), needed, 1))) for needed in range(10, 60)}

@@ -336,6 +336,7 @@ def test_targets_have_one_response_and_no_advantage(scene):
     [
         ({}, 3, r"config\.stages\.perception\.prompts = 4 can't be split into 3 equal updates.*updates_per_batch"),
         ({"lengths": (24, 32)}, 1, r"config\.packing\.lengths = \(24, 32\): the longest must hold .* \d+ tokens"),
+        ({"patch_buckets": ((6, 66),)}, 1, r"config\.packing\.patch_buckets = .* must be a multiple of 4"),
         (
             {"patch_buckets": ((1, 8),)},
             1,

@@ -84,7 +84,8 @@ def test_records_that_cannot_be_used(tmp_path, content, message):
 def paper_step(groups):
     prompt, mesh = PAPER.prompt, AbstractMesh((1, 8, 1), ("data", "fsdp", "tensor"))
     buckets = Buckets(prompt.token_buckets, prompt.patch_buckets)
-    processor = types.SimpleNamespace(config=None, pad_token=0)
+    known = types.SimpleNamespace(vision=types.SimpleNamespace(merge_size=2))
+    processor = types.SimpleNamespace(config=known)
     layout = Layout.of(VISUAL, PAPER, buckets, processor, mesh, True)
     return buckets, [micro for update in work.updates(groups, layout) for micro in update]
 
