@@ -21,7 +21,7 @@ from capcur_jax.grid.rows import ROWS
 from capcur_jax.records.jsonl import read_jsonl
 from tests import tiny
 from tests.grid.test_executors import until
-from tests.test_resume import killed_somewhere, records
+from tests.test_resume import killed_somewhere, progress, records
 
 ROOT = Path(ablations.__file__).parents[1]
 
@@ -193,11 +193,11 @@ def test_the_base_is_asked_once_and_every_summary_is_whole(unbroken):
 
 @pytest.mark.e2e
 def test_a_grid_killed_at_random_points_ends_with_the_same_files(grid, unbroken, tmp_path):
+    """Killed in its first run, told to stop in its second."""
     choice, workdir = random.Random(1), tmp_path / "grid"
-    for run in RUNS:  # killed in each of them
-        assert killed_somewhere(grid(workdir), workdir / run, choice)
+    assert killed_somewhere(grid(workdir), workdir / RUNS[0], choice)
     process = grid(workdir)
-    assert until(lambda: running_below(process), 120)
+    assert until(lambda: progress(workdir / RUNS[1] / "rollouts.jsonl"), 120)
     children = running_below(process)
     process.terminate()
     assert "the same command goes on" in ended(process, code=130)

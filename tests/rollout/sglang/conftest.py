@@ -171,6 +171,12 @@ def lent(pair):
     pair.engine._complete_next = True
 
 
+@pytest.fixture
+def files(checkpoint, sets):
+    """The settings of a run that name a random model and its problems."""
+    return {"config.checkpoint": checkpoint, **{f"config.{key}": value for key, value in sets.items()}}
+
+
 # ---------------------------------------------------------------------- stand-ins
 
 

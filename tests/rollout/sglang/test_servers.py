@@ -40,11 +40,11 @@ def test_mistakes_get_one_clear_line(given, words, tmp_path, capsys, monkeypatch
     assert capsys.readouterr().err.startswith(words)
 
 
-def test_a_run_with_servers_that_were_started_by_hand(tmp_path, sglang_python):
+def test_a_run_with_servers_that_were_started_by_hand(tmp_path, sglang_python, files):
     workdir, register = tmp_path / "run", tmp_path / "register"
     settings = {
         **{key: value for key, value in FLAGS.items() if key.startswith(WHERE)}, f"{WHERE}.python": sglang_python,
-        f"{WHERE}.servers": "2", f"{WHERE}.memory_fraction": "0.3",
+        "config.checkpoint": files["config.checkpoint"], f"{WHERE}.servers": "2", f"{WHERE}.memory_fraction": "0.3",
         f"{WHERE}.environment": "('TORCHDYNAMO_DISABLE=1',)",
     }  # fmt: skip
     started = script(workdir, f"--register={register}", *(f"--{key}={value}" for key, value in settings.items()))
@@ -56,7 +56,7 @@ def test_a_run_with_servers_that_were_started_by_hand(tmp_path, sglang_python):
         said = lines[-1]
         addresses = f"({(register / '127.0.0.1.txt').read_text()})"
         assert said.count("http://127.0.0.1:") == 2 and f'{WHERE}.addresses="{addresses}"' in said
-        steps = run(workdir, **{f"{WHERE}.addresses": addresses, "config.order": "('text',)"})
+        steps = run(workdir, **files, **{f"{WHERE}.addresses": addresses, "config.order": "('text',)"})
         assert [step["step"] for step in steps] == [1, 2]
         assert all(step["logprob_difference_max"] < 1e-3 and step["rollout_restarts"] == 0 for step in steps)
         assert "launch_server" in (workdir / "sglang" / "127.0.0.1" / "server-1.log").read_text()
