@@ -316,17 +316,22 @@ def _image_settings(directory: Path) -> dict[str, Any] | None:
 
 
 def byte_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`rescale`, `mean` and `std` of VisionConfig, by the settings of an image processor."""
+    """`rescale`, `mean` and `std` of VisionConfig, by the settings of an image processor, which may give one number for
+    all colors."""
 
     def of(key: str) -> Any:
         value = settings.get(key)
         return IMAGE_DEFAULTS[key] if value is None else value
 
+    def colors(key: str) -> tuple[float, ...]:
+        value = of(key)
+        return tuple(map(float, [value] * 3 if isinstance(value, int | float) else value))
+
     normal = settings.get("do_normalize", True)
     return {
         "rescale": float(of("rescale_factor")) if settings.get("do_rescale", True) else 1.0,
-        "mean": tuple(map(float, of("image_mean"))) if normal else (0.0, 0.0, 0.0),
-        "std": tuple(map(float, of("image_std"))) if normal else (1.0, 1.0, 1.0),
+        "mean": colors("image_mean") if normal else (0.0, 0.0, 0.0),
+        "std": colors("image_std") if normal else (1.0, 1.0, 1.0),
     }
 
 

@@ -277,6 +277,7 @@ def test_image_settings_in_processor_config(checkpoint, pictures, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"image_mean": None, "image_std": None}, {"do_rescale": False, "do_normalize": False}, {"rescale_factor": 0.01},
+    {"image_mean": 0.4, "image_std": 0.25},
 ], ids=str)  # fmt: skip
 def test_what_a_byte_counts_is_as_transformers_reads_the_file(checkpoint, pictures, tmp_path, changes):
     """None: the file does not say."""
