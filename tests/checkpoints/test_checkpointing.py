@@ -165,7 +165,7 @@ def test_a_step_is_saved_once_and_in_order(tmp_path):
     (tmp_path / "5.orbax-checkpoint-tmp").mkdir()  # killed while 5 was being written
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest() == 4
-        checkpoints.save(5, state, {}, wait=True)  # orbax takes away in the background what was left, and waits for that
+        checkpoints.save(5, state, {}, wait=True)  # waits till orbax has taken away what was left
     assert listed(tmp_path) == ["4", "5"]
 
 
