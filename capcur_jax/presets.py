@@ -360,11 +360,8 @@ def _turns(preset: Callable[[], ConfigDict]) -> ConfigDict:
     return config
 
 
-PRESETS = {
-    "laptop": laptop,
-    "laptop_short": functools.partial(laptop, LAPTOP_SHORT_STEPS),
-    "qwen2_5_vl_72b": qwen2_5_vl_72b,
-}
+_short = functools.partial(laptop, LAPTOP_SHORT_STEPS)
+PRESETS = {"laptop": laptop, "laptop_short": _short, "qwen2_5_vl_72b": qwen2_5_vl_72b}
 for _size in ("qwen3_vl_8b", "qwen2_5_vl_7b"):  # the paper's two models
     PRESETS[_size] = _published = functools.partial(_paper, _size)
     PRESETS[f"{_size}_split"] = functools.partial(_split, _published)
