@@ -163,7 +163,7 @@ class Trainer:
                 policies["old_logprobs"] = self.state.trained
             for micro in mini if policies or old else ():
                 batch = micro.batch()
-                placed = sharding.put(self.mesh, batch)
+                placed = sharding.put(self.mesh, batch) if policies else None  # no pass reads it
                 scored = {f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()}
                 if old:  # `own` and what it leaves unread have the same shapes in every update: one program
                     R, T = len(batch.responses.weights), batch.rows.response

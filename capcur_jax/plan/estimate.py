@@ -40,10 +40,10 @@ def account(program: Any) -> dict[str, Any]:
     started = time.perf_counter()
     traced = program.trace()
     result: dict[str, Any] = {"flops": flops.jaxpr_flops(traced.jaxpr, program.turns or 1)}
-    compiled, sizes = fitting.compiled(traced)
-    if compiled is None:
+    text, sizes = fitting.compiled(traced)
+    if text is None:
         return {**result, **sizes, "compile_seconds": time.perf_counter() - started}
-    traffic = hlo.traffic(compiled.as_text(), program.turns)
+    traffic = hlo.traffic(text, program.turns)
     return {
         **result,
         **sizes,

@@ -61,9 +61,9 @@ class Account:
         return self._known[key]
 
 
-def compiled(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled | None, dict[str, Any]]:
-    """The program, and bytes of a device by the compiler's account. None, and {"out_of_memory": what it says}, where
-    the compiler itself refuses a program that does not fit."""
+def compiled(traced: jax.stages.Traced) -> tuple[str | None, dict[str, Any]]:
+    """The program's text, and bytes of a device by the compiler's account. None, and {"out_of_memory": what it says},
+    where the compiler itself refuses a program that does not fit."""
     try:
         program = in_background(traced.lower().compile)
     except Exception as error:  # jaxlib has no class of its own for it
@@ -75,9 +75,10 @@ def compiled(traced: jax.stages.Traced) -> tuple[jax.stages.Compiled | None, dic
     sizes = {f"{name}_bytes": getattr(memory, f"{field}_size_in_bytes") for name, field in names.items()}
     # A TPU's compiler reports less than this as the peak where it reuses arguments; a CPU's reports no real peak.
     held = sizes["arguments_bytes"] + sizes["outputs_bytes"] - sizes["aliases_bytes"] + sizes["temp_bytes"]
-    workspace = cudnn.workspace(program.as_text())
+    text = program.as_text()
+    workspace = cudnn.workspace(text)
     peak = max(held, memory.peak_memory_in_bytes) + workspace
-    return program, sizes | {"workspace_bytes": workspace, "peak_bytes": peak}
+    return text, sizes | {"workspace_bytes": workspace, "peak_bytes": peak}
 
 
 def account(variant: Variant, program: Program) -> dict[str, Any]:
