@@ -228,15 +228,15 @@ def local(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Call
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def lookup(mesh: Mesh, embedding_VxD: jax.Array, tokens_AxT: jax.Array) -> jax.Array:
-    """Rows of the embedding [A, T, D].
+def lookup(mesh: Mesh, embedding_VxD: jax.Array, tokens_AxT: jax.Array, spec: P | None = None) -> jax.Array:
+    """Rows of the embedding [A, T, D]. `spec`: how it lies, where that is not as RULES say.
 
     Left to itself XLA gathers the table. Here the tokens travel instead: each device looks up its own columns of its
     own part of the vocabulary for all rows of its fsdp group, and an all-to-all gives every row back whole.
     """
     if mesh.size == 1:
         return embedding_VxD[tokens_AxT]
-    spec = spec_of(mesh, "text.embed.embedding", embedding_VxD.shape)
+    spec = spec_of(mesh, "text.embed.embedding", embedding_VxD.shape) if spec is None else spec
     vocabulary, width = spec
 
     def part(table, tokens):

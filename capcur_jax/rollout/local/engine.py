@@ -1,8 +1,9 @@
 """The embedded engine: JAX, in this process, reading the trainer's own parameters between updates.
 
-Continuous batching (slots.py): a group's prompt is prefilled once and its responses decode in slots, which are given to
-other prompts as they become free. Shapes come from declared buckets: the cache holds the longest declared prompt, so a
-run compiles one program that decodes and one for each shape of prompts.
+Continuous batching (places.py): a group's prompt is read once and its responses decode in slots, which are given to
+other prompts as they become free. Keys and values lie in pages; the devices decode in bursts (bursts.py), between which
+the host admits and collects. Shapes come from declared buckets, so that a run compiles a program for each shape of
+prompts and one for each number of rows that decode.
 """
 
 from __future__ import annotations
@@ -11,50 +12,75 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.devices.programs import Programs
-from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
+from capcur_jax.models import paged
+from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, rounded_up
+from capcur_jax.models.decoding import DecodingModel
 from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.paged import Pages
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.rollout.engine import Health, Sample, Sampling, Told
-from capcur_jax.rollout.local import slots as slots_lib
-from capcur_jax.rollout.local.places import LOOK, Places
-from capcur_jax.rollout.local.slots import Slots
+from capcur_jax.rollout.local import bursts
+from capcur_jax.rollout.local.bursts import BURST, Burst, Copies, Rows
+from capcur_jax.rollout.local.places import Admitted, Places, Pool
 
-_NEVER = np.iinfo(np.int32).max
+PAGE = 128  # tokens of a page on an accelerator
+_FEWER, _FEWEST = 4, 8  # at a call's end so many times fewer rows decode, and so many at least
 
 
 class Work(NamedTuple):
     """The programs of a call, and its sizes."""
 
-    empty: Programs  # () -> Slots
-    admit: Programs  # (parameters, Slots, PromptBatch, slots [B, n], numbers [B, n]) -> Slots
-    decode: Programs  # (parameters, Slots, seed, wanted [device rows], until) -> Slots
+    empty: Programs  # () -> Pages
+    admit: Programs  # (parameters, Pages, PromptBatch, Copies, numbers [B, n], seed) -> Pages, tokens, log-probs
+    decode: dict[bool, Programs]  # by `own`: (weights, Pages, Rows, seed, wanted, few, steps) -> Pages, Burst
     rows: int  # slots of a device row
     prompts: int  # that one prefill takes, of a device row
+    pool: Pool
+    table: int  # pages of a row at most
+
+    @property
+    def own(self) -> bool:
+        """Whether a slot's page has its number."""
+        return self.table == 1 and self.pool.pages == self.rows
+
+    def sizes(self) -> list[int]:
+        """Rows of a device row that a burst may have: all, and fewer when few responses are left."""
+        sizes = [self.rows]
+        while sizes[-1] // _FEWER >= _FEWEST:
+            sizes.append(sizes[-1] // _FEWER)
+        return sizes
+
+    def copies(self, tokens: int, n: int) -> int:
+        """Pages that a prefill of rows of so many tokens fills, of a device row."""
+        return self.prompts * (tokens // self.pool.size + n)
 
 
 class LocalEngine:
     """Synchronous: `generate` reads the parameters of the last `update_weights`, which the trainer must not donate
-    before the next one.
+    before the next one, and a copy of the decoder for decoding (models/decoding.py).
 
     Args:
         model: gives the architecture, the mesh and the first parameters. Of several processes each gives its own
             prompts and gets their samples; all of them call `generate` together.
         processor: gives end, banned and pad tokens.
-        slots: responses decoded together, split over the mesh's device rows; with the longest declared prompt and
-            `Sampling.max_new_tokens` they make the cache's size.
+        slots: responses decoded together, split over the mesh's device rows.
         buckets: the declared shapes of a batch of prompts.
-        prefill: prompts of a device row whose keys and values are computed at once; their responses start together.
-        gathered: sample from a copy of the weights in the computation's type that device rows do not split. It costs
-            its size on every device and spares gathering them anew for every token.
+        prefill: prompts of a device row whose keys and values are computed at once.
+        gathered: device rows do not split the copy for decoding. It costs its size on every device and spares gathering
+            it anew for every token.
+        page: tokens of a page of keys and values. 0: PAGE on an accelerator; on a CPU as many as a prompt and a
+            response have at most, so that a response has one, which is always the slot's.
+        pages: of a device row. 0: as many as all slots may need.
+        burst: tokens of a response between two visits of the host, at most.
     """
 
     def __init__(
@@ -66,41 +92,45 @@ class LocalEngine:
         buckets: Buckets,
         prefill: int = 1,
         gathered: bool = False,
+        page: int = 0,
+        pages: int = 0,
+        burst: int = BURST,
     ):
-        self._graph, parameters = nnx.split(model)
+        self._graph, self.parameters = nnx.split(model)
         self.mesh = mesh = model.mesh
         self.shards, self._all = sharding.local_row_shards(mesh), sharding.row_shards(mesh)
         self.processor, self.buckets, self._slots, self._prefill = processor, buckets, slots, prefill
+        small = mesh.devices.flat[0].platform == "cpu"
+        self._page, self._pages, self.burst = page or (0 if small else PAGE), pages, burst
         self._work: dict[tuple[int, Sampling], Work] = {}
-        self._decode: dict[tuple[Sampling, int], tuple[Programs, Programs, dict]] = {}
-        self._gather = _Gatherer(mesh, parameters, model.text.dtype) if gathered else None
-        self._health, self.parameters = Health(version=0), parameters
-        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parameters)):
-            self.update_weights(parameters, 0)
-        elif self._gather:  # by shape alone, for a plan
-            self.parameters = self._gather.shape(parameters)
+        self._decode: dict[tuple[Sampling, int], tuple[Programs, dict[bool, Programs], Pool, int]] = {}
+        self.decoding = DecodingModel(model, gathered=gathered)
+        self._health = Health(version=0)
+        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self.parameters)):
+            self.update_weights(self.parameters, 0)
+        else:  # by shape alone, for a plan
+            self.weights = self.decoding.abstract_weights(self.parameters)
 
     # ------------------------------------------------------------------ the contract
 
     def update_weights(self, parameters: nnx.State, version: int) -> dict[str, float]:
-        """See engine.Engine; nothing is copied unless the engine was made with `gathered`."""
+        """See engine.Engine."""
         started, self.parameters = time.perf_counter(), parameters
-        if self._gather:
-            self.parameters = None  # the old copy goes before the new one comes
-            self.parameters = jax.block_until_ready(self._gather(parameters))
+        self.weights = None  # the old copy goes before the new one comes
+        self.weights = jax.block_until_ready(self.decoding.weights(parameters))
         self._health = dataclasses.replace(self._health, version=version)
-        return {"gather": time.perf_counter() - started} if self._gather else {}
+        return {"copy": time.perf_counter() - started}
 
     def warm_up(self, sizes: Sequence[PromptSize], sampling: Sampling, n: int, images: bool | None = None) -> None:
         """See engine.Engine."""
         work = self.work(n, sampling)
         images = any(prompt.images for prompt in sizes) if images is None else images
-        work.empty.compile(self.parameters)
-        slots = self.slots_shape(work)
+        work.empty.compile()
+        pages = self.pages_shape(work)
         for shape in self.buckets.shapes(sizes, images, work.prompts * self.shards, self.shards):
-            admitted, decoded = self.abstract(slots, shape, n)
-            work.admit.compile(*admitted)
-        work.decode.compile(*decoded)
+            work.admit.compile(*self.admitted(work, pages, shape, n))
+        for rows in work.sizes():
+            work.decode[work.own and rows == work.rows].compile(*self.decoded(work, pages, rows))
 
     def generate(
         self,
@@ -112,28 +142,28 @@ class LocalEngine:
         done: Told | None = None,
     ) -> list[list[Sample]]:
         """See engine.Engine. Raises InputError where too few patches are declared for the prompts, whichever of them
-        would meet in a prefill."""
+        would meet in a prefill, or too few pages for one of them and its response."""
         shown = [PromptSize.of(prompt).images for prompt in prompts]
         self.buckets.images.possible(shown, self.work(n, sampling).prompts)
-        call = _Call(self, sampling, prompts, n, seed, images)
+        call = _Call(self, sampling, prompts, n, seed, images, done)
         while distributed.agree(call.places.unfinished()):
-            while distributed.agree(call.places.worthwhile()):
-                call.admit()
+            call.admit()
             call.decode()
-            self._health = call.collect(done)
+            self._health = call.health()
         return call.groups()
 
     def stream(self, prompt: Prompt, sampling: Sampling, seed: int = 0) -> Iterator[tuple[int, float]]:
         """(token, log-prob) of one response, each as soon as it is decoded: what `generate` of this prompt gives."""
         call = _Call(self, sampling, [prompt], 1, seed, None)
         call.admit()
-        (row,) = np.flatnonzero(call.places.running >= 0)
-        for step in range(sampling.max_new_tokens):
-            call.decode(until=step + 1)
-            tokens, logprobs, done = map(sharding.fetch_rows, (call.slots.tokens, call.slots.logprobs, call.slots.done))
-            yield int(tokens[row, step]), float(logprobs[row, step])
-            if done[row]:
+        told = 0
+        while True:
+            tokens, logprobs = call.drawn(0)
+            yield from zip(tokens[told:], logprobs[told:], strict=True)
+            told = len(tokens)
+            if not call.places.unfinished():
                 return
+            call.decode(steps=1)
 
     def health(self) -> Health:
         """See engine.Engine."""
@@ -144,92 +174,101 @@ class LocalEngine:
         return {}
 
     def release(self) -> None:
-        """Does nothing: between calls the engine holds at most a gathered copy, which the trainer's plan counts."""
+        """Does nothing: between calls the engine holds the copy for decoding, which the trainer's plan counts."""
 
     def resume(self) -> None:
         """Does nothing, as `release`."""
 
     def close(self) -> None:
         """See engine.Engine."""
-        self.parameters = None
+        self.parameters = self.weights = None
 
     # ------------------------------------------------------------------ programs
 
     def work(self, n: int, sampling: Sampling) -> Work:
         """The programs of calls with `n` responses a prompt, compiled when they are first used."""
         if (n, sampling) not in self._work:
-            known = self.processor
-            rows = max(self._slots // self._all, n)
-            empty, decode, placed = self._decoding(sampling, rows)
+            known, rows = self.processor, max(self._slots // self._all, n)
+            empty, decode, pool, table = self._decoding(sampling, rows)
 
-            def admit(parameters, slots, batch, places, numbers):
-                model = nnx.merge(self._graph, parameters)
-                return slots_lib.admit(model, slots, batch, places, numbers, known.banned_tokens)
+            def admit(parameters, pages, batch, copies, numbers, seed):
+                model, key = nnx.merge(self._graph, parameters), jax.random.key(seed)
+                return bursts.admit(model, pages, batch, copies, numbers, key, sampling, known.banned_tokens)
 
-            prompts = max(1, min(self._prefill, rows // n))
-            self._work[n, sampling] = Work(empty, Programs(admit, donate_argnums=1, **placed), decode, rows, prompts)
+            prompts, by_rows = max(1, min(self._prefill, rows // n)), sharding.by_rows(self.mesh)
+            places = self._places(), by_rows, by_rows
+            programs = Programs(admit, donate_argnums=1, out_shardings=places)
+            self._work[n, sampling] = Work(empty, programs, decode, rows, prompts, pool, table)
         return self._work[n, sampling]
 
-    def _decoding(self, sampling: Sampling, rows: int) -> tuple[Programs, Programs, dict]:
-        """What does not depend on the number of responses a prompt, and where the slots lie."""
+    def _decoding(self, sampling: Sampling, rows: int) -> tuple[Programs, dict[bool, Programs], Pool, int]:
+        """What does not depend on the number of responses a prompt."""
         if (sampling, rows) not in self._decode:
-            known, prompt = self.processor, max(self.buckets.tokens)
-            placed = {"out_shardings": jax.tree.map(functools.partial(NamedSharding, self.mesh), slots_lib.specs())}
+            known, by_rows = self.processor, sharding.by_rows(self.mesh)
+            longest = max(self.buckets.tokens) + sampling.max_new_tokens
+            size = self._page or rounded_up(longest, 8)
+            table = Pool(0, size).of(longest)
+            pool = Pool(self._pages or rows * table, size)
 
-            def empty(parameters):
-                return slots_lib.empty(nnx.merge(self._graph, parameters), rows * self._all, prompt, sampling)
+            def empty():
+                return self.decoding.empty_pages(pool.pages * self._all, size)
 
-            def decode(parameters, slots, seed, wanted, until):
-                model, key = nnx.merge(self._graph, parameters), jax.random.key(seed)
-                tokens = known.end_tokens, known.banned_tokens
-                return slots_lib.decode(model, slots, key, wanted, until, sampling, *tokens)
+            def decode(own, weights, pages, rows, seed, *limits):
+                tokens, key = (known.end_tokens, known.banned_tokens), jax.random.key(seed)
+                return bursts.decode(
+                    self.decoding, weights, pages, rows, key, *limits, sampling, *tokens, own=own,
+                    longest=min(self.burst, sampling.max_new_tokens),
+                )  # fmt: skip
 
-            programs = Programs(empty, **placed), Programs(decode, donate_argnums=1, **placed), placed
-            self._decode[sampling, rows] = programs
+            places = self._places(), Burst(by_rows, by_rows, by_rows)
+            decoding = {
+                own: Programs(functools.partial(decode, own), donate_argnums=1, out_shardings=places)
+                for own in (False, True)
+            }
+            self._decode[sampling, rows] = (
+                Programs(empty, out_shardings=self._places()), decoding, pool, table
+            )  # fmt: skip
         return self._decode[sampling, rows]
 
-    def slots_shape(self, work: Work) -> Slots:
-        """The slots of a call, by shape."""
-        slots = work.empty.trace(self.parameters).out_info
-        place = functools.partial(NamedSharding, self.mesh)
-        at = lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(spec))  # noqa: E731
-        return jax.tree.map(at, slots, slots_lib.specs())
+    def _places(self) -> Pages:
+        """Where pages lie."""
+        one = (NamedSharding(self.mesh, paged.SPEC),) * self.processor.config.text.depth
+        return Pages(one, one)
 
-    def abstract(self, slots: Slots, shape: BatchShape, n: int) -> tuple[tuple, tuple]:
-        """Arguments of `Work.admit` and `Work.decode` for `slots_shape`'s slots, by shape."""
-        blank = self.buckets.blank(shape, self.processor.config, self.processor.pad_token)
-        numbers = np.zeros((shape.prompts, n), np.int32), np.zeros((shape.prompts, n), np.uint32)
-        admitted = sharding.abstract(self.mesh, (blank, *numbers))
-        limits = np.uint32(0), sharding.abstract(self.mesh, np.zeros(self.shards, np.int32)), np.int32(0)
-        return (self.parameters, slots, *admitted), (self.parameters, slots, *limits)
-
-
-class _Gatherer:
-    """Copies matrices in `dtype`, split over `tensor` alone. The rest is small and keeps its type."""
-
-    def __init__(self, mesh: Mesh, parameters: nnx.State, dtype: Any):
-        flat = nnx.to_flat_state(parameters)
-        self._dtypes = {path: dtype if path[-1] in ("kernel", "embedding") else leaf.dtype for path, leaf in flat}
-        places = [(path, leaf.replace(sharding.unsplit(mesh, ".".join(path), leaf.shape))) for path, leaf in flat]
-        self._places = nnx.from_flat_state(places)
-        self._jitted = jax.jit(self._cast, out_shardings=self._places)
-
-    def _cast(self, parameters: nnx.State) -> nnx.State:
-        flat = nnx.to_flat_state(parameters)
-        return nnx.from_flat_state([(path, leaf.replace(leaf[...].astype(self._dtypes[path]))) for path, leaf in flat])
-
-    def __call__(self, parameters: nnx.State) -> nnx.State:
-        return self._jitted(parameters)
-
-    def shape(self, parameters: nnx.State) -> nnx.State:
-        """The same by shape alone, for a plan."""
-        shapes = jax.eval_shape(self._cast, parameters)
+    def pages_shape(self, work: Work) -> Pages:
+        """The pages of a call, by shape."""
         at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
-        return jax.tree.map(at, shapes, self._places)
+        return jax.tree.map(at, work.empty.trace().out_info, self._places())
+
+    def admitted(self, work: Work, pages: Pages, shape: BatchShape, n: int) -> tuple:
+        """Arguments of `Work.admit` by shape."""
+        blank = self.buckets.blank(shape, self.processor.config, self.processor.pad_token)
+        copies = np.zeros(self.shards * work.copies(shape.tokens, n), np.int32)
+        arrays = blank, Copies(copies, copies), np.zeros((shape.prompts, n), np.uint32)
+        return (self.parameters, pages, *sharding.abstract(self.mesh, arrays), np.uint32(0))
+
+    def decoded(self, work: Work, pages: Pages, rows: int) -> tuple:
+        """Arguments of `Work.decode` by shape, for bursts of so many rows of a device row."""
+        arrays = _rows(self.shards * rows, work.table), np.zeros(self.shards, np.int32)
+        mine, wanted = sharding.abstract(self.mesh, arrays)
+        return self.weights, pages, mine, np.uint32(0), wanted, np.int32(0), np.int32(0)
+
+
+def _rows(count: int, table: int) -> Rows:
+    """Rows with nobody in them (numpy)."""
+    zeros = [np.zeros(count, np.int32) for _ in range(5)]
+    return Rows(*zeros, np.zeros(count, np.uint32), np.zeros((count, table), np.int32))
+
+
+class _Drawn(NamedTuple):
+    """A response so far."""
+
+    tokens: list[int]
+    logprobs: list[float]
 
 
 class _Call:
-    """One call of `generate`: which response is in which slot. All processes run the same programs together."""
+    """One call of `generate`: what each response has so far. All processes run the same programs together."""
 
     def __init__(
         self,
@@ -239,18 +278,23 @@ class _Call:
         n: int,
         seed: int,
         images: bool | None,
+        done: Told | None = None,
     ):
         self._engine, self._work, self._prompts, self._n = engine, engine.work(n, sampling), prompts, n
         self._images = any(prompt.grids for prompt in prompts) if images is None else images
-        rows, each = self._work.rows, self._work.prompts
-        self.places = Places([PromptSize.of(prompt) for prompt in prompts], n, engine.shards, rows, each)
+        self._sampling, self._done, work = sampling, done, self._work
+        sizes = [PromptSize.of(prompt) for prompt in prompts]
+        self.places = Places(
+            sizes, n, engine.shards, work.rows, work.prompts, work.pool, sampling.max_new_tokens, engine.burst
+        )  # fmt: skip
         self._seed = np.uint32(seed % 2**32)
         # A response's number seeds it. Numbers run through the prompts of process 0, then of process 1, and so on.
         counts = distributed.exchange(np.array([len(prompts)])).reshape(-1)
         self._first = n * int(counts[: jax.process_index()].sum())
+        self._drawn: dict[int, _Drawn] = {}
         self._samples: dict[int, Sample] = {}
-        self._started, self._tokens, self._clock = time.perf_counter(), 0, 0
-        self.slots: Slots = self._work.empty(engine.parameters)
+        self._started, self.steps = time.perf_counter(), 0  # turns of the loop so far
+        self._pages: Pages = work.empty()
 
     def groups(self) -> list[list[Sample]]:
         """All samples, in the prompts' order."""
@@ -259,19 +303,52 @@ class _Call:
     def _group(self, prompt: int) -> list[Sample]:
         return [self._samples[prompt * self._n + i] for i in range(self._n)]
 
+    def drawn(self, response: int) -> _Drawn:
+        """Its tokens so far, and their log-probs."""
+        return self._drawn[response]
+
+    def health(self) -> Health:
+        """What goes on now."""
+        busy, waiting = int((self.places.running >= 0).sum()), sum(len(e.responses) for e in self.places.waiting)
+        rate = sum(len(drawn.tokens) for drawn in self._drawn.values()) / (time.perf_counter() - self._started)
+        return Health(self._engine.health().version, busy, waiting, rate)
+
+    # ------------------------------------------------------------------ prompts
+
     def admit(self) -> None:
-        """Prefills as many as there is room for."""
-        engine, n, each = self._engine, self._n, self._work.prompts
-        places = np.full((engine.shards, each, n), self._work.rows, np.int32)  # past the last: nobody
+        """Reads prompts while there is room for many, and draws the first tokens of their responses."""
+        begun = []
+        while distributed.agree(self.places.worthwhile()):
+            admitted = self.places.admit()
+            begun.append((admitted, *self._read(admitted)))
+        for admitted, tokens, logprobs in begun:  # the devices read all prompts before the host waits for the first
+            of_rows = [sharding.fetch_rows(x).reshape(len(admitted), -1, self._n) for x in (tokens, logprobs)]
+            for shard, part in enumerate(admitted):
+                for row, one in enumerate(part):
+                    for i, response in enumerate(one.responses):
+                        drawn = [x[shard, row, i : i + 1] for x in of_rows]
+                        self._drawn[response] = _Drawn([], [])
+                        self._take(shard, one.slots[i], response, *drawn)
+
+    def _read(self, admitted: Sequence[Sequence[Admitted]]) -> tuple[jax.Array, jax.Array]:
+        engine, work, n, each = self._engine, self._work, self._n, self._work.prompts
+        batch = self._collated([[self._prompts[one.prompt] for one in part] for part in admitted], each)
+        tokens = batch.tokens.shape[1]
+        count = work.copies(tokens, n)
         numbers = np.zeros((engine.shards, each, n), np.uint32)
-        admitted = self.places.admit()
+        start = np.zeros((engine.shards, count), np.int32)
+        # No two numbers of pages are the same, those that are past the last included.
+        page = np.tile(work.pool.pages + np.arange(count, dtype=np.int32), (engine.shards, 1))
         for shard, part in enumerate(admitted):
-            for row, (prompt, slots) in enumerate(part):
-                places[shard, row] = slots
-                numbers[shard, row] = self._first + prompt * n + np.arange(n)
-        parts = [[self._prompts[prompt] for prompt, _ in part] for part in admitted]
-        arrays = self._collated(parts, each), places.reshape(-1, n), numbers.reshape(-1, n)
-        self.slots = self._work.admit(engine.parameters, self.slots, *sharding.put(engine.mesh, arrays))
+            copies = [(row * tokens + at, to) for row, one in enumerate(part) for at, to in one.copies]
+            if copies:
+                start[shard, : len(copies)], page[shard, : len(copies)] = np.array(copies).T
+            for row, one in enumerate(part):
+                numbers[shard, row, : len(one.responses)] = self._first + np.array(one.responses)
+        arrays = batch, Copies(start.reshape(-1), page.reshape(-1)), numbers.reshape(-1, n)
+        placed = sharding.put(engine.mesh, arrays)
+        self._pages, drawn, logprobs = work.admit(engine.parameters, self._pages, *placed, self._seed)
+        return drawn, logprobs
 
     def _collated(self, parts: Sequence[Sequence[Prompt]], each: int) -> PromptBatch:
         """The prompts of each device row, filled up with empty ones."""
@@ -282,37 +359,68 @@ class _Call:
         shape = BatchShape(*distributed.exchange(np.array(shape)).max(0).tolist())
         return engine.buckets.collate(flat, known.config, known.pad_token, shards=engine.shards, shape=shape)
 
-    def decode(self, until: int | None = None) -> None:
-        """Steps until free slots are worth giving away, or the clock is `until`."""
-        work, wanted = self._work, np.full(self._engine.shards, _NEVER, np.int32)
-        if self.places.waiting:
-            wanted[:] = self.places.wanted()
-        limits = sharding.put(self._engine.mesh, wanted), np.int32(self._clock + LOOK if until is None else until)
-        self.slots = work.decode(self._engine.parameters, self.slots, self._seed, *limits)
+    # ------------------------------------------------------------------ responses
 
-    def collect(self, done: Told | None = None) -> Health:
-        """Takes the responses that have ended out of their slots, and tells `done` of the prompts that have all now."""
-        version, running = self._engine.health().version, self.places.running
-        shape = running.shape
-        slots, self._clock = self.slots, int(self.slots.clock)
-        over, lengths = (sharding.fetch_rows(x).reshape(shape) for x in (slots.done, slots.lengths))
-        ended = np.argwhere(over & (running >= 0))
-        touched = sorted({int(running[shard, row]) // self._n for shard, row in ended})
-        if len(ended):
-            tokens, logprobs = (sharding.fetch_rows(x).reshape(*shape, -1) for x in (slots.tokens, slots.logprobs))
-        for shard, row in ended:
-            own = slice(lengths[shard, row])
-            drawn = tokens[shard, row, own].copy(), logprobs[shard, row, own].copy()
-            finish = "stop" if drawn[0][-1] in self._engine.processor.end_tokens else "length"
-            self._samples[int(running[shard, row])] = Sample.whole(*drawn, finish, version)
-            running[shard, row] = -1
-            self._tokens += len(drawn[0])
-        for prompt in touched if done else ():
-            if all(prompt * self._n + i in self._samples for i in range(self._n)):
-                done(prompt, self._group(prompt))
-        busy = running >= 0
-        rate = (self._tokens + int(lengths[busy].sum())) / (time.perf_counter() - self._started)
-        return Health(version, int(busy.sum()), self._n * len(self.places.waiting), rate)
+    def decode(self, steps: int | None = None) -> None:
+        """A burst of so many tokens of every response, less where free slots are worth giving away before."""
+        engine, work, places = self._engine, self._work, self.places
+        for response in places.reserve():
+            del self._drawn[response]
+        live = [np.flatnonzero(row >= 0).tolist() for row in places.running]
+        if not (most := distributed.exchange(np.array([max(map(len, live))])).max()):
+            return
+        size = min(size for size in work.sizes() if size >= most)
+        own = work.own and size == work.rows
+        slots = [list(range(size)) if own else mine for mine in live]
+        wanted = places.wanted() if places.waiting else np.full(engine.shards, work.rows + 1)
+        # The program counts its free rows; slots that are no row of it are free as well.
+        wanted = (wanted - (work.rows - size)).astype(np.int32)
+        # With few left the next burst has fewer rows, if no others are to come.
+        few = 0 if distributed.agree(bool(places.waiting)) else max((s for s in work.sizes() if s < size), default=0)
+        mine, limits = sharding.put(engine.mesh, (self._rows(slots, size), wanted))
+        given = engine.weights, self._pages, mine, self._seed, limits, np.int32(few), np.int32(steps or engine.burst)
+        burst: Burst
+        self._pages, burst = work.decode[own](*given)
+        tokens, logprobs, made = (sharding.fetch_rows(x).reshape(engine.shards, size, -1) for x in burst)
+        self.steps += int(made.max())
+        for shard, mine in enumerate(slots):
+            for row, slot in enumerate(mine):
+                if (response := int(places.running[shard, slot])) >= 0:
+                    here = (shard, row, slice(int(made[shard, row, 0])))
+                    places.drew(shard, slot, here[2].stop)
+                    self._take(shard, slot, response, tokens[here], logprobs[here])
+
+    def _rows(self, slots: Sequence[Sequence[int]], size: int) -> Rows:
+        """Of each device row those slots, and nobody behind them."""
+        rows = _rows(len(slots) * size, self._work.table)
+        for shard, mine in enumerate(slots):
+            for row, slot in enumerate(mine, shard * size):
+                if (response := int(self.places.running[shard, slot])) < 0:
+                    continue
+                prompt, drawn, pages = response // self._n, self._drawn[response], self.places.pages(shard, slot)
+                count, given = len(drawn.tokens), self._prompts[prompt]
+                rows.tokens[row], rows.drawn[row] = drawn.tokens[-1], count
+                rows.positions[row], rows.at[row] = given.next_position + count - 1, len(given) + count - 1
+                rows.left[row], rows.numbers[row] = self._sampling.max_new_tokens - count, self._first + response
+                rows.pages[row, : len(pages)] = pages
+        return rows
+
+    def _take(self, shard: int, slot: int, response: int, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """More tokens of a response; where it has ended its slot is free, and `done` is told if its group is whole."""
+        drawn, ends = self._drawn[response], self._engine.processor.end_tokens
+        drawn.tokens.extend(tokens.tolist())
+        drawn.logprobs.extend(logprobs.tolist())
+        stopped = drawn.tokens[-1] in ends
+        if not stopped and len(drawn.tokens) < self._sampling.max_new_tokens:
+            return
+        arrays = np.array(drawn.tokens, np.int32), np.array(drawn.logprobs, np.float32)
+        version = self._engine.health().version
+        self._samples[response] = Sample.whole(*arrays, "stop" if stopped else "length", version)
+        self.places.release(shard, slot)
+        prompt = response // self._n
+        whole = all(prompt * self._n + i in self._samples for i in range(self._n))
+        if self._done and whole:
+            self._done(prompt, self._group(prompt))
 
 
 def _nobody(processor: Processor) -> Prompt:

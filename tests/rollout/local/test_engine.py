@@ -16,7 +16,7 @@ from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.records import metrics
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import engine as local
-from capcur_jax.rollout.local import slots as slots_lib
+from capcur_jax.rollout.local import sampling as sampling_lib
 from capcur_jax.rollout.local.engine import LocalEngine
 from tests.conftest import random_image
 from tests.packed import packed
@@ -30,7 +30,7 @@ WARM, COOL, GREEDY = Sampling(T), Sampling(T, temperature=0.7), Sampling(T, temp
 def _draw(logits, sampling, draws=20_000):
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (draws, 1))
     keys = jax.random.split(jax.random.key(0), draws)
-    tokens, logprobs = jax.jit(slots_lib.sample_tokens, static_argnums=2)(rows, keys, sampling)
+    tokens, logprobs = jax.jit(sampling_lib.sample_tokens, static_argnums=2)(rows, keys, sampling)
     return np.bincount(tokens, minlength=len(logits)), np.asarray(tokens), np.asarray(logprobs)
 
 
@@ -71,7 +71,7 @@ def test_top_p_draws_the_nucleus_in_proportion_and_reports_the_full_softmax():
 def _kept(probabilities, top_p=1.0, top_k=0):
     with np.errstate(divide="ignore"):
         logits = np.log(np.array(probabilities, np.float32))
-    kept = slots_lib.allowed(jnp.asarray(logits)[None], Sampling(1, top_p=top_p, top_k=top_k))
+    kept = sampling_lib.allowed(jnp.asarray(logits)[None], Sampling(1, top_p=top_p, top_k=top_k))
     return list(np.flatnonzero(np.isfinite(kept[0])))
 
 
@@ -101,7 +101,7 @@ def test_a_draw_inverts_the_cumulated_mass(vocabulary):
     logits = np.where(random.random(vocabulary) < 0.3, -np.inf, random.normal(size=vocabulary)).astype(np.float32)
     logits[1] = 0.5
     uniform = np.concatenate([[0.0, 1 - 2**-23], random.random(500)]).astype(np.float32)
-    drawn = np.asarray(slots_lib.draw(jnp.tile(logits, (len(uniform), 1)), jnp.asarray(uniform)))
+    drawn = np.asarray(sampling_lib.draw(jnp.tile(logits, (len(uniform), 1)), jnp.asarray(uniform)))
     shares = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     until = np.cumsum(shares)
     assert (shares[drawn] > 0).all()
@@ -112,7 +112,7 @@ def test_a_draw_inverts_the_cumulated_mass(vocabulary):
 
 def test_nucleus_leaves_the_logits_of_its_members_as_they_are():
     random = jnp.asarray(np.random.default_rng(0).normal(size=(50, 30)), jnp.float32)
-    kept = np.asarray(slots_lib.allowed(random, Sampling(1, top_p=0.6)))
+    kept = np.asarray(sampling_lib.allowed(random, Sampling(1, top_p=0.6)))
     inside = np.isfinite(kept)
     np.testing.assert_array_equal(kept[inside], np.asarray(random)[inside])
     shares = np.asarray(jax.nn.softmax(random, axis=-1))
@@ -310,24 +310,34 @@ def test_no_response_waits_for_the_longest(model, processor, biased, prompts):
     call = local._Call(engine, WARM, many, 1, 5, None)
     most = 0
     while call.places.unfinished():
-        while call.places.room():
-            call.admit()
+        call.admit()
         most = max(most, int((call.places.running >= 0).sum()))
         call.decode()
-        health = call.collect()
+    health = call.health()
     lengths = [len(sample.tokens) for group in call.groups() for sample in group]
     lockstep = sum(max(lengths[at : at + 4]) for at in range(0, 20, 4))
-    assert sum(lengths) / 4 <= int(call.slots.clock) <= sum(lengths) / 4 + max(lengths) < lockstep
+    assert sum(lengths) / 4 <= call.steps <= sum(lengths) / 4 + max(lengths) < lockstep
     assert most == 4 and (health.running, health.queued, health.version) == (0, 0, 1) and health.tokens_per_second > 0
     assert [g[0].tokens.tolist() for g in engine.generate(many, WARM, 1, 5)] == [
         g[0].tokens.tolist() for g in call.groups()
     ]
 
 
-def test_more_steps_than_the_host_waits_for_lose_nothing(engine, prompts, monkeypatch):
+def test_more_steps_than_the_host_waits_for_lose_nothing(engine, model, processor, prompts):
     whole = engine.generate(prompts, WARM, G, seed=2)
-    monkeypatch.setattr(local, "LOOK", 3)
-    assert_as_before(engine.generate(prompts, WARM, G, seed=2), whole)
+    often = LocalEngine(model, processor, slots=ROWS, prefill=ROWS // G, buckets=BUCKETS, burst=3)
+    assert_as_before(often.generate(prompts, WARM, G, seed=2), whole)
+
+
+@pytest.mark.parametrize(("slots", "page", "pages"), [(12, 4, 0), (12, 8, 19), (7, 16, 10), (40, 8, 30)])
+def test_what_is_sampled_depends_on_no_page(engine, model, processor, biased, prompts, slots, page, pages):
+    """Small pages, which responses share their prompt's of; and so few that some responses must wait."""
+    engine.update_weights(biased, 3)
+    many = [*prompts, *prompts]
+    whole = engine.generate(many, WARM, G, seed=11)
+    other = LocalEngine(model, processor, slots=slots, prefill=4, buckets=BUCKETS, page=page, pages=pages, burst=4)
+    other.update_weights(biased, 3)
+    assert_as_before(other.generate(many, WARM, G, seed=11), whole)
 
 
 def test_batches_of_a_call_draw_different_samples(engine, prompts):
