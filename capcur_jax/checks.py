@@ -33,7 +33,7 @@ from capcur_jax.schedule import Stage
 MAY_CHANGE = (
     "mesh", "log", "checkpointing", "export", "reference.memory", "optimizer.memory", "reward.workers",
     "data.workers", "data.image_cache_mb", "evaluation.base_results", "model.remat",
-    "rollout.slots", "rollout.prefill", "rollout.gathered", "rollout.sglang",
+    "rollout.slots", "rollout.page", "rollout.pages", "rollout.prefill", "rollout.gathered", "rollout.sglang",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from capcur_jax.data.images import ImageStore
 from capcur_jax.data.prompts import PromptBuilder
+from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as model_config
 from capcur_jax.models import huggingface, published
@@ -25,6 +26,7 @@ from capcur_jax.rollout.sglang import needs
 from capcur_jax.rollout.sglang.settings import Settings
 
 AUTO = "auto"  # of config.model.remat
+SLOTS = 64  # of a device row, where neither the config nor the devices' memory says how many
 
 
 def remat(config: ConfigDict) -> str:
@@ -118,9 +120,26 @@ def open_engine(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path
 def _local(config: ConfigDict, model: QwenVL, policy: Policy, workdir: Path) -> Engine:
     from capcur_jax.rollout.local.engine import LocalEngine
 
-    rollout = config.rollout
-    kinds = {"slots": rollout.slots, "prefill": rollout.prefill, "gathered": bool(rollout.gathered)}
+    kinds = local_sampler(config, sharding.row_shards(model.mesh))
     return LocalEngine(model, policy.processor, buckets=policy.buckets, **kinds)
+
+
+def slots(config: ConfigDict, rows: int) -> int:
+    """Responses that the local engine decodes together on so many device rows. A run has decided before
+    (plan/fitting.py)."""
+    return config.rollout.slots or SLOTS * rows
+
+
+def local_sampler(config: ConfigDict, rows: int) -> dict[str, Any]:
+    """The local engine's settings, for so many device rows."""
+    rollout = config.rollout
+    return {
+        "slots": slots(config, rows),
+        "prefill": rollout.prefill,
+        "gathered": bool(rollout.gathered),
+        "page": rollout.page,
+        "pages": rollout.pages,
+    }
 
 
 def _check_local(config: ConfigDict) -> None:

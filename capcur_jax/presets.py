@@ -174,10 +174,12 @@ def defaults() -> ConfigDict:
                 "temperature": 1.0,  # of sampling in training
                 "top_p": 1.0,  # the likeliest tokens with this mass in all; 1: all tokens
                 "top_k": 0,  # as many of the likeliest tokens; 0: all tokens
-                "slots": 0,  # the preset's: responses that the local engine decodes together
+                # Responses that the local engine decodes together; 0: all of a step, 320 of a device row at most.
+                "slots": 0,
+                "page": 0,  # tokens of a page of keys and values; 0: 128, on a CPU all that a response may have
+                "pages": 0,  # of a device row; 0: as many as its memory holds, or as the slots may need
                 "prefill": 1,  # prompts of a device row that it takes at once; their responses start together
-                # True: it samples from a copy of the weights that device rows do not split, in model.dtype. None: where
-                # the mesh splits them and the copy fits the devices' memory.
+                # True: device rows do not split its copy of the decoder. None: where that fits their memory.
                 "gathered": config_dict.placeholder(bool),
                 # 1 (sglang): the next batch is sampled while the trainer works on this one; needs a sampler_correction.
                 "async_steps": 0,
@@ -313,11 +315,11 @@ def _paper(architecture: str) -> ConfigDict:
             "max_tokens": 2048,
             "min_pixels": 262_144,
             "max_pixels": 4_194_304,
-            "token_buckets": (512, 1280, 2048),
-            "patch_buckets": tuple((1, patches) for patches in (2048, 4096, 8192)),
+            "token_buckets": (640, 896, 1280, 2048),
+            "patch_buckets": tuple((1, patches) for patches in (8192, 16_384, 20_480, 24_576, 65_536)),
         }
     )
-    config.rollout.update({"max_new_tokens": 2048, "slots": 192})
+    config.rollout.update({"max_new_tokens": 2048, "prefill": 8})
     config.packing.update(
         {
             "lengths": (9216, 11_264, 13_312, 15_360),

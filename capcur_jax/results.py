@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from capcur_jax import policy
 from capcur_jax.data.prompts import explain_skipped
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.evaluation import counterfactual as twins
@@ -226,7 +227,7 @@ def counterfactual(run: Run) -> None:
                     reward=run.reward,
                     sampling=run.sampling,
                     seed=run.config.seed,
-                    batch=max(1, 4 * run.config.rollout.slots // twins.SAMPLES),
+                    batch=max(1, 4 * policy.slots(run.config, 1) // twins.SAMPLES),
                     progress=progress,
                 )
             found[name] = {**result, "left_out": left_out | result["left_out"]}

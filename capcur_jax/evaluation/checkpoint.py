@@ -168,6 +168,7 @@ class Checkpoint:
 
     def answer(self, questions: Sequence[Asked], wanted: Sequence[bool], done: Done) -> None:
         """See `Answerer`."""
+        from capcur_jax import policy
         from capcur_jax.devices import distributed
         from capcur_jax.evaluation.local import answers
         from capcur_jax.models.inputs import BadInput
@@ -185,7 +186,7 @@ class Checkpoint:
         asked = {question.index: question for question in questions}
         found = answers(
             questions, engine=self._engine, build=build, sampling=self._sampling, seed=self._config.seed,
-            batch=4 * self._config.rollout.slots,  # slots that become free find work
+            batch=4 * policy.slots(self._config, 1),  # slots that become free find work
             images=self._images, wanted=wanted,
         )  # fmt: skip
         for _, mine in found:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from capcur_jax import policy
 from capcur_jax.data.draw import shares
 from capcur_jax.data.problem import Problem
 from capcur_jax.data.prompts import PromptBuilder
@@ -199,7 +200,7 @@ class Heldout:
                     reward=self._reward,
                     sampling=sampling,
                     seed=self._config.seed,
-                    batch=4 * self._config.rollout.slots,  # slots that become free find work
+                    batch=4 * policy.slots(self._config, 1),  # slots that become free find work
                     progress=advance,
                     **keeping,
                 )

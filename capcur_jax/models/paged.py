@@ -11,6 +11,7 @@ pages as another, and a table counts those of its own.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -80,13 +81,23 @@ def attend(
 
     def here(q, keys, values, table, lengths):
         plain = functools.partial(reference, own=tables.own)
-        if implementation == "xla" or q.dtype.itemsize != 2:
+        kernels = {} if implementation == "xla" else _kernels(q)
+        if not kernels:
             return plain(q, keys, values, table, lengths)
-        return jax.lax.platform_dependent(q, keys, values, table, lengths, default=plain, cuda=on_gpu, tpu=on_tpu)
+        return jax.lax.platform_dependent(q, keys, values, table, lengths, default=plain, **kernels)
 
     rows, heads = P(sharding.ROWS), P(sharding.ROWS, "tensor")
     attended = sharding.local(mesh, here, (heads, SPEC, SPEC, rows, rows), heads)
     return attended(q_CxNxH, keys, values, tables.pages, lengths_C)
+
+
+def _kernels(q_CxNxH: jax.Array) -> dict[str, Callable]:
+    """By platform, those that take such queries."""
+    dim = q_CxNxH.shape[-1]
+    if q_CxNxH.dtype.itemsize != 2:
+        return {}
+    takes = {"cuda": dim >= 16 and dim & (dim - 1) == 0, "tpu": dim % 128 == 0}
+    return {name: kernel for name, kernel in (("cuda", on_gpu), ("tpu", on_tpu)) if takes[name]}
 
 
 def reference(q_CxNxH, keys_KxPxSxH, values_KxPxSxH, table_CxM, lengths_C, *, own: bool = False) -> jax.Array:

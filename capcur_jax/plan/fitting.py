@@ -1,5 +1,6 @@
 """What a run leaves to its devices' memory: config.model.remat where it is "auto", config.rollout.gathered where it is
 None. Both ways of a step cost memory and save time; they are taken where the compiler's account says that they fit.
+config.rollout.slots and pages, where they are 0: the local sampler's pages fill what is left.
 
 A plan and a run decide alike: the run by the memory that its devices have, before the model is opened. What it compiles
 for that it would compile in a warm-up, but for a way that does not fit.
@@ -23,7 +24,8 @@ from capcur_jax.plan import cudnn, programs, topologies
 from capcur_jax.plan.programs import Program, Variant
 
 HEADROOM = 0.1  # share of a device's memory that is left free: the runtime, collectives' buffers, fragmentation
-REMAT, GATHERED = "model.remat", "rollout.gathered"
+REMAT, GATHERED, SLOTS, PAGES = "model.remat", "rollout.gathered", "rollout.slots", "rollout.pages"
+MOST = 320  # slots of a device row: with more, products take longer than reading the weights does
 _GIB = 2**30
 
 
@@ -35,7 +37,7 @@ class Way(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A config in which both keys have values, and why those that it left open have theirs, by key."""
+    """A config in which these keys have values, and why those that it left open have theirs, by key."""
 
     config: ConfigDict
     why: dict[str, str]
@@ -54,8 +56,9 @@ class Account:
     def __call__(self, config: ConfigDict, variant: Variant, program: Program) -> dict[str, Any]:
         """Of the config's program; see `account`."""
         remat = config.model.remat if program.name == "gradient" else None
-        gathered = config.rollout.gathered if program.name in programs.SAMPLING else None
-        key = variant.stages[0].name, program.name, remat, gathered
+        sampling = program.name in programs.SAMPLING
+        gathered = config.rollout.gathered if sampling else None
+        key = variant.stages[0].name, program.name, remat, gathered, variant.slots if sampling else None
         if key not in self._known:
             self._known[key] = self._of(variant, program)
         return self._known[key]
@@ -101,13 +104,55 @@ def settle(
     usable: int | None,
     without_images: Sequence[str] = (),
 ) -> Settled:
-    """Gives both keys values: the fastest way whose every program fits; the one that needs the least where none does.
+    """Gives the keys values: the fastest way whose every program fits, the one that needs the least where none does;
+    and slots and pages.
 
     Args:
         devices: of the run, whether they are there or not.
         usable: bytes of a device; None: nobody knows.
         without_images: stages whose prompts have none.
     """
+    config, sized = _slots(config, devices)
+    found = _way(config, devices, account, usable, without_images)
+    return _pages(Settled(found.config, found.why | sized), devices, usable, without_images)
+
+
+def _slots(config: ConfigDict, devices: Sequence[Any]) -> tuple[ConfigDict, dict[str, str]]:
+    """With slots for all responses of a step, or as many as pay."""
+    sampled = [stage for stage in schedule.stages(config) if objectives.of_stage(stage).sampled]
+    if config.rollout.slots or not sampled or not policy.engine_kind(config).in_process:
+        return config, {}
+    rows = sharding.row_shards(sharding.make_mesh(config.mesh, devices[: len(config.mesh.gpus) or None]))
+    responses = max(stage.prompts for stage in sampled) * config.rollout.group
+    config = _copy(config)
+    config.rollout.slots = min(responses, MOST * rows)
+    why = "all responses of a step" if config.rollout.slots == responses else f"{MOST} of a device row"
+    return config, {SLOTS: f"{config.rollout.slots}: {why}"}
+
+
+def _pages(settled: Settled, devices: Sequence[Any], usable: int | None, without_images: Sequence[str]) -> Settled:
+    """With as many pages as the devices' memory holds beside all else."""
+    config = settled.config
+    here = usable is not None and devices[0].platform != "cpu" and policy.engine_kind(config).in_process
+    if config.rollout.pages or not here:
+        return settled
+    variants = programs.variants(config, devices, without_images, usable)
+    pools = [variant.slots.pool for variant in variants if variant.slots.rows]
+    if not pools:
+        return settled
+    config = _copy(config)
+    config.rollout.pages = min(pool.pages for pool in pools)
+    why = f"{config.rollout.pages}: pages of {pools[0].size} tokens, of each device row"
+    return Settled(config, settled.why | {PAGES: why})
+
+
+def _way(
+    config: ConfigDict,
+    devices: Sequence[Any],
+    account: Account,
+    usable: int | None,
+    without_images: Sequence[str],
+) -> Settled:
     remat, gathered = config.model.remat, config.rollout.gathered
     left = {key for key, is_left in ((REMAT, remat == policy.AUTO), (GATHERED, gathered is None)) if is_left}
     least = Way(policy.remat(config), bool(gathered))
@@ -125,7 +170,7 @@ def settle(
     ways = [Way(*way) for way in ((kind, copy) for copy in copied for kind in kept)]
     chosen, said = ways[-1], {}
     for way in ways if len(ways) > 1 else ():  # the last one needs the least
-        largest = _most(_with(config, way), devices, account, without_images)
+        largest = _most(_with(config, way), devices, account, without_images, usable)
         said[way] = _said(*largest, usable)
         if largest[1] is not None and largest[1] <= usable:
             chosen = way
@@ -152,7 +197,9 @@ def of_run(config: ConfigDict, checkpoint: Path, without_images: Sequence[str]) 
     source = _copy(config)
     source.checkpoint = str(checkpoint)
     found = settle(source, jax.devices(), Account(account), usable_here(), without_images)
-    return found._replace(config=_with(config, Way(found.config.model.remat, bool(found.config.rollout.gathered))))
+    decided, config = found.config, _with(config, Way(found.config.model.remat, bool(found.config.rollout.gathered)))
+    config.rollout.slots, config.rollout.pages = decided.rollout.slots, decided.rollout.pages
+    return found._replace(config=config)
 
 
 def usable_here() -> int | None:
@@ -176,17 +223,17 @@ def _useless(config: ConfigDict, devices: Sequence[Any]) -> str:
     if not any(objectives.of_stage(stage).sampled for stage in schedule.stages(config)):
         return "no stage samples"
     mesh = sharding.make_mesh(config.mesh, devices[: len(config.mesh.gpus) or None])
-    if mesh.shape["fsdp"] == 1 and config.optimizer.parameters == config.model.dtype:
+    if mesh.shape["fsdp"] == 1:
         return "every device row has all weights already"
     return ""
 
 
 def _most(
-    config: ConfigDict, devices: Sequence[Any], account: Account, without_images: Sequence[str]
+    config: ConfigDict, devices: Sequence[Any], account: Account, without_images: Sequence[str], usable: int
 ) -> tuple[str, int | None]:
     """The program that needs the most, and its bytes; None where the compiler refuses it."""
     found: tuple[str, int | None] = "", 0
-    for variant in programs.variants(config, devices, without_images):
+    for variant in programs.variants(config, devices, without_images, usable):
         for program in variant.programs:
             size = needed(program, account(config, variant, program))
             if size is None:

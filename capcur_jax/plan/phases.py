@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -79,10 +80,9 @@ class Step:
         micros = work.updates(groups, self._variant.layout)
         useful, sampled = work.useful(groups), None
         phases: list[Phase] = []
-        if self._variant.slots[0]:
-            rows, each = self._variant.slots
-            buckets = self._variant.layout.buckets
-            sampled = work.sampled(groups, buckets, self._shards, rows, each, self._variant.images)
+        if self._variant.slots.rows:
+            buckets, longest = self._variant.layout.buckets, self._config.rollout.max_new_tokens
+            sampled = work.sampled(groups, buckets, self._shards, self._variant.slots, longest, self._variant.images)
             phases += [self._prefill(sampled, useful), self._decode(sampled, useful)]
         elif self._variant.layout.sampled:
             phases += self._served(groups, useful, micros[0][0])
@@ -189,20 +189,27 @@ class Step:
         return Phase("prefill", len(sampled.admissions), by, (tokens, useful.prompts), patches, float(total))
 
     def _decode(self, sampled: work.Sampled, useful: work.Useful) -> Phase:
-        rate, measured = self._rates, self._measured["decoding"]
-        turns, steps = self._programs["decoding"].turns, sampled.steps
+        rate, measured, rows = self._rates, self._measured["decoding"], self._variant.slots.rows
+        turns, steps = self._programs["decoding"].turns, max(sampled.steps, 1)
+        text, shares = self._known.text, self._variant.mesh.shape["tensor"]
+        cached = 2 * text.depth * text.kv_heads * text.head_dim * jnp.dtype(self._config.model.dtype).itemsize
+        # What a kernel reads of the pages depends on what is in them, which no compiled text says.
+        live = sampled.live * cached / shares / steps
+        memory = (measured["moved_bytes_a_turn"] + live) / rate.memory
         computing = measured["flops"] / turns / self._trainers / rate.linear
-        local = max(measured["moved_bytes_a_turn"] / rate.memory, computing)
         sends = measured["sent_bytes"] / turns / rate.link + measured["collectives_a_turn"] * rate.gather
-        beside = min(rate.hidden * (local + rate.turn), sends)
-        by = {
-            "memory" if local > computing else "layers": steps * local,
-            "launch": steps * rate.turn,
-            "sends": steps * (sends - beside),
-            "cache in and out": sampled.calls * measured["moved_bytes"] / rates.transposed(rate),
-        }
-        tokens, bytes_a_turn = (steps * sampled.slots, useful.responses), int(measured["moved_bytes_a_turn"])
-        return Phase("decode", steps, by, tokens, flops=measured["flops"] / turns * steps, bytes_a_turn=bytes_a_turn)
+        by = dict.fromkeys(("memory", "layers", "launch", "sends", "between bursts"), 0.0)
+        for size, made in sampled.bursts:
+            local = max(memory, computing * size / rows)
+            beside = min(rate.hidden * (local + rate.turn), sends)
+            by["memory" if local > computing * size / rows else "layers"] += made * local
+            by["launch"] += made * rate.turn
+            by["sends"] += made * (sends - beside)
+            by["between bursts"] += rate.launch + measured["moved_bytes"] / rate.memory
+        slots = sum(size * made for size, made in sampled.bursts) * self._shards
+        total = measured["flops"] / turns * slots / (rows * self._shards)
+        bytes_a_turn = int(measured["moved_bytes_a_turn"] + live)
+        return Phase("decode", sampled.steps, by, (slots, useful.responses), flops=total, bytes_a_turn=bytes_a_turn)
 
     # ------------------------------------------------------------------ servers
 
@@ -235,6 +242,8 @@ class Step:
     def _weights(self) -> Phase:
         config, size, by = self._config, self._variant.weight_bytes, {}
         if policy.engine_kind(config).in_process:
+            if self._variant.layout.sampled:  # the copy for decoding is read and written
+                by["memory"] = 2 * size / (1 if config.rollout.gathered else self._shards) / self._rates.memory
             if config.rollout.gathered and self._variant.layout.sampled:
                 by["sends"] = size * (1 - 1 / self._shards) / self._rates.link
         elif self._variant.layout.sampled:

@@ -32,12 +32,15 @@ from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.plan import lengths, work
+from capcur_jax.plan.work import Slots
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
+from capcur_jax.rollout.local.places import Pool
 from capcur_jax.schedule import Stage
 
 # Of every published tokenizer: both end tokens, the vision placeholders, padding.
 SAMPLING = ("prefill", "decoding")  # what the local engine runs
+_WORKING = 0.12  # share of the usable memory that is left to what programs make while they run
 END, BANNED, PAD = (151645, 151643), (151652, 151653, 151654, 151655, 151656), 151643
 
 
@@ -65,7 +68,7 @@ class Variant(NamedTuple):
     parameters: int
     layout: Layout
     forward: Callable[..., Any]  # traces a pass of the trainer at a shape of packed rows
-    slots: tuple[int, int]  # of a device row, and prompts that it prefills at once; (0, 0): servers sample
+    slots: Slots  # of the local engine
     state_bytes: int  # a device's, of what the trainer keeps
     weight_bytes: int  # of a model as a sampler reads it
 
@@ -106,13 +109,17 @@ def _of(mesh: Mesh, path: Sequence[Any], shape: Sequence[int]):
     return sharding.of_parameter(mesh, ".".join(map(str, path)), shape)
 
 
-def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: Sequence[str]) -> list[Variant]:
+def variants(
+    config: ConfigDict, devices: Sequence[jax.Device], without_images: Sequence[str], usable: int | None = None
+) -> list[Variant]:
     """What the stages of `config.order` compile. Raises InputError.
 
     Where config.mesh.gpus names some of a host's devices, these train; the servers' programs are not part of the plan.
 
     Args:
         without_images: stages whose prompts have none.
+        usable: bytes of a device, which the sampler's pages fill where config.rollout.pages is 0. None: they are as
+            many as all slots may need.
     """
     processor = architecture(config)
     trained_on = devices[: len(config.mesh.gpus) or None]
@@ -125,11 +132,18 @@ def variants(config: ConfigDict, devices: Sequence[jax.Device], without_images: 
     result = []
     for (_, _, textual, _), stages in groups.items():
         mesh = sharding.make_mesh(config.mesh, trained_on)
-        result.append(_variant(config, processor, tuple(stages), mesh, not textual))
+        result.append(_variant(config, processor, tuple(stages), mesh, not textual, usable))
     return result
 
 
-def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...], mesh: Mesh, images: bool) -> Variant:
+def _variant(
+    config: ConfigDict,
+    processor: Processor,
+    stages: tuple[Stage, ...],
+    mesh: Mesh,
+    images: bool,
+    usable: int | None,
+) -> Variant:
     stage = stages[0]
     buckets = Buckets.of(config.prompt, processor.config.vision)
     layout = Layout.of(stage, config, buckets, processor, mesh, images)
@@ -152,21 +166,24 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
     moments = 0 if config.optimizer.memory != "device" else on_device(state.optimizer)
     kept = 0 if reference is None or config.reference.memory != "device" else on_device(reference)
     ahead = on_device(batch)  # the next one is on its way while a batch is being worked on
-    engine = None
+    engine, copy = None, 0
     if layout.sampled and policy.engine_kind(config).in_process:
         engine = _engine(config, processor, buckets, mesh)
-        if config.rollout.gathered:  # the sampler's copy stays
-            kept, ahead = kept + on_device(engine.parameters), ahead + on_device(engine.parameters)
+        copy = on_device(engine.weights)  # it stays between the sampler's calls
+        if usable and not config.rollout.pages:
+            held = moments + on_device(sums) + kept + copy + on_device(parameters)
+            pages = _pages(engine, config, int(usable * (1 - _WORKING)) - held)
+            engine = _engine(config, processor, buckets, mesh, pages)
     updates = work.updates(
         lengths.extreme(config, processor.config.vision.merge_size, largest=True)(stage, images), layout
     )
     micro = sum(map(len, updates))
     programs = []
     if reference is not None:
-        beside = on_device(trained) + moments + on_device(sums) + ahead
+        beside = on_device(trained) + moments + on_device(sums) + copy + ahead
         programs.append(_score("reference log-probs", learner, reference, frozen, scored, micro, beside))
     if layout.old:
-        beside = moments + on_device(sums) + ahead
+        beside = moments + on_device(sums) + copy + ahead
         beside += on_device(reference) if reference is not None else 0  # fetched for the pass if it lies on the host
         # The first update's old policy is the one that it trains.
         times = micro - len(updates[0])
@@ -177,13 +194,13 @@ def _variant(config: ConfigDict, processor: Processor, stages: tuple[Stage, ...]
             micro,
             lambda: learner.accumulate.trace(trained, frozen, sums, batch),
             on_device((trained, frozen, sums, batch)),
-            moments + kept + ahead,
+            moments + kept + copy + ahead,
             at=lambda shape: learner.accumulate.trace(trained, frozen, sums, layout.blank(shape, passes=False)),
         )
     )
     apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
-    programs.append(Program("update", layout.updates, apply, on_device((state, sums)), on_device(frozen) + kept))
-    slots = (0, 0)
+    programs.append(Program("update", layout.updates, apply, on_device((state, sums)), on_device(frozen) + kept + copy))
+    slots = Slots(0, 0, Pool(0, 0))
     if engine is not None:
         beside = moments + on_device(sums) + kept
         large = _sizes(config, processor.config.vision.merge_size, images)
@@ -229,56 +246,65 @@ def _score(name, learner, policy, frozen, batch, times, resident) -> Program:
     )
 
 
-def _engine(config: ConfigDict, processor: Processor, buckets: Buckets, mesh: Mesh) -> LocalEngine:
+def _engine(config: ConfigDict, processor: Processor, buckets: Buckets, mesh: Mesh, pages: int = 0) -> LocalEngine:
     """With parameters by shape alone."""
     graph, parameters = abstract_model(config, processor.config, mesh, jnp.dtype(config.optimizer.parameters))
+    kinds = policy.local_sampler(config, sharding.row_shards(mesh))
     return LocalEngine(
-        nnx.merge(graph, parameters), processor, slots=config.rollout.slots, prefill=config.rollout.prefill,
-        gathered=bool(config.rollout.gathered), buckets=buckets,
+        nnx.merge(graph, parameters), processor, buckets=buckets, **kinds | {"pages": pages or kinds["pages"]}
     )  # fmt: skip
+
+
+def _sampled(config: ConfigDict) -> Sampling:
+    rollout = config.rollout
+    return Sampling(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+
+
+def _pages(engine: LocalEngine, config: ConfigDict, room: int) -> int:
+    """Pages of a device row that so many bytes of a device hold: those of one response at least, and no more than all
+    slots may need."""
+    work = engine.work(config.rollout.group, _sampled(config))
+    each = on_device(engine.pages_shape(work)) // work.pool.pages
+    return min(max(room // each, work.table), work.pool.pages)
 
 
 def _sampling(
     engine: LocalEngine, config: ConfigDict, stage: Stage, large: list[PromptSize], images: bool, resident: int
-) -> tuple[list[Program], tuple[int, int]]:
-    """What the local engine runs: prefill, and decoding until slots are free again. And the slots of a device row, with
-    the prompts that it prefills at once."""
-    known, mesh, group, T = engine.processor.config, engine.mesh, config.rollout.group, config.rollout.max_new_tokens
-    if config.rollout.gathered:  # the copy is the programs' argument; the trainer's own lie there, too
-        _, parameters = abstract_model(config, known, mesh, jnp.dtype(config.optimizer.parameters))
-        resident += on_device(parameters) - on_device(engine.parameters)
+) -> tuple[list[Program], Slots]:
+    """What the local engine runs, prefill and a burst of decoding, and its slots. `resident`: bytes of a device that
+    lie there beside its pages, the parameters and the copy of them."""
+    mesh, group = engine.mesh, config.rollout.group
     rows = sharding.row_shards(mesh)
-    work = engine.work(group, Sampling(T, config.rollout.temperature, config.rollout.top_p, config.rollout.top_k))
-    slots = engine.slots_shape(work)
-    # This process's prompts: `abstract` makes all processes' arrays of them.
+    work = engine.work(group, _sampled(config))
+    pages = engine.pages_shape(work)
+    # This process's prompts: `admitted` makes all processes' arrays of them.
     largest = max(engine.buckets.shapes(large, images, work.prompts * engine.shards, engine.shards))
-    admitted, decoded = engine.abstract(slots, largest, group)
-    given = on_device((engine.parameters, slots))
+    copy, parameters = on_device(engine.weights), on_device(engine.parameters)
     return [
         Program(
             SAMPLING[0],
             math.ceil(stage.prompts / (work.prompts * rows)),
-            lambda: work.admit.trace(*admitted),
-            given,
-            resident,
-            at=lambda shape: work.admit.trace(*engine.abstract(slots, shape, group)[0]),
+            lambda: work.admit.trace(*engine.admitted(work, pages, largest, group)),
+            parameters + on_device(pages),
+            resident + copy,
+            at=lambda shape: work.admit.trace(*engine.admitted(work, pages, shape, group)),
         ),
         Program(
             SAMPLING[1],
             # As many as it takes to decode all responses in the slots, none of which stays free.
             math.ceil(stage.prompts * group / (work.rows * rows)),
-            lambda: work.decode.trace(*decoded),
-            given,
-            resident,
-            turns=T,
+            lambda: work.decode[work.own].trace(*engine.decoded(work, pages, work.rows)),
+            copy + on_device(pages),
+            resident + parameters,
+            turns=config.rollout.max_new_tokens,
         ),
-    ], (work.rows, work.prompts)
+    ], Slots(work.rows, work.prompts, work.pool)
 
 
 def _sizes(config: ConfigDict, merge: int, images: bool) -> list[PromptSize]:
     """As many prompts as a batch may have, all of the largest declared size."""
     most = max(stage.prompts for stage in schedule.stages(config))
-    return [lengths.declared(config, merge, images, max)] * max(most, config.rollout.slots)
+    return [lengths.declared(config, merge, images, max)] * most
 
 
 def _way(

@@ -50,7 +50,6 @@ _TPU = Rates(
     images=Kernel(200 * _T, 143 * _T, 128), vision=230 * _T, memory=2200 * _GB, link=420 * _GB,
     exposed=0.15, exposed_gradient=0.3, launch=0.002, turn=0.001, gather=0.0, hidden=0.0,
 )  # fmt: skip
-_TRANSPOSED = 0.8  # of the memory's rate, where a whole cache changes its layout
 
 
 class Host(NamedTuple):
@@ -87,8 +86,3 @@ def of(topology: Topology) -> Rates:
         attention=scaled(base.attention), images=scaled(base.images),
         memory=base.memory * memory, link=base.link * link,
     )  # fmt: skip
-
-
-def transposed(rates: Rates) -> float:
-    """Bytes a second of a cache that changes its layout."""
-    return rates.memory * _TRANSPOSED

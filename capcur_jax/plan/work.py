@@ -15,7 +15,8 @@ from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.inputs import Prompt
 from capcur_jax.plan.lengths import Group
-from capcur_jax.rollout.local.places import LOOK, Places
+from capcur_jax.rollout.local.bursts import BURST
+from capcur_jax.rollout.local.places import Places, Pool
 
 # ---------------------------------------------------------------------- trainer
 
@@ -60,44 +61,75 @@ def _prompt(size: PromptSize) -> Prompt:
 # ---------------------------------------------------------------------- local sampler
 
 
+class Slots(NamedTuple):
+    """Of a device row of the local engine."""
+
+    rows: int  # responses that decode together; 0: servers sample
+    each: int  # prompts that one prefill takes
+    pool: Pool
+
+
 class Sampled(NamedTuple):
     """What the local engine's programs do in a step."""
 
     admissions: tuple[BatchShape, ...]  # the prefills' shapes
-    calls: int  # of decoding
-    steps: int  # turns of its loop in all
-    slots: int
+    bursts: tuple[tuple[int, int], ...]  # rows of a device row, and turns of the loop
+    live: float  # tokens whose keys and values a device row reads in all, on average
+    evicted: int  # responses that had to wait for pages
+
+    @property
+    def steps(self) -> int:
+        """Turns in all."""
+        return sum(steps for _, steps in self.bursts)
 
 
-def sampled(groups: Sequence[Group], buckets: Buckets, shards: int, rows: int, each: int, images: bool) -> Sampled:
+def sampled(
+    groups: Sequence[Group], buckets: Buckets, shards: int, slots: Slots, longest: int, images: bool
+) -> Sampled:
     """Runs the engine's bookkeeping (rollout/local/places.py) with these lengths.
 
     Args:
         shards: device rows.
-        rows: slots of each.
-        each: prompts of a device row that one prefill takes.
+        longest: tokens of a response at most.
     """
-    sizes, nobody = [size for size, _ in groups], PromptSize(1)
-    places = Places(sizes, len(groups[0][1]), shards, rows, each)
+    sizes, nobody, (rows, each, pool) = [size for size, _ in groups], PromptSize(1), slots
+    n = len(groups[0][1])
+    places = Places(sizes, n, shards, rows, each, pool, longest, BURST)
     lengths = np.array([length for _, responses in groups for length in responses])
-    left = np.zeros_like(places.running)
-    admissions, calls, steps = [], 0, 0
+    drawn = np.zeros(len(lengths), int)
+    admissions, bursts, live = [], [], 0
     while places.unfinished():
         while places.worthwhile():
             flat = []
             for shard, part in enumerate(places.admit()):
-                for _, slots in part:
-                    left[shard, slots] = lengths[places.running[shard, slots]]
-                flat += [*(sizes[prompt] for prompt, _ in part), *[nobody] * (each - len(part))]
+                flat += [*(sizes[one.prompt] for one in part), *[nobody] * (each - len(part))]
+                for one in part:
+                    drawn[list(one.responses)] = 1
+                    for response, slot in zip(one.responses, one.slots, strict=True):
+                        if lengths[response] <= 1:
+                            places.release(shard, slot)
             admissions.append(buckets.shape(flat, images, len(flat), shards))
-        wanted, until = places.wanted() if places.waiting else rows + 1, steps + LOOK
-        calls += 1
-        while (busy := left > 0).any() and (~busy).sum(1).max() < wanted and steps < until:
-            turns = min(int(left[busy].min()), until - steps)  # nothing changes before the next response ends
-            left[busy] -= turns
-            steps += turns
-        places.running[left == 0] = -1
-    return Sampled(tuple(admissions), calls, steps, places.running.size)
+        places.reserve()
+        running = places.running >= 0
+        if not running.any():
+            continue
+        size, few, wanted = places.burst(int(running.sum(1).max()), bool(places.waiting))
+        left = np.where(running, (lengths - drawn)[places.running], 0)
+        # Between two ends nothing changes: the turn after which the burst ends is that of some response's end.
+        ends = np.unique(np.minimum(left[running], BURST))
+        over = [(left <= turn).sum(1) - (rows - size) for turn in ends]
+        stops = [bool((free >= wanted).any() or (free >= size - few).all()) for free in over]
+        steps = int(min([*(turn for turn, stop in zip(ends, stops, strict=True) if stop), BURST, left.max()]))
+        for shard, slot in np.argwhere(running):
+            response, made = places.running[shard, slot], int(min(left[shard, slot], steps))
+            prompt = sizes[response // n].tokens
+            live += made * (prompt + drawn[response]) + made * (made - 1) // 2
+            drawn[response] += made
+            places.drew(shard, slot, made)
+            if drawn[response] == lengths[response]:
+                places.release(shard, slot)
+        bursts.append((size, steps))
+    return Sampled(tuple(admissions), tuple(bursts), live / shards, places.evicted)
 
 
 # ---------------------------------------------------------------------- FLOPs of real tokens

@@ -10,7 +10,9 @@ import pytest
 
 from capcur_jax import presets
 from capcur_jax.plan import fitting, programs, topologies
-from capcur_jax.plan.fitting import GATHERED, REMAT, Way
+from capcur_jax.plan.fitting import GATHERED, PAGES, REMAT, SLOTS, Way
+from capcur_jax.plan.work import Slots
+from capcur_jax.rollout.local.places import Pool
 
 GIB = 2**30
 DEVICES = [SimpleNamespace(platform="gpu")] * 2
@@ -24,6 +26,7 @@ def config():
     """Of a model on two accelerators, which split it."""
     config = presets.get("qwen3_vl_8b")
     config.order = ("text", "perception")
+    config.rollout.update({"slots": 64, "pages": 99})
     return config
 
 
@@ -32,13 +35,14 @@ def compiles(monkeypatch):
     """settle() of made-up programs; what it compiled."""
     found = []
 
-    def variants(config, devices, without_images):
+    def variants(config, devices, without_images, usable):
         resident = COPY * GIB * bool(config.rollout.gathered)
         made = [
             SimpleNamespace(name=name, size=SIZES[name, kind] * GIB, resident=resident * (name == "gradient"), given=0)
             for name, kind in (("gradient", config.model.remat), ("decoding", config.rollout.gathered))
         ]
-        return [SimpleNamespace(stages=[SimpleNamespace(name="text")], programs=made)]
+        slots = Slots(config.rollout.slots, 1, Pool(usable // GIB, 128))
+        return [SimpleNamespace(stages=[SimpleNamespace(name="text")], programs=made, slots=slots)]
 
     def of(variant, program):
         found.append((program.name, program.size // GIB))
@@ -101,8 +105,7 @@ def test_what_is_set_stays(compiles, config):
     ("change", "why"),
     [
         ({"rollout.engine": "sglang"}, "False: servers sample"),
-        ({"optimizer.parameters": "bfloat16", "fsdp": 1}, "False: every device row has all weights already"),
-        ({"fsdp": 1}, "True: "),  # in half as many bytes
+        ({"fsdp": 1}, "False: every device row has all weights already"),
         ({"stages.text.objective": "sft", "stages.perception.objective": "sft"}, "False: no stage samples"),
     ],
 )
@@ -112,6 +115,19 @@ def test_a_copy_where_it_saves_something(compiles, config, monkeypatch, change, 
     config.update_from_flattened_dict(change)
     settled = compiles[0](config, 80)
     assert settled.config.model.remat == "dots" and settled.why[GATHERED].startswith(why)
+
+
+def test_pages_fill_what_is_left_and_a_step_s_responses_have_slots(compiles, config, monkeypatch):
+    monkeypatch.setattr(fitting.sharding, "make_mesh", lambda *_: SimpleNamespace(shape={"fsdp": 2, "data": 1}))
+    config.rollout.update({"slots": 0, "pages": 0})
+    settled = compiles[0](config, 80)
+    assert (settled.config.rollout.slots, settled.config.rollout.pages) == (2 * fitting.MOST, 80)
+    assert settled.why[SLOTS] == "640: 320 of a device row"
+    assert settled.why[PAGES] == "80: pages of 128 tokens, of each device row"
+    config.stages.text.prompts = config.stages.perception.prompts = 16
+    assert compiles[0](config, 80).why[SLOTS] == "80: all responses of a step"
+    config.rollout.engine = "sglang"
+    assert not {SLOTS, PAGES} & compiles[0](config, 80).why.keys()
 
 
 def test_a_refusal_of_the_compiler_is_no_room(config, monkeypatch, compiles):

@@ -19,6 +19,7 @@ from capcur_jax.learner.packing import RowShape
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.plan import lengths, work
 from capcur_jax.records.jsonl import JsonLines
+from capcur_jax.rollout.local.places import Pool
 
 PAPER = presets.get("qwen3_vl_8b")
 VISUAL = next(stage for stage in schedule.stages(PAPER) if stage.name == "visual")
@@ -108,15 +109,23 @@ def test_the_trainers_packing_is_what_is_counted(paper):
 
 def test_the_samplers_slots_are_what_is_counted(paper):
     buckets, _ = paper_step(paper)
-    found = work.sampled(paper, buckets, shards=8, rows=24, each=1, images=True)
+    few = work.Slots(24, 1, Pool(24 * 32, 128))
+    found = work.sampled(paper, buckets, 8, few, 2048, images=True)
     drawn = np.array([responses for _, responses in paper])
-    assert 64 <= len(found.admissions) <= 512 and found.calls >= len(found.admissions)
-    assert found.steps * found.slots >= drawn.sum() and found.steps >= drawn.max()
+    assert 64 <= len(found.admissions) <= 512 and found.evicted == 0
+    assert 8 * sum(rows * steps for rows, steps in found.bursts) >= drawn.sum() - drawn.size  # firsts come of prefills
     assert {shape.prompts for shape in found.admissions} == {8}
     # With a slot for every response all start at once, and the longest ends the step.
     buckets = dataclasses.replace(buckets, patches=((1, 2**18),))
-    whole = work.sampled(paper, buckets, shards=8, rows=320, each=64, images=True)
-    assert (len(whole.admissions), whole.steps) == (1, drawn.max())
+    whole = work.sampled(paper, buckets, 8, work.Slots(320, 64, Pool(320 * 32, 128)), 2048, images=True)
+    assert (len(whole.admissions), whole.steps) == (1, drawn.max() - 1)
+    assert [rows for rows, _ in whole.bursts] == sorted((rows for rows, _ in whole.bursts), reverse=True)
+    # Each token of a response reads its prompt and all before it, and itself.
+    prompts = np.array([size.tokens for size, _ in paper])[:, None]
+    assert whole.live == ((drawn - 1) * (prompts + 1) + (drawn - 1) * (drawn - 2) / 2).sum() / 8
+    # With few pages some responses wait, and all the same end.
+    short = work.sampled(paper, buckets, 8, work.Slots(320, 64, Pool(1200, 128)), 2048, images=True)
+    assert short.evicted > 0 and short.steps > whole.steps
 
 
 def test_useful_work_by_hand():

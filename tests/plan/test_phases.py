@@ -11,6 +11,7 @@ from capcur_jax import presets
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.plan import phases, rates, topologies, work
 from capcur_jax.plan import programs as plan_programs
+from capcur_jax.rollout.local.places import Pool
 
 CHIP = topologies.Chip(memory_bytes=2**40, flops=1e12, bandwidth=1e9, link=1e9, network=1e9)
 RATES = rates.of(topologies.parse("cuda:h200:1x1x1"))
@@ -39,16 +40,19 @@ def step(variant):
     return phases.Step(config, found, measured, RATES, CHIP, 1).of(GROUPS)
 
 
+def sampled_by(found) -> work.Sampled:
+    return work.sampled(GROUPS, found.layout.buckets, 1, found.slots, 48, False)
+
+
 def by_name(step) -> dict[str, phases.Phase]:
     return {phase.phase: phase for phase in step[0]}
 
 
 def test_runs_are_those_of_the_trainer_and_the_sampler(variant, step):
     config, found = variant
-    known, (rows, each) = by_name(step), found.slots
-    sampled = work.sampled(GROUPS, found.layout.buckets, 1, rows, each, False)
+    known, sampled = by_name(step), sampled_by(found)
     assert known["prefill"].runs == len(sampled.admissions) == step[1]["admissions"]
-    assert known["decode"].runs == sampled.steps == step[1]["decode_steps"] >= 40
+    assert known["decode"].runs == sampled.steps == step[1]["decode_steps"] >= 39
     micros = [micro for update in work.updates(GROUPS, found.layout) for micro in update]
     assert known["gradient"].runs == known["reference"].runs == len(micros)
     assert known["old"].runs == len(micros) // 2  # the first update trains its own old policy
@@ -57,15 +61,21 @@ def test_runs_are_those_of_the_trainer_and_the_sampler(variant, step):
     assert known["gradient"].tokens == (computed, real) and step[1]["padding_text"] == pytest.approx(
         1 - real / computed
     )
-    assert known["decode"].tokens == (sampled.steps * rows, 16 * 80)
+    assert known["decode"].tokens == (sum(rows * steps for rows, steps in sampled.bursts), 16 * 80)
     assert config.rollout.group == 5
 
 
 def test_seconds_follow_from_the_rates(variant, step):
     text, known = variant[1].layout.processor.config.text, by_name(step)
     decode, runs = known["decode"], known["decode"].runs
-    assert decode.seconds_by["memory"] == pytest.approx(runs * 4e9 / RATES.memory)
-    assert decode.seconds_by["launch"] == pytest.approx(runs * RATES.turn) and decode.bytes_a_turn == 4e9
+    # What a turn moves, and of the pages what is live: float32 keys and values of every layer.
+    sampled = sampled_by(variant[1])
+    live = sampled.live * 2 * text.depth * text.kv_heads * text.head_dim * 4
+    assert decode.seconds_by["memory"] == pytest.approx((runs * 4e9 + live) / RATES.memory)
+    assert decode.seconds_by["launch"] == pytest.approx(runs * RATES.turn)
+    assert decode.bytes_a_turn == int(4e9 + live / runs)
+    bursts = len(sampled.bursts)
+    assert decode.seconds_by["between bursts"] == pytest.approx(bursts * (RATES.launch + 8e6 / RATES.memory))
     assert known["optimizer"].seconds == pytest.approx(2 * 4e9 / RATES.memory)
     assert known["host"].seconds_by["grading"] == 0  # decoding takes longer
     reference, gradient = known["reference"], known["gradient"]
@@ -114,7 +124,7 @@ def test_servers_have_a_model_of_their_own(variant, monkeypatch):
     monkeypatch.setattr(phases.policy, "engine_kind", lambda config: servers)
     program = {"sent_bytes": 0, "kernels": [], "arguments_bytes": 1, "outputs_bytes": 1}
     measured = dict.fromkeys((p.name for p in found.programs), program)
-    step = phases.Step(config, found._replace(slots=(0, 0)), measured, RATES, CHIP, 3).of(GROUPS)
+    step = phases.Step(config, found._replace(slots=work.Slots(0, 0, Pool(0, 0))), measured, RATES, CHIP, 3).of(GROUPS)
     known = by_name(step)
     assert known["decode"].runs == 40 and step[1]["admissions"] == 0
     assert known["weights"].seconds == pytest.approx(found.weight_bytes / rates.HOST.served)

@@ -106,7 +106,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     difficulty.measure(
                         problems, engine=engine, builder=opened.builder, reward=reward, sampling=sampling,
                         samples=arguments.samples, seed=arguments.seed, journal=journal, images=images,
-                        batch=max(1, 4 * config.rollout.slots // arguments.samples),  # slots that become free find work
+                        # Slots that become free find work.
+                        batch=max(1, 4 * policy.slots(config, 1) // arguments.samples),
                         progress=progress.advance,
                     )  # fmt: skip
             except RolloutError as error:

@@ -30,10 +30,9 @@ from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.rollout.engine import Health, Sample, Sampling, Told
 from capcur_jax.rollout.local import bursts
 from capcur_jax.rollout.local.bursts import BURST, Burst, Copies, Rows
-from capcur_jax.rollout.local.places import Admitted, Places, Pool
+from capcur_jax.rollout.local.places import Admitted, Places, Pool, burst_sizes
 
 PAGE = 128  # tokens of a page on an accelerator
-_FEWER, _FEWEST = 4, 8  # at a call's end so many times fewer rows decode, and so many at least
 
 
 class Work(NamedTuple):
@@ -51,13 +50,6 @@ class Work(NamedTuple):
     def own(self) -> bool:
         """Whether a slot's page has its number."""
         return self.table == 1 and self.pool.pages == self.rows
-
-    def sizes(self) -> list[int]:
-        """Rows of a device row that a burst may have: all, and fewer when few responses are left."""
-        sizes = [self.rows]
-        while sizes[-1] // _FEWER >= _FEWEST:
-            sizes.append(sizes[-1] // _FEWER)
-        return sizes
 
     def copies(self, tokens: int, n: int) -> int:
         """Pages that a prefill of rows of so many tokens fills, of a device row."""
@@ -129,7 +121,7 @@ class LocalEngine:
         pages = self.pages_shape(work)
         for shape in self.buckets.shapes(sizes, images, work.prompts * self.shards, self.shards):
             work.admit.compile(*self.admitted(work, pages, shape, n))
-        for rows in work.sizes():
+        for rows in burst_sizes(work.rows):
             work.decode[work.own and rows == work.rows].compile(*self.decoded(work, pages, rows))
 
     def generate(
@@ -369,15 +361,10 @@ class _Call:
         live = [np.flatnonzero(row >= 0).tolist() for row in places.running]
         if not (most := distributed.exchange(np.array([max(map(len, live))])).max()):
             return
-        size = min(size for size in work.sizes() if size >= most)
+        size, few, wanted = places.burst(int(most), distributed.agree(bool(places.waiting)))
         own = work.own and size == work.rows
         slots = [list(range(size)) if own else mine for mine in live]
-        wanted = places.wanted() if places.waiting else np.full(engine.shards, work.rows + 1)
-        # The program counts its free rows; slots that are no row of it are free as well.
-        wanted = (wanted - (work.rows - size)).astype(np.int32)
-        # With few left the next burst has fewer rows, if no others are to come.
-        few = 0 if distributed.agree(bool(places.waiting)) else max((s for s in work.sizes() if s < size), default=0)
-        mine, limits = sharding.put(engine.mesh, (self._rows(slots, size), wanted))
+        mine, limits = sharding.put(engine.mesh, (self._rows(slots, size), wanted.astype(np.int32)))
         given = engine.weights, self._pages, mine, self._seed, limits, np.int32(few), np.int32(steps or engine.burst)
         burst: Burst
         self._pages, burst = work.decode[own](*given)

@@ -19,6 +19,16 @@ import numpy as np
 from capcur_jax.errors import InputError
 from capcur_jax.models.batching import PromptSize
 
+_FEWER, _FEWEST = 4, 8  # at a call's end so many times fewer rows decode, and so many at least
+
+
+def burst_sizes(rows: int) -> list[int]:
+    """Rows of a device row that a burst may have: all slots, and fewer when few responses are left."""
+    sizes = [rows]
+    while sizes[-1] // _FEWER >= _FEWEST:
+        sizes.append(sizes[-1] // _FEWER)
+    return sizes
+
 
 class Pool(NamedTuple):
     """The pages of a device row."""
@@ -131,12 +141,26 @@ class Places:
         wanted = min(self.each, len(self.waiting))
         return any(self._fitting(shard) >= wanted for shard in range(len(self.running))) or (self.running < 0).all()
 
-    def wanted(self) -> np.ndarray:
-        """Free slots of each device row [shards] that end a burst while prompts wait. Where there are as many already,
-        pages are what is missing: more than a row has."""
+    def burst(self, most: int, waiting: bool) -> tuple[int, int, np.ndarray]:
+        """Of the next burst its rows of a device row, how few responses may be left when it ends, and how many free
+        rows of each device row [shards] end it.
+
+        Args:
+            most: responses of any device row that run.
+            waiting: whether any process has prompts that wait.
+        """
+        rows, sizes = self.running.shape[1], burst_sizes(self.running.shape[1])
+        size = min(size for size in sizes if size >= most)
+        few = 0 if waiting else max((smaller for smaller in sizes if smaller < size), default=0)
+        return size, few, self._wanted() - (rows - size)  # slots that are no row of the burst are free, too
+
+    def _wanted(self) -> np.ndarray:
+        """Free slots of each device row [shards] that are worth giving away. Where there are as many already, pages are
+        what is missing, and where nobody waits nothing is: more than a row has."""
+        rows = self.running.shape[1]
         first = [self.waiting[i] for i in range(min(self.each, len(self.waiting)))]
-        wanted = min(sum(len(entry.responses) for entry in first), self.running.shape[1])
-        return np.where(self.free_slots() >= wanted, self.running.shape[1] + 1, wanted)
+        wanted = min(sum(len(entry.responses) for entry in first), rows)
+        return np.where((self.free_slots() >= wanted) | (not first), rows + 1, wanted)
 
     def _ahead(self, prompt: int, drawn: int) -> int:
         """Pages that a response needs until the next visit."""
