@@ -99,7 +99,14 @@ class DecodingModel:
     def empty_pages(self, pages: int, size: int) -> Pages:
         """So many pages of `size` tokens, with nothing in them."""
         text = self.config.text
-        return paged.empty(text.depth, (text.kv_heads, pages, size, text.head_dim), self.dtype)
+        shape = paged.Shape(text.kv_heads, pages, size, text.head_dim, paged.paired_on(self.mesh))
+        return shape.empty(text.depth, self.dtype)
+
+    def pages_places(self) -> Pages:
+        """Where they lie."""
+        paired = paged.paired_on(self.mesh)
+        place = NamedSharding(self.mesh, paged.spec(paired))
+        return ((place,) if paired else (place, place),) * self.config.text.depth
 
     def step(
         self,
@@ -121,15 +128,14 @@ class DecodingModel:
         spec = self._spec("text.embed.embedding", weights.embedding.shape)
         h = sharding.lookup(self.mesh, weights.embedding, tokens_C[:, None], spec).astype(self.dtype)
         angles = text_angles(jnp.broadcast_to(positions_C[:, None], (3, len(positions_C), 1)), self.config.text)
-        lengths, keys, values = jnp.where(live_C, at_C + 1, 0), list(pages.keys), list(pages.values)
-        for i, state in enumerate(weights.layers):
+        lengths, filled = jnp.where(live_C, at_C + 1, 0), []
+        for state, mine in zip(weights.layers, pages, strict=True):
             layer = nnx.merge(self._layer, state)
             q, k, v = layer.qkv(h, angles)
-            keys[i] = paged.write(self.mesh, keys[i], k[:, 0], tables, at_C, live_C)
-            values[i] = paged.write(self.mesh, values[i], v[:, 0], tables, at_C, live_C)
-            own = paged.attend(q[:, 0], keys[i], values[i], tables, lengths, self.mesh, self.attention)
+            filled.append(paged.write(self.mesh, mine, k[:, 0], v[:, 0], tables, at_C, live_C))
+            own = paged.attend(q[:, 0], filled[-1], tables, lengths, self.mesh, self.attention)
             h = sharding.constrain(self.mesh, layer.finish(h, own[:, None]))
         h = nnx.merge(self._norm, weights.norm)(h)[:, 0]
         kernel, equation = (weights.embedding, "cd,vd->cv") if weights.head is None else (weights.head, "cd,dv->cv")
         logits = jnp.einsum(equation, h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
-        return logits, Pages(tuple(keys), tuple(values))
+        return logits, tuple(filled)

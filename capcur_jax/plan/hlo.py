@@ -246,21 +246,33 @@ def _constants(
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
          "partition-id", "replica-id", "opt-barrier", "add-dependency"}  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place, and which operand is what is written
+_PAGED, _CUBLAS = "paged_attention", "__cublas"
 
 
 def memory_moved(
     instruction: _Instruction, around: dict[str, _Instruction], computations: dict[str, dict[str, _Instruction]]
 ) -> int:
     """Bytes that it reads from a device's memory and writes there, by the sizes of its operands and results. Of a
-    slice, and of an update in place, its part alone; of a TPU nothing that lies on the chip (S(1))."""
+    slice, and of an update in place, its part alone; of a TPU nothing that lies on the chip (S(1)). Of attention over
+    pages the pages do not count: what it reads of them no text says."""
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return 0
     operands = [around[name] for name in _names(instruction) if name in around]
     result = _lying(instruction.type)
     if instruction.opcode in _SLICES:
         return 2 * result
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * _lying(operands[1].type) if len(operands) > 1 else result
+    if instruction.opcode in _UPDATES:
+        at = _UPDATES[instruction.opcode]
+        return 2 * _lying(operands[at].type) if len(operands) > at else result
+    if instruction.opcode == "custom-call":
+        sizes = [_lying(operand.type) for operand in operands]
+        if _PAGED in instruction.attributes + instruction.name:
+            return result + sum(size for size in sizes if size < max(sizes))
+        scratch = (
+            sum(map(_lying, re.findall(r"\bs8\[\d+\]", instruction.type))) if _CUBLAS in instruction.attributes else 0
+        )
+        return result - scratch + sum(sizes)
     if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
         return result  # (operands, results, ...)
     name = _CALLS.search(instruction.attributes)
@@ -278,9 +290,9 @@ def _moved_by_fusion(
     def written(instruction: _Instruction | None, size: int) -> int:
         while instruction is not None and instruction.opcode in ("bitcast", "reshape", "convert", "copy"):
             instruction = inside.get(next(iter(_names(instruction)), ""))
-        if instruction is None or instruction.opcode != "dynamic-update-slice":
+        if instruction is None or instruction.opcode not in _UPDATES:
             return size
-        update = inside.get(_names(instruction)[1])
+        update = inside.get(_names(instruction)[_UPDATES[instruction.opcode]])
         return min(size, sum(_arrays(update.type)) if update else size)
 
     total = sum(_read(name, at, _lying(operand.type), computations) for at, operand in enumerate(operands))
@@ -310,7 +322,7 @@ def _read(computation: str, at: int, size: int, computations: dict[str, dict[str
                     total += sum(_arrays(user.type))
                 elif user.opcode == "fusion" and (called := _CALLS.search(user.attributes)):
                     total += _read(called[1], place, size, computations)
-                elif user.opcode != "dynamic-update-slice" or place:
+                elif user.opcode not in _UPDATES or place:
                     return size
         return total
 

@@ -79,20 +79,12 @@ def admit(
     tokens, logprobs = sample_tokens(jnp.repeat(logits, n, axis=0), keys, sampling)
 
     def put(pages: Pages, prompt: KeysValues, copies: Copies) -> Pages:
-        size = pages.keys[0].shape[2]
-        # Behind the last token anything is copied: nobody looks there before a response has written to it.
-        places = copies.start[:, None] + jnp.arange(size)
+        flat = [x.reshape(len(x), -1, *x.shape[3:]) for x in prompt]  # [L, B x T, K, H]
+        return tuple(paged.fill(layer, k, v, *copies) for layer, k, v in zip(pages, *flat, strict=True))
 
-        def one(pages_KxPxSxH, part_BxTxKxH):
-            flat = part_BxTxKxH.reshape(-1, *part_BxTxKxH.shape[2:])
-            found = flat[jnp.minimum(places, len(flat) - 1)].astype(pages_KxPxSxH.dtype)
-            return pages_KxPxSxH.at[:, copies.page].set(jnp.moveaxis(found, 2, 0), mode="drop", unique_indices=True)
-
-        return Pages(*(tuple(map(one, mine, new)) for mine, new in zip(pages, prompt, strict=True)))
-
-    rows = P(sharding.ROWS)
-    cache = P(None, sharding.ROWS, None, "tensor")
-    placed = sharding.local(model.mesh, put, (paged.SPEC, cache, rows), paged.SPEC)(pages, prompt, copies)
+    rows, cache = P(sharding.ROWS), P(None, sharding.ROWS, None, "tensor")
+    lying = tuple((paged.spec(len(layer) == 1),) * len(layer) for layer in pages)
+    placed = sharding.local(model.mesh, put, (lying, cache, rows), lying)(pages, prompt, copies)
     return placed, tokens.reshape(-1, n), logprobs.reshape(-1, n)
 
 

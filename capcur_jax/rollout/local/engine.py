@@ -17,11 +17,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.devices.programs import Programs
-from capcur_jax.models import paged
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, rounded_up
 from capcur_jax.models.decoding import DecodingModel
 from capcur_jax.models.inputs import Processor, Prompt
@@ -188,7 +186,7 @@ class LocalEngine:
                 return bursts.admit(model, pages, batch, copies, numbers, key, sampling, known.banned_tokens)
 
             prompts, by_rows = max(1, min(self._prefill, rows // n)), sharding.by_rows(self.mesh)
-            places = self._places(), by_rows, by_rows
+            places = self.decoding.pages_places(), by_rows, by_rows
             programs = Programs(admit, donate_argnums=1, out_shardings=places)
             self._work[n, sampling] = Work(empty, programs, decode, rows, prompts, pool, table)
         return self._work[n, sampling]
@@ -212,25 +210,20 @@ class LocalEngine:
                     longest=min(self.burst, sampling.max_new_tokens),
                 )  # fmt: skip
 
-            places = self._places(), Burst(by_rows, by_rows, by_rows)
+            places = self.decoding.pages_places(), Burst(by_rows, by_rows, by_rows)
             decoding = {
                 own: Programs(functools.partial(decode, own), donate_argnums=1, out_shardings=places)
                 for own in (False, True)
             }
             self._decode[sampling, rows] = (
-                Programs(empty, out_shardings=self._places()), decoding, pool, table
+                Programs(empty, out_shardings=self.decoding.pages_places()), decoding, pool, table
             )  # fmt: skip
         return self._decode[sampling, rows]
-
-    def _places(self) -> Pages:
-        """Where pages lie."""
-        one = (NamedSharding(self.mesh, paged.SPEC),) * self.processor.config.text.depth
-        return Pages(one, one)
 
     def pages_shape(self, work: Work) -> Pages:
         """The pages of a call, by shape."""
         at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
-        return jax.tree.map(at, work.empty.trace().out_info, self._places())
+        return jax.tree.map(at, work.empty.trace().out_info, self.decoding.pages_places())
 
     def admitted(self, work: Work, pages: Pages, shape: BatchShape, n: int) -> tuple:
         """Arguments of `Work.admit` by shape."""
