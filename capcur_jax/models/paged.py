@@ -34,6 +34,7 @@ _BLOCK_TOKENS = 256  # that a GPU's kernel reads at a time
 # written and read once more.
 _SPLITS, _PROGRAMS = 8, 1024
 _TPU_BLOCK, _TPU_QUERIES = 512, 32  # tokens and rows of a block of a TPU's kernel
+_STEPS = 4  # of the places that plain XLA looks at
 _MASKED = np.float32(np.finfo(np.float32).min)
 
 
@@ -160,17 +161,29 @@ def _kernels(q_CxNxH: jax.Array, layer: Layer) -> dict[str, Callable]:
 def reference(
     q_CxNxH: jax.Array, layer: Layer, table_CxM: jax.Array, lengths_C: jax.Array, *, own: bool = False
 ) -> jax.Array:
-    """`attend` on one device in plain XLA: it makes a copy of all places of the rows' tables, unless `own`."""
+    """`attend` on one device in plain XLA. It looks at as many places of all rows as the longest row has, in steps, and
+    makes a copy of them unless `own`."""
     C, N, H = q_CxNxH.shape
     if len(layer) == 1:
         layer = tuple(jnp.moveaxis(layer[0][:, :, i::2], 2, 0) for i in range(2))
-    K = layer[0].shape[0]
-    keys, values = (x if own else x[:, table_CxM].reshape(K, C, -1, H) for x in layer)
+    K, _, size, _ = layer[0].shape
+    M = table_CxM.shape[1]
     q = _scaled(q_CxNxH).reshape(C, K, N // K, H)
-    scores = jnp.einsum("ckmh,kcsh->kcms", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where((jnp.arange(keys.shape[2]) < lengths_C[:, None])[:, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("kcms,kcsh->ckmh", weights, values).reshape(C, N, H)
+
+    def over(places: int) -> jax.Array:
+        """Of the first places of each row."""
+        if own:
+            keys, values = (x[:, :, :places] for x in layer)
+        else:
+            keys, values = (x[:, table_CxM[:, : -(-places // size)]].reshape(K, C, -1, H) for x in layer)
+        scores = jnp.einsum("ckmh,kcsh->kcms", q, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where((jnp.arange(keys.shape[2]) < lengths_C[:, None])[:, None], scores, _MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+        return jnp.einsum("kcms,kcsh->ckmh", weights, values).reshape(C, N, H)
+
+    steps = sorted({min(-(-M * size * n // (_STEPS * 8)) * 8, M * size) for n in range(1, _STEPS + 1)})
+    number = sum((lengths_C.max() > places).astype(jnp.int32) for places in steps[:-1])
+    return jax.lax.switch(number, [functools.partial(over, places) for places in steps])
 
 
 def on_gpu(q_CxNxH, layer: Layer, table_CxM, lengths_C, *, interpret: bool = False) -> jax.Array:
