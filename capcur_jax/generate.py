@@ -147,7 +147,9 @@ def answer(options: argparse.Namespace) -> None:
         huggingface.load(checkpoint, dtype=dtype, param_dtype=dtype),
         processor,
         slots=1,
-        buckets=Buckets((rounded_up(tokens, BUCKET),), ((1, row),) if images else (), min(images, default=4)),
+        buckets=Buckets(
+            (rounded_up(tokens, BUCKET),), ((1, row),) if images else (), min(images, default=4), len(images)
+        ),
     )
     device = jax.devices()[0].device_kind
     _tell(f"{tokens} prompt tokens, {sum(images)} image patches, {dtype.name} on {device}; compiling")

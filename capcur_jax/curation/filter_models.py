@@ -249,7 +249,7 @@ class LocalModel:
         rows = sharding.row_shards(self._model.mesh)
         slots = rounded_up(min(self._how.batch, len(sizes)), rows)
         most = slots // rows * max(len(size.images) for size in sizes)
-        buckets = Buckets(tuple(sorted(tokens)), ((-(-most // 2), row), (most, row)) if most else ())
+        buckets = Buckets(tuple(sorted(tokens)), ((-(-most // 2), row), (most, row)) if most else (), most=most)
         engine = LocalEngine(self._model, self._processor, slots=slots, buckets=buckets, prefill=slots // rows)
         return engine, Sampling(self._how.max_new_tokens, temperature=0.0)
 

@@ -215,9 +215,10 @@ def shapes(declared: Any, sizes: Collection[Any], prompts: int, merge: int) -> A
     tokens = {*declared.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
     if lengths[-1] <= max(declared.tokens, default=0):
         tokens = set(declared.tokens)
-    # All images are known. The larger the smallest is, the fewer a row can hold: kernels have room for that many.
+    # All images are known. Kernels have room for as many as a row can hold.
     smallest = max(declared.smallest, min((size for each in images for size in each), default=0))
-    wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)), smallest=smallest)
+    most = prompts * max(map(len, images))
+    wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)), smallest=smallest, most=most)
     try:
         wider.images.possible(images, prompts)
         return wider

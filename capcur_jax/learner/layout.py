@@ -64,9 +64,10 @@ class Layout:
                 f"{updates * rows}"
             )
         longest = max((size.tokens for size in sizes), default=config.prompt.max_tokens)
+        most = max((len(size.images) for size in sizes), default=0)
         bounds = Bounds(
             config.packing.groups, config.rollout.group if sampled else 1, rounded_up(longest, _NEARLY),
-            rounded_up(config.rollout.max_new_tokens, _NEARLY), buckets.smallest,
+            rounded_up(config.rollout.max_new_tokens, _NEARLY), buckets.smallest, config.packing.groups * most,
         )  # fmt: skip
         declared = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
         patches = PatchBuckets(declared, buckets.smallest, "config.packing.patch_buckets")

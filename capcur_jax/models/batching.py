@@ -62,11 +62,14 @@ def rounded_up(length: int, multiple: int) -> int:
 class Buckets:
     """The declared shapes of a batch of prompts (`config.prompt`): lengths of prompt rows, and what a device row's
     images take (`PatchBuckets`, which says what `patches` and `smallest` are, and raises InputError).
+
+    `most`: images of a device row's prompts in all, at most; 0: nobody knows.
     """
 
     tokens: tuple[int, ...]
     patches: tuple[tuple[int, int], ...] = ()
     smallest: int = 4
+    most: int = 0
 
     def __post_init__(self):
         _ = self.images
@@ -123,7 +126,7 @@ class Buckets:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
         (B, T, J, P), vision = shape, None
         if J:
-            vision = blank_vision(J, P, config.vision, self.images.smallest)
+            vision = blank_vision(J, P, config.vision, self.smallest, self.most)
         return PromptBatch(
             tokens=np.full((B, T), pad, np.int32),
             lengths=np.ones(B, np.int32),

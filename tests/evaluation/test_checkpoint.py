@@ -111,13 +111,15 @@ def test_a_run_s_checkpoint_is_asked_with_the_run_s_config(checkpoint, tmp_path)
 def test_declared_shapes_hold_what_is_asked(processor):
     declared = Buckets((48, 96), ((4, 64),))
     held = shapes(declared, [PromptSize(40, (64,)), PromptSize(96)], 4, 2)
-    assert held == dataclasses.replace(declared, smallest=64)  # no table is longer than these images need
+    # No table is longer than these images need.
+    assert held == dataclasses.replace(declared, smallest=64, most=4)
     assert shapes(declared, [PromptSize(96)], 4, 2) == declared
     assert shapes(declared, [PromptSize(40, (64,)), PromptSize(96)], 5, 2).patches == ((3, 64), (5, 64))
     sizes = [PromptSize(40, (64,)), PromptSize(300, (100, 100, 30))]
     larger = shapes(declared, sizes, 4, 2)
     assert max(larger.tokens) >= 300 and larger.images.longest >= 100
     assert larger.images.possible([size.images for size in sizes], 4) == list(larger.patches)
+    assert larger.most == 4 * 3
     single = shapes(Buckets((512,), ((1, 64), (1, 256))), sizes, 4, 2)
     assert single.patches == ((1, 64), (1, 256), (1, 512), (1, 1024))
     assert single.images.possible([size.images for size in sizes], 4) == list(single.patches)

@@ -315,6 +315,16 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
         assert all(of.old_logprobs is None for of in later)
 
 
+def test_tables_of_images_are_no_longer_than_a_row_s_groups_need(scene):
+    """Two images a prompt at most; where prompts are not known yet, as many as patches make room for."""
+    packing = {"lengths": (320,), "groups": 3, "patch_buckets": ((1, 512),)}
+    (batch,) = minibatches(scene.items(order=[0, 2, 2]), layout := scene.layout(packing), scene.config)[0]
+    assert layout.bounds.images == 3 * 2
+    assert batch.batch().rows.vision.lengths.shape == (1, 6) and (batch.batch().rows.vision.lengths > 0).sum() == 4
+    unknown = dataclasses.replace(layout, bounds=layout.bounds._replace(images=0))
+    assert next(unknown.blanks(passes=True)).rows.vision.lengths.shape == (1, 512 // 4)
+
+
 def test_targets_have_one_response_and_no_advantage(scene):
     config = copy.deepcopy(scene.config)
     config.packing.update({"lengths": (112, 128), "groups": 3, "patch_buckets": ((6, 64),)})
