@@ -159,8 +159,9 @@ class Run:
         self.trainer = Trainer.holding(parameters, self.mesh)
         banned = self.policy.processor.banned_tokens
         self._learners = learners(graph, jax.tree.map(sharding.shape_of, parameters), config, banned, self.mesh)
+        textual = self._without_images()
         for stage in self.stages:  # what does not fit together is said before anything is computed
-            self.layout(stage, images=True)
+            self.layout(stage, images=stage.name not in textual)
             frozen_paths(parameters, self.freeze_of(stage))
         return model
 

@@ -342,6 +342,35 @@ def test_targets_have_one_response_and_no_advantage(scene):
 
 
 @pytest.mark.parametrize(
+    ("changes", "kinds", "fits"),
+    [
+        ({}, {}, False),
+        ({"packing.patch_buckets": ((1, 64),)}, {}, True),
+        ({"prompt.max_pixels": 48 * 4**2}, {}, True),
+        ({"prompt.max_tokens": 12}, {}, True),
+        ({}, {"images": False}, True),
+        ({}, {"sizes": [PromptSize(20, (48,))]}, True),  # no prompt has a larger one
+    ],
+)
+def test_rows_of_patches_hold_every_image_that_prompts_may_have(scene, changes, kinds, fits):
+    """What a stage's data has is known when it begins; what the config allows, before."""
+    config = copy.deepcopy(scene.config)
+    config.packing.update({"lengths": (320,), "groups": 4, "patch_buckets": ((1, 48),)})
+    config.update_from_flattened_dict({"prompt.max_pixels": 0, **changes})
+    (stage,), buckets = schedule.stages(config), Buckets((96,), ((1, 16), (1, 64)))
+
+    def made():
+        return Layout.of(stage, config, buckets, scene.processor, scene.mesh, **{"images": True, **kinds})
+
+    if fits:
+        assert made().lengths == (320,)
+        return
+    message = r"config\.packing\.patch_buckets = \(\(1, 48\),\): an image may have 64 .*max_pixels to 768$"
+    with pytest.raises(InputError, match=message):
+        made()
+
+
+@pytest.mark.parametrize(
     ("packing", "updates", "message"),
     [
         ({}, 3, r"config\.stages\.perception\.prompts = 4 can't be split into 3 equal updates.*updates_per_batch"),
