@@ -16,7 +16,7 @@ from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner, token_means
-from capcur_jax.learner.minibatches import minibatches, sampled_item, target_item
+from capcur_jax.learner.minibatches import Micro, minibatches, sampled_item, target_item
 from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
@@ -272,7 +272,7 @@ def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
     assert "tokens" not in record and record["skipped_updates"] == 0
 
 
-def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoint):
+def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoint, monkeypatch):
     """Two programs round differently; the policy's log-probs against themselves don't. Off by a rounding, tokens beside
     a clip's bound would be clipped (verl #6280)."""
     config = copy.deepcopy(scene.config)
@@ -289,8 +289,13 @@ def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoin
     )
     batched = minibatches(scene.items(), layout, config)
     trainer.sums = learner.zeros(trainer.state.trained, frozen, next(layout.blanks(passes=False)))
+    made = []
+    collate = Micro.batch
+    monkeypatch.setattr(Micro, "batch", lambda micro: made.append(micro) or collate(micro))
     first, second = jax.device_get(trainer.step(batched, layout.old, [RATE, RATE]))
     assert float(first["clip_fraction"]) == 0.0 < float(second["clip_fraction"])
+    (one,), (other,) = batched
+    assert made == [other, one, other]  # no pass reads the first update's arrays before its gradient does
 
 
 def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
