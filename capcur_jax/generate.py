@@ -6,7 +6,6 @@ python -m capcur_jax.generate [--checkpoint=DIR] [--image=FILE ...] --prompt=TEX
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,9 +20,6 @@ from capcur_jax.records.jsonl import to_json
 
 if TYPE_CHECKING:  # what costs seconds to import waits until the options are known to be good
     from capcur_jax.models.inputs import Processor, Prompt
-
-# Lengths are rounded up to multiples of this: questions of similar size share what JAX's compilation cache keeps.
-BUCKET = 128
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +122,7 @@ def answer(options: argparse.Namespace) -> None:
 
     from capcur_jax.devices import drivers
     from capcur_jax.models import huggingface
-    from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
+    from capcur_jax.models.batching import Buckets, PromptSize
     from capcur_jax.models.inputs import Processor
     from capcur_jax.rollout.engine import Sampling
     from capcur_jax.rollout.local.engine import LocalEngine
@@ -141,13 +137,12 @@ def answer(options: argparse.Namespace) -> None:
     processor = Processor.from_directory(checkpoint, options.min_pixels, options.max_pixels)
     prompt = build(options, processor)
     tokens, images = len(prompt), PromptSize.of(prompt).images
-    row = rounded_up(sum(images), math.lcm(BUCKET, processor.config.vision.merge_size**2))
     dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     engine = LocalEngine(
         huggingface.load(checkpoint, dtype=dtype, param_dtype=dtype),
         processor,
         slots=1,
-        buckets=Buckets((rounded_up(tokens, BUCKET),), ((1, row),) if images else (), min(images, default=4)),
+        buckets=Buckets(()).holding([PromptSize.of(prompt)], 1, processor.config.vision, dtype),
     )
     device = jax.devices()[0].device_kind
     _tell(f"{tokens} prompt tokens, {sum(images)} image patches, {dtype.name} on {device}; compiling")

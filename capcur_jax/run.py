@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import time
@@ -150,14 +151,17 @@ class Run:
         # What the config leaves to the devices' memory; what the directory keeps is the config as it was given.
         with self.display.progress("memory of the devices"):
             self._settled, self.decided = fitting.of_run(config, source, self._without_images())
-        model, self.policy = policy.open_model(self._settled, source, self.mesh, self.display.warn)
+        model, opened = policy.open_model(self._settled, source, self.mesh, self.display.warn)
+        most = config.rollout.prefill * self._most_images()
+        self.policy = opened._replace(buckets=dataclasses.replace(opened.buckets, most=most))
         self._closing.enter_context(self.policy.images)
         graph, parameters = nnx.split(model)
         self.trainer = Trainer.holding(parameters, self.mesh)
         banned = self.policy.processor.banned_tokens
         self._learners = learners(graph, jax.tree.map(sharding.shape_of, parameters), config, banned, self.mesh)
+        textual = self._without_images()
         for stage in self.stages:  # what does not fit together is said before anything is computed
-            self.layout(stage, images=True)
+            self.layout(stage, images=stage.name not in textual)
             frozen_paths(parameters, self.freeze_of(stage))
         return model
 
@@ -165,6 +169,11 @@ class Run:
         """Names of the stages whose problems have no image."""
         pools = {stage.name: self.sets.pool(stage.data, "train") for stage in self.stages}
         return [name for name, pool in pools.items() if not any(problem.images for problem in pool)]
+
+    def _most_images(self) -> int:
+        """Of a problem that the run reads."""
+        read = (self.sets.problems(name, split) for name, split in splits(self.config, self.stages))
+        return max((len(problem.images) for problem in itertools.chain(*read)), default=0)
 
     def _open_reward(self) -> None:
         try:

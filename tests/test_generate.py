@@ -102,6 +102,22 @@ def test_json_equals_transformers_greedy_generation(
     assert (inputs["input_ids"][0] == processor.config.image_token).sum() == len(prompt.patches) // 4 > 20
 
 
+def test_rows_of_patches_are_no_longer_than_an_image_on_a_cpu(ask, checkpoint, tmp_path, monkeypatch):
+    """Its scores are of all patches of a row: one row of three images would have nine times those of an image."""
+    made, begin = [], LocalEngine.__init__
+
+    def watched(self, *arguments, buckets, **settings):
+        made.append(buckets)
+        begin(self, *arguments, buckets=buckets, **settings)
+
+    monkeypatch.setattr(LocalEngine, "__init__", watched)
+    random_image(64, 64).save(tmp_path / "image.png")
+    given = [f"--image={tmp_path / 'image.png'}"] * 3
+    ask(f"--checkpoint={checkpoint}", *given, "--prompt=?", "--max_new_tokens=1")
+    (buckets,) = made
+    assert {length for _, length in buckets.patches} == {256} and buckets.images.bucket([(256,) * 3]) == (3, 256)
+
+
 def test_text_is_printed_as_it_comes(checkpoint, processor, images, monkeypatch, capsys):
     """Sampled at a temperature: random bytes, most of them no characters."""
     stream, tokens, printed = LocalEngine.stream, [], []

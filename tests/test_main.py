@@ -403,6 +403,13 @@ def test_a_work_directory_of_a_run_that_lives_is_refused_and_left_alone(checkpoi
         assert [path.name for path in tmp_path.iterdir()] == before
 
 
+def test_an_image_that_a_later_stage_would_refuse_is_refused_before_the_first(checkpoint, sets, tmp_path):
+    short = {"packing.patch_buckets": ((4, 60),)}
+    with pytest.raises(InputError, match=r"config\.packing\.patch_buckets = .*: an image may have 64 patches"):
+        train(tiny.config(checkpoint, sets, ("text", "perception"), **short), tmp_path, quiet=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_run_whose_every_update_is_left_out_ends_with_the_tensors_and_exports_nothing(
     checkpoint, sets, tmp_path, monkeypatch
 ):

@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 
-from capcur_jax import run
+from capcur_jax import presets, run, schedule
+from capcur_jax.data.problem import Problem
 from capcur_jax.errors import InputError
 
 
@@ -37,6 +38,18 @@ def refuse():
 )
 def test_a_refusal_of_process_0_ends_all_of_them(monkeypatch, owner, act, refused, given):
     assert by_owner(monkeypatch, act, owner, refused) == given
+
+
+def test_images_of_a_problem_are_counted_in_all_that_the_run_reads():
+    config = presets.get("laptop", order=("perception",))
+    counts = {"train": [1, 2], "validation": [3], "test": [1]}
+    rows = lambda name, split: [Problem("0", "?", "7", ("a.png",) * n) for n in counts[split]]  # noqa: E731
+    sets = types.SimpleNamespace(problems=rows)
+    config.validation.every = 5
+    stand_in = types.SimpleNamespace(config=config, sets=sets, stages=schedule.stages(config))
+    assert run.Run._most_images(stand_in) == 3
+    config.validation.every = 0
+    assert run.Run._most_images(stand_in) == 2
 
 
 def test_the_reward_opens_before_the_model(monkeypatch):

@@ -22,7 +22,6 @@ from capcur_jax.rollout.chat import CONTROL_TOKEN, Chat, Failed, ask_all, image_
 
 PASSES = ("image", "caption")
 SERVED = "served:"
-_ROUND = 128  # lengths are rounded up to multiples of this: few shapes, few programs
 
 
 class Asked(NamedTuple):
@@ -242,15 +241,11 @@ class LocalModel:
         from capcur_jax.rollout.engine import Sampling
         from capcur_jax.rollout.local.engine import LocalEngine
 
-        lengths = sorted(size.tokens for size in sizes)
-        tokens = {rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
-        largest = max((patches for size in sizes for patches in size.images), default=0)
-        row = rounded_up(max(1, largest), math.lcm(_ROUND, self._processor.config.vision.merge_size**2))
         rows = sharding.row_shards(self._model.mesh)
         slots = rounded_up(min(self._how.batch, len(sizes)), rows)
-        most = slots // rows * max(len(size.images) for size in sizes)
-        buckets = Buckets(tuple(sorted(tokens)), ((-(-most // 2), row), (most, row)) if most else ())
-        engine = LocalEngine(self._model, self._processor, slots=slots, buckets=buckets, prefill=slots // rows)
+        prefill, vision = slots // rows, self._processor.config.vision
+        buckets = Buckets(()).holding(sizes, prefill, vision, self._model.text.dtype)
+        engine = LocalEngine(self._model, self._processor, slots=slots, buckets=buckets, prefill=prefill)
         return engine, Sampling(self._how.max_new_tokens, temperature=0.0)
 
     def _prepared(self, questions: Sequence[Asked]) -> Iterator[list[tuple[Asked, Any]]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from capcur_jax.evaluation.asking import Asked, Done, Said
 from capcur_jax.records.journal import fingerprint
 
 RUN_SECTIONS = ("seed", "mesh", "model", "data", "prompt", "rollout", "reward", "optimizer", "evaluation")
-_ROUND = 128  # lengths are rounded up to multiples of this: few shapes, few programs
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -140,9 +137,9 @@ class Checkpoint:
                 sizes.add(self._measure(question))
         self._images = any(size.images for size in sizes)
         sizes = sizes or {PromptSize(1)}
-        opened = opened._replace(
-            buckets=shapes(opened.buckets, sizes, config.rollout.prefill, opened.processor.config.vision.merge_size)
-        )
+        vision, kinds = opened.processor.config.vision, config.model
+        buckets = opened.buckets.holding(sizes, config.rollout.prefill, vision, kinds.dtype, kinds.attention)
+        opened = opened._replace(buckets=buckets)
         self._engine = policy.open_engine(config, model, opened, self._workdir)
         self._closing.callback(self._engine.close)
         self._engine.update_weights(nnx.split(model)[1], 0)
@@ -200,36 +197,3 @@ class Checkpoint:
                     said.append((question.index, Said(text, sample.finish, len(sample.tokens))))
             parts = distributed.gather(json.dumps(said).encode())
             done([(asked[index], Said(*one)) for part in parts for index, one in json.loads(part)])
-
-
-def shapes(declared: Any, sizes: Collection[Any], prompts: int, merge: int) -> Any:
-    """The declared shapes, or beside them such as hold prompts of these sizes (models/batching.py).
-
-    Args:
-      prompts: of a device row at once.
-      merge: patches of a side of an image token.
-    """
-    from capcur_jax.models.batching import rounded_up
-    from capcur_jax.models.image_rows import assign_rows, rows_of
-
-    lengths, images = sorted(size.tokens for size in sizes), [size.images for size in sizes]
-    tokens = {*declared.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
-    if lengths[-1] <= max(declared.tokens, default=0):
-        tokens = set(declared.tokens)
-    # All images are known. The larger the smallest is, the fewer a row can hold: kernels have room for that many.
-    smallest = max(declared.smallest, min((size for each in images for size in each), default=0))
-    wider = dataclasses.replace(declared, tokens=tuple(sorted(tokens)), smallest=smallest)
-    try:
-        wider.images.possible(images, prompts)
-        return wider
-    except InputError:
-        counted = [wider.images.counted(each) for each in images]
-    if all(rows == 1 for rows, _ in declared.patches):
-        row = rounded_up(prompts * max(map(sum, counted)), math.lcm(_ROUND, merge**2))
-        patches = (*declared.patches, *((1, n) for n in (row // 2, row) if n > declared.images.longest))
-    else:
-        largest, row = max(map(max, filter(None, counted))), declared.images.longest
-        row = row if largest <= row else rounded_up(largest, math.lcm(_ROUND, merge**2))
-        rows = prompts * max(rows_of(assign_rows(each, row)) for each in counted)
-        patches = ((-(-rows // 2), row), (rows, row))
-    return dataclasses.replace(wider, patches=patches)

@@ -133,12 +133,14 @@ def level(
         capacities: of the bins, in weight.
     """
     filled = [list(members) for members in bins]
-    of_items = np.array([sizes, weights], np.int64)
-    limits = np.array([rooms, capacities], np.int64)
+    of_items = np.array([sizes, weights, [1] * len(sizes)], np.int64)
+    limits = np.array([rooms, capacities, [most] * len(rooms)], np.int64)
     spare = limits - np.stack([of_items[:, members].sum(1) for members in filled], axis=1)
+    few = [_few(members) for members in filled]
+    sums = [_sums(of_items, some) for some in few]
     for _ in range(SWAPS):
         over = [b for b in np.argsort(spare[1], kind="stable").tolist() if spare[1, b] < 0]
-        change = next((found for b in over if (found := _lighter(filled, of_items, spare, b, most))), None)
+        change = next((found for b in over if (found := _lighter(few, sums, spare, b))), None)
         if change is None:
             break
         full, other, there, here = change
@@ -147,32 +149,57 @@ def level(
         moved = of_items[:, list(there)].sum(1) - of_items[:, list(here)].sum(1)
         spare[:, full] += moved
         spare[:, other] -= moved
+        for b in (full, other):
+            few[b] = _few(filled[b])
+            sums[b] = _sums(of_items, few[b])
     return [sorted(members) for members in filled]
 
 
 def _lighter(
-    filled: Sequence[Sequence[int]], of_items: np.ndarray, spare: np.ndarray, full: int, most: int
+    few: Sequence[list[tuple[int, ...]]], sums: Sequence[np.ndarray], spare: np.ndarray, full: int
 ) -> tuple[int, int, tuple[int, ...], tuple[int, ...]] | None:
     """The swap (bin, other bin, items that go there, items that come here) that takes most of what is above capacity
-    off the two bins; None: there is none."""
-    out = _few(filled[full])
-    back = [(other, items) for other in range(len(filled)) if other != full for items in _few(filled[other])]
-    others = np.array([other for other, _ in back])
-    moved = _sums(of_items, out)[:, :, None] - _sums(of_items, [items for _, items in back])[:, None, :]
-    more = np.array([len(items) for items in out])[:, None] - np.array([len(items) for _, items in back])
-    counts = np.array([len(members) for members in filled])
-    room = (moved[0] <= spare[0, others]) & (moved[0] >= -spare[0, full])
-    room &= (counts[others] + more <= most) & (counts[full] - more <= most)
+    off the two bins, of several the first; None: there is none.
+
+    Args:
+        few: what may leave each bin, its items by none, one or two.
+        sums: of each of these, [3, n]: size, weight, number.
+        spare: what each bin has left of them, [3, bins].
+    """
+    rest = [b for b in range(len(few)) if b != full]
+    if not rest:
+        return None
+    # There may be a million swaps. What leaves the bin is looked at only if moving that weight or less can gain more
+    # than what is found. It gains most to move all that is above; with less room than that, as much as makes both bins
+    # alike.
+    own, theirs, least = spare[1, full], spare[1, rest], min(sums[b][1].min() for b in rest)
+    best = np.where(own + theirs >= 0, -own, (theirs - own) // 2)
+    possible = _gain(own, theirs, np.minimum(best, (sums[full][1] - least)[:, None])).max(1)
+    back, others = np.concatenate([sums[b] for b in rest], axis=1), np.repeat(rest, [len(few[b]) for b in rest])
+    room, found, gained = spare[:, others], None, 0
+    for x in range(len(few[full])):
+        if possible[x] <= gained:
+            continue
+        moved = sums[full][:, x, None] - back
+        fits = ((moved <= room) & (moved >= -spare[:, full, None]))[[0, 2]].all(0)
+        gain = np.where(fits, _gain(own, room[1], moved[1]), 0)
+        y = int(gain.argmax())
+        if gain[y] > gained:
+            found, gained = (x, y), gain[y]
+    if found is None:
+        return None
+    x, y = found
+    other = int(others[y])
+    return full, other, few[full][x], few[other][y - int(np.searchsorted(others, other))]
+
+
+def _gain(own, theirs, moved):
+    """What moving so much weight takes off what is above capacity in two bins, squared."""
 
     def above(spare):
         return np.minimum(spare, 0) ** 2
 
-    gain = above(spare[1, full]) + above(spare[1, others])
-    gain = gain - above(spare[1, full] + moved[1]) - above(spare[1, others] - moved[1])
-    x, y = np.unravel_index(np.where(room, gain, 0).argmax(), gain.shape)
-    if not room[x, y] or gain[x, y] <= 0:
-        return None
-    return full, back[y][0], out[x], back[y][1]
+    return above(own) + above(theirs) - above(own + moved) - above(theirs - moved)
 
 
 def _few(members: Sequence[int]) -> list[tuple[int, ...]]:
@@ -181,6 +208,6 @@ def _few(members: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _sums(of_items: np.ndarray, chosen: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """Sizes and weights [2, ...] of some of the items together."""
-    padded = np.concatenate([of_items, np.zeros((2, 1), np.int64)], axis=1)
+    """Sizes, weights and number [3, ...] of some of the items together."""
+    padded = np.concatenate([of_items, np.zeros((3, 1), np.int64)], axis=1)
     return padded[:, [[*some, -1, -1][:2] for some in chosen]].sum(-1)

@@ -64,9 +64,10 @@ class Layout:
                 f"{updates * rows}"
             )
         longest = max((size.tokens for size in sizes), default=config.prompt.max_tokens)
+        most = max((len(size.images) for size in sizes), default=0)
         bounds = Bounds(
             config.packing.groups, config.rollout.group if sampled else 1, rounded_up(longest, _NEARLY),
-            rounded_up(config.rollout.max_new_tokens, _NEARLY), buckets.smallest,
+            rounded_up(config.rollout.max_new_tokens, _NEARLY), buckets.smallest, config.packing.groups * most,
         )  # fmt: skip
         declared = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
         patches = PatchBuckets(declared, buckets.smallest, "config.packing.patch_buckets")
@@ -76,6 +77,8 @@ class Layout:
             old=sampled and updates > 1, reference=sampled and needs_reference(config),
         )  # fmt: skip
         layout._check(longest + config.rollout.max_new_tokens, sizes)
+        if images and not sizes:
+            layout._check_largest(config.prompt)
         return layout
 
     def _check(self, longest: int, sizes: Sequence[PromptSize]) -> None:
@@ -92,6 +95,21 @@ class Layout:
         self.patches.check_multiples(self.processor.config.vision.merge_size**2)
         for size in sizes:
             self.patches.bucket([size.images])
+
+    def _check_largest(self, prompt: ConfigDict) -> None:
+        """Raises InputError where an image that the settings of prompts allow is longer than a row of patches: else a
+        stage whose data has one would end the run when it begins."""
+        vision, longest = self.processor.config.vision, self.patches.longest
+        largest = min(self.buckets.images.longest, prompt.max_tokens * vision.merge_size**2)
+        if largest > longest and prompt.max_pixels:
+            largest = min(largest, prompt.max_pixels // vision.patch_size**2)
+        if largest > longest:
+            raise InputError(
+                f"{self.patches.key} = {self.patches.declared}: an image may have {largest} patches "
+                f"(config.prompt.patch_buckets, config.prompt.max_pixels), which the trainer's rows must hold, too: "
+                f"declare one of {largest} patches, or lower config.prompt.max_pixels to "
+                f"{longest * vision.patch_size**2}"
+            )
 
     @property
     def scores(self) -> bool:

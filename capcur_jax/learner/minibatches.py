@@ -46,6 +46,12 @@ class Micro:
         """Its arrays (numpy)."""
         return self.layout.collate(self.rows, self.shape)
 
+    @property
+    def responses(self) -> tuple[int, int]:
+        """How many responses its arrays have room for, and tokens of each."""
+        bounds = self.layout.bounds
+        return len(self.rows) * bounds.groups * bounds.group, bounds.response
+
     def slots(self) -> np.ndarray:
         """See packing.slots; of this process."""
         return packing.slots(self.rows, self.shape)

@@ -112,6 +112,7 @@ class Bounds(NamedTuple):
     prompt: int  # tokens
     response: int  # tokens
     image: int = 4  # patches that one counts for at least, which bounds how many share a row of patches
+    images: int = 0  # of all groups of a row; 0: nobody knows
 
 
 # ---------------------------------------------------------------------- arrays
@@ -136,7 +137,7 @@ def blank(
             tokens=np.full((rows, length), pad, np.int32),
             positions=np.zeros((rows, 3, length), np.int32),
             visual_index=np.full((rows, length), -1, np.int32),
-            vision=blank_vision(rows * shape.patch_rows, shape.patches, known.vision, bounds.image)
+            vision=blank_vision(rows * shape.patch_rows, shape.patches, known.vision, bounds.image, bounds.images)
             if shape.patch_rows
             else None,
             places=Places(*(np.zeros((rows, n), np.int32) for n in (B, B, R, R))),

@@ -162,11 +162,10 @@ class Trainer:
             if old and number > 0:
                 policies["old_logprobs"] = self.state.trained
             for micro in mini if policies or old else ():
-                batch = micro.batch()
-                placed = sharding.put(self.mesh, batch) if policies else None  # no pass reads it
+                placed = sharding.put(self.mesh, micro.batch()) if policies else None  # no pass reads it
                 scored = {f: self.learner.score(p, self.frozen, placed) for f, p in policies.items()}
                 if old:  # `own` and what it leaves unread have the same shapes in every update: one program
-                    R, T = len(batch.responses.weights), batch.rows.response
+                    R, T = micro.responses
                     unread = {} if number else {"old_logprobs": np.zeros((R, T), np.float32)}
                     scored |= sharding.put(self.mesh, {"own": np.full(R, number == 0), **unread})
                 scores.append(scored)

@@ -8,16 +8,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from capcur_jax.errors import InputError
+from capcur_jax.models import ways
 from capcur_jax.models.config import ModelConfig, VisionConfig
-from capcur_jax.models.image_rows import ImagePacker, PatchBuckets, blank_vision, place_images
+from capcur_jax.models.image_rows import ImagePacker, PatchBuckets, assign_rows, blank_vision, place_images, rows_of
 from capcur_jax.models.inputs import Prompt
 from capcur_jax.models.qwen_vl import PromptBatch
+
+_ROUND = 128  # lengths that follow from prompts are rounded up to multiples of this: few shapes, few programs
 
 
 class PromptSize(NamedTuple):
@@ -62,11 +66,14 @@ def rounded_up(length: int, multiple: int) -> int:
 class Buckets:
     """The declared shapes of a batch of prompts (`config.prompt`): lengths of prompt rows, and what a device row's
     images take (`PatchBuckets`, which says what `patches` and `smallest` are, and raises InputError).
+
+    `most`: images of a device row's prompts in all, at most; 0: nobody knows.
     """
 
     tokens: tuple[int, ...]
     patches: tuple[tuple[int, int], ...] = ()
     smallest: int = 4
+    most: int = 0
 
     def __post_init__(self):
         _ = self.images
@@ -88,6 +95,50 @@ class Buckets:
         buckets = cls(tuple(settings["token_buckets"]), patches, max(1, fewest // merged) * merged)
         buckets.images.check_multiples(merged)
         return buckets
+
+    def holding(
+        self, sizes: Collection[PromptSize], prompts: int, vision: VisionConfig, dtype: Any, attention: str = "auto"
+    ) -> Buckets:
+        """These shapes, or beside them such as hold the prompts, which are all that will come.
+
+        Rows of patches are of the declared kind. Where none are declared, one row holds all images if a kernel skips
+        what is not an image's own. XLA computes scores of all patches of a row: for it a row is as long as the longest
+        image.
+
+        Args:
+          sizes: of the prompts, one at least.
+          prompts: of a device row at once.
+          vision, dtype, attention: of the model that runs on this process's devices (`attention`: see ways.of).
+        """
+        lengths, images = sorted(size.tokens for size in sizes), [size.images for size in sizes]
+        tokens = {*self.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
+        if lengths[-1] <= max(self.tokens, default=0):
+            tokens = set(self.tokens)
+        # Kernels have room for as many images as a row can hold.
+        smallest = max(self.smallest, min((size for each in images for size in each), default=0))
+        most = prompts * max(map(len, images))
+        wider = dataclasses.replace(self, tokens=tuple(sorted(tokens)), smallest=smallest, most=most)
+        try:
+            wider.images.possible(images, prompts)
+            return wider
+        except InputError:
+            counted = [wider.images.counted(each) for each in images]
+        whole, longest = math.lcm(_ROUND, vision.merge_size**2), self.images.longest
+        row = rounded_up(prompts * max(map(sum, counted)), whole)
+        if self.patches:
+            single = all(rows == 1 for rows, _ in self.patches)
+        else:
+            platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+            shape = 1, row, vision.heads, vision.head_dim
+            single = ways.of(platform, shape, dtype, attention).kernels is not None
+        if single:
+            patches = {*self.patches, *((1, n) for n in (row // 2, row) if n > longest)}
+        else:
+            largest = max(map(max, filter(None, counted)))
+            row = longest if largest <= longest else rounded_up(largest, whole)
+            rows = prompts * max(rows_of(assign_rows(each, row)) for each in counted)
+            patches = {(-(-rows // 2), row), (rows, row)}
+        return dataclasses.replace(wider, patches=tuple(sorted(patches)))
 
     def shape(
         self, sizes: Sequence[PromptSize], images: bool | None = None, rows: int = 0, shards: int = 1
@@ -123,7 +174,7 @@ class Buckets:
         """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
         (B, T, J, P), vision = shape, None
         if J:
-            vision = blank_vision(J, P, config.vision, self.images.smallest)
+            vision = blank_vision(J, P, config.vision, self.smallest, self.most)
         return PromptBatch(
             tokens=np.full((B, T), pad, np.int32),
             lengths=np.ones(B, np.int32),

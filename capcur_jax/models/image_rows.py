@@ -181,9 +181,14 @@ def most_rows(images: Collection[Sequence[int]], prompts: int, length: int) -> i
 # ---------------------------------------------------------------------- arrays
 
 
-def blank_vision(rows: int, length: int, config: VisionConfig, smallest: int = 4) -> VisionBatch:
-    """So many rows of so many patches with nothing in them (numpy). `smallest`: patches of an image at least."""
+def blank_vision(rows: int, length: int, config: VisionConfig, smallest: int = 4, most: int = 0) -> VisionBatch:
+    """So many rows of so many patches with nothing in them (numpy).
+
+    Kernels have room for as many images as the tables, whether they are there or not. `smallest`: patches of an image
+    at least; `most`: images of a row at most, 0: as many as its patches hold.
+    """
     J, P, I = rows, length, max(1, length // smallest)  # noqa: E741
+    I = min(I, most or I)  # noqa: E741
     return VisionBatch(
         patches=np.zeros((J, P, config.patch_bytes), np.uint8),
         table_index=np.zeros((J, P, 4), np.int32) if config.table_size else None,

@@ -23,6 +23,7 @@ from capcur_jax.models.packed import Kernel, Limits, Packed, Spans
 
 _MOST_HEAD = 128  # the longest heads that cuDNN differentiates on every such card
 _CAPABILITY = 9.0  # Hopper's
+_STATISTICS = 2**28  # bytes that a call's take at most, unless those of two segments a piece take more
 _PRIMITIVES = ("_dot_product_attention_fwd_p", "_dot_product_attention_bwd_p")
 
 
@@ -109,6 +110,39 @@ def _tables(spans: Spans, cut: int, query_width: int, key_width: int) -> _Tables
     )
 
 
+def _at_once(compute: Callable, q_TxNxH, spans: Spans, limits: Limits, keys: tuple[bool, ...]) -> tuple:
+    """`compute(spans)`, of so many segments at once that their statistics stay small.
+
+    They are float32 [segments, N, longest], whether segments are there or not, and rows of patches may have room for
+    thousands of images. XLA's way is no way out: its scores take as much for every patch.
+
+    Args:
+        compute: gives arrays of T tokens; those that no segment covers may be anything.
+        keys: of each array, whether its tokens are keys; else they are queries.
+    """
+    (T, N, _), M = q_TxNxH.shape, spans.query_start.shape[0]
+    cut = pieces(T, max(limits.queries, limits.keys))
+    parts = -(-M // (cut * max(2, _STATISTICS // (4 * T * N))))
+    if parts == 1:
+        return compute(spans)
+    each = -(-M // parts)
+    tables = Spans(*(jnp.pad(x, (0, parts * each - M)).reshape(parts, each) for x in spans))
+
+    def step(found: tuple, part: Spans) -> tuple[tuple, None]:
+        def with_part() -> tuple:
+            query = packed_lib.members(part.query_start, part.query_length, T).any(-1)
+            key = packed_lib.members(part.key_start, part.key_length, T).any(-1)
+            masks = (key if of_key else query for of_key in keys)
+            new = zip(masks, compute(part), found, strict=True)
+            return tuple(jnp.where(m.reshape(T, *[1] * (x.ndim - 1)), x, before) for m, x, before in new)
+
+        # The tables' ends are mostly empty.
+        return jax.lax.cond(part.query_length.any(), with_part, lambda: found), None
+
+    blank = jax.eval_shape(compute, jax.tree.map(lambda x: x[0], tables))
+    return jax.lax.scan(step, tuple(jnp.zeros(x.shape, x.dtype) for x in blank), tables)[0]
+
+
 def _cut(q_TxNxH, k_TxKxH, v_TxKxH, spans: Spans, limits: Limits):
     T, N, H = q_TxNxH.shape
     cut = pieces(T, max(limits.queries, limits.keys))
@@ -117,28 +151,35 @@ def _cut(q_TxNxH, k_TxKxH, v_TxKxH, spans: Spans, limits: Limits):
 
 
 def _forward(call: Callable, q_TxNxH, k_TxKxH, v_TxKxH, spans: Spans, limits: Limits):
-    arrays, tables = _cut(q_TxNxH, k_TxKxH, v_TxKxH, spans, limits)
-    out, statistics_MxNxT = call(*arrays, tables, limits.causal)
     T = q_TxNxH.shape[0]
-    member = packed_lib.members(spans.query_start, spans.query_length, T)
-    segment = jnp.argmax(member, axis=-1)
-    place = jnp.arange(T) - spans.query_start[segment]
-    rows = statistics_MxNxT.swapaxes(1, 2)
-    return out.reshape(q_TxNxH.shape), rows[segment, jnp.clip(place, 0, rows.shape[1] - 1)]
+
+    def compute(spans: Spans) -> tuple[jax.Array, jax.Array]:
+        arrays, tables = _cut(q_TxNxH, k_TxKxH, v_TxKxH, spans, limits)
+        out, statistics_MxNxT = call(*arrays, tables, limits.causal)
+        member = packed_lib.members(spans.query_start, spans.query_length, T)
+        segment = jnp.argmax(member, axis=-1)
+        place = jnp.arange(T) - spans.query_start[segment]
+        rows = statistics_MxNxT.swapaxes(1, 2)
+        return out.reshape(q_TxNxH.shape), rows[segment, jnp.clip(place, 0, rows.shape[1] - 1)]
+
+    return _at_once(compute, q_TxNxH, spans, limits, keys=(False, False))
 
 
 def _backward(call: Callable, q_TxNxH, k_TxKxH, v_TxKxH, out_TxNxH, logsumexp_TxN, gradient_TxNxH, spans, limits):
-    arrays, tables = _cut(q_TxNxH, k_TxKxH, v_TxKxH, spans, limits)
-    cut, longest = arrays[0].shape[:2]
-    M = tables.query_lengths.size
-    start = jnp.pad(spans.query_start, (0, M - spans.query_start.shape[0]))
-    place = jnp.arange(longest)
-    index = jnp.clip(start[:, None] + place, 0, q_TxNxH.shape[0] - 1)
-    inside = place < tables.query_lengths.reshape(M, 1)
-    statistics_MxNxT = jnp.where(inside[..., None], logsumexp_TxN[index], 0).swapaxes(1, 2)
-    out, gradient = (x.reshape(cut, longest, *x.shape[1:]) for x in (out_TxNxH, gradient_TxNxH))
-    found = call(*arrays, tables, limits.causal, statistics_MxNxT, out, gradient)
-    return tuple(x.reshape(like.shape) for x, like in zip(found, (q_TxNxH, k_TxKxH, v_TxKxH), strict=True))
+    def compute(spans: Spans) -> tuple:
+        arrays, tables = _cut(q_TxNxH, k_TxKxH, v_TxKxH, spans, limits)
+        cut, longest = arrays[0].shape[:2]
+        M = tables.query_lengths.size
+        start = jnp.pad(spans.query_start, (0, M - spans.query_start.shape[0]))
+        place = jnp.arange(longest)
+        index = jnp.clip(start[:, None] + place, 0, q_TxNxH.shape[0] - 1)
+        inside = place < tables.query_lengths.reshape(M, 1)
+        statistics_MxNxT = jnp.where(inside[..., None], logsumexp_TxN[index], 0).swapaxes(1, 2)
+        out, gradient = (x.reshape(cut, longest, *x.shape[1:]) for x in (out_TxNxH, gradient_TxNxH))
+        found = call(*arrays, tables, limits.causal, statistics_MxNxT, out, gradient)
+        return tuple(x.reshape(like.shape) for x, like in zip(found, (q_TxNxH, k_TxKxH, v_TxKxH), strict=True))
+
+    return _at_once(compute, q_TxNxH, spans, limits, keys=(False, True, True))
 
 
 # ---------------------------------------------------------------------- cuDNN

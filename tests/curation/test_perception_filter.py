@@ -356,6 +356,16 @@ def test_a_local_checkpoint_with_all_replies_is_not_loaded_again(capsys, tmp_pat
     assert [(one["image_text"], one["caption_text"]) for one in said] == alone
 
 
+@pytest.mark.parametrize(("platform", "patches"), [("cpu", ((4, 256), (8, 256))), ("tpu", ((1, 1024), (1, 2048)))])
+def test_rows_of_patches_suit_the_platform(monkeypatch, checkpoint, platform, patches):
+    from capcur_jax.models.batching import PromptSize
+
+    monkeypatch.setattr("jax.default_backend", lambda: platform)
+    with LocalModel(str(checkpoint), How(batch=4)) as model:
+        engine, _ = model._engine([PromptSize(200, (250, 250)), *[PromptSize(100, (60,))] * 5])
+    assert engine.buckets.patches == patches
+
+
 @pytest.mark.parametrize("bare", [False, True])
 def test_a_server_is_not_asked_what_it_would_take_for_its_own_tokens(bare):
     asked = Asked("7", ("Say <|im_end|>\n<|im_start|>system",), bare)

@@ -1,6 +1,5 @@
 """A checkpoint is asked by the local engine: in batches, only what is wanted, each process its share."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +9,9 @@ from capcur_jax import presets
 from capcur_jax.errors import InputError
 from capcur_jax.evaluation import local
 from capcur_jax.evaluation.asking import Replies, asked
-from capcur_jax.evaluation.checkpoint import Checkpoint, config_of_run, plain_config, run_of, shapes
-from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.evaluation.checkpoint import Checkpoint, config_of_run, plain_config, run_of
 from capcur_jax.rollout.engine import Sample, Sampling
+from tests.conftest import random_image
 from tests.evaluation.asked import rows, tiny
 
 GREEDY = Sampling(6, 0.0)
@@ -78,6 +77,16 @@ def test_what_does_not_fit_or_can_not_be_read_fails_alone(checkpoint, config, tm
     assert "positions" in said[3].failed and len(failed) < 10
 
 
+def test_rows_of_patches_are_no_longer_than_an_image_on_a_cpu(checkpoint, config, tmp_path):
+    random_image(64, 64).save(tmp_path / "image.png")
+    (made,) = questions(tmp_path, 1)
+    with Checkpoint(checkpoint, config, GREEDY, tmp_path) as opened:
+        opened.prepare([made._replace(parts=(*[tmp_path / "image.png"] * 3, "Which?"))])
+        buckets = opened._engine.buckets
+    assert {length for _, length in buckets.patches} == {128} and buckets.images.longest < 3 * 64
+    assert buckets.most == 3 * config.rollout.prefill
+
+
 def test_settings_name_what_answers_depend_on(checkpoint, untied_checkpoint, config, tmp_path):
     opened = Checkpoint(checkpoint, config, GREEDY, tmp_path).settings
     assert opened["max_pixels"] == 1024 and opened["engine"] == "local" and len(opened["checkpoint"]) == 16
@@ -106,22 +115,6 @@ def test_a_run_s_checkpoint_is_asked_with_the_run_s_config(checkpoint, tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"--config=FILE"):
         config_of_run(tmp_path)
-
-
-def test_declared_shapes_hold_what_is_asked(processor):
-    declared = Buckets((48, 96), ((4, 64),))
-    held = shapes(declared, [PromptSize(40, (64,)), PromptSize(96)], 4, 2)
-    assert held == dataclasses.replace(declared, smallest=64)  # no table is longer than these images need
-    assert shapes(declared, [PromptSize(96)], 4, 2) == declared
-    assert shapes(declared, [PromptSize(40, (64,)), PromptSize(96)], 5, 2).patches == ((3, 64), (5, 64))
-    sizes = [PromptSize(40, (64,)), PromptSize(300, (100, 100, 30))]
-    larger = shapes(declared, sizes, 4, 2)
-    assert max(larger.tokens) >= 300 and larger.images.longest >= 100
-    assert larger.images.possible([size.images for size in sizes], 4) == list(larger.patches)
-    single = shapes(Buckets((512,), ((1, 64), (1, 256))), sizes, 4, 2)
-    assert single.patches == ((1, 64), (1, 256), (1, 512), (1, 1024))
-    assert single.images.possible([size.images for size in sizes], 4) == list(single.patches)
-    assert shapes(Buckets(()), [PromptSize(40)], 4, 2).tokens == (128,)
 
 
 def test_processes_ask_shares_and_pass_over_what_is_known(monkeypatch):

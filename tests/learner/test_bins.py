@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from capcur_jax.learner import bins
 
@@ -94,3 +96,67 @@ def test_levelled_bins_hold_the_same_items_with_less_above_their_capacity(seed):
     assert levelled == bins.level(filled, sizes, rooms, weights, capacity, 12)
     # Nothing is above: nothing is moved.
     assert bins.level(levelled, sizes, rooms, weights, capacity, 12) == levelled
+
+
+def lightest(filled, sizes, weights, rooms, capacities, full, most):
+    """The swap of `level` by its definition: every one, and the first of the best."""
+    few = lambda members: [some for n in range(3) for some in itertools.combinations(members, n)]  # noqa: E731
+    above = lambda b, moved: min(capacities[b] - sum(weights[i] for i in filled[b]) + moved, 0) ** 2  # noqa: E731
+    best, gained = None, 0
+    for out, other in itertools.product(few(filled[full]), [b for b in range(len(filled)) if b != full]):
+        for back in few(filled[other]):
+            size, weight = (sum(of[i] for i in out) - sum(of[i] for i in back) for of in (sizes, weights))
+            more = len(out) - len(back)
+            room = [rooms[b] - sum(sizes[i] for i in filled[b]) for b in (full, other)]
+            gain = above(full, 0) + above(other, 0) - above(full, weight) - above(other, -weight)
+            fits = -room[0] <= size <= room[1] and len(filled[other]) + more <= most >= len(filled[full]) - more
+            if fits and gain > gained:
+                best, gained = (other, out, back), gain
+    return best
+
+
+@st.composite
+def bins_of_items(draw):
+    """Bins, their rooms and capacities, and items of them: some too full, some too heavy."""
+    filled, at = [], 0
+    for count in draw(st.lists(st.integers(0, 5), min_size=1, max_size=5)):
+        filled.append(list(range(at, at := at + count)))
+    numbers = lambda most, count: st.lists(st.integers(0, most), min_size=count, max_size=count)  # noqa: E731
+    sizes, weights = draw(numbers(9, at)), draw(numbers(12, at))
+    rooms, capacities = draw(numbers(40, len(filled))), draw(numbers(30, len(filled)))
+    return filled, sizes, weights, rooms, capacities, draw(st.integers(1, 6))
+
+
+@settings(max_examples=150, deadline=None)
+@given(bins_of_items())
+def test_levelling_takes_the_first_of_the_best_swaps(scene):
+    """Whatever is passed over to find it sooner."""
+    filled, sizes, weights, rooms, capacities, most = scene
+    expected = [list(members) for members in filled]
+    for _ in range(bins.SWAPS):
+        spare = [c - sum(weights[i] for i in members) for c, members in zip(capacities, expected, strict=True)]
+        over = sorted((b for b in range(len(spare)) if spare[b] < 0), key=spare.__getitem__)
+        tries = ((b, lightest(expected, sizes, weights, rooms, capacities, b, most)) for b in over)
+        full, change = next(((b, found) for b, found in tries if found), (0, None))
+        if change is None:
+            break
+        other, out, back = change
+        expected[full] = [i for i in expected[full] if i not in out] + list(back)
+        expected[other] = [i for i in expected[other] if i not in back] + list(out)
+    assert bins.level(filled, sizes, rooms, weights, capacities, most) == [sorted(members) for members in expected]
+
+
+def test_levelling_looks_at_few_of_a_million_swaps(monkeypatch):
+    """Of 50 bins with 12 items each; a look is at all that may come back for what goes."""
+    random, looks = np.random.default_rng(0), []
+    sizes, weights = random.integers(60, 340, 600), random.integers(0, 100, 600)
+    filled = [list(range(at, at + 12)) for at in range(0, 600, 12)]
+    rooms = [int(max(sizes[members].sum() for members in filled))] * 50
+    capacity = [int(weights.sum() / 50 * 1.05)] * 50
+    gain = bins._gain
+    monkeypatch.setattr(bins, "_gain", lambda own, theirs, moved: looks.append(moved.shape) or gain(own, theirs, moved))
+    levelled = bins.level(filled, sizes, rooms, weights, capacity, 12)
+    tries = looks.count((79, 49))  # ways out, and bins
+    assert tries > 10 and max(weights[members].sum() for members in levelled) <= capacity[0]
+    assert set(looks) == {(79, 49), (49 * 79,)}
+    assert len(looks) - tries < 79 * tries / 8

@@ -16,7 +16,7 @@ from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import Learner, token_means
-from capcur_jax.learner.minibatches import minibatches, sampled_item, target_item
+from capcur_jax.learner.minibatches import Micro, minibatches, sampled_item, target_item
 from capcur_jax.learner.trainer import Trainer, combined
 from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets, PromptSize
@@ -272,7 +272,7 @@ def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
     assert "tokens" not in record and record["skipped_updates"] == 0
 
 
-def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoint):
+def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoint, monkeypatch):
     """Two programs round differently; the policy's log-probs against themselves don't. Off by a rounding, tokens beside
     a clip's bound would be clipped (verl #6280)."""
     config = copy.deepcopy(scene.config)
@@ -289,8 +289,13 @@ def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoin
     )
     batched = minibatches(scene.items(), layout, config)
     trainer.sums = learner.zeros(trainer.state.trained, frozen, next(layout.blanks(passes=False)))
+    made = []
+    collate = Micro.batch
+    monkeypatch.setattr(Micro, "batch", lambda micro: made.append(micro) or collate(micro))
     first, second = jax.device_get(trainer.step(batched, layout.old, [RATE, RATE]))
     assert float(first["clip_fraction"]) == 0.0 < float(second["clip_fraction"])
+    (one,), (other,) = batched
+    assert made == [other, one, other]  # no pass reads the first update's arrays before its gradient does
 
 
 def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
@@ -315,6 +320,16 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
         assert all(of.old_logprobs is None for of in later)
 
 
+def test_tables_of_images_are_no_longer_than_a_row_s_groups_need(scene):
+    """Two images a prompt at most; where prompts are not known yet, as many as patches make room for."""
+    packing = {"lengths": (320,), "groups": 3, "patch_buckets": ((1, 512),)}
+    (batch,) = minibatches(scene.items(order=[0, 2, 2]), layout := scene.layout(packing), scene.config)[0]
+    assert layout.bounds.images == 3 * 2
+    assert batch.batch().rows.vision.lengths.shape == (1, 6) and (batch.batch().rows.vision.lengths > 0).sum() == 4
+    unknown = dataclasses.replace(layout, bounds=layout.bounds._replace(images=0))
+    assert next(unknown.blanks(passes=True)).rows.vision.lengths.shape == (1, 512 // 4)
+
+
 def test_targets_have_one_response_and_no_advantage(scene):
     config = copy.deepcopy(scene.config)
     config.packing.update({"lengths": (112, 128), "groups": 3, "patch_buckets": ((6, 64),)})
@@ -329,6 +344,35 @@ def test_targets_have_one_response_and_no_advantage(scene):
     tokens = sum(len(row.tokens) for item in items for row in item.rows)
     weights = np.concatenate([batch.responses.weights for batch in batches])
     assert sorted(set(weights.tolist())) == [0, np.float32(1 / tokens)] and (weights > 0).sum() == len(items)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds", "fits"),
+    [
+        ({}, {}, False),
+        ({"packing.patch_buckets": ((1, 64),)}, {}, True),
+        ({"prompt.max_pixels": 48 * 4**2}, {}, True),
+        ({"prompt.max_tokens": 12}, {}, True),
+        ({}, {"images": False}, True),
+        ({}, {"sizes": [PromptSize(20, (48,))]}, True),  # no prompt has a larger one
+    ],
+)
+def test_rows_of_patches_hold_every_image_that_prompts_may_have(scene, changes, kinds, fits):
+    """What a stage's data has is known when it begins; what the config allows, before."""
+    config = copy.deepcopy(scene.config)
+    config.packing.update({"lengths": (320,), "groups": 4, "patch_buckets": ((1, 48),)})
+    config.update_from_flattened_dict({"prompt.max_pixels": 0, **changes})
+    (stage,), buckets = schedule.stages(config), Buckets((96,), ((1, 16), (1, 64)))
+
+    def made():
+        return Layout.of(stage, config, buckets, scene.processor, scene.mesh, **{"images": True, **kinds})
+
+    if fits:
+        assert made().lengths == (320,)
+        return
+    message = r"config\.packing\.patch_buckets = \(\(1, 48\),\): an image may have 64 .*max_pixels to 768$"
+    with pytest.raises(InputError, match=message):
+        made()
 
 
 @pytest.mark.parametrize(

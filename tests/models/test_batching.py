@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, strategies
@@ -107,6 +110,45 @@ def test_a_batch_holds_every_prompt_and_blank_padding(processor, prompts):
     shares = padding([batch, buckets.collate(prompts[1:2], config, processor.pad_token)])
     tokens, patches = sum(map(len, prompts)) + len(prompts[1]), sum(len(prompt.patches) for prompt in prompts)
     assert shares == pytest.approx({"token_padding": 1 - tokens / 512, "patch_padding": 1 - patches / 512})
+
+
+# ---------------------------------------------------------------------- shapes that follow from prompts
+
+
+def test_declared_shapes_hold_what_is_asked(processor):
+    vision, declared = processor.config.vision, Buckets((48, 96), ((4, 64),))
+    held = declared.holding([PromptSize(40, (64,)), PromptSize(96)], 4, vision, "float32")
+    # No table is longer than these images need.
+    assert held == dataclasses.replace(declared, smallest=64, most=4)
+    assert declared.holding([PromptSize(96)], 4, vision, "float32") == declared
+    wider = declared.holding([PromptSize(40, (64,)), PromptSize(96)], 5, vision, "float32")
+    assert wider.patches == ((3, 64), (5, 64))
+    sizes = [PromptSize(40, (64,)), PromptSize(300, (100, 100, 30))]
+    larger = declared.holding(sizes, 4, vision, "float32")
+    assert max(larger.tokens) >= 300 and larger.images.longest >= 100 and larger.most == 4 * 3
+    assert larger.images.possible([size.images for size in sizes], 4) == list(larger.patches)
+    single = Buckets((512,), ((1, 64), (1, 256))).holding(sizes, 4, vision, "float32")
+    assert single.patches == ((1, 64), (1, 256), (1, 512), (1, 1024))
+    assert single.images.possible([size.images for size in sizes], 4) == list(single.patches)
+    assert Buckets(()).holding([PromptSize(40)], 4, vision, "float32") == Buckets((128,))
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "attention", "patches"),
+    [
+        ("cpu", "bfloat16", "auto", ((8, 512), (16, 512))),
+        ("tpu", "bfloat16", "auto", ((1, 3200), (1, 6400))),
+        ("tpu", "float32", "auto", ((8, 512), (16, 512))),
+        ("tpu", "bfloat16", "xla", ((8, 512), (16, 512))),
+    ],
+)
+def test_images_share_one_row_where_a_kernel_skips_the_others_and_else_have_rows_of_their_length(
+    processor, monkeypatch, platform, dtype, attention, patches
+):
+    """XLA's scores of one row with 16 such images would be ten times as many as those of 16 rows."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    sizes = [PromptSize(500, (400,) * 4), PromptSize(30)]
+    assert Buckets(()).holding(sizes, 4, processor.config.vision, dtype, attention).patches == patches
 
 
 # ---------------------------------------------------------------------- parts of a batch

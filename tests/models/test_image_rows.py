@@ -84,6 +84,13 @@ def test_an_image_travels_as_its_bytes(config, request):
     assert blank.starts.shape == blank.lengths.shape == (2, 4) and 12 * 128 <= rest <= 60 * 128
 
 
+def test_tables_are_as_long_as_the_images_of_a_row_can_be(checkpoint):
+    """One icon beside large images makes the smallest image tiny; then what prompts have is the better bound."""
+    vision = from_directory(checkpoint).vision
+    tables = [blank_vision(2, 5120, vision, *bounds).starts.shape for bounds in ((16,), (16, 6), (2560, 6), (5120, 6))]
+    assert tables == [(2, 320), (2, 6), (2, 2), (2, 1)]
+
+
 def test_a_row_holds_no_more_images_than_its_tables_name():
     """An image that is smaller than the smallest counts as that one."""
     buckets = PatchBuckets(((1, 64), (2, 64)), smallest=16)

@@ -104,6 +104,52 @@ def test_images_equal_a_dense_mask_in_values_and_gradients(way):
     compare(ours, functools.partial(attention, mask=mask), heads(rng, 2, TOKENS, kv=4), rng)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_segments_given_a_part_at_a_time_are_the_same(monkeypatch, seed):
+    """Of groups and of images, in values and gradients; some parts are empty."""
+    rng = np.random.default_rng(seed)
+    places, arrays = drawn(rng), heads(rng, 2, TOKENS)
+    starts, lengths = np.zeros((2, 2, 9), np.int32)
+    lengths[0, :4] = 60, 4, 100, 50
+    starts[0, :4] = np.cumsum(lengths[0, :4]) - lengths[0, :4]
+
+    def found():
+        groups = functools.partial(packed_gpu.packed, layout=Packed(places, **LONGEST), **GPU)
+        images = functools.partial(packed_gpu.segments, starts=starts, lengths=lengths, longest=300, **GPU)
+        return [both(function, arrays, arrays[0]) for function in (groups, images)]
+
+    with jax.default_matmul_precision("highest"):
+        whole = found()
+        monkeypatch.setattr(packed_gpu, "_STATISTICS", 1)
+        parts = found()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6), parts, whole)
+
+
+def arrays_of(jaxpr):
+    """Every array that a program makes."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from arrays_of(inner)
+
+
+@pytest.mark.parametrize("images", [20, 5120, 100_000])
+def test_room_for_many_small_images_costs_no_memory(images):
+    """cuDNN's statistics are [images, heads, patches] float32, whether the images are there or not."""
+    patches, heads = jax.ShapeDtypeStruct((1, 20_480, 16, 80), jnp.bfloat16), 16 * 80 * 20_480 * 4
+    table = jax.ShapeDtypeStruct((1, images), jnp.int32)
+
+    def gradient(q, k, v, starts, lengths):
+        out, pull = jax.vjp(lambda *x: packed_gpu.segments(*x, starts, lengths, 20_480), q, k, v)
+        return pull(out)
+
+    program = jax.make_jaxpr(gradient)(*[patches] * 3, table, table)
+    found = list(arrays_of(program.jaxpr))
+    calls = [one for one in found if one.ndim == 3 and one.shape[1:] == (16, 20_480) and one.dtype == jnp.float32]
+    assert calls and max(4 * one.size for one in calls) <= packed_gpu._STATISTICS
+    assert max(one.size * one.dtype.itemsize for one in found if one.dtype == jnp.float32) <= max(heads, 2**28)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_token_changes_its_own_group_alone(way):
     rng = np.random.default_rng(1)

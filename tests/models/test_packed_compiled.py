@@ -58,6 +58,7 @@ CODE = """if True:
     found = {
         "rows": compiled(rows, of(T, N, H), of(T, K, H), of(T, K, H), of(B), of(B), of(B * G), of(B * G)),
         "images": compiled(images, *[of(P, 16, 72)] * 3, of(I), of(I)),
+        "many small images": compiled(images, *[of(P, 16, 72)] * 3, of(128 * I), of(128 * I)),
     }
     print(json.dumps(found))
 """
@@ -77,6 +78,6 @@ def test_both_ways_compile_at_full_size_with_their_own_kernels_alone(name):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["rows"]["calls"] == sorted(2 * KERNELS[name])
-    assert found["images"]["calls"] == sorted(KERNELS[name])
+    assert found["images"]["calls"] == found["many small images"]["calls"] == sorted(KERNELS[name])
     # Nothing of tokens by tokens: a row's scores of one head alone would be 1 GiB.
     assert all(one["temp"] < 2**31 for one in found.values())
