@@ -54,14 +54,29 @@ def write(mesh: Mesh, pages: jax.Array, x_CxKxH: jax.Array, tables: Tables, at_C
     def here(pages, x, table_CxM, at, live):
         size, number = pages.shape[2], jnp.arange(len(x))
         own = number if tables.own else jnp.take_along_axis(table_CxM, at[:, None] // size, axis=1)[:, 0]
-        # A row that is not live writes behind the last page, which is nowhere.
-        page = jnp.where(live, own, pages.shape[1] + number)
-        new = jnp.swapaxes(x, 0, 1).astype(pages.dtype)
-        return pages.at[:, page, at % size].set(new, mode="drop", unique_indices=True)
+        return _set(pages, own * size + at % size, live, jnp.swapaxes(x, 0, 1), axes=2)
 
     rows = P(sharding.ROWS)
     specs = (SPEC, P(sharding.ROWS, "tensor"), rows, rows, rows)
     return sharding.local(mesh, here, specs, SPEC)(pages, x_CxKxH, tables.pages, at_C, live_C)
+
+
+def put(pages_KxPxSxH: jax.Array, new_KxDxSxH: jax.Array, page_D: jax.Array) -> jax.Array:
+    """Pages of one device with D whole ones put in; one whose number is past the last is put nowhere."""
+    return _set(pages_KxPxSxH, page_D, page_D < pages_KxPxSxH.shape[1], new_KxDxSxH, axes=1)
+
+
+def _set(pages_KxPxSxH: jax.Array, index: jax.Array, real: jax.Array, new: jax.Array, axes: int) -> jax.Array:
+    """With `new` [K, indices, ...] at places that count along the `axes` behind K, of all heads alike."""
+    # One index for heads and places: with two of them XLA for a TPU wants another order of axes than the kernel does,
+    # and turns all pages to and fro for every token.
+    shape, K = pages_KxPxSxH.shape, len(pages_KxPxSxH)
+    flat = pages_KxPxSxH.reshape(-1, *shape[1 + axes :])
+    heads, number = np.arange(K)[:, None], jnp.arange(K * len(index)).reshape(K, -1)
+    # What is not real goes behind the end, which is nowhere, each to a place of its own.
+    found = jnp.where(real, heads * (len(flat) // K) + index, len(flat) + number)
+    new = new.astype(flat.dtype).reshape(-1, *flat.shape[1:])
+    return flat.at[found.reshape(-1)].set(new, mode="drop", unique_indices=True).reshape(shape)
 
 
 def attend(

@@ -85,8 +85,8 @@ def admit(
 
         def one(pages_KxPxSxH, part_BxTxKxH):
             flat = part_BxTxKxH.reshape(-1, *part_BxTxKxH.shape[2:])
-            found = flat[jnp.minimum(places, len(flat) - 1)].astype(pages_KxPxSxH.dtype)
-            return pages_KxPxSxH.at[:, copies.page].set(jnp.moveaxis(found, 2, 0), mode="drop", unique_indices=True)
+            found = flat[jnp.minimum(places, len(flat) - 1)]
+            return paged.put(pages_KxPxSxH, jnp.moveaxis(found, 2, 0), copies.page)
 
         return Pages(*(tuple(map(one, mine, new)) for mine, new in zip(pages, prompt, strict=True)))
 
