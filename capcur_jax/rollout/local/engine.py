@@ -220,11 +220,11 @@ class LocalEngine:
                     longest=min(self.burst, sampling.max_new_tokens),
                 )  # fmt: skip
 
-            places = self._places(), Burst(by_rows, by_rows, by_rows)
-            decoding = {
-                own: Programs(functools.partial(decode, own), donate_argnums=1, out_shardings=places)
-                for own in (False, True)
-            }
+            kinds = dict(
+                donate_argnums=1, out_shardings=(self._places(), Burst(by_rows, by_rows, by_rows)),
+                compiler_options=bursts.options(self.mesh.devices.flat[0].platform),
+            )  # fmt: skip
+            decoding = {own: Programs(functools.partial(decode, own), **kinds) for own in (False, True)}
             self._decode[sampling, rows] = (
                 Programs(empty, out_shardings=self._places()), decoding, pool, table
             )  # fmt: skip
