@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from capcur_jax.rollout.local.slots import sample_tokens
 from jaxtyping import TypeCheckError
 
 from capcur_jax import axes
@@ -22,7 +23,6 @@ from capcur_jax.models.batching import Buckets
 from capcur_jax.models.logprobs import token_logprobs
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
-from capcur_jax.rollout.local.slots import sample_tokens
 
 PACKAGE = Path(axes.__file__).parent
 ROOMS = ("devices", "learner", "models", "rollout")

@@ -99,14 +99,12 @@ class DecodingModel:
     def empty_pages(self, pages: int, size: int) -> Pages:
         """So many pages of `size` tokens, with nothing in them."""
         text = self.config.text
-        shape = paged.Shape(text.kv_heads, pages, size, text.head_dim, paged.paired_on(self.mesh))
-        return shape.empty(text.depth, self.dtype)
+        return paged.empty(text.depth, (text.kv_heads, pages, size, text.head_dim), self.dtype)
 
     def pages_places(self) -> Pages:
         """Where they lie."""
-        paired = paged.paired_on(self.mesh)
-        place = NamedSharding(self.mesh, paged.spec(paired))
-        return ((place,) if paired else (place, place),) * self.config.text.depth
+        place = NamedSharding(self.mesh, paged.SPEC)
+        return ((place, place),) * self.config.text.depth
 
     def step(
         self,

@@ -53,6 +53,13 @@ class Burst(NamedTuple):
     made: jax.Array  # [C] how many
 
 
+def options(platform: str) -> dict[str, str]:
+    """Compiler options of a program that decodes, by the platform's name in jax."""
+    # XLA for GPUs makes one product of those with the kernels of queries, keys and values: for every token it copies
+    # the three kernels into one.
+    return {"xla_gpu_dot_merger_threshold_mb": "0"} if platform == "gpu" else {}
+
+
 def keys_of(key: jax.Array, numbers: jax.Array, drawn: jax.Array) -> jax.Array:
     """What each response draws its next token with."""
     return jax.vmap(lambda number, at: jax.random.fold_in(jax.random.fold_in(key, number), at))(numbers, drawn)
@@ -83,8 +90,7 @@ def admit(
         return tuple(paged.fill(layer, k, v, *copies) for layer, k, v in zip(pages, *flat, strict=True))
 
     rows, cache = P(sharding.ROWS), P(None, sharding.ROWS, None, "tensor")
-    lying = tuple((paged.spec(len(layer) == 1),) * len(layer) for layer in pages)
-    placed = sharding.local(model.mesh, put, (lying, cache, rows), lying)(pages, prompt, copies)
+    placed = sharding.local(model.mesh, put, (paged.SPEC, cache, rows), paged.SPEC)(pages, prompt, copies)
     return placed, tokens.reshape(-1, n), logprobs.reshape(-1, n)
 
 

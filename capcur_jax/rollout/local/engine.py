@@ -194,7 +194,7 @@ class LocalEngine:
     def _decoding(self, sampling: Sampling, rows: int) -> tuple[Programs, dict[bool, Programs], Pool, int]:
         """What does not depend on the number of responses a prompt."""
         if (sampling, rows) not in self._decode:
-            known, by_rows = self.processor, sharding.by_rows(self.mesh)
+            known, by_rows, places = self.processor, sharding.by_rows(self.mesh), self.decoding.pages_places()
             longest = max(self.buckets.tokens) + sampling.max_new_tokens
             size = self._page or rounded_up(longest, 8)
             table = Pool(0, size).of(longest)
@@ -210,14 +210,12 @@ class LocalEngine:
                     longest=min(self.burst, sampling.max_new_tokens),
                 )  # fmt: skip
 
-            places = self.decoding.pages_places(), Burst(by_rows, by_rows, by_rows)
-            decoding = {
-                own: Programs(functools.partial(decode, own), donate_argnums=1, out_shardings=places)
-                for own in (False, True)
-            }
-            self._decode[sampling, rows] = (
-                Programs(empty, out_shardings=self.decoding.pages_places()), decoding, pool, table
+            kinds = dict(
+                donate_argnums=1, out_shardings=(places, Burst(by_rows, by_rows, by_rows)),
+                compiler_options=bursts.options(self.mesh.devices.flat[0].platform),
             )  # fmt: skip
+            decoding = {own: Programs(functools.partial(decode, own), **kinds) for own in (False, True)}
+            self._decode[sampling, rows] = Programs(empty, out_shardings=places), decoding, pool, table
         return self._decode[sampling, rows]
 
     def pages_shape(self, work: Work) -> Pages:
