@@ -20,6 +20,7 @@ where a part failed.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -278,49 +279,59 @@ def layer(sizes: Sizes) -> dict[str, float]:
 
 
 def decode(sizes: Sizes, number: int) -> dict[str, float]:
-    """Tokens of the whole decoder with its head, several in one program, as a run decodes them."""
+    """Tokens of the whole decoder with its head, several in one program, as a run decodes them: over pages."""
+    import types
+
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from capcur_jax.devices import sharding
-    from capcur_jax.models.rope import text_angles
-    from capcur_jax.models.text import Decoder, KeysValues
+    from capcur_jax.models.decoding import DecodingModel, Weights
+    from capcur_jax.models.paged import Tables
+    from capcur_jax.models.text import Decoder
+    from capcur_jax.rollout.local.engine import PAGE
 
-    text, count = config_of(sizes), sizes.decoding[number]
+    text, count, mesh = config_of(sizes), sizes.decoding[number], sharding.single()
 
     def build():
         kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        return Decoder(text, remat="none", attention="auto", mesh=sharding.single(), rngs=nnx.Rngs(0), **kinds)
+        return Decoder(text, remat="none", attention="auto", mesh=mesh, rngs=nnx.Rngs(0), **kinds)
 
-    graph, shapes = nnx.split(nnx.eval_shape(build))
-    leaves, tree = jax.tree.flatten(shapes)
-    parameters = jax.tree.unflatten(tree, [normal(i, *leaf.shape, scale=0.02) for i, leaf in enumerate(leaves)])
-    head = normal(len(leaves), text.width, text.vocabulary, scale=0.02)
+    decoder, numbers = nnx.eval_shape(build), itertools.count()
+    known = types.SimpleNamespace(text=text, tied=False)
+    model = DecodingModel(types.SimpleNamespace(config=known, mesh=mesh, text=decoder), gathered=True)
+
+    def drawn(leaf, cut=0):
+        return normal(next(numbers), *leaf.shape[cut:], scale=0.02)
+
+    shapes = nnx.split(decoder)[1]
+    layers = tuple(jax.tree.map(lambda leaf: drawn(leaf, 1), shapes["layers"]) for _ in range(text.depth))
+    norm = jax.tree.map(drawn, shapes["norm"])
+    embedding, head = (normal(next(numbers), *shape, scale=0.02) for shape in (
+        (text.vocabulary, text.width), (text.width, text.vocabulary)
+    ))  # fmt: skip
+    weights = Weights(embedding, layers, norm, head)
+    page = min(PAGE, sizes.places)
+    each = sizes.places // page
+    pages, table = model.empty_pages(count * each, page), jnp.arange(count * each, dtype=jnp.int32).reshape(count, each)
     # Of the embedding a token reads one row.
-    read = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters)) - text.vocabulary * text.width * 2 + head.nbytes
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves((layers, norm, head, pages)))
 
-    def run(parameters, head, tokens, cache, seen):
-        model = nnx.merge(graph, parameters)
-
+    def run(weights, tokens, pages):
         def turn(carry, step):
-            tokens, cache = carry
-            slot = sizes.places - sizes.turns + step
-            angles = text_angles(jnp.broadcast_to(slot, (3, count, 1)), text)
-            h, cache = model.decode(model.embedded(tokens[:, None]), angles, slot, seen, cache)
-            logits = jnp.einsum("cd,dv->cv", h[:, 0], head, preferred_element_type=jnp.float32)
-            return (jnp.argmax(logits, -1).astype(jnp.int32), cache), None
+            tokens, pages = carry
+            at = jnp.full(count, sizes.places - sizes.turns) + step
+            logits, pages = model.step(weights, pages, tokens, at, at, jnp.ones(count, bool), Tables(table))
+            return (jnp.argmax(logits, -1).astype(jnp.int32), pages), None
 
-        return jax.lax.scan(turn, (tokens, cache), jnp.arange(sizes.turns))[0]
+        return jax.lax.scan(turn, (tokens, pages), jnp.arange(sizes.turns))[0]
 
-    program = jax.jit(run, donate_argnums=3)
-    shape = (text.depth, count, sizes.places, text.kv_heads, text.head_dim)
-    tokens, cache = jnp.zeros(count, jnp.int32), KeysValues(*(jnp.zeros(shape, jnp.bfloat16) for _ in range(2)))
-    read += 2 * cache.keys.nbytes
-    seen, spent = jnp.ones((count, sizes.places), bool), []
+    program = jax.jit(run, donate_argnums=2)
+    tokens, spent = jnp.zeros(count, jnp.int32), []
     for _ in range(4):
         started = time.perf_counter()
-        tokens, cache = jax.block_until_ready(program(parameters, head, tokens, cache, seen))
+        tokens, pages = jax.block_until_ready(program(weights, tokens, pages))
         spent.append((time.perf_counter() - started) / sizes.turns)
     seconds = min(spent[1:])
     return {"rows": count, "token_ms": 1e3 * seconds, "gb_s": read / seconds / GB}

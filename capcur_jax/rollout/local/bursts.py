@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from capcur_jax.devices import sharding
@@ -51,6 +52,12 @@ class Burst(NamedTuple):
     tokens: jax.Array  # [C, longest] int32
     logprobs: jax.Array  # [C, longest] float32
     made: jax.Array  # [C] how many
+
+
+def empty_rows(count: int, table: int) -> Rows:
+    """Rows with nobody in them (numpy)."""
+    zeros = [np.zeros(count, np.int32) for _ in range(5)]
+    return Rows(*zeros, np.zeros(count, np.uint32), np.zeros((count, table), np.int32))
 
 
 def options(platform: str) -> dict[str, str]:

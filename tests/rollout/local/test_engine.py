@@ -15,7 +15,7 @@ from capcur_jax.learner.packing import Responses, UpdateBatch
 from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.records import metrics
 from capcur_jax.rollout.engine import Sampling
-from capcur_jax.rollout.local import engine as local
+from capcur_jax.rollout.local import call as local
 from capcur_jax.rollout.local import sampling as sampling_lib
 from capcur_jax.rollout.local.engine import LocalEngine
 from tests.conftest import random_image
@@ -291,8 +291,8 @@ def test_what_is_sampled_depends_on_no_slot(engine, model, processor, biased, pr
 
 
 def test_groups_are_told_while_others_are_decoded(model, processor, biased, prompts, monkeypatch):
-    events, decode = [], local._Call.decode
-    monkeypatch.setattr(local._Call, "decode", lambda call, *rest: events.append("decode") or decode(call, *rest))
+    events, decode = [], local.Call.decode
+    monkeypatch.setattr(local.Call, "decode", lambda call, *rest: events.append("decode") or decode(call, *rest))
     engine = LocalEngine(model, processor, slots=G, prefill=1, buckets=BUCKETS)
     engine.update_weights(biased, 1)
     groups = engine.generate(prompts, WARM, G, 5, None, lambda number, samples: events.append(number))
@@ -307,7 +307,7 @@ def test_no_response_waits_for_the_longest(model, processor, biased, prompts):
     engine = LocalEngine(model, processor, slots=4, prefill=1, buckets=BUCKETS)
     engine.update_weights(biased, 1)
     many = [prompts[i % 6] for i in range(20)]
-    call = local._Call(engine, WARM, many, 1, 5, None)
+    call = local.Call(engine, WARM, many, 1, 5, None)
     most = 0
     while call.places.unfinished():
         call.admit()
