@@ -279,48 +279,45 @@ def layer(sizes: Sizes) -> dict[str, float]:
 
 def decode(sizes: Sizes, number: int) -> dict[str, float]:
     """Tokens of the whole decoder with its head, several in one program, as a run decodes them."""
+    import dataclasses
+
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from capcur_jax.devices import sharding
-    from capcur_jax.models.rope import text_angles
-    from capcur_jax.models.text import Decoder, KeysValues
+    from capcur_jax.models import config, published
+    from capcur_jax.models.decoding import DecodingModel
+    from capcur_jax.models.paged import Tables
+    from capcur_jax.models.qwen_vl import QwenVL
+    from capcur_jax.rollout.local import bursts
 
     text, count = config_of(sizes), sizes.decoding[number]
-
-    def build():
-        kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        return Decoder(text, remat="none", attention="auto", mesh=sharding.single(), rngs=nnx.Rngs(0), **kinds)
-
-    graph, shapes = nnx.split(nnx.eval_shape(build))
-    leaves, tree = jax.tree.flatten(shapes)
-    parameters = jax.tree.unflatten(tree, [normal(i, *leaf.shape, scale=0.02) for i, leaf in enumerate(leaves)])
-    head = normal(len(leaves), text.width, text.vocabulary, scale=0.02)
+    known = dataclasses.replace(config.from_dict(published.config("qwen3_vl_8b")), text=text)
+    model = nnx.eval_shape(lambda: QwenVL(known, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    decoding = DecodingModel(model, gathered=True)
+    leaves, tree = jax.tree.flatten(decoding.abstract_weights(nnx.state(model)))
+    weights = jax.tree.unflatten(tree, [normal(i, *leaf.shape, scale=0.02) for i, leaf in enumerate(leaves)])
     # Of the embedding a token reads one row.
-    read = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters)) - text.vocabulary * text.width * 2 + head.nbytes
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) - weights.embedding.nbytes
+    size = min(128, sizes.places)
+    tables = jnp.arange(count * (sizes.places // size), dtype=jnp.int32).reshape(count, -1)
 
-    def run(parameters, head, tokens, cache, seen):
-        model = nnx.merge(graph, parameters)
-
+    def run(weights, pages, tokens):
         def turn(carry, step):
-            tokens, cache = carry
-            slot = sizes.places - sizes.turns + step
-            angles = text_angles(jnp.broadcast_to(slot, (3, count, 1)), text)
-            h, cache = model.decode(model.embedded(tokens[:, None]), angles, slot, seen, cache)
-            logits = jnp.einsum("cd,dv->cv", h[:, 0], head, preferred_element_type=jnp.float32)
-            return (jnp.argmax(logits, -1).astype(jnp.int32), cache), None
+            tokens, pages = carry
+            at, live = jnp.full(count, sizes.places - sizes.turns + step), jnp.ones(count, bool)
+            logits, pages = decoding.step(weights, pages, tokens, at, at, live, Tables(tables))
+            return (jnp.argmax(logits, -1).astype(jnp.int32), pages), None
 
-        return jax.lax.scan(turn, (tokens, cache), jnp.arange(sizes.turns))[0]
+        return jax.lax.scan(turn, (tokens, pages), jnp.arange(sizes.turns))[0]
 
-    program = jax.jit(run, donate_argnums=3)
-    shape = (text.depth, count, sizes.places, text.kv_heads, text.head_dim)
-    tokens, cache = jnp.zeros(count, jnp.int32), KeysValues(*(jnp.zeros(shape, jnp.bfloat16) for _ in range(2)))
-    read += 2 * cache.keys.nbytes
-    seen, spent = jnp.ones((count, sizes.places), bool), []
+    program = jax.jit(run, donate_argnums=1, compiler_options=bursts.options(jax.default_backend()))
+    tokens, pages = jnp.zeros(count, jnp.int32), decoding.empty_pages(tables.size, size)
+    read += sum(leaf.nbytes for leaf in jax.tree.leaves(pages))
+    spent = []
     for _ in range(4):
         started = time.perf_counter()
-        tokens, cache = jax.block_until_ready(program(parameters, head, tokens, cache, seen))
+        tokens, pages = jax.block_until_ready(program(weights, pages, tokens))
         spent.append((time.perf_counter() - started) / sizes.turns)
     seconds = min(spent[1:])
     return {"rows": count, "token_ms": 1e3 * seconds, "gb_s": read / seconds / GB}
