@@ -31,7 +31,7 @@ _MIB = 2**20
 
 def cases():
     """Name -> (shapes of q, k, v and the layout's arrays, layout of those arrays, what to split over two devices)."""
-    from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments
+    from capcur_jax.models.attention import Causal, Packed, Places, Segments
 
     G, T, N, K, H = 5, 2048, 32, 8, 128  # Qwen3-VL-8B's heads, a group of 5
 
@@ -53,7 +53,6 @@ def cases():
         "images (heads of 80)": (images(8192, 16, 80), Segments, None),
         "images (heads of 72)": (images(8192, 16, 72), Segments, None),
         "windows of 64": (images(8192, 16, 80)[:4], functools.partial(Segments, reach=64), None),
-        "decoding": ((*own(16 * G, 1, 2 * T), (16 * G, 2 * T)), Cached, None),
         "packed rows (heads / 2)": (rows(1, 8 * T, 6), packed, "heads"),
         "packed rows (rows / 2)": (rows(2, 8 * T, 6), packed, "rows"),
     }
@@ -102,8 +101,6 @@ def measure(target: str) -> None:
         if _ONLY.value and not name.startswith(tuple(_ONLY.value)):
             continue
         for backward in (False, True):
-            if backward and name == "decoding":
-                continue
             began = time.perf_counter()
             programs = [compiled(*case, implementation, backward) for implementation in ("auto", "xla")]
             ours, theirs = (round(p.memory_analysis().temp_size_in_bytes / _MIB) for p in programs)

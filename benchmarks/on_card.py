@@ -20,7 +20,6 @@ where a part failed.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import subprocess
@@ -279,59 +278,46 @@ def layer(sizes: Sizes) -> dict[str, float]:
 
 
 def decode(sizes: Sizes, number: int) -> dict[str, float]:
-    """Tokens of the whole decoder with its head, several in one program, as a run decodes them: over pages."""
-    import types
+    """Tokens of the whole decoder with its head, several in one program, as a run decodes them."""
+    import dataclasses
 
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from capcur_jax.devices import sharding
-    from capcur_jax.models.decoding import DecodingModel, Weights
+    from capcur_jax.models import config, published
+    from capcur_jax.models.decoding import DecodingModel
     from capcur_jax.models.paged import Tables
-    from capcur_jax.models.text import Decoder
-    from capcur_jax.rollout.local.engine import PAGE
+    from capcur_jax.models.qwen_vl import QwenVL
+    from capcur_jax.rollout.local import bursts
 
-    text, count, mesh = config_of(sizes), sizes.decoding[number], sharding.single()
-
-    def build():
-        kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-        return Decoder(text, remat="none", attention="auto", mesh=mesh, rngs=nnx.Rngs(0), **kinds)
-
-    decoder, numbers = nnx.eval_shape(build), itertools.count()
-    known = types.SimpleNamespace(text=text, tied=False)
-    model = DecodingModel(types.SimpleNamespace(config=known, mesh=mesh, text=decoder), gathered=True)
-
-    def drawn(leaf, cut=0):
-        return normal(next(numbers), *leaf.shape[cut:], scale=0.02)
-
-    shapes = nnx.split(decoder)[1]
-    layers = tuple(jax.tree.map(lambda leaf: drawn(leaf, 1), shapes["layers"]) for _ in range(text.depth))
-    norm = jax.tree.map(drawn, shapes["norm"])
-    embedding, head = (normal(next(numbers), *shape, scale=0.02) for shape in (
-        (text.vocabulary, text.width), (text.width, text.vocabulary)
-    ))  # fmt: skip
-    weights = Weights(embedding, layers, norm, head)
-    page = min(PAGE, sizes.places)
-    each = sizes.places // page
-    pages, table = model.empty_pages(count * each, page), jnp.arange(count * each, dtype=jnp.int32).reshape(count, each)
+    text, count = config_of(sizes), sizes.decoding[number]
+    known = dataclasses.replace(config.from_dict(published.config("qwen3_vl_8b")), text=text)
+    model = nnx.eval_shape(lambda: QwenVL(known, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    decoding = DecodingModel(model, gathered=True)
+    leaves, tree = jax.tree.flatten(decoding.abstract_weights(nnx.state(model)))
+    weights = jax.tree.unflatten(tree, [normal(i, *leaf.shape, scale=0.02) for i, leaf in enumerate(leaves)])
     # Of the embedding a token reads one row.
-    read = sum(leaf.nbytes for leaf in jax.tree.leaves((layers, norm, head, pages)))
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) - weights.embedding.nbytes
+    size = min(128, sizes.places)
+    tables = jnp.arange(count * (sizes.places // size), dtype=jnp.int32).reshape(count, -1)
 
-    def run(weights, tokens, pages):
+    def run(weights, pages, tokens):
         def turn(carry, step):
             tokens, pages = carry
-            at = jnp.full(count, sizes.places - sizes.turns) + step
-            logits, pages = model.step(weights, pages, tokens, at, at, jnp.ones(count, bool), Tables(table))
+            at, live = jnp.full(count, sizes.places - sizes.turns + step), jnp.ones(count, bool)
+            logits, pages = decoding.step(weights, pages, tokens, at, at, live, Tables(tables))
             return (jnp.argmax(logits, -1).astype(jnp.int32), pages), None
 
         return jax.lax.scan(turn, (tokens, pages), jnp.arange(sizes.turns))[0]
 
-    program = jax.jit(run, donate_argnums=2)
-    tokens, spent = jnp.zeros(count, jnp.int32), []
+    program = jax.jit(run, donate_argnums=1, compiler_options=bursts.options(jax.default_backend()))
+    tokens, pages = jnp.zeros(count, jnp.int32), decoding.empty_pages(tables.size, size)
+    read += sum(leaf.nbytes for leaf in jax.tree.leaves(pages))
+    spent = []
     for _ in range(4):
         started = time.perf_counter()
-        tokens, pages = jax.block_until_ready(program(weights, tokens, pages))
+        tokens, pages = jax.block_until_ready(program(weights, pages, tokens))
         spent.append((time.perf_counter() - started) / sizes.turns)
     seconds = min(spent[1:])
     return {"rows": count, "token_ms": 1e3 * seconds, "gb_s": read / seconds / GB}

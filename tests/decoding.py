@@ -1,19 +1,46 @@
-"""Decoding with `QwenVL.decode` as the tests need it: response rows of G to a prompt, step by step."""
+"""Decoding as the tests need it: response rows of G to a prompt, step by step, each in a page of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from capcur_jax.models.decoding import DecodingModel
+from capcur_jax.models.paged import Tables
+from capcur_jax.models.qwen_vl import QwenVL
+from capcur_jax.models.text import KeysValues
 
 
-def decode_steps(decode, cache, prompt, tokens_RxT, lengths_B, next_position_B):
-    """Hidden states [R, T, D] of response rows; `decode` is the model's, jitted, `cache` empty of S + T slots."""
-    S, (R, T) = prompt.keys.shape[2], tokens_RxT.shape
-    group = R // len(lengths_B)
-    cache = jax.tree.map(lambda own, keys: own.at[:, :, :S].set(jnp.repeat(keys, group, axis=1)), cache, prompt)
-    lengths, starts = np.repeat(np.asarray(lengths_B), group), np.repeat(np.asarray(next_position_B), group)
-    states = []
-    for step in range(T):
-        seen = np.concatenate([np.arange(S) < lengths[:, None], np.tile(np.arange(T) <= step, (R, 1))], axis=1)
-        h, cache = decode(tokens_RxT[:, step], jnp.asarray(starts + step), jnp.int32(S + step), seen, cache)
-        states.append(h)
-    return jnp.stack(states, axis=1)
+def decoder(model: QwenVL) -> Callable[..., np.ndarray]:
+    """A function of the prompts' keys and values, tokens [R, T], lengths [B] and next positions [B]: the logits
+    [R, T, V] behind each response token."""
+    decoding = DecodingModel(model, gathered=False)
+    weights = decoding.weights(nnx.state(model))
+
+    @jax.jit
+    def step(pages, tokens_R, positions_R, at_R):
+        R = len(tokens_R)
+        tables = Tables(jnp.arange(R)[:, None], own=True)
+        return decoding.step(weights, pages, tokens_R, positions_R, at_R, jnp.ones(R, bool), tables)
+
+    def decode(prompt: KeysValues, tokens_RxT, lengths_B, next_position_B) -> np.ndarray:
+        S, (R, T) = prompt.keys.shape[2], tokens_RxT.shape
+        group = R // len(lengths_B)
+
+        def filled(pages_KxRxSxH, prompt_BxSxKxH):
+            return pages_KxRxSxH.at[:, :, :S].set(jnp.moveaxis(jnp.repeat(prompt_BxSxKxH, group, axis=0), 2, 0))
+
+        empty = decoding.empty_pages(R, S + T)
+        pages = tuple(tuple(map(filled, own, of)) for own, of in zip(empty, zip(*prompt, strict=True), strict=True))
+        lengths, starts = (np.repeat(np.asarray(x), group) for x in (lengths_B, next_position_B))
+        logits = []
+        for i in range(T):  # behind the prompt's last token, where its padding was
+            one, pages = step(pages, tokens_RxT[:, i], starts + i, lengths + i)
+            logits.append(one)
+        return np.asarray(jnp.stack(logits, axis=1))
+
+    return decode

@@ -8,10 +8,9 @@ import tokenize
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from capcur_jax.rollout.local.slots import sample_tokens
+from flax import nnx
 from jaxtyping import TypeCheckError
 
 from capcur_jax import axes
@@ -20,9 +19,12 @@ from capcur_jax.learner import objectives
 from capcur_jax.learner.packing import Responses
 from capcur_jax.models.attention import Causal, attend
 from capcur_jax.models.batching import Buckets
+from capcur_jax.models.decoding import DecodingModel
 from capcur_jax.models.logprobs import token_logprobs
+from capcur_jax.models.paged import Tables
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
+from capcur_jax.rollout.local.sampling import sample_tokens
 
 PACKAGE = Path(axes.__file__).parent
 ROOMS = ("devices", "learner", "models", "rollout")
@@ -88,11 +90,13 @@ def test_a_wrong_shape_fails_at_the_model_s_borders(model, processor):
     batch = Buckets((32,), ((1, 16),)).collate([prompt], processor.config, processor.pad_token)
     with pytest.raises(TypeCheckError, match="h_BxTxD"):
         QwenVL.last(zeros(T, D), batch)
-    cache, one = model.empty_cache(C, S), zeros(C, dtype=np.int32)
+    decoding, one = DecodingModel(model, gathered=False), zeros(C, dtype=np.int32)
+    weights, pages = decoding.abstract_weights(nnx.state(model)), decoding.empty_pages(C, S)
+    tables = Tables(np.arange(C, dtype=np.int32)[:, None], own=True)
     step = lambda positions: jax.eval_shape(  # noqa: E731
-        model.decode, one, positions, jnp.int32(0), np.ones((C, S), bool), cache
+        lambda weights: decoding.step(weights, pages, one, positions, one, np.ones(C, bool), tables), weights
     )
-    assert step(one)[0].shape == (C, model.config.text.width)
+    assert step(one)[0].shape == (C, model.config.text.vocabulary)
     with pytest.raises(TypeCheckError, match="positions_C"):
         step(one[1:])
 

@@ -1,10 +1,10 @@
 """Attention as the layouts of this project need it, behind one function: `attend(q, k, v, layout)`.
 
-Axes: axes.py. The rows A of queries are prompts, slots, rows of patches or packed rows, as the layout says; of patches
-T = S = P. Scores and softmax are float32; grouped heads are never repeated in memory.
+Axes: axes.py. The rows A of queries are prompts, rows of patches or packed rows, as the layout says; of patches
+T = S = P. Decoding has its own (paged.py). Scores and softmax are float32; grouped heads are never repeated in memory.
 
-Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows, windows and
-decoding everywhere; everything else is checked against it. 16-bit floats on an accelerator take the kernel of the
+Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows and windows
+everywhere; everything else is checked against it. 16-bit floats on an accelerator take the kernel of the
 platform that the program is lowered for (attention_tpu.py, attention_gpu.py; for packed rows and images ways.py says
 which).
 """
@@ -44,12 +44,6 @@ class Causal(NamedTuple):
     """Prompt rows, padded on the right: each query sees the keys up to itself, so causality hides padding too."""
 
 
-class Cached(NamedTuple):
-    """Decoding: one query a row, over the slots of its cache that hold something of its own."""
-
-    seen_CxS: jax.Array  # bool
-
-
 class Segments(NamedTuple):
     """Patches that see only those of their own segment: an image, or a window of one.
 
@@ -64,7 +58,7 @@ class Segments(NamedTuple):
     reach: int = 0
 
 
-Layout = Causal | Packed | Cached | Segments
+Layout = Causal | Packed | Segments
 
 
 @checked
@@ -116,14 +110,14 @@ def _attend_here(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Layout, implementation
 def _kernels(q_AxTxNxH: jax.Array, layout: Layout) -> dict[str, Callable]:
     """By platform, what serves this layout better than XLA does.
 
-    Nothing does for float32 (the reference, and cuDNN has none), nor for decoding (one query a row has no scores worth
-    saving), nor for windows: XLA computes 3 x reach keys a query, kernels many more, since their blocks hold several.
+    Nothing does for float32 (the reference, and cuDNN has none), nor for windows: XLA computes 3 x reach keys a query,
+    kernels many more, since their blocks hold several.
     """
     shape, dtype = q_AxTxNxH.shape, q_AxTxNxH.dtype
     if isinstance(layout, Causal):
         enough = dtype.itemsize == 2 and shape[1] >= ways_lib.SHORTEST
         return {platform: kernels.causal for platform, kernels in _KERNELS.items()} if enough else {}
-    if isinstance(layout, Cached) or (isinstance(layout, Segments) and layout.starts_JxI is None):
+    if isinstance(layout, Segments) and layout.starts_JxI is None:
         return {}
     found = {platform: ways_lib.of(platform, shape, dtype).kernels for platform in ways_lib.PLATFORMS}
     return {platform: _fused(kernels, layout, shape[1]) for platform, kernels in found.items() if kernels}
@@ -143,8 +137,6 @@ def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, 
         return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.ids_JxP[:, :, None] == layout.ids_JxP[:, None, :])
     if isinstance(layout, Causal):
         return _causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
-    if isinstance(layout, Cached):
-        return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.seen_CxS[:, None])
     return attention_groups.attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, _causal, _extend)
 
 

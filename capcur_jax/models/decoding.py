@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from capcur_jax.axes import Array, Bool, Float, Int, checked
 from capcur_jax.devices import sharding
 from capcur_jax.models import paged
 from capcur_jax.models.paged import Pages, Tables
@@ -106,22 +107,23 @@ class DecodingModel:
         place = NamedSharding(self.mesh, paged.SPEC)
         return ((place, place),) * self.config.text.depth
 
+    @checked
     def step(
         self,
         weights: Weights,
         pages: Pages,
-        tokens_C: jax.Array,
-        positions_C: jax.Array,
-        at_C: jax.Array,
-        live_C: jax.Array,
+        tokens_C: Int[Array, " C"],
+        positions_C: Int[Array, " C"],
+        at_C: Int[Array, " C"],
+        live_C: Bool[Array, " C"],
         tables: Tables,
-    ) -> tuple[jax.Array, Pages]:
+    ) -> tuple[Float[Array, "C V"], Pages]:
         """Logits [C, V] float32 behind a token of every row, and the pages with it.
 
         Args:
             positions_C: of the tokens, for the rotary embedding.
             at_C: which place of the row's pages is the token's; it sees those up to it.
-            live_C: bool; what others compute is anything, and they read and write no page.
+            live_C: what others compute is anything, and they read and write no page.
         """
         spec = self._spec("text.embed.embedding", weights.embedding.shape)
         h = sharding.lookup(self.mesh, weights.embedding, tokens_C[:, None], spec).astype(self.dtype)

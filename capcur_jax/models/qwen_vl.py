@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from capcur_jax.axes import Array, Bool, Float, Int, checked
+from capcur_jax.axes import Array, Float, checked
 from capcur_jax.devices import sharding
 from capcur_jax.models.attention import Packed, Places
 from capcur_jax.models.config import ModelConfig
@@ -87,20 +87,6 @@ class QwenVL(nnx.Module):
         angles = text_angles(jnp.moveaxis(batch.positions, 1, 0), self.config.text)
         return sharding.constrain(self.mesh, h), angles, deep, index
 
-    @checked
-    def decode(
-        self,
-        tokens_C: Int[Array, " C"],
-        positions_C: Int[Array, " C"],
-        slot: Int[Array, ""],
-        seen_CxS: Bool[Array, "C S"],
-        cache: KeysValues,
-    ) -> tuple[Float[Array, "C D"], KeysValues]:
-        """Hidden states [C, D] of a response token of every slot at its position, and the cache with it in `slot`."""
-        angles = text_angles(jnp.broadcast_to(positions_C[:, None], (3, len(positions_C), 1)), self.config.text)
-        h, cache = self.text.decode(self.text.embedded(tokens_C[:, None]), angles, slot, seen_CxS, cache)
-        return h[:, 0], cache
-
     def predicting(self, batch: PackedBatch) -> jax.Array:
         """The hidden states [A, W, D] that predict each response token: that of its prompt's last token for the first
         one, then that of the token before. At all other places they are anything.
@@ -127,12 +113,6 @@ class QwenVL(nnx.Module):
     def last(h_BxTxD: Float[Array, "B T D"], batch: PromptBatch) -> Float[Array, "B D"]:
         """The hidden state [B, D] of each prompt's last token."""
         return jnp.take_along_axis(h_BxTxD, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
-
-    def empty_cache(self, rows: int, length: int) -> KeysValues:
-        """An empty cache for `rows` rows of up to `length` tokens."""
-        text = self.config.text
-        empty = jnp.zeros((text.depth, rows, length, text.kv_heads, text.head_dim), self.text.dtype)
-        return KeysValues(empty, empty)
 
     def unembedding(self) -> tuple[jax.Array, int]:
         """The matrix that turns hidden states into logits, and the number of its vocabulary axis: the embedding

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from capcur_jax.devices import sharding
 from capcur_jax.models import layers as layers_lib
 from capcur_jax.models import lora as lora_lib
-from capcur_jax.models.attention import Cached, Causal, Packed, attend
+from capcur_jax.models.attention import Causal, Packed, attend
 from capcur_jax.models.config import TextConfig
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import rotate
@@ -138,23 +138,3 @@ class Decoder(nnx.Module):
         shown = (visual_index_AxT >= 0) & (index < deep.shape[0])
         here = sharding.take(self.mesh, feature, visual_index_AxT)
         return h_AxTxD + jnp.where(shown[..., None], here, 0).astype(h_AxTxD.dtype)
-
-    def decode(
-        self, h_Cx1xD: jax.Array, angles: jax.Array, slot: jax.Array, seen_CxS: jax.Array, cache: KeysValues
-    ) -> tuple[jax.Array, KeysValues]:
-        """One token a row, written to slot `slot` of the rows' cache [L, C, S, K, H]; it sees the slots `seen`."""
-
-        def body(layer, carry, index):
-            h, cache = carry
-            q, k, v = layer.qkv(h, angles)
-            # The cache is carried and written in place: as a scan output it would be copied whole at every token.
-            start = (index, 0, slot, 0, 0)
-            cache = KeysValues(
-                jax.lax.dynamic_update_slice(cache.keys, k[None], start),
-                jax.lax.dynamic_update_slice(cache.values, v[None], start),
-            )
-            own = self._attend(q, cache.keys[index], cache.values[index], Cached(seen_CxS))
-            return (sharding.constrain(self.mesh, layer.finish(h, own)), cache), None
-
-        (h, cache), _ = layers_lib.scan(self.layers, body, (h_Cx1xD, cache), jnp.arange(self.config.depth))
-        return self.norm(h), cache

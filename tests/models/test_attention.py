@@ -14,7 +14,7 @@ import pytest
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.models import attention_gpu, attention_tpu
-from capcur_jax.models.attention import Cached, Causal, Packed, Places, Segments, attend, reference
+from capcur_jax.models.attention import Causal, Packed, Places, Segments, attend, reference
 
 ODD = 149  # two blocks of 128, the second one mostly padding
 
@@ -144,8 +144,6 @@ def test_what_xla_does_as_well_or_exactly_stays_with_xla():
     assert "tpu_custom_call" not in lowered("tpu", Causal(), dtype=jnp.float32)
     assert "tpu_custom_call" not in lowered("tpu", Causal(), tokens=64)
     assert "tpu_custom_call" not in lowered("tpu", Segments(jnp.zeros((2, 128), jnp.int32), reach=16))
-    step = Cached(jnp.ones((2, 1), bool))
-    assert "tpu_custom_call" not in lowered("tpu", step, tokens=1)
 
 
 def test_choosing_by_platform_is_the_reference_itself_on_a_cpu():

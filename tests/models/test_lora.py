@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA, LoRALinear
 from capcur_jax.models.qwen_vl import QwenVL
-from tests.decoding import decode_steps
+from tests.decoding import decoder
 from tests.packed import of_responses, packed
 
 SETTINGS = LoRA(rank=3, alpha=5.0)
@@ -238,10 +237,7 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits):
     together = packed(scene.prompts, tokens, scene.processor)
     states = jax.jit(lambda p, together: of_responses(model_of(p).predicting(together), together))(state, together)
     predicting = np.asarray(scene.adapted.logits(states))
-    step = jax.jit(lambda p, *given: model_of(p).decode(*given))
-    cache = scene.adapted.empty_cache(2, prompt.keys.shape[2] + 5)
-    around = cache, prompt, tokens, scene.batch.lengths, scene.batch.next_position
-    decoded = scene.adapted.logits(decode_steps(functools.partial(step, state), *around))
+    decoded = decoder(scene.adapted)(prompt, tokens, scene.batch.lengths, scene.batch.next_position)
     np.testing.assert_allclose(decoded[:, :-1], predicting[:, 1:], atol=2e-5)
     for row, length in enumerate(scene.batch.lengths):
         np.testing.assert_allclose(predicting[row], full[row, length - 1 : length + 4], atol=2e-5)

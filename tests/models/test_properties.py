@@ -4,7 +4,6 @@ that compute a prompt once, rematerialisation, number formats, DeepStack."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban, token_logprobs
 from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
 from capcur_jax.models.rope import text_angles, vision_angles
-from tests.decoding import decode_steps
+from tests.decoding import decoder
 from tests.packed import of_responses, packed
 
 TOKENS, PATCHES = 64, 64
@@ -369,14 +368,9 @@ def test_decoding_token_by_token_equals_full_sequences(
     tokens, lengths, _ = responses
     graph = nnx.graphdef(model)
     _, prompt = jax.jit(lambda parameters: nnx.merge(graph, parameters).prefill(batch))(parameters)
-
-    decode = functools.partial(jax.jit(lambda p, *given: nnx.merge(graph, p).decode(*given)), parameters)
-
-    def decoded(next_position) -> np.ndarray:
-        cache = model.empty_cache(len(tokens), prompt.keys.shape[2] + RESPONSES)
-        return np.asarray(model.logits(decode_steps(decode, cache, prompt, tokens, batch.lengths, next_position)))
-
-    logits, full = decoded(batch.next_position), np.asarray(forward(parameters, whole))
+    decode = decoder(model)
+    logits = decode(prompt, tokens, batch.lengths, batch.next_position)
+    full = np.asarray(forward(parameters, whole))
     for row, length in enumerate(lengths):
         start = len(scene.prepare()[row // GROUP])
         np.testing.assert_allclose(logits[row, :length], full[row, start : start + length], atol=1e-5)
@@ -389,7 +383,7 @@ def test_decoding_token_by_token_equals_full_sequences(
     # An image makes positions run slower than tokens: counting tokens would be another model.
     np.testing.assert_array_equal(batch.next_position, [prompt.positions.max() + 1 for prompt in scene.prepare()])
     assert (batch.next_position < batch.lengths).all()
-    assert np.abs(decoded(batch.lengths) - logits).max() > 1e-2
+    assert np.abs(decode(prompt, tokens, batch.lengths, batch.lengths) - logits).max() > 1e-2
 
 
 def equations(jaxpr) -> Iterator[Any]:

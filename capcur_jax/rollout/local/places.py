@@ -134,12 +134,13 @@ class Places:
         return self._held[shard][slot].pages
 
     def worthwhile(self) -> bool:
-        """Whether a device row has room for as many prompts as a prefill takes, or for all waiting ones; or whether
-        nothing else goes on."""
+        """Whether a device row has room for as many prompts as a prefill takes, or for all waiting ones; or whether one
+        has nothing else to do."""
         if not self.waiting:
             return False
         wanted = min(self.each, len(self.waiting))
-        return any(self._fitting(shard) >= wanted for shard in range(len(self.running))) or (self.running < 0).all()
+        # Pages may be too few for so many at any time.
+        return any(self._fitting(shard) >= wanted for shard in range(len(self.running))) or not all(self._held)
 
     def burst(self, most: int, waiting: bool) -> tuple[int, int, np.ndarray]:
         """Of the next burst its rows of a device row, how few responses may be left when it ends, and how many free

@@ -104,6 +104,8 @@ class Call:
                     self.needed(r) - len(self.places.pages(s, slot)) for s, slot, r in self.running() if s == shard
                 ]
                 assert sum(lacking) <= len(self.places._free[shard])
+        # No device row is empty while prompts wait.
+        assert not self.places.waiting or (self.places.running >= 0).any(1).all()
         for place in first:
             self.ended(*place)
 
@@ -200,6 +202,20 @@ def test_responses_wait_only_where_pages_are_too_few_for_all_slots(pages, enough
     """6 slots for 3 responses a prompt: its 2 pages, and 2 for each response."""
     case = Case([8] * 4, [8] * 12, n=3, shards=1, rows=6, each=2, pool=Pool(pages, 4), longest=8, burst=2)
     assert (Call(case).play().places.evicted == 0) is enough
+
+
+def test_an_empty_device_row_does_not_wait_for_the_others():
+    """A device row has pages for 2 of the 3 prompts of a prefill."""
+    case = Case([8] * 6, [8, 8, 2, 2, 8, 8], n=1, shards=2, rows=8, each=3, pool=Pool(9, 4), longest=8, burst=7)
+    call = Call(case)
+    call.admit()
+    call.reserve()
+    assert call.places.running[:, :2].tolist() == [[0, 2], [1, 3]]
+    call.decode(1)
+    assert call.answered == [2, 3] and not call.places.worthwhile()
+    call.places.release(1, 0)
+    assert call.places.worthwhile()
+    assert [[one.prompt for one in part] for part in call.places.admit()] == [[5], [4]]
 
 
 def three(pages: int) -> Places:
