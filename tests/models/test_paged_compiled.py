@@ -26,6 +26,7 @@ CODE = """if True:
     from capcur_jax.models import config, published
     from capcur_jax.models.batching import Buckets
     from capcur_jax.models.qwen_vl import QwenVL
+    from capcur_jax.plan import hlo
     from capcur_jax.rollout.engine import Sampling
     from capcur_jax.rollout.local.engine import LocalEngine
 
@@ -86,6 +87,8 @@ CODE = """if True:
     print(json.dumps({
         "made": made, "collectives": max(collectives), "pages": work.pool.pages, "arrays": len(jax.tree.leaves(pages)),
         "page_kib": size.size * 2 // KIB // len(devices), "text": "paged_attention" in program.as_text(),
+        "moved_kib": hlo.traffic(program.as_text(), 2048).moved_a_turn // KIB,
+        "read_kib": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(engine.weights[1:])) // KIB,
         "temp_kib": program.memory_analysis().temp_size_in_bytes // KIB,
     }))
 """
@@ -112,6 +115,10 @@ def test_a_token_copies_neither_weights_nor_pages(name):
     assert [size for operation, _, size in loop if operation == "scatter"] == ([found["page_kib"]] * found["arrays"])
     large = [one for one in loop if one[2] >= SMALLEST and one[0] not in MAKERS[name]]
     assert not large
+    # What a token moves is what it must read: the layers and the head, and the keys and values that live (here a prompt
+    # and half a response of each row, keys and values of 8 heads in two layers), which the compiled text does not say.
+    live = 64 * (1024 + 1024) * 2 * 2 * 8 * 128 * 2 // 2**10
+    assert found["moved_kib"] + live <= 1.15 * (found["read_kib"] + live)
     # Around the loop a TPU turns some kernels, once a burst; pages never.
     assert not [one for one in found["made"]["around"] if one[2] >= found["page_kib"]]
     assert found["temp_kib"] < found["page_kib"] and found["collectives"] < SMALLEST

@@ -96,7 +96,7 @@ class LocalEngine:
         self._work: dict[tuple[int, Sampling], Work] = {}
         self._decode: dict[tuple[Sampling, int], tuple[Programs, dict[bool, Programs], Pool, int]] = {}
         self.decoding = DecodingModel(model, gathered=gathered)
-        self._health = Health(version=0)
+        self._health, self._evicted = Health(version=0), 0
         if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self.parameters)):
             self.update_weights(self.parameters, 0)
         else:  # by shape alone, for a plan
@@ -141,6 +141,7 @@ class LocalEngine:
             call.admit()
             call.decode()
             self._health = call.health()
+        self._evicted += call.places.evicted
         return call.groups()
 
     def stream(self, prompt: Prompt, sampling: Sampling, seed: int = 0) -> Iterator[tuple[int, float]]:
@@ -161,8 +162,8 @@ class LocalEngine:
         return self._health
 
     def counters(self) -> dict[str, int]:
-        """None: a failure in this process ends the run."""
-        return {}
+        """Responses that gave their pages back and were drawn again. No failures: one in this process ends the run."""
+        return {"evicted": self._evicted}
 
     def release(self) -> None:
         """Does nothing: between calls the engine holds the copy for decoding, which the trainer's plan counts."""

@@ -338,6 +338,7 @@ def test_what_is_sampled_depends_on_no_page(engine, model, processor, biased, pr
     other = LocalEngine(model, processor, slots=slots, prefill=4, buckets=BUCKETS, page=page, pages=pages, burst=4)
     other.update_weights(biased, 3)
     assert_as_before(other.generate(many, WARM, G, seed=11), whole)
+    assert (other.counters()["evicted"] > 0) == (pages == 19)
 
 
 def test_batches_of_a_call_draw_different_samples(engine, prompts):
