@@ -26,6 +26,7 @@ from capcur_jax.rollout.sglang import needs
 from capcur_jax.rollout.sglang.settings import Settings
 
 AUTO = "auto"  # of config.model.remat
+BATCH = 512  # a quarter of the responses that are asked for together, where the config has no number of slots
 SLOTS = 64  # of a device row, where neither the config nor the devices' memory says how many
 
 
@@ -128,6 +129,12 @@ def slots(config: ConfigDict, rows: int) -> int:
     """Responses that the local engine decodes together on so many device rows. A run has decided before
     (plan/fitting.py)."""
     return config.rollout.slots or SLOTS * rows
+
+
+def batch(config: ConfigDict) -> int:
+    """Responses that an evaluation asks for together: slots that become free find work. It does not depend on devices,
+    since the place in its batch is part of what a response draws from."""
+    return 4 * (config.rollout.slots or BATCH)
 
 
 def local_sampler(config: ConfigDict, rows: int) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def counterfactual(run: Run) -> None:
                     reward=run.reward,
                     sampling=run.sampling,
                     seed=run.config.seed,
-                    batch=max(1, 4 * policy.slots(run.config, 1) // twins.SAMPLES),
+                    batch=max(1, policy.batch(run.config) // twins.SAMPLES),
                     progress=progress,
                 )
             found[name] = {**result, "left_out": left_out | result["left_out"]}

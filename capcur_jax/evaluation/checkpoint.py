@@ -183,7 +183,7 @@ class Checkpoint:
         asked = {question.index: question for question in questions}
         found = answers(
             questions, engine=self._engine, build=build, sampling=self._sampling, seed=self._config.seed,
-            batch=4 * policy.slots(self._config, 1),  # slots that become free find work
+            batch=policy.batch(self._config),
             images=self._images, wanted=wanted,
         )  # fmt: skip
         for _, mine in found:

@@ -200,7 +200,7 @@ class Heldout:
                     reward=self._reward,
                     sampling=sampling,
                     seed=self._config.seed,
-                    batch=4 * policy.slots(self._config, 1),  # slots that become free find work
+                    batch=policy.batch(self._config),
                     progress=advance,
                     **keeping,
                 )

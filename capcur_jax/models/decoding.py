@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,27 +47,36 @@ class DecodingModel:
         self.config, self.mesh, self.dtype = model.config, model.mesh, model.text.dtype
         self.attention, self.gathered = model.text.attention, gathered
         self._layer, self._norm = nnx.split(model.text.layers)[0], nnx.split(model.text.norm)[0]
-        self._make: Any = None
+        self._programs: Any = None
 
     # ------------------------------------------------------------------ weights
 
     def weights(self, parameters: nnx.State) -> Weights:
-        """A copy of what decoding reads of the model's parameters. No third copy is made on the way."""
-        if self._make is None:
-            self._make = jax.jit(self._copied, out_shardings=self._places(parameters))
-        return self._make(parameters)
+        """A copy of what decoding reads of the parameters, made a layer at a time: no third copy is on the way."""
+        if self._programs is None:
+            places = self._places(parameters)
+            one = jax.jit(self._one, out_shardings=places.layers[0])
+            self._programs = one, jax.jit(self._rest, out_shardings=places._replace(layers=()))
+        one, rest = self._programs
+        stacked = parameters["text"]["layers"]
+        layers = tuple(one(stacked, np.int32(i)) for i in range(self.config.text.depth))
+        return rest(parameters)._replace(layers=layers)
 
     def abstract_weights(self, parameters: nnx.State) -> Weights:
         """The same by shape and place alone, for a plan."""
         at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
-        return jax.tree.map(at, jax.eval_shape(self._copied, parameters), self._places(parameters))
+        layer = jax.eval_shape(self._one, parameters["text"]["layers"], np.int32(0))
+        shapes = jax.eval_shape(self._rest, parameters)._replace(layers=(layer,) * self.config.text.depth)
+        return jax.tree.map(at, shapes, self._places(parameters))
 
-    def _copied(self, parameters: nnx.State) -> Weights:
+    def _one(self, stacked: nnx.State, number: jax.Array) -> nnx.State:
+        """A layer of the stack."""
+        return self._cast(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), stacked))
+
+    def _rest(self, parameters: nnx.State) -> Weights:
         text = parameters["text"]
-        stacked = self._cast(text["layers"])
-        layers = tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.text.depth))
         head = None if self.config.tied else self._cast(parameters["head"])["kernel"][...]
-        return Weights(self._cast(text["embed"])["embedding"][...], layers, jax.tree.map(jnp.copy, text["norm"]), head)
+        return Weights(self._cast(text["embed"])["embedding"][...], (), jax.tree.map(jnp.copy, text["norm"]), head)
 
     def _cast(self, state: nnx.State) -> nnx.State:
         flat = nnx.to_flat_state(state)

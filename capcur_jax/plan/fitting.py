@@ -114,7 +114,7 @@ def settle(
     """
     config, sized = _slots(config, devices)
     found = _way(config, devices, account, usable, without_images)
-    return _pages(Settled(found.config, found.why | sized), devices, usable, without_images)
+    return _pages(Settled(found.config, found.why | sized), devices, account, usable, without_images)
 
 
 def _slots(config: ConfigDict, devices: Sequence[Any]) -> tuple[ConfigDict, dict[str, str]]:
@@ -130,8 +130,14 @@ def _slots(config: ConfigDict, devices: Sequence[Any]) -> tuple[ConfigDict, dict
     return config, {SLOTS: f"{config.rollout.slots}: {why}"}
 
 
-def _pages(settled: Settled, devices: Sequence[Any], usable: int | None, without_images: Sequence[str]) -> Settled:
-    """With as many pages as the devices' memory holds beside all else."""
+def _pages(
+    settled: Settled,
+    devices: Sequence[Any],
+    account: Account,
+    usable: int | None,
+    without_images: Sequence[str],
+) -> Settled:
+    """With as many pages as the devices' memory holds beside all else, what the sampler's programs make included."""
     config = settled.config
     here = usable is not None and devices[0].platform != "cpu" and policy.engine_kind(config).in_process
     if config.rollout.pages or not here:
@@ -142,6 +148,16 @@ def _pages(settled: Settled, devices: Sequence[Any], usable: int | None, without
         return settled
     config = _copy(config)
     config.rollout.pages = min(pool.pages for pool in pools)
+    over = [
+        needed(program, account(settled.config, variant, program))
+        for variant in variants
+        for program in variant.programs
+        if program.name in programs.SAMPLING
+    ]
+    excess = max((size - usable for size in over if size is not None), default=0)
+    if excess > 0:
+        page = next(variant.page_bytes for variant in variants if variant.slots.rows)
+        config.rollout.pages = max(config.rollout.pages - -(-excess // page), 1)
     why = f"{config.rollout.pages}: pages of {pools[0].size} tokens, of each device row"
     return Settled(config, settled.why | {PAGES: why})
 
@@ -172,7 +188,10 @@ def _way(
     for way in ways if len(ways) > 1 else ():  # the last one needs the least
         largest = _most(_with(config, way), devices, account, without_images, usable)
         said[way] = _said(*largest, usable)
-        if largest[1] is not None and largest[1] <= usable:
+        few = way.gathered and _few(_with(config, way), devices, without_images, usable)
+        if few:
+            said[way] = "beside the copy there is room for few pages"
+        elif largest[1] is not None and largest[1] <= usable:
             chosen = way
             break
 
@@ -240,6 +259,13 @@ def _most(
                 return program.name, None
             found = max(found, (program.name, size), key=lambda one: one[1])
     return found
+
+
+def _few(config: ConfigDict, devices: Sequence[Any], without_images: Sequence[str], usable: int) -> bool:
+    """Whether the sampler's pages hold less than a quarter of the longest response for each slot: most would wait."""
+    tokens = config.rollout.max_new_tokens // 4
+    slots = [variant.slots for variant in programs.variants(config, devices, without_images, usable)]
+    return any(one.rows and one.pool.pages * one.pool.size < one.rows * tokens for one in slots)
 
 
 def _said(name: str, size: int | None, usable: int) -> str:

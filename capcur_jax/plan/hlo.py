@@ -68,7 +68,7 @@ class _Instruction(NamedTuple):
 def traffic(text: str, turns: int = 0) -> Traffic:
     """What `compiled.as_text()` says that each device sends and moves in one run of the program.
 
-    A loop that may end early counts in full; of a conditional's branches the one that sends most.
+    A loop that may end early counts in full; of a conditional's branches the one that sends most, or moves most.
 
     Args:
         turns: of a loop whose length the text doesn't say and that lies in no other such loop: decoding, which ends
@@ -106,7 +106,7 @@ def traffic(text: str, turns: int = 0) -> Traffic:
             elif instruction.opcode == "conditional":
                 names = [name for pair in _BRANCHES.findall(instruction.attributes) for name in pair if name]
                 branches = [inside(name.strip(" %"), outside) for group in names for name in group.split(",")]
-                total += max(branches, key=lambda b: sum(n for key, n in b.items() if key[2] == "bytes"))
+                total += max(branches, key=lambda b: (sum(n for k, n in b.items() if k[2] == "bytes"), b[_MOVED]))
             elif not instruction.opcode.endswith(("-done", "-update")):
                 for group in _CALLED.findall(instruction.attributes):
                     for name in group.split(","):

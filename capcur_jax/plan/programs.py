@@ -69,6 +69,7 @@ class Variant(NamedTuple):
     layout: Layout
     forward: Callable[..., Any]  # traces a pass of the trainer at a shape of packed rows
     slots: Slots  # of the local engine
+    page_bytes: int  # a device's, of a page of all layers
     state_bytes: int  # a device's, of what the trainer keeps
     weight_bytes: int  # of a model as a sampler reads it
 
@@ -167,10 +168,10 @@ def _variant(
     kept = 0 if reference is None or config.reference.memory != "device" else on_device(reference)
     ahead = on_device(batch)  # the next one is on its way while a batch is being worked on
     engine, copy = None, 0
-    if layout.sampled and policy.engine_kind(config).in_process:
+    if policy.engine_kind(config).in_process:  # a stage that samples nothing has the copy, too
         engine = _engine(config, processor, buckets, mesh)
         copy = on_device(engine.weights)  # it stays between the sampler's calls
-        if usable and not config.rollout.pages:
+        if layout.sampled and usable and not config.rollout.pages:
             held = moments + on_device(sums) + kept + copy + on_device(parameters)
             pages = _pages(engine, config, int(usable * (1 - _WORKING)) - held)
             engine = _engine(config, processor, buckets, mesh, pages)
@@ -200,12 +201,14 @@ def _variant(
     )
     apply = lambda: learner.apply.trace(state, sums, rate)  # noqa: E731
     programs.append(Program("update", layout.updates, apply, on_device((state, sums)), on_device(frozen) + kept + copy))
-    slots = Slots(0, 0, Pool(0, 0))
-    if engine is not None:
+    slots, page = Slots(0, 0, Pool(0, 0)), 0
+    if engine is not None and layout.sampled:
         beside = moments + on_device(sums) + kept
         large = _sizes(config, processor.config.vision.merge_size, images)
         sampling, slots = _sampling(engine, config, stage, large, images, beside)
         programs += sampling
+        opened = engine.work(config.rollout.group, _sampled(config))
+        page = on_device(engine.pages_shape(opened)) // opened.pool.pages
     shapes = {
         "prompts of a step": stage.prompts,
         "updates of a step": layout.updates,
@@ -225,7 +228,7 @@ def _variant(
     forward = lambda shape: learner.score.trace(trained, frozen, layout.blank(shape, passes=True))  # noqa: E731
     kept = on_device((state, sums)) + (on_device(reference) if reference is not None else 0)
     weights = count * jnp.dtype(config.model.dtype).itemsize
-    return Variant(stages, images, mesh, tuple(programs), shapes, count, layout, forward, slots, kept, weights)
+    return Variant(stages, images, mesh, tuple(programs), shapes, count, layout, forward, slots, page, kept, weights)
 
 
 def _sums(learner: Learner, trained: nnx.State, frozen: nnx.State, batch: UpdateBatch, mesh: Mesh) -> Sums:

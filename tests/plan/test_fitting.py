@@ -3,6 +3,7 @@ compiler's account of a tiny run's gradient."""
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +20,7 @@ DEVICES = [SimpleNamespace(platform="gpu")] * 2
 # Bytes that the programs of `made_up` compile to.
 SIZES = {("gradient", "dots"): 60, ("gradient", "full"): 30, ("decoding", True): 25, ("decoding", False): 35}
 COPY = 16  # of the weights; it lies beside the gradient
+PAGE = 2**20  # tokens: few pages are enough for all slots
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def compiles(monkeypatch):
             SimpleNamespace(name=name, size=SIZES[name, kind] * GIB, resident=resident * (name == "gradient"), given=0)
             for name, kind in (("gradient", config.model.remat), ("decoding", config.rollout.gathered))
         ]
-        slots = Slots(config.rollout.slots, 1, Pool(usable // GIB, 128))
-        return [SimpleNamespace(stages=[SimpleNamespace(name="text")], programs=made, slots=slots)]
+        slots = Slots(config.rollout.slots, 1, Pool(usable // GIB, PAGE))
+        return [SimpleNamespace(stages=[SimpleNamespace(name="text")], programs=made, slots=slots, page_bytes=GIB)]
 
     def of(variant, program):
         found.append((program.name, program.size // GIB))
@@ -123,11 +125,27 @@ def test_pages_fill_what_is_left_and_a_step_s_responses_have_slots(compiles, con
     settled = compiles[0](config, 80)
     assert (settled.config.rollout.slots, settled.config.rollout.pages) == (2 * fitting.MOST, 80)
     assert settled.why[SLOTS] == "640: 320 of a device row"
-    assert settled.why[PAGES] == "80: pages of 128 tokens, of each device row"
+    assert settled.why[PAGES] == f"80: pages of {PAGE} tokens, of each device row"
     config.stages.text.prompts = config.stages.perception.prompts = 16
     assert compiles[0](config, 80).why[SLOTS] == "80: all responses of a step"
     config.rollout.engine = "sglang"
     assert not {SLOTS, PAGES} & compiles[0](config, 80).why.keys()
+
+
+def test_a_copy_that_leaves_few_pages_is_not_made(compiles, config, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PAGE", 128)  # 64 slots would have 80 x 128 tokens
+    settled = compiles[0](config, 80)
+    assert not settled.config.rollout.gathered
+    assert settled.why[GATHERED].startswith(
+        "False: otherwise beside the copy there is room for few pages; now gradient"
+    )
+
+
+def test_what_the_sampler_makes_takes_room_from_its_pages(compiles, config, monkeypatch):
+    config.rollout.update({"pages": 0, "gathered": False})
+    config.model.remat = "full"
+    monkeypatch.setitem(SIZES, ("decoding", False), 82)
+    assert compiles[0](config, 80).config.rollout.pages == 78
 
 
 def test_a_refusal_of_the_compiler_is_no_room(config, monkeypatch, compiles):

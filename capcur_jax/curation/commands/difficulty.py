@@ -106,8 +106,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     difficulty.measure(
                         problems, engine=engine, builder=opened.builder, reward=reward, sampling=sampling,
                         samples=arguments.samples, seed=arguments.seed, journal=journal, images=images,
-                        # Slots that become free find work.
-                        batch=max(1, 4 * policy.slots(config, 1) // arguments.samples),
+                        batch=max(1, policy.batch(config) // arguments.samples),
                         progress=progress.advance,
                     )  # fmt: skip
             except RolloutError as error:

@@ -20,6 +20,7 @@ from flax import nnx
 
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.devices.programs import Programs
+from capcur_jax.errors import InputError
 from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, rounded_up
 from capcur_jax.models.decoding import DecodingModel
 from capcur_jax.models.inputs import Processor, Prompt
@@ -91,8 +92,14 @@ class LocalEngine:
         self.mesh = mesh = model.mesh
         self.shards, self._all = sharding.local_row_shards(mesh), sharding.row_shards(mesh)
         self.processor, self.buckets, self._slots, self._prefill = processor, buckets, slots, prefill
-        small = mesh.devices.flat[0].platform == "cpu"
-        self._page, self._pages, self.burst = page or (0 if small else PAGE), pages, burst
+        platform = mesh.devices.flat[0].platform
+        odd = {"gpu": page & (page - 1) or page > 2 * PAGE, "tpu": page % 16}
+        if odd.get(platform):
+            raise InputError(
+                f"config.rollout.page = {page}: the kernels of a {platform.upper()} want "
+                + (f"a power of two, at most {2 * PAGE}" if platform == "gpu" else "a multiple of 16")
+            )
+        self._page, self._pages, self.burst = page or (0 if platform == "cpu" else PAGE), pages, burst
         self._work: dict[tuple[int, Sampling], Work] = {}
         self._decode: dict[tuple[Sampling, int], tuple[Programs, dict[bool, Programs], Pool, int]] = {}
         self.decoding = DecodingModel(model, gathered=gathered)
@@ -201,6 +208,11 @@ class LocalEngine:
             size = self._page or rounded_up(longest, 8)
             table = Pool(0, size).of(longest)
             pool = Pool(self._pages or rows * table, size)
+            if pool.pages < table:
+                raise InputError(
+                    f"config.rollout.pages = {pool.pages}: a prompt and a response of {longest} tokens need {table} "
+                    f"pages of {size} tokens; give at least those, or 0"
+                )
 
             def empty():
                 return self.decoding.empty_pages(pool.pages * self._all, size)

@@ -196,13 +196,14 @@ class Places:
         """As many prompts as there is room for, each to the device row that has the most free slots: what each row
         gets. A row that has nothing else to do takes what it can of a prompt's responses."""
         parts: list[list[Admitted]] = [[] for _ in self.running]
+        missing = [self._missing(shard) for shard in range(len(parts))]  # what comes has what it needs at once
         for _ in range(len(parts) * self.each):
             if not self.waiting:
                 break
             free, entry = self.free_slots(), self.waiting[0]
             open_ = [shard for shard in range(len(parts)) if len(parts[shard]) < self.each]
             order = sorted(open_, key=lambda shard: (-free[shard], shard))
-            room = {shard: self._room(shard, entry) for shard in order}
+            room = {shard: self._room(shard, entry, missing[shard]) for shard in order}
             whole = [shard for shard in order if room[shard] == len(entry.responses)]
             idle = [shard for shard in order if not self._held[shard] and room[shard]]
             if not whole and not idle:
@@ -214,9 +215,9 @@ class Places:
             parts[shard].append(self._start(shard, Entry(entry.prompt, entry.responses[: room[shard]])))
         return parts
 
-    def _room(self, shard: int, entry: Entry) -> int:
-        """How many of the entry's responses fit."""
-        pages = len(self._free[shard]) - self._missing(shard)
+    def _room(self, shard: int, entry: Entry, missing: int) -> int:
+        """How many of the entry's responses fit beside pages that others are missing."""
+        pages = len(self._free[shard]) - missing
         count = min(len(entry.responses), int(self.free_slots()[shard]))
         while count and self._needed(entry.prompt, count) > pages:
             count -= 1

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from capcur_jax import presets
+from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import Learner
 from capcur_jax.learner.packing import Responses, UpdateBatch
 from capcur_jax.models.batching import Buckets, PromptSize
@@ -288,6 +289,14 @@ def test_what_is_sampled_depends_on_no_slot(engine, model, processor, biased, pr
     drawn = other.generate(prompts, WARM, G, seed=11)
     assert_as_before(drawn, whole)
     assert all(sample.spans == ((3, 0, len(sample.tokens)),) for group in drawn for sample in group)
+
+
+def test_too_few_pages_for_a_response_are_refused_before_any_is_drawn(model, processor, prompts):
+    engine = LocalEngine(model, processor, slots=4, buckets=BUCKETS, page=8, pages=9)
+    with pytest.raises(
+        InputError, match=r"config\.rollout\.pages = 9: a prompt and a response of 74 tokens need 10 pages"
+    ):
+        engine.warm_up([PromptSize.of(prompts[0])], WARM, G)
 
 
 def test_groups_are_told_while_others_are_decoded(model, processor, biased, prompts, monkeypatch):
