@@ -282,7 +282,8 @@ def test_peak_memory_is_the_parameters_and_one_file(checkpoint, tmp_path):
     parameters, loaded, saved = map(int, printed)
     assert parameters > 150_000_000
     assert parameters < loaded < parameters + max(files)
-    assert saved < parameters + max(files) + 12_000_000  # and what writing itself takes
+    # And what writing itself takes: 11 to 13 MB were seen, a second copy of the largest stack would be 50.
+    assert saved < parameters + max(files) + 25_000_000
 
 
 # --- what can't be read -----------------------------------------------------------------------------------------------
