@@ -28,15 +28,12 @@ Record = Mapping[str, Any]
 
 
 def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
-    """Writes `workdir`/report.html from those of the run's records that are there.
-
-    Returns its path, relative where `workdir` is.
+    """Writes `workdir`/report.html from those of the run's records that are there, and returns its path.
 
     Raises:
       FileNotFoundError: without metrics.jsonl.
       ValueError: a broken record; names file and line.
     """
-    path = pathlib.Path(workdir) / "report.html"  # as the user wrote it
     workdir = pathlib.Path(workdir).absolute()
     if not (workdir / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{workdir} holds no metrics.jsonl: give the work directory (--workdir) of a run")
@@ -73,6 +70,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         prompts_each=prompts_each,
         files={name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items() if content},
     )
+    path = workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 

@@ -204,13 +204,6 @@ def run(tmp_path_factory):
     return workdir, report.write_report(workdir)
 
 
-def test_its_path_is_told_as_the_folder_was(tmp_path, monkeypatch):
-    (tmp_path / "metrics.jsonl").touch()
-    monkeypatch.chdir(tmp_path.parent)
-    path = report.write_report(tmp_path.name)
-    assert str(path) == f"{tmp_path.name}/report.html" and f"<h1>{tmp_path.name}" in path.read_text(encoding="utf-8")
-
-
 def test_full_run(run):
     workdir, path = run
     assert path == workdir / "report.html" and path.stat().st_size < 3_000_000
