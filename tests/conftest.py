@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -189,6 +191,15 @@ def sets(tmp_path_factory):
     from tests import tiny  # here: it imports this module
 
     return tiny.write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="session")
+def sglang_python():
+    """The server environment's Python; installed when absent (some minutes, 2.6 GB)."""
+    script = Path(__file__).parents[1] / "launch" / "sglang_cpu.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()[-1]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -17,6 +18,7 @@ from capcur_jax.records.jsonl import read_jsonl
 from tests import environment, tiny
 from tests.grid.test_executors import until
 from tests.launch import slurm
+from tests.rollout.sglang.test_run import FLAGS
 from tests.test_main import ROOT
 from tests.test_resume import records
 
@@ -124,6 +126,28 @@ def test_a_trainer_with_rollout_nodes_saves_at_the_time_limit(kind, cluster, sta
     assert "0 saved" in lines
 
 
+@pytest.mark.sglang
+@pytest.mark.xdist_group("sglang")
+def test_a_run_whose_server_is_on_a_node_of_another_kind(cluster, sglang_python, checkpoint, sets, tmp_path):
+    where, workdir, log = "config.rollout.sglang", tmp_path / "run", tmp_path / "log.txt"
+    settings = {
+        **FLAGS, **{f"config.{key}": value for key, value in sets.items()}, "config.checkpoint": checkpoint,
+        "config.order": "('text',)", f"{where}.python": sglang_python, f"{where}.memory_fraction": "0.3",
+        f"{where}.environment": "('TORCHDYNAMO_DISABLE=1',)",
+    }  # fmt: skip
+    given = ["--config=configs/staged.py", f"--workdir={workdir}", *(f"--{key}={settings[key]}" for key in settings)]
+    job = sent("--nodes=1", f"--output={log}", ":", "--nodes=1", "launch/slurm.sbatch", *given)
+    assert ended(job, 600), log.read_text()[-3000:]
+    said = ask("scontrol", "show", "job", job)
+    assert said.count("JobState=COMPLETED") == said.count("ExitCode=0:0") == 2, log.read_text()[-3000:]
+    steps = [record for record in read_jsonl(workdir / "metrics.jsonl") if record["type"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(step["logprob_difference_max"] < 1e-3 and step["rollout_restarts"] == 0 for step in steps)
+    assert "launch_server" in (workdir / "sglang" / os.uname().nodename / "server-0.log").read_text()
+    # The server ended with the trainer.
+    assert not [one.pid for one in psutil.process_iter(["cmdline"]) if str(workdir) in str(one.info["cmdline"])]
+
+
 def test_an_array_takes_a_line_of_a_dry_run_each(cluster, stand_in, tmp_path):
     lines = [f"staged\t{seed}\t-\tpython -m capcur_jax.main --config=x '--workdir={tmp_path}/a b' --config.seed={seed}"
              for seed in (3, 4)]  # fmt: skip
@@ -169,17 +193,19 @@ def test_a_preempted_run_of_two_tasks_goes_on_and_ends_as_an_unbroken_one(cluste
     assert ours.keys() == theirs.keys() and all((ours[key] == theirs[key]).all() for key in theirs)
 
 
-def test_a_grid_of_two_runs_is_one_array(cluster, checkpoint, sets, tmp_path):
+def test_a_grid_of_two_runs_of_two_nodes_each_is_one_array(cluster, checkpoint, sets, tmp_path):
     settings = {
-        **SETTINGS, **sets, "checkpoint": str(checkpoint), "evaluation.sets": ("text",),
+        **SETTINGS, **sets, "checkpoint": str(checkpoint), "evaluation.sets": ("text",), "mesh.data": 2,
+        "reward.timeout_s": 120.0,  # four processes on these cores
         **{f"stages.{name}.steps": 2 for name in ("perception", "text", "visual")},
         **{f"stages.{name}.prompts": 4 for name in ("perception", "text", "visual")},
     }  # fmt: skip
     command = [
         sys.executable, "-m", "capcur_jax.ablations", "--rows=visual,perception", f"--workdir={tmp_path / 'grid'}",
-        "--executor=slurm", "--jobs=2", "--slurm=time=10", *tiny.arguments(settings),
+        "--executor=slurm", "--jobs=2", "--slurm=time=10", "--slurm=nodes=2", *tiny.arguments(settings),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    variables = {**os.environ, **environment.TOGETHER, "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "2 of 2 done" in done.stdout
     (file,) = (tmp_path / "grid" / "slurm").glob("[0-9]*_submission.sh")
@@ -189,3 +215,4 @@ def test_a_grid_of_two_runs_is_one_array(cluster, checkpoint, sets, tmp_path):
         assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
         assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl") if r["type"] == "step"] == [1, 2]
         assert "Stage" in (folder / "log.txt").read_text() and not (folder / "log.txt.job").exists()
+        assert json.loads((folder / "summary.json").read_text())["devices"] == 2 and (folder / "log.txt.1").exists()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -111,14 +109,6 @@ def changed(parameters: nnx.State, scale: float = 0.02, only: str = "", seed: in
         return leaf.replace(leaf[...] + noise) if ".".join(path).startswith(only) else leaf
 
     return nnx.from_flat_state([(path, move(path, leaf)) for path, leaf in nnx.to_flat_state(parameters)])
-
-
-@pytest.fixture(scope="session")
-def sglang_python():
-    """The server environment's Python; installed when absent (some minutes, 2.6 GB)."""
-    done = subprocess.run([sys.executable, ROOT / "launch" / "sglang_cpu.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.split()[-1]
 
 
 @pytest.fixture(scope="session")
