@@ -281,7 +281,7 @@ def _sampling(
     work = engine.work(group, _sampled(config))
     pages = engine.pages_shape(work)
     # This process's prompts: `admitted` makes all processes' arrays of them.
-    largest = max(engine.buckets.shapes(large, images, work.prompts * engine.shards, engine.shards))
+    largest = max(engine.buckets.shapes(large, images, work.prompts))
     copy, parameters = on_device(engine.weights), on_device(engine.parameters)
     return [
         Program(
