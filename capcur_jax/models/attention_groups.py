@@ -65,7 +65,8 @@ def _each(
 ) -> list[jax.Array]:
     """What `compute(pieces of each array, places of the group)` gives for every group of a row, put together: as many
     rows [W, N, H], like the first arrays."""
-    (S, T), W = bounds, len(arrays[0])
+    W = len(arrays[0])
+    S, T = (min(bound, W) for bound in bounds)  # a short row has the bounds of the longest
     G = len(places.response_start) // len(places.prompt_start)
     longest = T if G else S  # of what differs
     lengths = sorted({min(longest, -(-longest * n // (_LENGTHS * 8)) * 8) for n in range(1, _LENGTHS)} | {longest})
