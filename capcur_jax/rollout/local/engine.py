@@ -211,11 +211,7 @@ class LocalEngine:
             size = self._page or rounded_up(longest, 8)
             table = Pool(0, size).of(longest)
             pool = Pool(self._pages or rows * table, size)
-            if pool.pages < table:
-                raise InputError(
-                    f"config.rollout.pages = {pool.pages}: a prompt and a response of {longest} tokens need {table} "
-                    f"pages of {size} tokens; give at least those, or 0"
-                )
+            pool.row(longest)  # refuses too few
 
             def empty():
                 return self.decoding.empty_pages(pool.pages * self._all, size)

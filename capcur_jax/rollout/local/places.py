@@ -41,6 +41,15 @@ class Pool(NamedTuple):
         """Pages that so many tokens of one row lie in."""
         return -(-tokens // self.size)
 
+    def row(self, tokens: int) -> int:
+        """The same of the longest prompt with the longest response, which must find room. Raises InputError."""
+        if (needed := self.of(tokens)) > self.pages:
+            raise InputError(
+                f"config.rollout.pages = {self.pages}: a prompt and a response of {tokens} tokens need {needed} pages "
+                f"of {self.size} tokens; give at least those, or 0"
+            )
+        return needed
+
 
 class Entry(NamedTuple):
     """What waits: responses of a prompt."""
@@ -106,12 +115,7 @@ class Places:
     ):
         self.n, self.each, self.pool, self.longest, self._burst, self._row = n, each, pool, longest, burst, row
         self._tokens = [size.tokens for size in sizes]
-        most = pool.of(max(self._tokens, default=1) + longest)
-        if most > pool.pages:
-            raise InputError(
-                f"a prompt of {max(self._tokens)} tokens and a response of {longest} need {most} pages of {pool.size} "
-                f"tokens, and a device row has {pool.pages}: raise config.rollout.pages"
-            )
+        most = pool.row(max(self._tokens, default=1) + longest)
         self.own = most == 1 and pool.pages == rows  # a slot's page has its number
         # The longest first, as bins are packed; answers come in the prompts' order.
         order = sorted(range(len(sizes)), key=lambda i: (sum(sizes[i].images), sizes[i].tokens), reverse=True)
