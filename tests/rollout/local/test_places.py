@@ -274,9 +274,7 @@ def test_a_slot_s_page_has_its_number_where_each_has_one(pages, size, own):
 def test_a_prompt_and_a_response_that_fit_no_pool_are_refused(pages, tokens):
     case = Case([1, tokens], [], n=1, shards=1, rows=9, each=1, pool=Pool(pages, 4), longest=8, burst=3)
     need = -(-(tokens + 8) // 4)
-    message = (
-        rf"config\.rollout\.pages = {pages}: a prompt and a response of {tokens + 8} tokens need {need} pages of 4"
-    )
-    with pytest.raises(InputError, match=message):
+    message = rf"a prompt and a response of {tokens + 8} tokens need {need} pages of 4"
+    with pytest.raises(InputError, match=rf"config\.rollout\.pages = {pages}: {message}"):
         case.places()
     case._replace(pool=Pool(need, 4)).places()
