@@ -141,13 +141,13 @@ class Places:
         return self._held[shard][slot].pages
 
     def worthwhile(self) -> bool:
-        """Whether a device row has room for as many prompts as a prefill takes, or for all waiting ones; or whether one
-        has nothing else to do."""
+        """Whether a device row has room for as many prompts as a prefill takes, or all rows for all that wait; or
+        whether one has nothing else to do."""
         if not self.waiting:
             return False
-        wanted = len(self._next())
+        fitting = [self._fitting(shard) for shard in range(len(self.running))]
         # Pages may be too few for so many at any time.
-        return any(self._fitting(shard) >= wanted for shard in range(len(self.running))) or not all(self._held)
+        return max(fitting) >= len(self._next()) or sum(fitting) >= len(self.waiting) or not all(self._held)
 
     def burst(self, most: int, waiting: bool) -> tuple[int, int, np.ndarray]:
         """Of the next burst its rows of a device row, how few responses may be left when it ends, and how many free

@@ -209,7 +209,7 @@ def test_responses_wait_only_where_pages_are_too_few_for_all_slots(pages, enough
 
 def test_an_empty_device_row_does_not_wait_for_the_others():
     """A device row has pages for 2 of the 3 prompts of a prefill."""
-    case = Case([8] * 6, [8, 8, 2, 2, 8, 8], n=1, shards=2, rows=8, each=3, pool=Pool(9, 4), longest=8, burst=7)
+    case = Case([8] * 7, [8, 8, 2, 2, 8, 8, 8], n=1, shards=2, rows=8, each=3, pool=Pool(9, 4), longest=8, burst=7)
     call = Call(case)
     call.admit()
     call.reserve()
@@ -233,6 +233,16 @@ def test_a_prefill_takes_as_many_prompts_as_its_row_has_tokens_for():
     assert not waiting.worthwhile()  # three would meet in the next one, and two slots are all that there are
     waiting.release(0, 1)
     assert waiting.worthwhile()
+
+
+def test_the_last_prompts_do_not_wait_where_rows_have_room_for_one_each():
+    """Three slots are free, one of each device row, and three prompts wait."""
+    case = Case([4] * 9, [3] * 9, n=1, shards=3, rows=3, each=2, pool=Pool(9, 4), longest=3, burst=3)
+    places, rounds = case.places(), 0
+    while places.worthwhile():
+        places.admit()
+        rounds += 1
+    assert rounds == 2 and not places.waiting
 
 
 def three(pages: int) -> Places:
