@@ -218,7 +218,7 @@ def test_an_empty_device_row_does_not_wait_for_the_others():
     assert call.answered == [2, 3] and not call.places.worthwhile()
     call.places.release(1, 0)
     assert call.places.worthwhile()
-    assert [[one.prompt for one in part] for part in call.places.admit()] == [[5], [4]]
+    assert [[one.prompt for one in part] for part in call.places.admit()] == [[5], [4, 6]]
 
 
 def test_a_prefill_takes_as_many_prompts_as_its_row_has_tokens_for():
