@@ -171,10 +171,10 @@ def most_rows(images: Collection[Sequence[int]], prompts: int, patches: int, len
     all at most. The largest sum of patches is no such bound: a smaller one may pack worse."""
     P = length
     alone = prompts * max(rows_of(assign_rows(each, P)) for each in images)
-    count = prompts * max(map(len, images))
-    if patches <= P:
+    sizes = [size for each in images for size in each]
+    if patches <= P or not sizes:
         return 1
-    largest = max(max(each, default=0) for each in images)
+    largest, count = max(sizes), min(prompts * max(map(len, images)), patches // min(sizes))
     # `assign_rows` begins a row for an image that no other has room for. So all rows but one have more than
     # P - largest patches, and as many images as the largest would be in a row; and all but one are over half full.
     return min(alone, 1 + (patches - 1) // (P - largest + 1), -(-count // (P // largest)), -(-2 * patches // P))

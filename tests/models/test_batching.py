@@ -202,16 +202,16 @@ def test_declared_shapes_hold_what_is_asked(processor):
 @pytest.mark.parametrize(
     ("platform", "dtype", "attention", "patches"),
     [
-        ("cpu", "bfloat16", "auto", ((8, 512), (15, 512))),
+        ("cpu", "bfloat16", "auto", ((5, 512), (9, 512))),
         ("tpu", "bfloat16", "auto", ((1, 1920), (1, 3712))),
-        ("tpu", "float32", "auto", ((8, 512), (15, 512))),
-        ("tpu", "bfloat16", "xla", ((8, 512), (15, 512))),
+        ("tpu", "float32", "auto", ((5, 512), (9, 512))),
+        ("tpu", "bfloat16", "xla", ((5, 512), (9, 512))),
     ],
 )
 def test_images_share_one_row_where_a_kernel_skips_the_others_and_else_have_rows_of_their_length(
     processor, monkeypatch, platform, dtype, attention, patches
 ):
-    """XLA's scores of one row with 15 such images would be seven times as many as those of 15 rows."""
+    """XLA's scores of one row with 9 such images would be six times as many as those of 9 rows."""
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     sizes = [PromptSize(500, (400,) * 4), PromptSize(30)]
     assert Buckets(()).holding(sizes, 4, processor.config.vision, dtype, attention).patches == patches
@@ -285,9 +285,9 @@ def test_what_no_batch_can_need_is_not_declared():
     assert buckets.shapes([PromptSize(9), PromptSize(40)], False, 8) == [RowShape(16), RowShape(32), RowShape(48)]
     assert buckets.shapes([PromptSize(20)], False, 1) == [RowShape(32)]
     assert buckets.shapes([], True, 8) == []
-    # The prompts with images are longer than 16 tokens.
-    assert buckets.shapes([PromptSize(9), PromptSize(20, (64,))], True, 4) == [
-        RowShape(16, 2, 64), RowShape(32, 2, 64), RowShape(32, 4, 64), RowShape(48, 2, 64), RowShape(48, 4, 64),
+    # Fewer tokens hold fewer images.
+    assert buckets.shapes([PromptSize(9), PromptSize(12, (64,))], True, 4) == [
+        RowShape(16, 2, 64), RowShape(32, 2, 64), RowShape(48, 2, 64), RowShape(48, 4, 64),
     ]  # fmt: skip
     with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets .* of 5 prompts .* declare \(10, 64\)"):
         buckets.shapes([PromptSize(9, (64, 64))] * 8, True, 8)
