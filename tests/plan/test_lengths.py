@@ -15,8 +15,8 @@ from capcur_jax.errors import InputError
 from capcur_jax.learner import packing
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.minibatches import Micro
-from capcur_jax.learner.packing import RowShape
 from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.plan import lengths, work
 from capcur_jax.records.jsonl import JsonLines
 from capcur_jax.rollout.local.places import Pool

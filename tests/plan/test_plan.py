@@ -203,7 +203,9 @@ def test_a_tiny_run_on_accelerators(topology, attention, tmp_path):
     groups = [(30 + i, [4, 6, 10, 20, 40]) for i in range(8)]
     lengths, other = recorded(tmp_path / "rollouts.jsonl", groups), tmp_path / "other.jsonl"
     recorded(other, [(30, [4] * 5)] * 8)
-    done = run("--config=configs/staged.py", f"--topology={topology}", "--json", f"--lengths={lengths},{other}", *settings)
+    done = run(
+        "--config=configs/staged.py", f"--topology={topology}", "--json", f"--lengths={lengths},{other}", *settings
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["fits"] and list(found)[-1] == "lengths" and list(found["lengths"]) == LENGTHS
