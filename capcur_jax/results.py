@@ -315,7 +315,8 @@ def finish(run: Run, status: str, facts: dict[str, Any]) -> dict[str, Any]:
     jsonl.write_json_atomic(run.workdir / "summary.json", summary)
     base = download.version(run.config.checkpoint, run.policy.source)
     model_card.write(run.workdir, run.policy.source, base)
-    files = {"report": report.write_report(run.workdir), "metrics": run.workdir / "metrics.jsonl"}
+    page_of_run = report.write_report(run.workdir).name  # all paths are told as the user gave --workdir
+    files = {"report": run.workdir / page_of_run, "metrics": run.workdir / "metrics.jsonl"}
     if (run.workdir / folders.FINAL / folders.SCORES).is_file():
         files["answers"] = page.write(run.workdir / folders.FINAL)
     for line in explain_skipped(builder):

@@ -187,6 +187,13 @@ def check_paths(arguments: list[str]) -> None:
         assert not argument.startswith("tests") or (ROOT / argument).exists(), argument
 
 
+def test_options_have_underscores_as_config_keys_have():
+    for room in ("capcur_jax", "benchmarks", "docs", "launch"):
+        for source in (ROOT / room).rglob("*.py"):
+            given = re.findall(r"\badd(?:_argument)?\(\s*\"--([\w-]+)\"", source.read_text(encoding="utf-8"))
+            assert not [name for name in given if "-" in name], source
+
+
 @pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{page}: {command[:60]}" for page, command in ALL])
 def test_a_command_is_one(page, command, tmp_path, monkeypatch):
     """Its flags, files and keys are there, and its config is one."""

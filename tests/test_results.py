@@ -154,6 +154,16 @@ def test_a_run_that_did_not_end_has_no_final_figures(tmp_path, status):
     assert summary["left_out"]["text"] == {"base": 2, "after_text": 2}
 
 
+def test_paths_are_told_as_the_folder_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    run = Run(Path("run"))
+    run.finish("finished")
+    _, summary, files = run.shown[-1]
+    assert summary["checkpoint"] == "run/checkpoints/final"
+    assert set(map(str, files.values())) == {"run/report.html", "run/metrics.jsonl"}
+
+
 def test_a_run_that_was_stopped_before_its_first_step_has_a_summary_too(tmp_path):
     run = Run(tmp_path)
     run.recorder.steps, run.recorder.evaluations = [], []

@@ -287,7 +287,7 @@ class LocalModel:
         published = self._processor.config.published
         context = {**published, **published.get("text_config", {})}.get("max_position_embeddings", 1 << 60)
         if tokens + self._how.max_new_tokens > context:
-            raise BadInput(f"{tokens} prompt tokens exceed the checkpoint's {context} positions; lower --max-pixels")
+            raise BadInput(f"{tokens} prompt tokens exceed the checkpoint's {context} positions; lower --max_pixels")
         return PromptSize(tokens, tuple(patches))
 
     def _build(self, asked: Asked) -> Any:

@@ -88,7 +88,7 @@ class Plan:
             source = Sets(config.data, self.workdir / "data").path(name, "train")
             arguments = (
                 "-m", "capcur_jax.data", "difficulty", f"--config={file}", *self.overrides, f"--input={source}",
-                f"--output={output}", f"--samples={SAMPLES}", f"--max-new-tokens={config.rollout.max_new_tokens}",
+                f"--output={output}", f"--samples={SAMPLES}", f"--max_new_tokens={config.rollout.max_new_tokens}",
             )  # fmt: skip
             jobs.append(Job(rating(name), arguments, output.parent))
         return jobs

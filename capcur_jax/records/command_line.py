@@ -42,7 +42,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=seconds, default=120.0, metavar="S", help="seconds for a reply (default: %(default)s)")
     add("--retries", type=at_least(0), default=6, metavar="N",
         help="further tries after time-outs, lost connections, 429 and 5xx (default: %(default)s)")  # fmt: skip
-    add("--api-key-variable", default="", metavar="NAME",
+    add("--api_key_variable", default="", metavar="NAME",
         help="environment variable that holds the servers' API key (default: none is sent)")  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class Chat:
         pause_s: float = 1.0,
         key_variable: str = "",
         dialect: Dialect = OPENAI,
-        options: tuple[str, str] = ("--address", "--api-key-variable"),
+        options: tuple[str, str] = ("--address", "--api_key_variable"),
     ):
         self._options, self._dialect = options, dialect
         for address in addresses:
@@ -210,7 +210,7 @@ class Chat:
         if status in (404, 405) or 300 <= status < 400:
             remedy = f"check {self._options[0]} and the model's name"
             if path == "/v1/completions":
-                remedy += "; a server for conversations alone needs --caption-chat"
+                remedy += "; a server for conversations alone needs --caption_chat"
             return InputError(f"{said} for {path}: {remedy}")
         seconds = float(wait) if re.fullmatch(r"\d{1,6}(\.\d+)?", wait) else 0.0
         return _Try(said, again=status in (408, 409, 425, 429) or status >= 500, wait_s=min(seconds, _PATIENCE_S))

@@ -160,16 +160,16 @@ def test_the_command_counts_tokens_of_text_and_images_with_the_default_checkpoin
             {"id": "2", "problem": "What color?", "answer": "red", "images": ["a.png"]},
             {"id": "3", "problem": "What color?", "answer": "red", "images": ["b.png"]}]  # fmt: skip
     file = write(folder / "rows.jsonl", rows)
-    code, small, err = run(capsys, "check", file, "--max-pixels", 4096)
+    code, small, err = run(capsys, "check", file, "--max_pixels", 4096)
     assert code == 0 and "Prompt tokens" in err and small["checkpoint"].endswith("tiny_qwen3_vl")
-    code, large, err = run(capsys, "check", file, "--min-pixels", 40000, "--max-pixels", 80000, "--json")
+    code, large, err = run(capsys, "check", file, "--min_pixels", 40000, "--max_pixels", 80000, "--json")
     assert code == 0 and "Prompt tokens" not in err
     assert small["prompt_tokens"]["min"] == large["prompt_tokens"]["min"]  # the text alone
     assert small["prompt_tokens"]["min"] < small["prompt_tokens"]["max"] < large["prompt_tokens"]["max"]
     limit = int(small["prompt_tokens"]["max"])
-    code, result, _ = run(capsys, "check", file, "--max-pixels", 4096, "--max-tokens", limit - 1, "--strict")
+    code, result, _ = run(capsys, "check", file, "--max_pixels", 4096, "--max_tokens", limit - 1, "--strict")
     assert code == 1 and result["overlong_prompts"]["rows"] >= 1 and "exit_code" not in result
-    code, result, _ = run(capsys, "check", file, "--max-pixels", 4096, "--max-tokens", limit, "--strict")
+    code, result, _ = run(capsys, "check", file, "--max_pixels", 4096, "--max_tokens", limit, "--strict")
     assert code == 0
 
 
@@ -259,7 +259,7 @@ def test_none_of_it_needs_jax():
 def test_public_sets_are_sound(name, tmp_path, capsys):
     file, source = tmp_path / f"{name}.jsonl", os.path.join(os.environ["CAPCUR_SHARED_DATA"], name)
     assert run(capsys, "build", name, "--input", source, "--output", file)[0] == 0
-    code, result, _ = run(capsys, "check", file, "--max-tokens", 4096, "--strict")
+    code, result, _ = run(capsys, "check", file, "--max_tokens", 4096, "--strict")
     assert code == 0 and result["usable"] == result["rows"] > 100
     assert result["duplicates"]["conflicting_answers"]["rows"] == 0
 

@@ -153,7 +153,7 @@ def test_the_command_reports_and_writes_what_is_clean(folder, capsys):
     }
     assert pairs["both"]["image_difference"] == 0 < pairs["look"]["image_difference"]
     assert result["train"]["dropped"] == {"no answer": 1}
-    _, result, _ = run(capsys, *arguments, "--remove", clean, "--remove-look-alikes")
+    _, result, _ = run(capsys, *arguments, "--remove", clean, "--remove_look_alikes")
     removed = result["removed"]["dropped"]
     assert removed["contaminated: look"] == removed["contaminated: look and text"] == 1
     for wrong in (

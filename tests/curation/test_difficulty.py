@@ -152,7 +152,7 @@ def files(tmp_path):
     settings = ["--config.prompt.token_buckets=(96,)", "--config.rollout.slots=8", "--samples", "2"]
     return [
         "difficulty", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.parquet"),
-        "--max-new-tokens", "8", *settings,
+        "--max_new_tokens", "8", *settings,
     ]  # fmt: skip
 
 
@@ -196,4 +196,4 @@ def test_the_help_says_how_the_release_measured(capsys):
     with pytest.raises(SystemExit):
         main(["difficulty", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--top-p 0.9 and the instruction as a system turn (--config.prompt.instruction=system)" in said
+    assert "--top_p 0.9 and the instruction as a system turn (--config.prompt.instruction=system)" in said

@@ -50,7 +50,7 @@ def run_filter(capsys, folder, servers, *more, rows=None, output="out.jsonl"):
     """(exit code, final JSON or what was said, kept, dropped rows)"""
     if rows is not None:
         write_rows(folder / "in.jsonl", rows)
-    files = {"--input": "in.jsonl", "--output": output, "--keep-dropped": "dropped.jsonl"}
+    files = {"--input": "in.jsonl", "--output": output, "--keep_dropped": "dropped.jsonl"}
     arguments = ["filter", *(x for name, file in files.items() for x in (name, str(folder / file))), "--retries", "0"]
     for i, server in enumerate(servers):
         arguments += ["--model", f"served:{server.address},M{i + 1}"]
@@ -154,7 +154,7 @@ def test_the_image_pass_has_no_caption_and_the_caption_pass_no_image(capsys, tmp
 
 def test_the_caption_may_be_a_turn_of_a_chat(capsys, tmp_path):
     with ScriptedServer(scripted(["A"], ["B"])) as server:
-        _, result, *_ = run_filter(capsys, tmp_path, [server], "--caption-chat", rows=make_rows(tmp_path, 1))
+        _, result, *_ = run_filter(capsys, tmp_path, [server], "--caption_chat", rows=make_rows(tmp_path, 1))
     assert result["kept"] == 1
     assert [body["path"] for body in server.requests] == ["/v1/chat/completions"] * 2
     assert "Thing <0> is blue." in turn_text(server.requests[1]) and not has_image(server.requests[1])
@@ -164,7 +164,7 @@ def test_a_server_for_conversations_alone_is_told_apart(capsys, tmp_path):
     reply = lambda body: Raw(404, b"not found") if "prompt" in body else "A"  # noqa: E731
     with ScriptedServer(reply) as server:
         code, said, *_ = run_filter(capsys, tmp_path, [server], rows=make_rows(tmp_path, 1))
-    assert code == 2 and "--caption-chat" in said
+    assert code == 2 and "--caption_chat" in said
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_a_server_for_conversations_alone_is_told_apart(capsys, tmp_path):
     [
         ((), (100, 60)),
         (("--downsample", "2"), (50, 30)),
-        (("--max-pixels", "1500"), (50, 30)),
-        (("--downsample", "2", "--max-pixels", "1500"), (50, 30)),
+        (("--max_pixels", "1500"), (50, 30)),
+        (("--downsample", "2", "--max_pixels", "1500"), (50, 30)),
         (("--downsample", "1000"), (1, 1)),
     ],
 )
@@ -255,7 +255,7 @@ def test_rows_that_changed_are_asked_anew(capsys, tmp_path):
     assert [(has_image(body), number(body)) for body in server.requests[8:]] == [(True, 2), (True, 2)]
 
 
-@pytest.mark.parametrize("option", ["--output", "--keep-dropped"])
+@pytest.mark.parametrize("option", ["--output", "--keep_dropped"])
 def test_a_place_that_cannot_be_written_is_named_before_a_model_is_asked(capsys, tmp_path, option):
     (tmp_path / "file").write_text("")
     place = str(tmp_path / "file" / "rows.jsonl")
@@ -342,7 +342,7 @@ def test_local_checkpoints_answer_both_passes(capsys, tmp_path, checkpoint, wind
 
 
 def test_a_local_checkpoint_with_all_replies_is_not_loaded_again(capsys, tmp_path, monkeypatch, checkpoint, local_rows):
-    more = ["--model", str(checkpoint), "--batch", "2", "--max-new-tokens", "2", "--caption-chat"]
+    more = ["--model", str(checkpoint), "--batch", "2", "--max_new_tokens", "2", "--caption_chat"]
     *_, first = run_filter(capsys, tmp_path, [], *more, rows=local_rows)
 
     def never(self):

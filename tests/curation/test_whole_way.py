@@ -146,7 +146,7 @@ def test_from_captions_to_a_trained_model_and_a_data_card(tmp_path, capsys):
     files = {"perception": rated, "text": tmp_path / "text.jsonl", "visual": tmp_path / "visual.jsonl"}
     for name, output in zip((kept, tmp_path / "sums.jsonl", tmp_path / "corners.jsonl"), files.values(), strict=True):
         settings = [f"--{key}={RUN[key]}" for key in RUN if key.startswith(("config.prompt", "config.rollout.slots"))]
-        arguments = ["--input", name, "--output", output, "--samples", 4, "--max-new-tokens", 24, *settings]
+        arguments = ["--input", name, "--output", output, "--samples", 4, "--max_new_tokens", 24, *settings]
         found = command("difficulty", *arguments, capsys=capsys)
         rows, _ = read_problems(output)
         assert found["kept"] == len(rows) == sum(found["histogram"])

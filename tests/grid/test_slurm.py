@@ -166,6 +166,16 @@ def test_a_run_in_a_job_saves_when_the_grid_stops_and_before_the_time_limit(tmp_
     assert log.read_text() == "on\nsaved\n"
 
 
+@pytest.mark.parametrize(("module", "takes_part"), [("capcur_jax.main", True), ("capcur_jax.data", False)])
+def test_the_second_of_two_nodes_takes_part_in_runs_alone(module, takes_part, tmp_path):
+    """Two processes that measure the same pass rates would write the same journal."""
+    job = "import sys; from capcur_jax.grid.slurm import Command; sys.exit(Command()(sys.argv[2:], sys.argv[1]))"
+    line = [sys.executable, "-c", "print('here')", module]
+    environment = {**os.environ, "SLURM_PROCID": "1"}
+    done = subprocess.run([sys.executable, "-c", job, tmp_path / "log", *line], cwd=ROOT, env=environment)
+    assert done.returncode == 0 and (tmp_path / "log.1").exists() == takes_part
+
+
 def test_a_preempted_job_goes_back_to_the_queue(tmp_path, played):
     log = tmp_path / "log.txt"
     job = subprocess.Popen([sys.executable, "-c", JOB, SAVES, log], cwd=ROOT, stdout=subprocess.PIPE, text=True,

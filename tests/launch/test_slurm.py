@@ -32,7 +32,7 @@ echo "$SLURM_PROCID of $SLURM_NTASKS: $*"
 case $2 in capcur_jax.rollout.sglang)
   for argument; do case $argument in --register=*) folder=${argument#--register=} ;; esac; done
   mkdir -p "$folder" && echo -n "'http://host-$SLURM_PROCID:1'," >"$folder/$SLURM_PROCID.txt"
-  sleep 60 ;;
+  sleep 60; exit ;;
 esac
 [ -e "$STAY" ] || exit 0
 trap 'heard=yes; rm -f "$STAY"' TERM
@@ -72,17 +72,23 @@ def ended(job: str, seconds: float = 300) -> bool:
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """stand_in(*arguments): the lines that a job of two nodes prints whose Python only says what it was given."""
+    """stand_in(*arguments): the lines that a job of two nodes prints whose Python only says what it was given.
+
+    once: it is cancelled when it is back in the queue. Slurm takes minutes to start a job of two parts again.
+    """
     (tmp_path / "python").write_text(STAND_IN)
     (tmp_path / "python").chmod(0o755)
 
-    def run(*options: str, arguments: tuple[str, ...] = (), **variables: str) -> list[str]:
+    def run(*options: str, arguments: tuple[str, ...] = (), once: bool = False, **variables: str) -> list[str]:
         log = tmp_path / "log-%a.txt" if any(one.startswith("--array") for one in options) else tmp_path / "log.txt"
         job = sent(*options[:1], f"--output={log}", *options[1:], "launch/slurm.sbatch", *arguments,
                    PYTHON=str(tmp_path / "python"), STAY=str(tmp_path / "stay"), **variables)  # fmt: skip
         if (tmp_path / "stay").exists():
-            assert until(lambda: log.exists() and " of " in log.read_text())
+            assert until(lambda: log.exists() and "capcur_jax.main" in log.read_text())
             ask("scancel", "--batch", "--signal=USR1", job)  # as before a time limit
+        if once:
+            assert until(lambda: "PENDING" in ask("squeue", "--noheader", f"--jobs={job}", "--format=%T"))
+            ask("scancel", job)
         assert ended(job, 90)
         return [line for file in sorted(tmp_path.glob("log*.txt")) for line in file.read_text().splitlines()]
 
@@ -108,6 +114,14 @@ def test_rollout_nodes_of_the_same_kind_and_of_another(cluster, stand_in, tmp_pa
     for kind in (("--nodes=2",), ("--nodes=1", ":", "--nodes=1")):
         lines = stand_in(*kind, arguments=given, ROLLOUT_NODES="1")
         assert f"{served} {' '.join(given)}" in lines and trained in lines
+
+
+@pytest.mark.parametrize("kind", [("--nodes=2",), ("--nodes=1", ":", "--nodes=1")], ids=["one kind", "two kinds"])
+def test_a_trainer_with_rollout_nodes_saves_at_the_time_limit(kind, cluster, stand_in, tmp_path):
+    """Slurm counts the steps of all parts of a job together."""
+    (tmp_path / "stay").touch()
+    lines = stand_in(*kind, arguments=(f"--workdir={tmp_path}", "--config=x"), once=True, ROLLOUT_NODES="1")
+    assert "0 saved" in lines
 
 
 def test_an_array_takes_a_line_of_a_dry_run_each(cluster, stand_in, tmp_path):

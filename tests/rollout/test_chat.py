@@ -181,7 +181,7 @@ def test_a_server_that_fails_at_everything_ends_the_job():
     assert len(server.requests) < 60
 
 
-@pytest.mark.parametrize("status, said", [(401, "--api-key-variable"), (404, "--address"), (307, "--address")])
+@pytest.mark.parametrize("status, said", [(401, "--api_key_variable"), (404, "--address"), (307, "--address")])
 def test_what_no_question_will_mend_ends_the_job(status, said):
     answer = Raw(status, b"no", {"Location": "http://127.0.0.1:1/"})
     with ScriptedServer(lambda body: answer) as server, pytest.raises(InputError, match=said):
@@ -251,4 +251,4 @@ def test_no_address(address):
 def test_a_password_in_an_address_is_refused_and_not_repeated():
     with pytest.raises(InputError) as error:
         Chat([f"http://me:{SECRET}@127.0.0.1:1"], "m")
-    assert SECRET not in str(error.value) and "--api-key-variable" in str(error.value)
+    assert SECRET not in str(error.value) and "--api_key_variable" in str(error.value)

@@ -24,21 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that comes with the package)",
     )
     add(
-        "--max-tokens",
+        "--max_tokens",
         type=at_least(1),
         default=2048,
         metavar="N",
         help="longer prompts are overlong (default: %(default)s)",
     )
     add(
-        "--min-pixels",
+        "--min_pixels",
         type=at_least(0),
         default=0,
         metavar="N",
         help="smaller images are enlarged (0: the checkpoint's own)",
     )
     add(
-        "--max-pixels",
+        "--max_pixels",
         type=at_least(0),
         default=0,
         metavar="N",

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="REPORT.json", help="gets the report with the pairs")
     add("--remove", metavar="FILE", help="gets the training rows that share nothing (.jsonl or .parquet)")
     add(
-        "--remove-look-alikes",
+        "--remove_look_alikes",
         action="store_true",
         help="with --remove: also leave out rows whose pictures look alike, which may be wrong",
     )

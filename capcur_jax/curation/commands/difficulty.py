@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "set: --config.checkpoint=DIR --config.rollout.engine=sglang")  # fmt: skip
     add("--samples", type=at_least(1), default=16, metavar="K", help="responses to each problem (default: %(default)s)")
     add("--temperature", type=float, default=0.7, metavar="T", help="default: %(default)s, as in the paper")
-    add("--top-p", type=float, default=1.0, metavar="P",
-        help="default: %(default)s, as in training; the paper's release measured with --top-p 0.9 and the instruction "
+    add("--top_p", type=float, default=1.0, metavar="P",
+        help="default: %(default)s, as in training; the paper's release measured with --top_p 0.9 and the instruction "
         "as a system turn (--config.prompt.instruction=system)")  # fmt: skip
-    add("--max-new-tokens", type=at_least(1), default=1024, metavar="N", help="default: %(default)s, as in the paper")
+    add("--max_new_tokens", type=at_least(1), default=1024, metavar="N", help="default: %(default)s, as in the paper")
     add("--seed", type=at_least(0), default=0, metavar="N")
     add("--limit", type=at_least(0), default=0, metavar="N", help="measure only N rows, drawn by the hash of "
         "their ids; 0: all")  # fmt: skip

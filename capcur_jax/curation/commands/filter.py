@@ -24,18 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input", required=True, metavar="FILE", help="multiple-choice rows with an image and metadata.caption")
     add("--output", required=True, metavar="FILE", help="the rows that are kept (.jsonl, .parquet); journals beside it "
         "keep the replies, and a later run goes on from there")  # fmt: skip
-    add("--keep-dropped", default="", metavar="FILE", help="the dropped rows, with what the models said")
+    add("--keep_dropped", default="", metavar="FILE", help="the dropped rows, with what the models said")
     add("--model", required=True, action="append", metavar="SPEC",
         help="a filter model: served:URL,NAME behind an OpenAI-compatible server, or a checkpoint directory; repeat it "
         "for several, all of which must agree")  # fmt: skip
-    add("--max-new-tokens", type=at_least(1), default=8, metavar="N", help="of a reply (default: %(default)s)")
+    add("--max_new_tokens", type=at_least(1), default=8, metavar="N", help="of a reply (default: %(default)s)")
     add("--batch", type=at_least(1), default=16, metavar="N", help="prompts that a local model reads at once (default: "
         "%(default)s)")  # fmt: skip
-    add("--caption-chat", action="store_true", help="put the caption and question into a chat turn; by default the "
+    add("--caption_chat", action="store_true", help="put the caption and question into a chat turn; by default the "
         "model continues the bare text, as in the paper's release")  # fmt: skip
     add("--downsample", type=at_least(1), default=1, metavar="N", help="make images N times smaller along each side; "
         "the release has 2 for DOCCI (default: %(default)s)")  # fmt: skip
-    add("--max-pixels", type=at_least(0), default=0, metavar="N", help="shrink larger images (0: to the model's bound)")
+    add("--max_pixels", type=at_least(0), default=0, metavar="N", help="shrink larger images (0: to the model's bound)")
     add_server(parser)
 
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     output = output_file(arguments.output, arguments.input)
     others = None
     if arguments.keep_dropped:
-        others = output_file(arguments.keep_dropped, arguments.input, arguments.output, option="--keep-dropped")
+        others = output_file(arguments.keep_dropped, arguments.input, arguments.output, option="--keep_dropped")
     how = How(
         max_new_tokens=arguments.max_new_tokens,
         downsample=arguments.downsample,

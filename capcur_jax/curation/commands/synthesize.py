@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an OpenAI-compatible server, http://HOST:PORT; repeat it for several with the same model")  # fmt: skip
     add("--model", required=True, metavar="NAME", help="the name under which the server has the model")
     add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
-    add("--max-tokens", type=at_least(1), default=512, metavar="N", help="of a reply (default: %(default)s)")
+    add("--max_tokens", type=at_least(1), default=512, metavar="N", help="of a reply (default: %(default)s)")
     add("--limit", type=at_least(0), default=0, metavar="N", help="take N captions, drawn by the hash of their ids "
         "(default: all)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="N", help="of the options' order (default: %(default)s)")

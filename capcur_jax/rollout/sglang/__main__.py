@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
         "--host", default=socket.gethostname(), help="where they listen, as the trainer calls it (default: %(default)s)"
     )
     add("--register", type=Path, help="a folder for HOST.txt, which has the addresses once all are healthy")
+    # Flags of capcur_jax.main that mean nothing to a server.
+    add("--profile", "--push_to_hub", "--coordinator", "--process_id", "--process_count", help=argparse.SUPPRESS)
+    add("--accept_changed_inputs", "--noaccept_changed_inputs", nargs="?", help=argparse.SUPPRESS)
     return made
 
 

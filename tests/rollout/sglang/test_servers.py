@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def test_mistakes_get_one_clear_line(given, words, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(ROOT)
     assert servers.main(["--config=configs/staged.py", f"--workdir={tmp_path}", "--host=127.0.0.1", *given]) == 1
     assert capsys.readouterr().err.startswith(words)
+
+
+def test_they_take_the_trainers_whole_command_line():
+    """launch/slurm.sbatch and the JobSets give both the same."""
+    names = re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", (ROOT / "capcur_jax" / "main.py").read_text(encoding="utf-8"))
+    given = [f"--{name}=1" for name in names] + ["--accept_changed_inputs", "--config.seed=1"]
+    options, rest = servers.parser().parse_known_args(given)
+    assert {"profile", "push_to_hub"} < set(names) and options.config == "1" and rest == ["--config.seed=1"]
 
 
 def test_a_run_with_servers_that_were_started_by_hand(tmp_path, sglang_python, files):
