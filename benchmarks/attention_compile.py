@@ -31,25 +31,28 @@ _MIB = 2**20
 
 def cases():
     """Name -> (shapes of q, k, v and the layout's arrays, layout of those arrays, what to split over two devices)."""
-    from capcur_jax.models.attention import Causal, Packed, Places, Segments
+    from capcur_jax.models.attention import Packed, Places, Segments
 
     G, T, N, K, H = 5, 2048, 32, 8, 128  # Qwen3-VL-8B's heads, a group of 5
 
     def own(rows, tokens, slots):
         return (rows, tokens, N, H), (rows, slots, K, H), (rows, slots, K, H)
 
-    def rows(count, tokens, groups):
-        return *own(count, tokens, tokens), *((count, groups * n) for n in (1, 1, G, G))
+    def rows(count, tokens, groups, each=G):
+        return *own(count, tokens, tokens), *((count, groups * n) for n in (1, 1, each, each))
 
     def packed(*places):
         return Packed(Places(*places), prompt=T, response=T)
+
+    def alone(*places):
+        return Packed(Places(*places), prompt=T, response=0)
 
     def images(patches, heads, size):
         return *((1, patches, heads, size) for _ in range(3)), (1, patches), (1, 8), (1, 8)
 
     return {
-        "prompt rows": (own(2, T, T), lambda: Causal(), None),
         "packed rows": (rows(1, 8 * T, 6), packed, None),
+        "prompts alone": (rows(1, 8 * T, 16, 0), alone, None),
         "images (heads of 80)": (images(8192, 16, 80), Segments, None),
         "images (heads of 72)": (images(8192, 16, 72), Segments, None),
         "windows of 64": (images(8192, 16, 80)[:4], functools.partial(Segments, reach=64), None),

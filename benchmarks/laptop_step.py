@@ -53,7 +53,7 @@ def ours(checkpoint: Path, problems: list[Problem], steps: int) -> list[dict[str
     buckets = Buckets.of(prompt, processor.config.vision)
     builder = PromptBuilder(processor, prompt.instruction, prompt.max_tokens, buckets.images.longest)
     layout, trainer = open_stage(config, model, processor, [builder.measure(problem) for problem in problems])
-    engine = LocalEngine(model, processor, slots=PROMPTS * GROUP, buckets=buckets)
+    engine = LocalEngine(model, processor, slots=PROMPTS * GROUP, buckets=buckets, prefill=config.rollout.prefill)
     advantages = jax.jit(functools.partial(objectives.group_advantages, epsilon=objective.advantage_epsilon))
     random, seconds = np.random.default_rng(0), []
     for step in range(steps):

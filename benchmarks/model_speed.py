@@ -35,7 +35,7 @@ from PIL import Image
 
 from capcur_jax.models import config as model_config
 from capcur_jax.models import fresh, huggingface
-from capcur_jax.models.batching import Buckets
+from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.models.vision import pixel_values
@@ -112,16 +112,19 @@ def make_prompts(processor: Processor, size: Size) -> list[Prompt]:
 
 def ours(directory: Path, processor: Processor, prompts: list[Prompt]) -> tuple[Callable, Callable]:
     graph, parameters = nnx.split(huggingface.load(directory, remat="full"))
-    longest = max(map(len, prompts))
     row = max(len(prompt.patches) for prompt in prompts)
-    batch = Buckets((longest,), ((len(prompts), row),)).collate(prompts, processor.config, processor.pad_token)
+    buckets = Buckets((sum(map(len, prompts)),), ((len(prompts), row),), longest=max(map(len, prompts)))
+    shape = buckets.shape([[PromptSize.of(prompt) for prompt in prompts]])
+    batch = buckets.collate([prompts], shape, len(prompts), processor.config, processor.pad_token)
+    predicts = np.ones(batch.tokens.shape, bool)
+    predicts[:, np.cumsum([len(prompt) for prompt in prompts]) - 1] = False  # what follows is another's
     batch = jax.device_put(batch)
 
     def loss(parameters, batch):
         model: QwenVL = nnx.merge(graph, parameters)
         logprobs = jax.nn.log_softmax(model.logits(model.prefill(batch)[0])[:, :-1])
         chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
-        mask = (jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None])[:, 1:]
+        mask = predicts[:, :-1]
         return -jnp.where(mask, chosen, 0).sum() / mask.sum()
 
     forward, both = jax.jit(loss), jax.jit(jax.value_and_grad(loss))

@@ -3,8 +3,8 @@
     python benchmarks/plans.py [--only=qwen3_vl_8b-h200] [--again] [--show]
 
 Needs the extra `plan`. Minutes for a GPU topology, half an hour or more for a TPU's on two cores. TPU plans leave out
-the text stage: its programs are those of the others with less in them. Seconds are at lengths "paper"; a plan that
-an older version made has none in the table.
+the text stage: its programs are those of the others with less in them. Seconds are at lengths "paper" / "geo3k"; a
+plan that an older version made has none in the table.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def make(name: str, preset: str, topology: str, *further: str) -> None:
     arguments = [
         f"--config=configs/staged.py:{preset}",
         f"--topology={topology}",
-        "--lengths=paper",
+        "--lengths=paper,geo3k",
         "--json",
         *further,
     ]
@@ -69,7 +69,8 @@ def table() -> None:
         mesh = " x ".join(f"{axis} {size}" for axis, size in plan["stages"][0]["mesh"].items() if size > 1)
         step, hours = ("older",) * 2 if plan["fits"] else ("", "")
         if "lengths" in plan:
-            step, hours = (f"{plan['lengths'][key]:,.0f}" for key in ("step_seconds", "device_hours"))
+            of = (plan["lengths"], *plan["others"])
+            step, hours = (" / ".join(f"{one[key]:,.0f}" for one in of) for key in ("step_seconds", "device_hours"))
         fits = "yes" if plan["fits"] else "no"
         cells = (name, plan["topology"], mesh, f"{needs} ({most['name']})", f"{plan['usable_bytes'] / 2**30:.1f}", fits)
         print("|", " | ".join((*cells, step, hours)), "|")

@@ -47,7 +47,7 @@ from capcur_jax import presets
 from capcur_jax.data.prompts import PromptBuilder
 from capcur_jax.data.sets import Sets
 from capcur_jax.models import huggingface
-from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.vision import pixel_values
 from capcur_jax.rollout.engine import Engine, Sampling
@@ -110,9 +110,8 @@ def flat(groups: Sequence[Sequence]) -> Responses:
 def local(load: Load) -> Side:
     """The engine as a run has it, its programs compiled."""
     prompt, sizes = presets.get("laptop").prompt, [PromptSize.of(prompt) for prompt in load.prompts]
-    buckets = Buckets(prompt.token_buckets, ((2, 64), (8, 64), (16, 64)))
-    used = tuple(sorted({buckets.shape([size], False).tokens for size in sizes}))  # the cache holds the longest
-    buckets = dataclasses.replace(buckets, tokens=used)
+    longest = rounded_up(max(size.tokens for size in sizes), 8)  # the cache holds so many, and a response
+    buckets = Buckets(prompt.token_buckets, ((2, 64), (8, 64), (16, 64)), longest=longest)
     model = huggingface.load(presets.TINY_CHECKPOINT)
     engine = LocalEngine(model, load.processor, slots=_SLOTS, buckets=buckets, prefill=load.prefill)
     engine.warm_up(sizes, load.sampling, load.n)

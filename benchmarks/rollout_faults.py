@@ -39,6 +39,7 @@ from capcur_jax.models import huggingface
 from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
 from capcur_jax.rollout.sglang.engine import SGLangEngine
@@ -110,16 +111,16 @@ def differences(
     """Of every response the largest difference of a log-prob to the trainer's (temperature 1)."""
     rows = [(prompt, sample) for prompt, group in zip(prompts, groups, strict=True) for sample in group]
     longest, found = max(map(len, prompts)) + _TOKENS.value, []
-    patches = max(len(prompt.patches) for prompt in prompts)
-    buckets = Buckets((longest,), ((8, max(patches, 64)),))
+    shape = RowShape(8 * longest, 8, max(64, *(len(prompt.patches) for prompt in prompts)))
+    buckets = Buckets((shape.length,), ((shape.patch_rows, shape.patches),), longest=longest)
     for at in range(0, len(rows), 8):
         part = rows[at : at + 8]
         whole = [extended(prompt, sample.tokens) for prompt, sample in part]
-        batch = buckets.collate(whole, processor.config, processor.pad_token, images=True, rows=8)
-        logprobs = np.asarray(jax.nn.log_softmax(_logits(model, batch, processor.banned_tokens)), np.float64)
-        for row, (prompt, sample) in enumerate(part):
-            t, first = len(sample.tokens), len(prompt) - 1
-            own = logprobs[row, first : first + t][np.arange(t), sample.tokens]
+        batch = buckets.collate([whole], shape, 8, processor.config, processor.pad_token)
+        logprobs = np.asarray(jax.nn.log_softmax(_logits(model, batch, processor.banned_tokens)), np.float64)[0]
+        for start, (prompt, sample) in zip(batch.places.prompt_start[0], part, strict=False):
+            t, first = len(sample.tokens), start + len(prompt) - 1
+            own = logprobs[first : first + t][np.arange(t), sample.tokens]
             found.append(np.abs(own - sample.logprobs).max())
     return np.array(found)
 

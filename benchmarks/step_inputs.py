@@ -43,7 +43,7 @@ ARCHITECTURE = {
 def settings() -> ConfigDict:
     """The laptop preset for that model: its tokenizer cuts questions otherwise than the shipped checkpoint's."""
     config = presets.get("laptop", ("perception",))
-    config.prompt.token_buckets = (64, 96)
+    config.prompt.token_buckets = (928,)  # 16 prompts of 58
     config.stages.perception.prompts = PROMPTS
     return config
 

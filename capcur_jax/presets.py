@@ -162,7 +162,7 @@ def defaults() -> ConfigDict:
                 "max_tokens": 0,  # the preset's; a longer prompt is left out, never truncated
                 "min_pixels": 0,  # smaller images are enlarged; 0: the checkpoint's own
                 "max_pixels": 0,  # larger images are shrunk; 0: the checkpoint's own
-                "token_buckets": (),  # the preset's: declared lengths of prompt rows
+                "token_buckets": (),  # the preset's: declared tokens of a device row's prompts in a prefill, in all
                 # The preset's: declared patches of a device row's images in a prefill, (rows, patches of a row) of
                 # each, rising. Images share a row, and none may have more patches than it.
                 "patch_buckets": (),
@@ -178,7 +178,7 @@ def defaults() -> ConfigDict:
                 "slots": 0,
                 "page": 0,  # tokens of a page of keys and values; 0: 128, on a CPU all that a response may have
                 "pages": 0,  # of a device row; 0: as many as its memory holds, or as the slots may need
-                "prefill": 1,  # prompts of a device row that it takes at once; their responses start together
+                "prefill": 1,  # prompts of a device row that it reads at once, as many as its tokens hold
                 # True: device rows do not split its copy of the decoder. None: where that fits their memory.
                 "gathered": config_dict.placeholder(bool),
                 # 1 (sglang): the next batch is sampled while the trainer works on this one; needs a sampler_correction.
@@ -292,7 +292,7 @@ def laptop(steps: int = LAPTOP_STEPS) -> ConfigDict:
     config.objective.updates_per_batch = LAPTOP_UPDATES
     for name, source in (("perception", "easy_vqa"), ("text", "word_problems"), ("visual", "easy_vqa")):
         config.data.sets[name].source = source
-    config.prompt.update({"max_tokens": 96, "token_buckets": (48, 56, 84, 96), "patch_buckets": ((16, 64),)})
+    config.prompt.update({"max_tokens": 96, "token_buckets": (832, 1104), "patch_buckets": ((16, 64),)})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
     config.packing.update({"lengths": (960, 1216), "groups": 16, "patch_buckets": ((4, 64), (6, 64), (8, 64))})
     config.evaluation.counterfactual = 200
@@ -315,11 +315,11 @@ def _paper(architecture: str) -> ConfigDict:
             "max_tokens": 2048,
             "min_pixels": 262_144,
             "max_pixels": 4_194_304,
-            "token_buckets": (640, 896, 1280, 2048),
-            "patch_buckets": tuple((1, patches) for patches in (8192, 16_384, 20_480, 24_576, 65_536)),
+            "token_buckets": (4096, 6144, 8192),
+            "patch_buckets": tuple((1, patches) for patches in (8192, 16_384, 24_576, 32_768)),
         }
     )
-    config.rollout.update({"max_new_tokens": 2048, "prefill": 8})
+    config.rollout.update({"max_new_tokens": 2048, "prefill": 16})
     config.packing.update(
         {
             "lengths": (9216, 11_264, 13_312, 15_360),

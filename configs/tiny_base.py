@@ -51,6 +51,5 @@ def get_config():
             "answers": presets.stage(("base",), 150, 64, 1e-3) | sft,
         }
         config.order = ("first", "answers")
-        config.prompt.token_buckets = (40, 84, 96)
         config.packing.update({"lengths": (768, 896, 1024), "groups": 16, "patch_buckets": ((16, 64),)})
     return config

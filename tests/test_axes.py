@@ -17,14 +17,14 @@ from capcur_jax import axes
 from capcur_jax.devices import sharding
 from capcur_jax.learner import objectives
 from capcur_jax.learner.packing import Responses
-from capcur_jax.models.attention import Causal, attend
-from capcur_jax.models.batching import Buckets
+from capcur_jax.models.attention import Packed, Places, attend
 from capcur_jax.models.decoding import DecodingModel
 from capcur_jax.models.logprobs import token_logprobs
 from capcur_jax.models.paged import Tables
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Sample, Sampling
 from capcur_jax.rollout.local.sampling import sample_tokens
+from tests.packed import padded
 
 PACKAGE = Path(axes.__file__).parent
 ROOMS = ("devices", "learner", "models", "rollout")
@@ -37,6 +37,7 @@ def zeros(*shape: int, dtype=np.float32) -> np.ndarray:
 
 RxT, MASK, TOKENS = zeros(R, T), np.ones((R, T), bool), zeros(R, T, dtype=np.int32)
 COUNTED = {"total_tokens": 1, "total_rows": 1, "constant_length": 1}
+PROMPTS = Packed(Places(*(zeros(B, n, dtype=np.int32) for n in (1, 1, 0, 0))), prompt=T, response=0)
 WEIGHED = {"mode": "mask", "cap": 2.0}
 
 # A function, arguments that it takes, and the same with a shape or a type that is wrong.
@@ -60,7 +61,7 @@ BORDERS = {
         token_logprobs, (zeros(R, T, D), zeros(D, V), TOKENS), (zeros(R, T, D), zeros(D + 1, V), TOKENS)
     ),
     "attend": (
-        lambda q, k, v: attend(q, k, v, Causal(), sharding.single()),
+        lambda q, k, v: attend(q, k, v, PROMPTS, sharding.single()),
         (zeros(B, T, N, H), zeros(B, T, K, H), zeros(B, T, K, H)),
         (zeros(B, T, N, H), zeros(B, T, K, H), zeros(B, T, N, H)),
     ),
@@ -87,8 +88,8 @@ def test_a_wrong_shape_fails_at_the_border(border):
 
 def test_a_wrong_shape_fails_at_the_model_s_borders(model, processor):
     prompt = processor.prepare(processor.render(["3 x 4"]))
-    batch = Buckets((32,), ((1, 16),)).collate([prompt], processor.config, processor.pad_token)
-    with pytest.raises(TypeCheckError, match="h_BxTxD"):
+    batch = padded([prompt], processor, 32)
+    with pytest.raises(TypeCheckError, match="h_AxWxD"):
         QwenVL.last(zeros(T, D), batch)
     decoding, one = DecodingModel(model, gathered=False), zeros(C, dtype=np.int32)
     weights, pages = decoding.abstract_weights(nnx.state(model)), decoding.empty_pages(C, S)

@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives, packing
-from capcur_jax.learner.packing import Bounds, Item, RowShape, UpdateBatch
+from capcur_jax.learner.packing import Item, UpdateBatch
 from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
 from capcur_jax.models.image_rows import PatchBuckets
 from capcur_jax.models.inputs import Processor
+from capcur_jax.models.packed_rows import Bounds, RowShape
 from capcur_jax.schedule import Stage
 
 _TILE = 128  # of an accelerator's matrix units: other lengths would have each product's operands padded by a copy

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from capcur_jax.devices import distributed
 from capcur_jax.learner import bins, objectives, packing
 from capcur_jax.learner.layout import Layout
-from capcur_jax.learner.packing import Item, Row, RowShape, UpdateBatch
+from capcur_jax.learner.packing import Item, Row, UpdateBatch
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.inputs import Prompt
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.rollout.engine import Sample
 
 

@@ -15,11 +15,10 @@ import jax
 import numpy as np
 
 from capcur_jax.axes import Bool, Float, checked
-from capcur_jax.models.attention import Places
 from capcur_jax.models.batching import PromptSize
 from capcur_jax.models.config import ModelConfig
-from capcur_jax.models.image_rows import ImagePacker, blank_vision, place_images
 from capcur_jax.models.inputs import Prompt
+from capcur_jax.models.packed_rows import Bounds, RowPacker, RowShape, blank_rows
 from capcur_jax.models.qwen_vl import PackedBatch
 
 
@@ -96,25 +95,6 @@ class Item(NamedTuple):
             yield Item(self.prompt, [self.rows[r] for r in sorted(part)], number > 0)
 
 
-class RowShape(NamedTuple):
-    """Of each device row of a micro-batch: tokens, and rows of patches with their length (0: no vision arrays)."""
-
-    length: int
-    patch_rows: int = 0
-    patches: int = 0
-
-
-class Bounds(NamedTuple):
-    """What no packed row of a stage exceeds."""
-
-    groups: int  # of a row
-    group: int  # responses of a group
-    prompt: int  # tokens
-    response: int  # tokens
-    image: int = 4  # patches that one counts for at least, which bounds how many share a row of patches
-    images: int = 0  # of all groups of a row; 0: nobody knows
-
-
 # ---------------------------------------------------------------------- arrays
 
 
@@ -130,20 +110,10 @@ def blank(
     reference: bool = False,
 ) -> UpdateBatch:
     """A batch of that shape with nothing in it (numpy): what `collate` fills, and what a warm-up compiles for."""
-    length, B, R = shape.length, bounds.groups, bounds.groups * bounds.group
+    R = bounds.groups * bounds.group
     zeros = np.zeros((rows * R, bounds.response), np.float32)
     return UpdateBatch(
-        PackedBatch(
-            tokens=np.full((rows, length), pad, np.int32),
-            positions=np.zeros((rows, 3, length), np.int32),
-            visual_index=np.full((rows, length), -1, np.int32),
-            vision=blank_vision(rows * shape.patch_rows, shape.patches, known.vision, bounds.image, bounds.images)
-            if shape.patch_rows
-            else None,
-            places=Places(*(np.zeros((rows, n), np.int32) for n in (B, B, R, R))),
-            prompt=bounds.prompt,
-            response=bounds.response,
-        ),
+        blank_rows(rows, shape, bounds, known, pad),
         Responses.of(
             weights=zeros[:, 0].copy(),
             advantages=zeros[:, 0].copy() if sampled else None,
@@ -167,21 +137,12 @@ def collate(
     """The packed rows of these items as numpy arrays; each row's items lie in it in their order."""
     batch = blank(len(rows), shape, bounds, known, pad, sampled=sampled)
     packed, responses, G = batch.rows, batch.responses, bounds.group
-    packer = ImagePacker(packed.vision, known.vision, shape.patch_rows)
+    packer = RowPacker(packed, shape, bounds, known.vision)
     for a, items in enumerate(rows):
-        counted = [[max(n, bounds.image) for n in PromptSize.of(item.prompt).images] for item in items]
-        images = iter(place_images(counted, shape.patches))
-        packer.start(a)
+        packer.start(a, [item.prompt for item in items])
         at = 0
         for b, (prompt, members, _) in enumerate(items):
-            here = slice(at, at + len(prompt))
-            packed.tokens[a, here], packed.positions[a, :, here] = prompt.tokens, prompt.positions
-            if prompt.grids:
-                index = packer.place(prompt, [next(images) for _ in prompt.grids])
-                shown = prompt.visual_index >= 0
-                packed.visual_index[a, here][shown] = index[prompt.visual_index[shown]]
-            packed.places.prompt_start[a, b], packed.places.prompt_length[a, b] = at, len(prompt)
-            at = here.stop
+            at = packer.put(prompt, at)
             for r, row in enumerate(members, b * G):
                 length, number = len(row.tokens), a * bounds.groups * G + r
                 here = slice(at, at + length)

@@ -1,20 +1,17 @@
 """Attention as the layouts of this project need it, behind one function: `attend(q, k, v, layout)`.
 
-Axes: axes.py. The rows A of queries are prompts, rows of patches or packed rows, as the layout says; of patches
-T = S = P. Decoding has its own (paged.py). Scores and softmax are float32; grouped heads are never repeated in memory.
+Axes: axes.py. The rows A of queries are packed rows or rows of patches, as the layout says; of patches T = S = P.
+Decoding has its own (paged.py). Scores and softmax are float32; grouped heads are never repeated in memory.
 
 Which code computes it is decided here alone. `reference`, plain XLA, serves float32, CPUs, short rows and windows
 everywhere; everything else is checked against it. 16-bit floats on an accelerator take the kernel of the
-platform that the program is lowered for (attention_tpu.py, attention_gpu.py; for packed rows and images ways.py says
-which).
+platform that the program is lowered for (ways.py says which).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
-from ctypes.util import find_library
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,21 +24,12 @@ from jax.sharding import PartitionSpec as P
 from capcur_jax.axes import Array, Float, checked
 from capcur_jax.devices import sharding
 from capcur_jax.errors import InputError
-from capcur_jax.models import attention_gpu, attention_groups, attention_tpu
+from capcur_jax.models import attention_groups
 from capcur_jax.models import ways as ways_lib
 from capcur_jax.models.packed import Packed, Places
 
 IMPLEMENTATIONS = ("auto", "xla")
-# jax asks for cuDNN as soon as it traces a call to it, whatever the platform: its CUDA plugin and cuDNN must be there.
-_CUDA = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)) and bool(
-    (importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")) or find_library("cudnn")
-)
-_KERNELS = {"tpu": attention_tpu} | ({"cuda": attention_gpu} if _CUDA else {})
 _MASKED = np.float32(np.finfo(np.float32).min)
-
-
-class Causal(NamedTuple):
-    """Prompt rows, padded on the right: each query sees the keys up to itself, so causality hides padding too."""
 
 
 class Segments(NamedTuple):
@@ -58,7 +46,7 @@ class Segments(NamedTuple):
     reach: int = 0
 
 
-Layout = Causal | Packed | Segments
+Layout = Packed | Segments
 
 
 @checked
@@ -92,11 +80,9 @@ def _parts(layout: Layout) -> tuple[tuple[jax.Array, ...], Callable[..., Layout]
     """The layout's arrays, and what makes it again from them."""
     if isinstance(layout, Packed):
         return tuple(layout.places), lambda *arrays: layout._replace(places=Places(*arrays))
-    if isinstance(layout, Segments):
-        if layout.starts_JxI is None:
-            return (layout.ids_JxP,), lambda ids: layout._replace(ids_JxP=ids)
-        return tuple(layout[:3]), lambda *arrays: Segments(*arrays, reach=layout.reach)
-    return tuple(layout), type(layout)
+    if layout.starts_JxI is None:
+        return (layout.ids_JxP,), lambda ids: layout._replace(ids_JxP=ids)
+    return tuple(layout[:3]), lambda *arrays: Segments(*arrays, reach=layout.reach)
 
 
 def _attend_here(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout: Layout, implementation: str) -> jax.Array:
@@ -114,9 +100,6 @@ def _kernels(q_AxTxNxH: jax.Array, layout: Layout) -> dict[str, Callable]:
     kernels many more, since their blocks hold several.
     """
     shape, dtype = q_AxTxNxH.shape, q_AxTxNxH.dtype
-    if isinstance(layout, Causal):
-        enough = dtype.itemsize == 2 and shape[1] >= ways_lib.SHORTEST
-        return {platform: kernels.causal for platform, kernels in _KERNELS.items()} if enough else {}
     if isinstance(layout, Segments) and layout.starts_JxI is None:
         return {}
     found = {platform: ways_lib.of(platform, shape, dtype).kernels for platform in ways_lib.PLATFORMS}
@@ -135,8 +118,6 @@ def reference(q_AxTxNxH: jax.Array, k_AxSxKxH: jax.Array, v_AxSxKxH: jax.Array, 
         return _banded(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout)
     if isinstance(layout, Segments):
         return _attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout.ids_JxP[:, :, None] == layout.ids_JxP[:, None, :])
-    if isinstance(layout, Causal):
-        return _causal(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH)
     return attention_groups.attend(q_AxTxNxH, k_AxSxKxH, v_AxSxKxH, layout, _causal, _extend)
 
 

@@ -1,8 +1,9 @@
 """Attention of packed rows in plain XLA: group after group, cut out of its row into short padded ones for itself alone.
 
 Most responses are far shorter than the longest allowed, and attention is quadratic. So it is compiled for a few
-lengths, and each group takes the shortest that holds its responses; an absent group costs nothing. Axes: axes.py; W are
-the tokens of a packed row, S and T bound those of a prompt and of a response.
+lengths, and each group takes the shortest that holds its responses, or its prompt where there are prompts alone; an
+absent group costs nothing. Axes: axes.py; W are the tokens of a packed row, S and T bound those of a prompt and of a
+response.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from capcur_jax.models.packed import Packed, Places
 
-_LENGTHS = 3  # of responses, that attention is compiled for
+_LENGTHS = 3  # that attention is compiled for
 Pieces = tuple[jax.Array, jax.Array]  # of a group: its prompt [1, S, N, H] and its responses [G, T, N, H]
 
 
@@ -36,7 +37,8 @@ def attend(
     places, bounds = layout.places, (layout.prompt, layout.response)
 
     def group(q: Pieces, k: Pieces, v: Pieces, here: Places) -> Pieces:
-        return causal(q[0], k[0], v[0]), extend(q[1], k[1], v[1], k[0], v[0], here.prompt_length)
+        alone = causal(q[0], k[0], v[0])
+        return alone, extend(q[1], k[1], v[1], k[0], v[0], here.prompt_length) if len(q[1]) else q[1]
 
     def forward(pieces: Sequence[Pieces], here: Places) -> list[Pieces]:
         return [group(*pieces, here)]
@@ -63,9 +65,11 @@ def _each(
 ) -> list[jax.Array]:
     """What `compute(pieces of each array, places of the group)` gives for every group of a row, put together: as many
     rows [W, N, H], like the first arrays."""
-    (S, T), W = bounds, len(arrays[0])
+    W = len(arrays[0])
+    S, T = (min(bound, W) for bound in bounds)  # a short row has the bounds of the longest
     G = len(places.response_start) // len(places.prompt_start)
-    lengths = sorted({min(T, -(-T * n // (_LENGTHS * 8)) * 8) for n in range(1, _LENGTHS)} | {T})
+    longest = T if G else S  # of what differs
+    lengths = sorted({min(longest, -(-longest * n // (_LENGTHS * 8)) * 8) for n in range(1, _LENGTHS)} | {longest})
     # No piece passes an array's end, and what is absent has a place behind the row.
     longer = [jnp.pad(x, ((0, max(S, T)), (0, 0), (0, 0))) for x in arrays]
 
@@ -76,23 +80,24 @@ def _each(
         here = here._replace(response_start=jnp.where(here.response_length > 0, here.response_start, W))
 
         def at(length):
+            of_prompt, of_own = (S, length) if G else (length, 0)
+
+            def cut_out(x) -> Pieces:
+                own = [cut(x, start, of_own) for start in here.response_start]
+                empty = jnp.zeros((0, of_own, *x.shape[1:]), x.dtype)
+                return cut(x, here.prompt_start[0], of_prompt)[None], jnp.stack(own) if G else empty
+
             def run() -> list[Pieces]:
-                cut_out = [
-                    (
-                        cut(x, here.prompt_start[0], S)[None],
-                        jnp.stack([cut(x, start, length) for start in here.response_start]),
-                    )
-                    for x in longer
-                ]
-                wider = (0, 0), (0, T - length), (0, 0), (0, 0)
-                return [(prompt, jnp.pad(own, wider)) for prompt, own in compute(cut_out, here)]
+                both = compute([cut_out(x) for x in longer], here)
+                return [(_longer(prompt, S), _longer(own, T)) for prompt, own in both]
 
             return run
 
         def nothing() -> list[Pieces]:
             return [(jnp.zeros((1, S, *x.shape[1:]), x.dtype), jnp.zeros((G, T, *x.shape[1:]), x.dtype)) for x in rows]
 
-        number = 1 + sum((here.response_length.max() > length).astype(jnp.int32) for length in lengths[:-1])
+        needed = (here.response_length if G else here.prompt_length).max()
+        number = 1 + sum((needed > length).astype(jnp.int32) for length in lengths[:-1])
         number = jnp.where(here.prompt_length[0] > 0, number, 0)
         pieces = jax.lax.switch(number, [nothing, *map(at, lengths)])
         start = jnp.where(number > 0, here.prompt_start[0], W)
@@ -106,6 +111,10 @@ def _each(
 
     rows = jax.lax.fori_loop(0, len(places.prompt_start), step, [jnp.zeros_like(x) for x in longer[:results]])
     return [x[:W] for x in rows]
+
+
+def _longer(x_RxTxNxH: jax.Array, tokens: int) -> jax.Array:
+    return jnp.pad(x_RxTxNxH, ((0, 0), (0, tokens - x_RxTxNxH.shape[1]), (0, 0), (0, 0)))
 
 
 def _masked(pieces: Pieces, here: Places) -> Pieces:

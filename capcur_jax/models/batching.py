@@ -1,6 +1,5 @@
-"""Prompts -> arrays of declared shape: tokens in rows of a prompt each, the patches of all images packed together.
-
-Shapes are declared, so that a run compiles a handful of programs: a batch takes the smallest one that holds it.
+"""Which shapes batches of prompts take: declared ones, so that a run compiles a handful of programs. A batch takes the
+smallest one that holds it.
 """
 
 from __future__ import annotations
@@ -8,19 +7,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from capcur_jax.errors import InputError
 from capcur_jax.models import ways
 from capcur_jax.models.config import ModelConfig, VisionConfig
-from capcur_jax.models.image_rows import ImagePacker, PatchBuckets, assign_rows, blank_vision, place_images, rows_of
+from capcur_jax.models.image_rows import PatchBuckets, most_rows
 from capcur_jax.models.inputs import Prompt
-from capcur_jax.models.qwen_vl import PromptBatch
+from capcur_jax.models.packed_rows import Bounds, RowPacker, RowShape, blank_rows
+from capcur_jax.models.qwen_vl import PackedBatch
 
+_NEARLY = 8  # prompts whose longest are nearly alike share programs
 _ROUND = 128  # lengths that follow from prompts are rounded up to multiples of this: few shapes, few programs
 
 
@@ -33,20 +33,6 @@ class PromptSize(NamedTuple):
     @classmethod
     def of(cls, prompt: Prompt) -> PromptSize:
         return cls(len(prompt), tuple(math.prod(grid) for grid in prompt.grids))
-
-
-class BatchShape(NamedTuple):
-    """B prompts of T tokens; J rows of P patches, those of all parts together; both 0: no vision arrays."""
-
-    prompts: int
-    tokens: int
-    patch_rows: int = 0
-    patches: int = 0
-
-    @property
-    def patch_slots(self) -> int:
-        """Patches that the vision tower computes."""
-        return self.patch_rows * self.patches
 
 
 def smallest_bucket(buckets: Sequence[int], needed: int, key: str) -> int:
@@ -64,16 +50,19 @@ def rounded_up(length: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The declared shapes of a batch of prompts (`config.prompt`): lengths of prompt rows, and what a device row's
-    images take (`PatchBuckets`, which says what `patches` and `smallest` are, and raises InputError).
+    """The declared shapes of a batch of prompts (`config.prompt`): tokens of a device row, in which prompts lie one
+    behind the other, and what their images take (`PatchBuckets`, which says what `patches` and `smallest` are, and
+    raises InputError).
 
-    `most`: images of a device row's prompts in all, at most; 0: nobody knows.
+    `most`: images of a device row's prompts in all, at most; 0: nobody knows. `longest`: tokens of a prompt at most; 0:
+    as many as a row has.
     """
 
     tokens: tuple[int, ...]
     patches: tuple[tuple[int, int], ...] = ()
     smallest: int = 4
     most: int = 0
+    longest: int = 0
 
     def __post_init__(self):
         _ = self.images
@@ -82,6 +71,15 @@ class Buckets:
     def images(self) -> PatchBuckets:
         """Those of images."""
         return PatchBuckets(self.patches, self.smallest)
+
+    @property
+    def row(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.tokens, default=0)
+
+    def bounds(self, prompts: int) -> Bounds:
+        """What no row of at most so many prompts exceeds."""
+        return Bounds(prompts, 0, self.longest or self.row, 0, self.smallest, self.most)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], vision: VisionConfig, min_pixels: int = 0) -> Buckets:
@@ -92,7 +90,8 @@ class Buckets:
         """
         merged, patches = vision.merge_size**2, tuple(map(tuple, settings["patch_buckets"]))
         fewest = (settings["min_pixels"] or min_pixels) // vision.patch_size**2
-        buckets = cls(tuple(settings["token_buckets"]), patches, max(1, fewest // merged) * merged)
+        smallest = max(1, fewest // merged) * merged
+        buckets = cls(tuple(settings["token_buckets"]), patches, smallest, longest=settings["max_tokens"])
         buckets.images.check_multiples(merged)
         return buckets
 
@@ -110,21 +109,24 @@ class Buckets:
           prompts: of a device row at once.
           vision, dtype, attention: of the model that runs on this process's devices (`attention`: see ways.of).
         """
-        lengths, images = sorted(size.tokens for size in sizes), [size.images for size in sizes]
-        tokens = {*self.tokens, rounded_up(lengths[len(lengths) // 2], _ROUND), rounded_up(lengths[-1], _ROUND)}
-        if lengths[-1] <= max(self.tokens, default=0):
-            tokens = set(self.tokens)
+        lengths, images = [size.tokens for size in sizes], [size.images for size in sizes]
+        longest, tokens = max(lengths), set(self.tokens)
+        if longest > self.row:
+            usual = prompts * sum(lengths) // len(lengths)
+            tokens |= {rounded_up(longest, _ROUND), rounded_up(max(longest, usual), _ROUND)}
         # Kernels have room for as many images as a row can hold.
         smallest = max(self.smallest, min((size for each in images for size in each), default=0))
         most = prompts * max(map(len, images))
-        wider = dataclasses.replace(self, tokens=tuple(sorted(tokens)), smallest=smallest, most=most)
+        wider = dataclasses.replace(
+            self, tokens=tuple(sorted(tokens)), smallest=smallest, most=most, longest=rounded_up(longest, _NEARLY)
+        )
         try:
-            wider.images.possible(images, prompts)
+            wider.possible(sizes, prompts)
             return wider
         except InputError:
-            counted = [wider.images.counted(each) for each in images]
-        whole, longest = math.lcm(_ROUND, vision.merge_size**2), self.images.longest
-        row = rounded_up(prompts * max(map(sum, counted)), whole)
+            counted, *bounds = wider._drawn(sizes, prompts, wider.row)
+        whole, declared = math.lcm(_ROUND, vision.merge_size**2), self.images.longest
+        row = rounded_up(bounds[1], whole)
         if self.patches:
             single = all(rows == 1 for rows, _ in self.patches)
         else:
@@ -132,109 +134,80 @@ class Buckets:
             shape = 1, row, vision.heads, vision.head_dim
             single = ways.of(platform, shape, dtype, attention).kernels is not None
         if single:
-            patches = {*self.patches, *((1, n) for n in (row // 2, row) if n > longest)}
+            patches = {*self.patches, *((1, n) for n in (rounded_up(row // 2, whole), row) if n > declared)}
         else:
             largest = max(map(max, filter(None, counted)))
-            row = longest if largest <= longest else rounded_up(largest, whole)
-            rows = prompts * max(rows_of(assign_rows(each, row)) for each in counted)
+            row = declared if largest <= declared else rounded_up(largest, whole)
+            rows = most_rows(counted, *bounds, row)
             patches = {(-(-rows // 2), row), (rows, row)}
         return dataclasses.replace(wider, patches=tuple(sorted(patches)))
 
-    def shape(
-        self, sizes: Sequence[PromptSize], images: bool | None = None, rows: int = 0, shards: int = 1
-    ) -> BatchShape:
-        """The smallest declared shape that holds prompts of these sizes.
+    def _drawn(self, sizes: Collection[PromptSize], prompts: int, row: int) -> tuple[set[tuple[int, ...]], int, int]:
+        """Of a row of so many tokens, in which any `prompts` of these may meet that it holds: images of those that may
+        be there, how many at most, and patches of all of them at most."""
+        fitting = [size for size in sizes if size.tokens <= row] or list(sizes)
+        counted = [self.images.counted(size.images) for size in fitting]
+        most = max(1, min(prompts, row // min(size.tokens for size in fitting)))
+        # An image's tokens lie in the row, too: who has most patches a token may fill it.
+        each = (sum(mine) * row / size.tokens for mine, size in zip(counted, fitting, strict=True))
+        return set(counted), most, min(most * max(map(sum, counted)), math.ceil(max(each)))
+
+    def possible(self, sizes: Collection[PromptSize], prompts: int, row: int = 0) -> list[tuple[int, int]]:
+        """The buckets that the images of a row can need, whichever `prompts` of these meet in it.
+
+        Args:
+          row: tokens of it; 0: of the longest.
+
+        Raises:
+          InputError: none holds them: now, and not in the middle of a run.
+        """
+        return self.images.possible(*self._drawn(sizes, prompts, row or self.row))
+
+    def shape(self, rows: Sequence[Sequence[PromptSize]], images: bool | None = None) -> RowShape:
+        """The smallest declared shape that holds prompts of these sizes, those of each device row.
 
         Args:
           images: whether images may come in batches like this one; a batch without any then takes the same program.
             None: whether this one has any.
-          rows: prompts of the batch; 0: as many as there are sizes.
-          shards: equal parts, one after the other, each with its own rows of patches (see sharding.py).
 
         Raises:
           InputError: no bucket is large enough; names the config key.
         """
-        B = rows or len(sizes)
-        T = smallest_bucket(self.tokens, max((size.tokens for size in sizes), default=1), "config.prompt.token_buckets")
-        if not (any(size.images for size in sizes) if images is None else images):
-            return BatchShape(B, T, 0, 0)
-        J, P = max(self.images.bucket([size.images for size in part]) for part in _parts(sizes, B, shards))
-        return BatchShape(B, T, shards * J, P)
+        needed = max((sum(size.tokens for size in row) for row in rows), default=1)
+        length = smallest_bucket(self.tokens, needed, "config.prompt.token_buckets")
+        shown = [[size.images for size in row] for row in rows]
+        if not (any(map(any, shown)) if images is None else images):
+            return RowShape(length)
+        return RowShape(length, *max(map(self.images.bucket, shown), default=(0, 0)))
 
-    def shapes(self, sizes: Sequence[PromptSize], images: bool, rows: int, shards: int = 1) -> list[BatchShape]:
-        """Every shape that a batch of at most `rows` prompts drawn from these sizes can take, whichever meet in it."""
-        shapes = []
-        for T in sorted({self.shape([size], False).tokens for size in sizes}):
-            shown = [size.images for size in sizes if size.tokens <= T]
-            declared = self.images.possible(shown, rows // shards) if images else [(0, 0)]
-            shapes += [BatchShape(rows, T, shards * J, P) for J, P in declared]
-        return shapes
+    def shapes(self, sizes: Collection[PromptSize], images: bool, prompts: int) -> list[RowShape]:
+        """Every shape that rows of at most `prompts` prompts drawn from these sizes can take, whichever meet there."""
+        lengths, found = [size.tokens for size in sizes], []
+        if not lengths:
+            return []
+        fewest, most = min(lengths), max(max(lengths), min(prompts * max(lengths), self.row))
+        fewest, most = (smallest_bucket(self.tokens, n, "config.prompt.token_buckets") for n in (fewest, most))
+        for length in sorted({n for n in self.tokens if fewest <= n <= most}):
+            buckets = self.possible(sizes, prompts, length) if images else [(0, 0)]
+            found += [RowShape(length, *bucket) for bucket in buckets]
+        return found
 
-    def blank(self, shape: BatchShape, config: ModelConfig, pad: int) -> PromptBatch:
-        """A batch of that shape with nothing in it (numpy): what collate fills, and what a warm-up compiles for."""
-        (B, T, J, P), vision = shape, None
-        if J:
-            vision = blank_vision(J, P, config.vision, self.smallest, self.most)
-        return PromptBatch(
-            tokens=np.full((B, T), pad, np.int32),
-            lengths=np.ones(B, np.int32),
-            positions=np.zeros((B, 3, T), np.int32),
-            next_position=np.ones(B, np.int32),
-            visual_index=np.full((B, T), -1, np.int32),
-            vision=vision,
-        )
+    def blank(self, rows: int, shape: RowShape, prompts: int, config: ModelConfig, pad: int) -> PackedBatch:
+        """Rows of that shape with nothing in them (numpy): what collate fills, and what a warm-up compiles for."""
+        return blank_rows(rows, shape, self.bounds(prompts), config, pad)
 
     def collate(
-        self,
-        prompts: Sequence[Prompt],
-        config: ModelConfig,
-        pad: int,
-        images: bool | None = None,
-        rows: int = 0,
-        shards: int = 1,
-        shape: BatchShape | None = None,
-    ) -> PromptBatch:
-        """B prompts as numpy arrays of declared shape, tokens padded on the right.
+        self, rows: Sequence[Sequence[Prompt]], shape: RowShape, prompts: int, config: ModelConfig, pad: int
+    ) -> PackedBatch:
+        """The prompts of each device row as packed rows of that shape (numpy), with room for `prompts` each.
 
-        `images`, `rows`, `shards`: see `shape`, which is also what to fill if it is given (processes must agree on it).
-        Rows without a prompt of their own repeat the last one, its images included, which are in each part once.
+        Several processes must agree on the shape.
         """
-        shape = shape or self.shape([PromptSize.of(prompt) for prompt in prompts], images, rows, shards)
-        batch = self.blank(shape, config, pad)
-        if not prompts:
-            return batch
-        packer = ImagePacker(batch.vision, config.vision, shape.patch_rows // shards)
-        each = shape.prompts // shards
-        for shard, part in enumerate(_parts(prompts, shape.prompts, shards)):
-            counted = [self.images.counted(PromptSize.of(prompt).images) for prompt in part]
-            places = iter(place_images(counted, shape.patches))
-            packer.start(shard)
-            for row, prompt in enumerate(part, shard * each):
-                length = len(prompt)
-                batch.tokens[row, :length] = prompt.tokens
-                batch.positions[row, :, :length] = prompt.positions
-                batch.lengths[row], batch.next_position[row] = length, prompt.next_position
-                if prompt.grids:
-                    index = packer.place(prompt, [next(places) for _ in prompt.grids])
-                    shown = prompt.visual_index >= 0
-                    batch.visual_index[row, :length][shown] = index[prompt.visual_index[shown]]
-            filled = slice(shard * each + len(part), (shard + 1) * each)
-            for rowwise in (batch.tokens, batch.lengths, batch.next_position, batch.visual_index, batch.positions):
-                rowwise[filled] = rowwise[filled.start - 1]
+        batch = self.blank(len(rows), shape, prompts, config, pad)
+        packer = RowPacker(batch, shape, self.bounds(prompts), config.vision)
+        for number, row in enumerate(rows):
+            packer.start(number, row)
+            at = 0
+            for prompt in row:
+                at = packer.put(prompt, at)
         return batch
-
-
-def _parts(items: Sequence[Any], rows: int, shards: int) -> Iterator[Sequence[Any]]:
-    """What each of `shards` equal parts of `rows` rows holds of its own; a part that gets nothing has the last item."""
-    each = rows // shards
-    for at in range(0, rows, each):
-        yield items[at : at + each] or items[-1:]
-
-
-def padding(batches: Sequence[PromptBatch]) -> dict[str, float]:
-    """Shares of token and patch slots of these batches that hold nothing."""
-    shares = {"token_padding": 1 - sum(b.lengths.sum() for b in batches) / sum(b.tokens.size for b in batches)}
-    shown = [batch.vision.segments for batch in batches if batch.vision is not None]
-    if shown:
-        shares["patch_padding"] = 1 - sum((s > 0).sum() for s in shown) / sum(s.size for s in shown)
-    return {name: float(share) for name, share in shares.items()}

@@ -135,13 +135,14 @@ class PatchBuckets:
             return sum(counted)
         return rows_of(assign_rows(counted, self.longest)) * self.longest
 
-    def possible(self, images: Collection[Sequence[int]], most: int) -> list[tuple[int, int]]:
+    def possible(self, images: Collection[Sequence[int]], most: int, patches: int = 0) -> list[tuple[int, int]]:
         """The buckets that a device row's images can need; [(0, 0)] where none is declared and there is no image.
 
         Args:
           images: patches of each image of all prompts that can come, each as often as it likes (one may come twice at
             an epoch's end).
           most: prompts of a device row.
+          patches: of all its images, at most; 0: as many as so many prompts may have.
 
         Raises:
           InputError: none holds any `most` of them: now, and not in the middle of a run.
@@ -150,11 +151,12 @@ class PatchBuckets:
         if not any(counted):
             return list(self.declared[:1]) or [(0, 0)]
         largest = max(max(each, default=0) for each in counted)
+        patches = patches or most * max(map(sum, counted))
         for number, (rows, length) in enumerate(self.declared):
-            if largest <= length and most_rows(counted, most, length) <= rows:
+            if largest <= length and most_rows(counted, most, patches, length) <= rows:
                 return list(self.declared[: number + 1])
         assign_rows([largest], self.longest)
-        raise self._too_few(most, most * max(map(sum, counted)), most_rows(counted, most, self.longest))
+        raise self._too_few(most, patches, most_rows(counted, most, patches, self.longest))
 
     def _too_few(self, prompts: int, patches: int, rows: int) -> InputError:
         single = all(rows == 1 for rows, _ in self.declared)
@@ -164,15 +166,15 @@ class PatchBuckets:
         )
 
 
-def most_rows(images: Collection[Sequence[int]], prompts: int, length: int) -> int:
-    """A bound on the rows of so many patches that any `prompts` prompts with such images take. The largest sum of
-    patches is no such bound: a smaller one may pack worse."""
+def most_rows(images: Collection[Sequence[int]], prompts: int, patches: int, length: int) -> int:
+    """A bound on the rows of length `length` that any `prompts` prompts with such images take, which have `patches` in
+    all at most. The largest sum of patches is no such bound: a smaller one may pack worse."""
     P = length
     alone = prompts * max(rows_of(assign_rows(each, P)) for each in images)
-    patches, count = prompts * max(map(sum, images)), prompts * max(map(len, images))
-    if patches <= P:
+    sizes = [size for each in images for size in each]
+    if patches <= P or not sizes:
         return 1
-    largest = max(max(each, default=0) for each in images)
+    largest, count = max(sizes), min(prompts * max(map(len, images)), patches // min(sizes))
     # `assign_rows` begins a row for an image that no other has room for. So all rows but one have more than
     # P - largest patches, and as many images as the largest would be in a row; and all but one are over half full.
     return min(alone, 1 + (patches - 1) // (P - largest + 1), -(-count // (P // largest)), -(-2 * patches // P))

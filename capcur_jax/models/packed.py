@@ -1,7 +1,8 @@
 """Attention of packed rows by kernels that know segments alone (packed_gpu.py, packed_tpu.py).
 
 A device row holds groups one behind the other, each as one run [prompt | response 1 | response 2 | ...]. A token sees
-its group's prompt and its own response up to itself. No kernel has this mask, but two calls of one make it up:
+its group's prompt and its own response up to itself. No kernel has this mask, but two calls of one make it up (where
+groups are prompts alone the first one is all):
 
     every prompt and every response, causal over itself
     the responses of each group, as one segment of queries, over all of their prompt
@@ -28,7 +29,7 @@ class Places(NamedTuple):
     """Where groups lie in packed rows: each as one run [prompt | response 1 | response 2 | ...], one behind the other.
 
     Response r of a row belongs to prompt r // (R // B) of the same row. Groups and responses lie in the order of their
-    numbers; one that is absent has length 0. All int32; B and R are those of a row.
+    numbers; one that is absent has length 0. All int32; B and R are those of a row, R is 0 for prompts alone.
     """
 
     prompt_start: jax.Array  # [A, B]
@@ -93,15 +94,16 @@ def packed(
 
     start, length = in_order(prompt, response), in_order(prompt_length, response_length)
     own = Spans(start, length, start, length)
+    arrays = q_AxTxNxH, k_AxTxKxH, v_AxTxKxH
+    alone = min(max(layout.prompt, layout.response), T)
+    up_to_itself = Limits(True, False, alone, alone)
+    if not G:
+        return _rows(kernel, (up_to_itself,), arrays, (own,))
     responses = response_length.sum(-1)
     keys = jnp.where(responses > 0, prompt_length, 0)
     shared = Spans(*(x.reshape(-1) for x in (prompt + prompt_length, responses, prompt, keys)))
-    alone = min(max(layout.prompt, layout.response), T)
-    limits = (
-        Limits(True, False, alone, alone),
-        Limits(False, True, min(G * layout.response, T), min(layout.prompt, T)),
-    )
-    return _rows(kernel, limits, (q_AxTxNxH, k_AxTxKxH, v_AxTxKxH), (own, shared))
+    limits = up_to_itself, Limits(False, True, min(G * layout.response, T), min(layout.prompt, T))
+    return _rows(kernel, limits, arrays, (own, shared))
 
 
 def segments(

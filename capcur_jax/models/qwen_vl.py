@@ -23,21 +23,9 @@ from capcur_jax.models.vision import VisionBatch, VisionTower
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PromptBatch:
-    """B prompts, padded on the right to T tokens."""
-
-    tokens: Any  # [B, T] int32, image tokens expanded
-    lengths: Any  # [B] int32
-    positions: Any  # [B, 3, T] int32: MRoPE time, height, width
-    next_position: Any  # [B] int32: the position of the first response token, max + 1 over the prompt
-    visual_index: Any  # [B, T] int32 into the flat merged features (of the prompt's device row), -1 at text tokens
-    vision: VisionBatch | None  # None: no image in this batch
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class PackedBatch:
-    """A packed rows of W tokens, each with several groups: prompts and their responses, then padding."""
+    """A packed rows of W tokens, one for each device row, each with several groups: prompts and their responses (a
+    sampler's have none), then padding."""
 
     tokens: Any  # [A, W] int32, image tokens expanded
     positions: Any  # [A, 3, W] int32: MRoPE time, height, width; responses go on from their prompt's max + 1
@@ -71,13 +59,15 @@ class QwenVL(nnx.Module):
         if not config.tied:
             self.head = nnx.Linear(config.text.width, config.text.vocabulary, use_bias=False, rngs=rngs, **kinds)
 
-    def prefill(self, batch: PromptBatch) -> tuple[jax.Array, KeysValues]:
-        """Final hidden states [B, T, D] and the prompt's keys and values of every layer."""
-        return self.text.prefill(*self._inputs(batch))
+    def prefill(self, batch: PackedBatch) -> tuple[jax.Array, KeysValues]:
+        """Final hidden states [A, W, D] and the keys and values of every layer."""
+        return self.text.prefill(*self._inputs(batch), self._layout(batch))
 
-    def _inputs(
-        self, batch: PromptBatch | PackedBatch
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    @staticmethod
+    def _layout(batch: PackedBatch) -> Packed:
+        return Packed(batch.places, batch.prompt, batch.response)
+
+    def _inputs(self, batch: PackedBatch) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
         """The decoder's inputs: embeddings with images in them, angles, DeepStack features, their index."""
         h, deep, index = self.text.embedded(batch.tokens), None, None
         if batch.vision is not None:
@@ -93,8 +83,7 @@ class QwenVL(nnx.Module):
 
         A group's prompt, image included, is computed once and equals full sequences in value and gradient.
         """
-        layout = Packed(batch.places, batch.prompt, batch.response)
-        h_AxWxD = self.text.packed(*self._inputs(batch), layout)
+        h_AxWxD = self.text.packed(*self._inputs(batch), self._layout(batch))
 
         def before(h_AxWxD, places):
             A, W = h_AxWxD.shape[:2]
@@ -110,9 +99,10 @@ class QwenVL(nnx.Module):
 
     @staticmethod
     @checked
-    def last(h_BxTxD: Float[Array, "B T D"], batch: PromptBatch) -> Float[Array, "B D"]:
-        """The hidden state [B, D] of each prompt's last token."""
-        return jnp.take_along_axis(h_BxTxD, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
+    def last(h_AxWxD: Float[Array, "A W D"], batch: PackedBatch) -> Float[Array, "A B D"]:
+        """The hidden state [A, B, D] of each prompt's last token; anything where there is no prompt."""
+        index = jnp.maximum(batch.places.prompt_start + batch.places.prompt_length - 1, 0)
+        return jnp.take_along_axis(h_AxWxD, index[..., None], axis=1)
 
     def unembedding(self) -> tuple[jax.Array, int]:
         """The matrix that turns hidden states into logits, and the number of its vocabulary axis: the embedding

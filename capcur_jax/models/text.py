@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from capcur_jax.devices import sharding
 from capcur_jax.models import layers as layers_lib
 from capcur_jax.models import lora as lora_lib
-from capcur_jax.models.attention import Causal, Packed, attend
+from capcur_jax.models.attention import Packed, attend
 from capcur_jax.models.config import TextConfig
 from capcur_jax.models.lora import LoRA
 from capcur_jax.models.rope import rotate
@@ -95,10 +95,16 @@ class Decoder(nnx.Module):
         return attend(q, k, v, layout, self.mesh, self.attention)
 
     def prefill(
-        self, h_BxTxD: jax.Array, angles: jax.Array, deep: jax.Array | None, visual_index_BxT: jax.Array | None
+        self,
+        h_AxWxD: jax.Array,
+        angles: jax.Array,
+        deep: jax.Array | None,
+        visual_index_AxW: jax.Array | None,
+        layout: Packed,
     ) -> tuple[jax.Array, KeysValues]:
-        """Causal pass over prompt rows. `deep` [n, F, D] is added at image tokens after the first n layers."""
-        h, cache = self._pass(h_BxTxD, angles, deep, visual_index_BxT, Causal(), KeysValues)
+        """A pass over packed rows: [A, W, D], and their keys and values. `deep` [n, F, D] is added at image tokens
+        after the first n layers."""
+        h, cache = self._pass(h_AxWxD, angles, deep, visual_index_AxW, layout, KeysValues)
         return self.norm(h), cache
 
     def packed(
@@ -109,7 +115,7 @@ class Decoder(nnx.Module):
         visual_index_AxW: jax.Array | None,
         layout: Packed,
     ) -> jax.Array:
-        """The same over packed rows, whose keys and values nobody needs: [A, W, D]."""
+        """The same where nobody needs the keys and values: [A, W, D]."""
         h, _ = self._pass(h_AxWxD, angles, deep, visual_index_AxW, layout, lambda k, v: None)
         return self.norm(h)
 
@@ -119,7 +125,7 @@ class Decoder(nnx.Module):
         angles: jax.Array,
         deep: jax.Array | None,
         visual_index_AxT: jax.Array | None,
-        layout: Causal | Packed,
+        layout: Packed,
         kept: Callable[[jax.Array, jax.Array], Any],
     ) -> tuple[jax.Array, Any]:
         def body(layer, h, index):

@@ -38,8 +38,8 @@ def options() -> flags.FlagValues:
     config_flags.DEFINE_config_file("config", None, text, lock_config=True, flag_values=values)
     text = "cpu:8, tpu:v5p:2x2x2, cuda:h200:1x1x8...; see capcur_jax/plan/topologies.py."
     flags.DEFINE_string("topology", None, text, flag_values=values)
-    text = f"Lengths of a step's prompts and responses: {', '.join(lengths.NAMES)}, or a run's rollouts.jsonl."
-    flags.DEFINE_string("lengths", "", text, flag_values=values)
+    text = f"Lengths of a step's prompts and responses, one or several: {', '.join(lengths.NAMES)}, a run's records."
+    flags.DEFINE_list("lengths", [], text, flag_values=values)
     flags.DEFINE_bool("json", False, "Print one JSON document instead of tables.", flag_values=values)
     flags.DEFINE_list("without_images", ["text"], "Stages whose prompts have no image.", flag_values=values)
     text = "Share of a device's memory to leave free: the runtime, collectives' buffers, fragmentation."
@@ -65,8 +65,8 @@ def _count(number: float) -> str:
     return f"{number / 10 ** (3 * power):.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}".strip()
 
 
-def _phases(say: Callable[..., None], name: str, stage: dict[str, Any]) -> None:
-    """A step's phases at the lengths of that name."""
+def _phases(say: Callable[..., None], stage: dict[str, Any]) -> None:
+    """A step's phases at lengths of a name."""
     from capcur_jax.records.tables import titled
 
     head = ("phase", "runs", "tokens", "real", "patches", "real", "FLOPs", "GB a turn", "s", "bound by")
@@ -76,7 +76,7 @@ def _phases(say: Callable[..., None], name: str, stage: dict[str, Any]) -> None:
         turn = f"{p['bytes_a_turn'] / 1e9:.1f}" if p["bytes_a_turn"] else ""
         bound = f"{p['bound_by']} {p['seconds_by'][p['bound_by']] / p['seconds']:.0%}" if p["bound_by"] else ""
         rows.append((p["phase"], f"{p['runs']:,}", *counts, _count(p["flops"]), turn, _short(p["seconds"]), bound))
-    say(titled(f"A step at lengths {name!r}; all devices, seconds estimated", head, rows))
+    say(titled(f"A step at lengths {stage['name']!r}; all devices, seconds estimated", head, rows))
     of = stage["lengths"]
     say(
         f"{_short(of['step_seconds'])} s a step: rollouts {_short(of['rollout_seconds'])}, trainer "
@@ -132,8 +132,8 @@ def render(plan: dict[str, Any]) -> None:
         if "estimate" in stage:
             low, high = stage["estimate"]["seconds_a_step"]
             say(f"Estimate: {_short(low)} to {_short(high)} s a step, {stage['estimate']['steps']} steps")
-        if "phases" in stage:
-            _phases(say, plan["lengths"]["name"], stage)
+        for one in (stage, *stage["others"]) if "phases" in stage else ():
+            _phases(say, one)
     if "estimate" in plan:
         low, high = plan["estimate"]["device_hours"]
         say(
@@ -141,8 +141,7 @@ def render(plan: dict[str, Any]) -> None:
             "all batches in the smallest to all in the largest declared shapes, without start-up, evaluation and "
             "checkpoints."
         )
-    if "lengths" in plan:
-        of = plan["lengths"]
+    for of in (plan["lengths"], *plan["others"]) if "lengths" in plan else ():
         say(f"[bold]At lengths {of['name']!r}[/bold]: {_short(of['device_hours'])} device-hours.")
     if "fits" in plan:
         say(f"\n[bold]{'Fits' if plan['fits'] else 'Does not fit'}[/bold]: the largest program needs "

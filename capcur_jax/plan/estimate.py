@@ -65,13 +65,14 @@ def report(
     *,
     without_images: Sequence[str] = (),
     headroom: float = 0.1,
-    lengths: str = "",
+    lengths: Sequence[str] = (),
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """The plan as plain JSON types. Raises InputError.
 
     Args:
-        lengths: see plan/lengths.py; "": the estimate is of the smallest and the largest lengths alone.
+        lengths: see plan/lengths.py; none: the estimate is of the smallest and the largest lengths alone. The document
+            ends with the first's; "others" has those of the rest.
         tell: is told what is being compiled.
     """
     from capcur_jax import policy, schedule
@@ -82,14 +83,16 @@ def report(
 
     chip = topology.facts
     if lengths and not chip:
-        raise InputError(f"--lengths={lengths}: a CPU's devices have no rates; leave it out, or plan for a chip")
+        raise InputError(
+            f"--lengths={','.join(lengths)}: a CPU's devices have no rates; leave it out, or plan for a chip"
+        )
     for stage in schedule.stages(config):
         if stage.epochs:
             where = f"config.stages.{stage.name}"
             raise InputError(f"{where}.epochs: a plan has no data to count; give {where}.steps, and epochs=0")
     merge = plan_programs.architecture(config).config.vision.merge_size
     kinds = {which: lengths_lib.extreme(config, merge, which == "largest") for which in ("smallest", "largest")}
-    kinds |= {lengths: lengths_lib.of(lengths, config, merge)} if lengths else {}
+    kinds |= {name: lengths_lib.of(name, config, merge) for name in lengths}
 
     def told(variant: Any, program: Any) -> dict[str, Any]:
         tell(f"compiling {program.name} ({', '.join(stage.name for stage in variant.stages)})")
@@ -149,10 +152,17 @@ def report(
             "shapes; without start-up, evaluation, checkpoints and data",
         }
         if lengths:
-            shown = next((stage for stage in stages if stage["images"]), stages[0])
-            result["lengths"] = {"name": lengths} | shown["lengths"]
-            result["lengths"]["device_hours"] = sum(stage["lengths"]["device_hours"] for stage in stages)
+            first, *others = (_whole(stages, number) for number in range(len(kinds) - 2))
+            result |= {"others": others, "lengths": first}
     return result
+
+
+def _whole(stages: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
+    """The run at the lengths of that number: a step of a stage with images, and the hours of all stages."""
+    of = [[stage, *stage["others"]][number] for stage in stages]
+    shown = next((one for one, stage in zip(of, stages, strict=True) if stage["images"]), of[0])
+    hours = sum(one["lengths"]["device_hours"] for one in of)
+    return {"name": shown["name"]} | shown["lengths"] | {"device_hours": hours}
 
 
 def _timed(
@@ -163,8 +173,8 @@ def _timed(
     devices: int,
     kinds: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Estimates of a step at each kind of lengths: "estimate" of the smallest and the largest, and "lengths" with their
-    "phases" of any other."""
+    """Estimates of a step at each kind of lengths: "estimate" of the smallest and the largest, "lengths" with their
+    "name" and "phases" of the next kind, and "others" with the same of the rest."""
     from capcur_jax.plan import phases, rates
 
     measured = {program["name"]: program for program in programs}
@@ -182,9 +192,8 @@ def _timed(
             "device_hours": [figures["device_hours"] for figures in ends],
         }
     }
-    for figures, passed in found.values():
-        result |= {"phases": passed, "lengths": figures}
-    return result
+    timed = [{"name": name, "phases": passed, "lengths": figures} for name, (figures, passed) in found.items()]
+    return result | timed[0] | {"others": timed[1:]} if timed else result
 
 
 def _of_a_step(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -114,9 +114,9 @@ def _pools(path: Path) -> dict[str, list[Group]]:
 
 
 def declared(config: ConfigDict, merge: int, images: bool, choose: Callable[..., int]) -> PromptSize:
-    """The largest (`choose`: max) or smallest (min) prompt that is declared, with an image as large as there can be in
-    it."""
-    tokens = choose(config.prompt.token_buckets)
+    """The largest (`choose`: max) or smallest (min) prompt that a plan is made for, with an image as large as there can
+    be in it."""
+    tokens = choose(config.prompt.max_tokens, -(-config.prompt.max_tokens // _SHORT))
     row = choose((length for _, length in config.prompt.patch_buckets), default=0)
     return PromptSize(tokens, (min(row, tokens * merge**2),) if images else ())
 

@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 from capcur_jax import policy
 from capcur_jax.learner import packing
 from capcur_jax.learner.minibatches import Micro
-from capcur_jax.learner.packing import RowShape
-from capcur_jax.models.batching import BatchShape
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.plan import flops, rates, work
 from capcur_jax.plan.lengths import Group
 from capcur_jax.plan.programs import Program, Variant
@@ -146,7 +145,7 @@ class Step:
         kernel, dim = self._rates.images, self._known.vision.head_dim
         return self._attended(forward * (-(-dim // kernel.heads) * kernel.heads / dim), repeats, kernel)
 
-    def _split(self, at: Any, shape: BatchShape | RowShape) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, at: Any, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:
         """FLOPs (linear, attention) of the decoder and of the vision tower."""
         text = self._counts(at, shape._replace(patch_rows=0, patches=0))
         if not shape.patch_rows:
@@ -168,15 +167,16 @@ class Step:
         measured, slots = self._measured["prefill"], 0
         by = dict.fromkeys(("layers", "attention", "vision layers", "vision attention", "sends", "launch", "host"), 0.0)
         total, tokens = 0.0, 0
-        whole = sum(shape.patch_slots * shape.patches for shape in sampled.admissions)
+        rows = self._shards  # of tokens; each has its rows of patches
+        whole = rows * sum(shape.patch_rows * shape.patches**2 for shape, _ in sampled.admissions)
         own = 1.0 if self._known.vision.window else useful.patch_pairs / max(whole, 1)
-        for shape in sampled.admissions:
+        for shape, seen in sampled.admissions:
             text, vision = self._split(program.at, shape)
             vision = vision * np.array([1.0, own])  # see _pass
-            total += text.sum() + vision.sum()
-            tokens, slots = tokens + shape.prompts * shape.tokens, slots + shape.patch_slots
+            pairs = seen * work.pair_flops(self._known)
+            total += text[0] + pairs + vision.sum()
+            tokens, slots = tokens + rows * shape.length, slots + rows * shape.patch_rows * shape.patches
             layers = text[0] / self._trainers / rate.linear
-            pairs = shape.prompts * shape.tokens**2 / 2 * work.pair_flops(self._known)
             attention = self._attended(pairs, 1.0, rate.attention)
             by["layers"] += layers
             by["attention"] += attention
@@ -263,10 +263,10 @@ class Step:
             by["grading"] = seconds if self._config.reward.function else max(seconds - sampling, 0.0)
         return Phase("host", len(micros), by)
 
-    def _arrays(self, shape: BatchShape) -> int:
+    def _arrays(self, shape: RowShape) -> int:
         """Bytes of a batch of prompts as the host makes it."""
-        layout = self._variant.layout
-        return _bytes(layout.buckets.blank(shape, self._known, layout.processor.pad_token))
+        layout, most = self._variant.layout, self._variant.slots.each
+        return _bytes(layout.buckets.blank(self._shards, shape, most, self._known, layout.processor.pad_token))
 
     def _forward(self, useful: work.Useful, micro: Micro) -> float:
         """FLOPs of one forward pass of real tokens and patches; the vision tower's by those traced for a batch."""
@@ -312,7 +312,7 @@ class Step:
         }
 
 
-def _counts(at: Any, shape: BatchShape | RowShape) -> np.ndarray:
+def _counts(at: Any, shape: RowShape) -> np.ndarray:
     """FLOPs (linear, attention) of a program at a shape."""
     jaxpr = at(shape).jaxpr
     return np.array([flops.jaxpr_flops(jaxpr, kind=kind) for kind in ("linear", "attention")], float)

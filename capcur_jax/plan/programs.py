@@ -281,12 +281,13 @@ def _sampling(
     work = engine.work(group, _sampled(config))
     pages = engine.pages_shape(work)
     # This process's prompts: `admitted` makes all processes' arrays of them.
-    largest = max(engine.buckets.shapes(large, images, work.prompts * engine.shards, engine.shards))
+    largest = max(engine.buckets.shapes(large, images, work.prompts))
+    each = min(work.prompts, engine.buckets.row // max(size.tokens for size in large))
     copy, parameters = on_device(engine.weights), on_device(engine.parameters)
     return [
         Program(
             SAMPLING[0],
-            math.ceil(stage.prompts / (work.prompts * rows)),
+            math.ceil(stage.prompts / (each * rows)),
             lambda: work.admit.trace(*engine.admitted(work, pages, largest, group)),
             parameters + on_device(pages),
             resident + copy,

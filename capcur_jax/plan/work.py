@@ -11,9 +11,10 @@ import numpy as np
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.minibatches import Micro, packed
 from capcur_jax.learner.packing import Item, Row
-from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
+from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.config import ModelConfig
 from capcur_jax.models.inputs import Prompt
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.plan.lengths import Group
 from capcur_jax.rollout.local.bursts import BURST
 from capcur_jax.rollout.local.places import Places, Pool
@@ -65,14 +66,14 @@ class Slots(NamedTuple):
     """Of a device row of the local engine."""
 
     rows: int  # responses that decode together; 0: servers sample
-    each: int  # prompts that one prefill takes
+    each: int  # prompts that one prefill takes, at most
     pool: Pool
 
 
 class Sampled(NamedTuple):
     """What the local engine's programs do in a step."""
 
-    admissions: tuple[BatchShape, ...]  # the prefills' shapes
+    admissions: tuple[tuple[RowShape, float], ...]  # the prefills' shapes, and (query, key) pairs of their prompts
     bursts: tuple[tuple[int, int], ...]  # rows of a device row, and turns of the loop
     live: float  # tokens whose keys and values a device row reads in all, on average
     evicted: int  # responses that had to wait for pages
@@ -92,23 +93,23 @@ def sampled(
         shards: device rows.
         longest: tokens of a response at most.
     """
-    sizes, nobody, (rows, each, pool) = [size for size, _ in groups], PromptSize(1), slots
+    sizes, (rows, each, pool) = [size for size, _ in groups], slots
     n = len(groups[0][1])
-    places = Places(sizes, n, shards, rows, each, pool, longest, BURST)
+    places = Places(sizes, n, shards, rows, each, buckets.row, pool, longest, BURST)
     lengths = np.array([length for _, responses in groups for length in responses])
     drawn = np.zeros(len(lengths), int)
     admissions, bursts, live = [], [], 0
     while places.unfinished():
         while places.worthwhile():
-            flat = []
-            for shard, part in enumerate(places.admit()):
-                flat += [*(sizes[one.prompt] for one in part), *[nobody] * (each - len(part))]
+            parts = places.admit()
+            read = [[sizes[one.prompt] for one in part] for part in parts]
+            admissions.append((buckets.shape(read, images), sum(size.tokens**2 / 2 for row in read for size in row)))
+            for shard, part in enumerate(parts):
                 for one in part:
                     drawn[list(one.responses)] = 1
                     for response, slot in zip(one.responses, one.slots, strict=True):
                         if lengths[response] <= 1:
                             places.release(shard, slot)
-            admissions.append(buckets.shape(flat, images, len(flat), shards))
         places.reserve()
         running = places.running >= 0
         if not running.any():

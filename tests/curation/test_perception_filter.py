@@ -320,7 +320,7 @@ def replies_alone(directory, rows, caption_chat=False, max_new_tokens=8):
         bare = perception_filter.FROM_CAPTION.format(caption=row.metadata["caption"], question=text)
         bare += perception_filter.LETTER_ALONE
         prompts.append(processor.prepare(processor.render([bare]) if caption_chat else bare + "\nAnswer:"))
-    buckets = Buckets((max(map(len, prompts)),), ((len(prompts), 1024),))
+    buckets = Buckets((max(map(len, prompts)),), ((1, 1024),))
     engine = LocalEngine(huggingface.load(directory), processor, slots=1, buckets=buckets)
     groups = engine.generate(prompts, Sampling(max_new_tokens, 0.0), 1)
     texts = [processor.decode(sample.tokens) for (sample,) in groups]
@@ -356,7 +356,7 @@ def test_a_local_checkpoint_with_all_replies_is_not_loaded_again(capsys, tmp_pat
     assert [(one["image_text"], one["caption_text"]) for one in said] == alone
 
 
-@pytest.mark.parametrize(("platform", "patches"), [("cpu", ((4, 256), (8, 256))), ("tpu", ((1, 1024), (1, 2048)))])
+@pytest.mark.parametrize(("platform", "patches"), [("cpu", ((4, 256), (8, 256))), ("tpu", ((1, 640), (1, 1280)))])
 def test_rows_of_patches_suit_the_platform(monkeypatch, checkpoint, platform, patches):
     from capcur_jax.models.batching import PromptSize
 

@@ -76,10 +76,10 @@ def main(arguments: list[str]) -> None:
     mesh = sharding.make_mesh(config.mesh)
     model = huggingface.load(checkpoint, mesh=mesh, remat="full")
     processor = Processor.from_directory(checkpoint)
-    buckets = Buckets((64, 160), tuple((rows, 64 * 4) for rows in (1, 2, 4, 8, 16)))
+    buckets = Buckets((160, 320), tuple((rows, 64 * 4) for rows in (1, 2, 4, 8, 16)), longest=160)
     graph, parameters = nnx.split(model)
     prompts, groups = recorded(processor)
-    engine = LocalEngine(model, processor, slots=PROMPTS, buckets=buckets)
+    engine = LocalEngine(model, processor, slots=PROMPTS, buckets=buckets, prefill=4)
     stage = schedule.stages(config)[0]
     stage = schedule.Stage(**{**stage.__dict__, "prompts": PROMPTS})
     layout = Layout.of(stage, config, buckets, processor, mesh, images=True)

@@ -14,11 +14,12 @@ from flax import nnx
 from capcur_jax import presets
 from capcur_jax.devices import sharding
 from capcur_jax.learner.learner import Learner, TrainState, token_means
-from capcur_jax.learner.packing import Bounds, Item, Responses, Row, RowShape, UpdateBatch, collate
+from capcur_jax.learner.packing import Item, Responses, Row, UpdateBatch, collate
 from capcur_jax.models import huggingface
-from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
+from capcur_jax.models.packed_rows import Bounds, RowShape
 from tests.conftest import random_image
+from tests.packed import padded
 
 G, T, TEMPERATURE = 3, 8, 0.7
 LENGTHS = [1, 5, 8, 3, 6, 8]  # rising in each group, as they are packed
@@ -156,7 +157,7 @@ def full_sequences(parts, prompts, tokens, processor):
         )
         where[r, :length] = len(prompt) - 1 + np.arange(length)
         place[r, :length] = np.searchsorted(allowed, response)
-    sequences = Buckets((80,), ((6, 96),)).collate(rows, processor.config, processor.pad_token)
+    sequences = padded(rows, processor, 80, (6, 96))
 
     @jax.jit
     def run(parameters, temperature, weights, of_entropy):

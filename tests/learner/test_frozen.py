@@ -14,8 +14,9 @@ from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.learner import frozen_paths
-from capcur_jax.learner.packing import Bounds, RowShape, blank
+from capcur_jax.learner.packing import blank
 from capcur_jax.models.batching import Buckets
+from capcur_jax.models.packed_rows import Bounds, RowShape
 from capcur_jax.records import metrics
 from tests.learner.conftest import (  # fmt: skip
     ADVANTAGES,

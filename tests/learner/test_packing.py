@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from capcur_jax.learner import packing
-from capcur_jax.learner.packing import Bounds, Item, Row, RowShape, blank, collate
+from capcur_jax.learner.packing import Item, Row, blank, collate
 from capcur_jax.models.inputs import Processor
+from capcur_jax.models.packed_rows import Bounds, RowShape
 
 
 def row(length, start, weight=1.0):

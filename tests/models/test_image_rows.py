@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, strategies
 
 from capcur_jax.errors import InputError
-from capcur_jax.models.batching import BatchShape, Buckets, PromptSize
+from capcur_jax.models.batching import Buckets, PromptSize
 from capcur_jax.models.config import from_directory
-from capcur_jax.models.image_rows import PatchBuckets, assign_rows, blank_vision, place_images, rows_of
+from capcur_jax.models.image_rows import PatchBuckets, assign_rows, blank_vision, most_rows, place_images, rows_of
+from capcur_jax.models.packed_rows import RowShape
 
 
 def test_large_images_are_placed_first_and_small_ones_fill_the_fullest_row():
@@ -103,8 +104,8 @@ def test_images_of_several_prompts_need_no_more_rows_than_the_prompts_alone():
     """Together 5 4 3 3 3 2 take three rows of ten, each largest first in the fullest row that holds it."""
     buckets = Buckets((512,), ((1, 10), (2, 10)), smallest=1)
     sizes = [PromptSize(100, (10,)), PromptSize(100, (5, 3, 2)), PromptSize(100, (4, 3, 3))]
-    assert buckets.shapes(sizes, True, 2) == [BatchShape(2, 512, 1, 10), BatchShape(2, 512, 2, 10)]
-    assert buckets.shape(sizes[1:], True, 2) == BatchShape(2, 512, 2, 10)
+    assert buckets.shapes(sizes, True, 2) == [RowShape(512, 1, 10), RowShape(512, 2, 10)]
+    assert buckets.shape([sizes[1:]], True) == RowShape(512, 2, 10)
     places = place_images([size.images for size in sizes[1:]], 10)
     assert [row for row, _ in places] == [0, 0, 0, 1, 1, 1] and rows_of(places) == 2
     assert rows_of(assign_rows([5, 3, 2, 4, 3, 3], 10)) == 3
@@ -115,4 +116,30 @@ def test_a_batch_that_would_fail_in_a_step_fails_before_the_first_one():
     sizes = [PromptSize(100, (50, 25))] * 4 + [PromptSize(100, (70,))] * 4
     with pytest.raises(InputError, match=r"images of 4 prompts of a device row need more; declare \(4, 100\)"):
         Buckets((512,), ((3, 100),)).shapes(sizes, True, 4)
-    assert Buckets((512,), ((3, 100), (4, 100))).shape(sizes[4:], True, 4) == BatchShape(4, 512, 4, 100)
+    assert Buckets((512,), ((3, 100), (4, 100))).shape([sizes[4:]], True) == RowShape(512, 4, 100)
+
+
+def test_a_bound_on_all_patches_leaves_fewer_buckets():
+    """Of many small prompts a row's tokens hold few."""
+    one, many = PatchBuckets(((1, 64), (1, 128), (1, 256))), PatchBuckets(((1, 64), (2, 64), (4, 64)))
+    for buckets in (one, many):
+        assert buckets.possible([(64,), ()], 4) == list(buckets.declared)
+        assert buckets.possible([(64,), ()], 4, 64) == list(buckets.declared[:1])
+        assert buckets.possible([(64,), ()], 4, 128) == list(buckets.declared[:2])
+        assert buckets.possible([(64,), ()], 4, 191) == list(buckets.declared[:2])  # nor have three room in that
+        assert buckets.possible([()], 4) == list(buckets.declared[:1])
+    with pytest.raises(InputError, match=r"images of 4 prompts of a device row need more; declare \(1, 320\)"):
+        one.possible([(64, 64)], 4, 5 * 64)
+    with pytest.raises(InputError, match=r"images of 4 prompts of a device row need more; declare \(5, 64\)"):
+        many.possible([(64, 64)], 4, 5 * 64)
+    assert PatchBuckets().possible([()], 4) == [(0, 0)]
+
+
+@given(
+    strategies.lists(strategies.lists(strategies.integers(1, 30), max_size=4).map(tuple), min_size=1, max_size=9),
+    strategies.integers(30, 70),
+)
+def test_no_prompts_take_more_rows_than_the_bound_on_them_says(images, length):
+    """Whatever bounds their number and their patches."""
+    total = sum(map(sum, images))
+    assert rows_of(place_images(images, length)) <= most_rows(set(images), len(images), max(total, 1), length)

@@ -15,9 +15,9 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from capcur_jax.errors import InputError
 from capcur_jax.models import config as config_lib
 from capcur_jax.models import inputs
-from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import BadInput, Processor
 from capcur_jax.models.vision import pixel_values
+from tests.packed import padded
 
 SIZES = [(37, 50), (64, 20), (16, 16), (9, 130), (200, 151)]  # the last is above the checkpoint's max_pixels
 
@@ -74,7 +74,7 @@ def test_pixels_are_where_they_were(kind, request, make_image):
     prompt = processor.prepare(processor.render([None]), [picture])
     places = inputs.coordinates(prompt.grids[0], config.vision)
     np.testing.assert_array_equal(inputs.pixels(prompt.patches, places, config.vision), picture)
-    vision = Buckets((128,), ((1, 64),)).collate([prompt], config, processor.pad_token).vision
+    vision = padded([prompt], processor, 128, (1, 64)).vision
     there = vision.segments[0] > 0
     found = inputs.pixels(vision.patches[0][there], vision.coordinates[0][there], config.vision)
     np.testing.assert_array_equal(found, picture)

@@ -20,12 +20,11 @@ from transformers import AutoModelForImageTextToText
 from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import frozen_paths
 from capcur_jax.models import huggingface, lora, names
-from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.lora import LoRA, LoRALinear
 from capcur_jax.models.qwen_vl import QwenVL
 from tests.decoding import decoder
-from tests.packed import of_responses, packed
+from tests.packed import lengths_of, of_responses, packed, padded
 
 SETTINGS = LoRA(rank=3, alpha=5.0)
 TOKENS = 64
@@ -65,7 +64,7 @@ def scene(request, make_image):
         processor.prepare(processor.render([None, "circle?"]), [make_image(23, 37)]),
         processor.prepare(processor.render(["What is 3 x 4?"])),
     ]
-    batch = Buckets((TOKENS,), ((4, 64),)).collate(prompts, processor.config, processor.pad_token)
+    batch = padded(prompts, processor, TOKENS, (4, 64))
     adapted = drawn(huggingface.load(directory, lora=SETTINGS))
     return Scene(directory, processor, prompts, batch, huggingface.load(directory), adapted)
 
@@ -161,7 +160,7 @@ def test_factors_lie_beside_the_targets_kernels_stacked(scene):
 
 def test_before_training_it_is_the_base_exactly(scene, logits):
     start = huggingface.load(scene.directory, lora=SETTINGS, seed=4)
-    text = Buckets((TOKENS,), ((4, 64),)).collate(scene.prompts[1:], scene.processor.config, scene.processor.pad_token)
+    text = padded(scene.prompts[1:], scene.processor, TOKENS)
     with jax.disable_jit():  # compiled, a longer program may sum in another order
         ours, base = (model.logits(model.prefill(text)[0]) for model in (start, scene.base))
     np.testing.assert_array_equal(ours, base)
@@ -230,16 +229,17 @@ def test_a_response_and_decoding_equal_full_sequences(scene, logits):
                 visual_index=np.concatenate([prompt.visual_index, np.full(5, -1, np.int32)]),
             )
         )
-    whole = Buckets((TOKENS,), ((4, 64),)).collate(rows, scene.processor.config, scene.processor.pad_token)
+    whole = padded(rows, scene.processor, TOKENS, (4, 64))
     model_of = lambda p: nnx.merge(graph, p)  # noqa: E731
     full = np.asarray(jax.jit(lambda p: model_of(p).logits(model_of(p).prefill(whole)[0]))(state))
     _, prompt = jax.jit(lambda p: model_of(p).prefill(scene.batch))(state)
     together = packed(scene.prompts, tokens, scene.processor)
     states = jax.jit(lambda p, together: of_responses(model_of(p).predicting(together), together))(state, together)
     predicting = np.asarray(scene.adapted.logits(states))
-    decoded = decoder(scene.adapted)(prompt, tokens, scene.batch.lengths, scene.batch.next_position)
+    lengths = lengths_of(scene.batch)
+    decoded = decoder(scene.adapted)(prompt, tokens, lengths, [prompt.next_position for prompt in scene.prompts])
     np.testing.assert_allclose(decoded[:, :-1], predicting[:, 1:], atol=2e-5)
-    for row, length in enumerate(scene.batch.lengths):
+    for row, length in enumerate(lengths):
         np.testing.assert_allclose(predicting[row], full[row, length - 1 : length + 4], atol=2e-5)
         np.testing.assert_allclose(decoded[row], full[row, length : length + 5], atol=2e-5)
 

@@ -41,15 +41,22 @@ def drawn(rng, rows=2, groups=3, responses=3, tokens=TOKENS):
     return Places(start, length, own_start.reshape(rows, -1), own_length.reshape(rows, -1))
 
 
+def alone(places):
+    """The prompts without their responses, whose tokens are padding then."""
+    return places._replace(response_start=places.response_start[:, :0], response_length=places.response_length[:, :0])
+
+
 def dense(places, tokens=TOKENS):
     """Who sees whom [A, T, T], from the tables alone."""
     mask = np.zeros((len(places.prompt_start), tokens, tokens), bool)
+    for row, prompt in np.ndindex(*places.prompt_start.shape):
+        own = places.prompt_start[row, prompt] + np.arange(places.prompt_length[row, prompt])
+        mask[row][np.ix_(own, own)] = np.tri(len(own), dtype=bool)
     share = places.response_start.shape[1] // places.prompt_start.shape[1]
     for row, response in np.ndindex(*places.response_start.shape):
         start, end = places.prompt_start[row, response // share], places.prompt_length[row, response // share]
         prompt = np.arange(start, start + end)
         own = places.response_start[row, response] + np.arange(places.response_length[row, response])
-        mask[row][np.ix_(prompt, prompt)] = np.tri(len(prompt), dtype=bool)
         mask[row][np.ix_(own, own)] = np.tri(len(own), dtype=bool)
         mask[row][np.ix_(own, prompt)] = True
     return mask
@@ -83,10 +90,12 @@ def compare(ours, theirs, arrays, rng):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("seed", range(3))
-def test_packed_rows_equal_a_dense_mask_in_values_and_gradients(way, seed):
+@pytest.mark.parametrize("responses", [True, False], ids=["with responses", "prompts alone"])
+def test_packed_rows_equal_a_dense_mask_in_values_and_gradients(way, seed, responses):
     rng = np.random.default_rng(seed)
     places, (kernels, options) = drawn(rng), WAYS[way]
-    ours = functools.partial(kernels.packed, layout=Packed(places, **LONGEST), **options)
+    longest, places = (LONGEST, places) if responses else (LONGEST | {"response": 0}, alone(places))
+    ours = functools.partial(kernels.packed, layout=Packed(places, **longest), **options)
     compare(ours, functools.partial(attention, mask=dense(places)), heads(rng, 2, TOKENS), rng)
 
 

@@ -37,6 +37,9 @@ CODE = """if True:
     def rows(q, k, v, *places):
         return kernels.packed(q, k, v, Packed(Places(*places), 2048, 2048))
 
+    def prompts(q, k, v, *places):
+        return kernels.packed(q, k, v, Packed(Places(*places), 2048, 0))
+
     def images(q, k, v, starts, lengths):
         return kernels.segments(q, k, v, starts, lengths, P)
 
@@ -57,12 +60,13 @@ CODE = """if True:
     NAMES = json.loads(sys.argv[2])
     found = {
         "rows": compiled(rows, of(T, N, H), of(T, K, H), of(T, K, H), of(B), of(B), of(B * G), of(B * G)),
+        "prompts": compiled(prompts, of(T, N, H), of(T, K, H), of(T, K, H), of(B), of(B), of(0), of(0)),
         "images": compiled(images, *[of(P, 16, 72)] * 3, of(I), of(I)),
         "many small images": compiled(images, *[of(P, 16, 72)] * 3, of(128 * I), of(128 * I)),
     }
     print(json.dumps(found))
 """
-# Two calls of a row's attention, one of images', each with its gradient.
+# Two calls of a row's attention, one of prompts' alone and one of images', each with its gradient.
 KERNELS = {
     "cuda:h200:1x1x8": ("__cudnn$fmhaSoftmaxBackward", "__cudnn$fmhaSoftmax"),
     "tpu:v5p:2x2x2": ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"),
@@ -78,6 +82,7 @@ def test_both_ways_compile_at_full_size_with_their_own_kernels_alone(name):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["rows"]["calls"] == sorted(2 * KERNELS[name])
-    assert found["images"]["calls"] == found["many small images"]["calls"] == sorted(KERNELS[name])
+    for one in ("prompts", "images", "many small images"):
+        assert found[one]["calls"] == sorted(KERNELS[name])
     # Nothing of tokens by tokens: a row's scores of one head alone would be 1 GiB.
     assert all(one["temp"] < 2**31 for one in found.values())

@@ -19,9 +19,9 @@ from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.models.weight_files import neutral
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local.engine import LocalEngine
+from tests.packed import lengths_of, padded
 
-ROWS = 4
-BUCKETS = Buckets((96,), ((4, 288),))
+ROWS, TOKENS, PATCHES = 4, 96, (4, 288)
 
 
 class Pair(NamedTuple):
@@ -35,7 +35,7 @@ def next_token_loss(logits, batch):
     """Mean cross-entropy over all next tokens of the prompts."""
     logprobs = jax.nn.log_softmax(logits[:, :-1])
     chosen = jnp.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
-    mask = (jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None])[:, 1:]
+    mask = (jnp.arange(batch.tokens.shape[1]) < lengths_of(batch)[:, None])[:, 1:]
     return -jnp.where(mask, chosen, 0).sum() / mask.sum()
 
 
@@ -74,8 +74,8 @@ def make_prompts(make_image):
     return make
 
 
-def padded(prompts: list[Prompt], processor: Processor):
-    """A batch of a declared shape; rows without a prompt hold one pad token, which predicts nothing."""
+def batch_of(prompts: list[Prompt], processor: Processor):
+    """A row for each prompt; those that are left hold one pad token, which predicts nothing."""
     config, pad = processor.config, processor.pad_token
     blank = Prompt(
         tokens=np.array([pad], np.int32),
@@ -85,8 +85,8 @@ def padded(prompts: list[Prompt], processor: Processor):
         patches=np.zeros((0, config.vision.patch_bytes), np.uint8),
         grids=(),
     )
-    rows = ROWS if any(prompt.grids for prompt in prompts) else 2
-    return BUCKETS.collate(prompts + [blank] * (rows - len(prompts)), config, pad)
+    rows, patches = (ROWS, PATCHES) if any(prompt.grids for prompt in prompts) else (2, (0, 0))
+    return padded(prompts + [blank] * (rows - len(prompts)), processor, TOKENS, patches)
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -96,7 +96,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize("kind", ["text", "one image", "batch"])
 def test_logits_and_gradients_equal_transformers(pair, make_prompts, transformers_inputs, record_property, kind):
     prompts = make_prompts(pair.processor, kind)
-    (loss, logits), gradient = pair.step(nnx.state(pair.ours), padded(prompts, pair.processor))
+    (loss, logits), gradient = pair.step(nnx.state(pair.ours), batch_of(prompts, pair.processor))
 
     inputs = transformers_inputs(prompts, pair.processor)
     pair.theirs.zero_grad(set_to_none=True)
@@ -139,11 +139,10 @@ def test_positions_equal_transformers(pair, make_image, transformers_inputs, siz
     theirs, deltas = pair.theirs.model.get_rope_index(
         inputs["input_ids"], kinds, inputs.get("image_grid_thw"), attention_mask=inputs["attention_mask"]
     )
-    buckets = Buckets((512,), ((2, 2016),))
-    batch = buckets.collate(prompts, pair.processor.config, pair.processor.pad_token)
+    batch = padded(prompts, pair.processor, 512, (2, 2016))
     for row, prompt in enumerate(prompts):
         np.testing.assert_array_equal(batch.positions[row, :, : len(prompt)], theirs[:, row, : len(prompt)].numpy())
-        assert batch.next_position[row] == deltas[row].item() + len(prompt)
+        assert prompt.next_position == deltas[row].item() + len(prompt)
     # What a decode position counts is not tokens: an image is worth its longer side.
     assert (long.next_position < len(long)) == bool(sizes)
 
@@ -160,8 +159,8 @@ def test_positions_of_a_hand_made_prompt():
 
 
 def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_inputs, record_property):
-    """Image and text prompts in one batch, two responses each. On both sides one token is banned that greedy decoding
-    likes best, and one ends a response that it comes to late."""
+    """Image and text prompts in one packed row, two responses each. On both sides one token is banned that greedy
+    decoding likes best, and one ends a response that it comes to late."""
     prompts, n, length = make_prompts(pair.processor, "batch")[:3], 2, 32
     known = copy.copy(pair.processor)
 
@@ -184,7 +183,9 @@ def test_greedy_generation_equals_transformers(pair, make_prompts, transformers_
     known.end_tokens += (late[0],)
     tokens, logprobs = reference()
 
-    engine = LocalEngine(pair.ours, known, slots=n * len(prompts), buckets=BUCKETS)
+    buckets = Buckets((2 * TOKENS,), (PATCHES,), longest=TOKENS)
+    assert sum(map(len, prompts)) <= buckets.row and max(map(len, prompts)) <= TOKENS
+    engine = LocalEngine(pair.ours, known, slots=n * len(prompts), buckets=buckets, prefill=len(prompts))
     groups = engine.generate(prompts, Sampling(length, temperature=0.0), n=n)
     for row, samples in enumerate(groups):
         ends = np.flatnonzero(np.isin(tokens[row], known.end_tokens))

@@ -16,13 +16,13 @@ from flax import nnx
 
 from capcur_jax.errors import InputError
 from capcur_jax.models import huggingface, layers
-from capcur_jax.models.batching import Buckets
+from capcur_jax.models.attention import Packed
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban, token_logprobs
-from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
+from capcur_jax.models.qwen_vl import PackedBatch, QwenVL
 from capcur_jax.models.rope import text_angles, vision_angles
 from tests.decoding import decoder
-from tests.packed import of_responses, packed
+from tests.packed import lengths_of, of_responses, packed, padded
 
 TOKENS, PATCHES = 64, 64
 RESPONSES, GROUP = 6, 2  # tokens of a response, responses a prompt
@@ -39,9 +39,8 @@ class Scene(NamedTuple):
         made = [self.processor.render(parts) for parts in self.parts]
         return [self.processor.prepare(text, of) for text, of in zip(made, images or self.images, strict=True)]
 
-    def collate(self, prompts: list[Prompt], tokens: int = TOKENS, patches: int = PATCHES) -> PromptBatch:
-        buckets = Buckets((tokens,), ((len(prompts), patches),))
-        return buckets.collate(prompts, self.processor.config, self.processor.pad_token)
+    def collate(self, prompts: list[Prompt], tokens: int = TOKENS, patches: int = PATCHES) -> PackedBatch:
+        return padded(prompts, self.processor, tokens, (len(prompts), patches))
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
@@ -108,12 +107,12 @@ def spans(scene: Scene, prompt: Prompt) -> list[slice]:
     return [slice(int(at), int(at) + np.prod(grid) // merge) for at, grid in zip(starts, prompt.grids, strict=True)]
 
 
-def pixels_of(batch: PromptBatch) -> np.ndarray:
+def pixels_of(batch: PackedBatch) -> np.ndarray:
     """The bytes of all patches as numbers, by which one can differentiate."""
     return batch.vision.patches.astype(np.float32)
 
 
-def patches_of(batch: PromptBatch, row: int, span: slice) -> np.ndarray:
+def patches_of(batch: PackedBatch, row: int, span: slice) -> np.ndarray:
     """[R, P], True at the patches of the image whose tokens lie at `span` of a prompt, wherever it was packed."""
     shown = np.zeros(batch.vision.segments.size // 4, bool)
     shown[batch.visual_index[row, span]] = True
@@ -239,7 +238,7 @@ def test_a_changed_pixel_changes_its_sample_from_its_image_on(scene, batch, para
 
 def test_what_lies_in_the_padding_changes_nothing(scene, batch, parameters, forward):
     random = np.random.default_rng(1)
-    padding = np.arange(TOKENS) >= batch.lengths[:, None]
+    padding = np.arange(TOKENS) >= lengths_of(batch)[:, None]
     nowhere = batch.vision.segments == 0
     assert padding.any() and nowhere.any()
     noise = random.integers(0, 256, batch.vision.patches.shape, np.uint8)
@@ -264,9 +263,7 @@ def test_the_shape_of_the_batch_changes_nothing(scene, batch, parameters, forwar
     other = {
         "larger token bucket": lambda: scene.collate(prompts, tokens=TOKENS + 32),
         "larger patch bucket": lambda: scene.collate(prompts, patches=2 * PATCHES),
-        "one row": lambda: Buckets((TOKENS,), ((1, 4 * PATCHES),)).collate(
-            prompts, scene.processor.config, scene.processor.pad_token
-        ),
+        "one row": lambda: padded(prompts, scene.processor, TOKENS, (1, 4 * PATCHES)),
         "another prompt": lambda: scene.collate([*prompts, prompts[0]]),
         "alone": lambda: scene.collate(prompts[:1]),
     }[kind]()
@@ -333,9 +330,9 @@ def whole(scene, responses):
     return scene.collate(rows)
 
 
-def own_slots(batch: PromptBatch) -> np.ndarray:
+def own_slots(batch: PackedBatch) -> np.ndarray:
     """[R, T]: where full sequences predict their response tokens."""
-    return np.repeat(batch.lengths, GROUP)[:, None] - 1 + np.arange(RESPONSES)
+    return np.repeat(lengths_of(batch), GROUP)[:, None] - 1 + np.arange(RESPONSES)
 
 
 def test_a_prompt_computed_once_equals_full_sequences(
@@ -369,7 +366,8 @@ def test_decoding_token_by_token_equals_full_sequences(
     graph = nnx.graphdef(model)
     _, prompt = jax.jit(lambda parameters: nnx.merge(graph, parameters).prefill(batch))(parameters)
     decode = decoder(model)
-    logits = decode(prompt, tokens, batch.lengths, batch.next_position)
+    counts, following = lengths_of(batch), np.array([prompt.next_position for prompt in scene.prepare()])
+    logits = decode(prompt, tokens, counts, following)
     full = np.asarray(forward(parameters, whole))
     for row, length in enumerate(lengths):
         start = len(scene.prepare()[row // GROUP])
@@ -381,9 +379,9 @@ def test_decoding_token_by_token_equals_full_sequences(
     np.testing.assert_allclose(chosen, extended[:, 1:], atol=1e-5)
 
     # An image makes positions run slower than tokens: counting tokens would be another model.
-    np.testing.assert_array_equal(batch.next_position, [prompt.positions.max() + 1 for prompt in scene.prepare()])
-    assert (batch.next_position < batch.lengths).all()
-    assert np.abs(decode(prompt, tokens, batch.lengths, batch.lengths) - logits).max() > 1e-2
+    np.testing.assert_array_equal(following, [prompt.positions.max() + 1 for prompt in scene.prepare()])
+    assert (following < counts).all()
+    assert np.abs(decode(prompt, tokens, counts, counts) - logits).max() > 1e-2
 
 
 def equations(jaxpr) -> Iterator[Any]:
@@ -427,7 +425,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
 ):
     """Root mean square over all logits of what bfloat16 costs, on both sides against float32."""
     prompts = scene.prepare()
-    mask = np.arange(TOKENS) < batch.lengths[:, None]
+    mask = np.arange(TOKENS) < lengths_of(batch)[:, None]
     exact = np.asarray(forward(parameters, batch))[mask]
 
     def cost(logits: np.ndarray) -> float:
@@ -509,7 +507,8 @@ def test_deepstack_features_are_added_after_their_layers_only(batch, model):
     def keys_and_output(deep):
         model: QwenVL = nnx.merge(graph, parameters)
         angles = text_angles(np.moveaxis(batch.positions, 1, 0), model.config.text)
-        out, cache = model.text.prefill(h, angles, deep, batch.visual_index)
+        layout = Packed(batch.places, batch.prompt, batch.response)
+        out, cache = model.text.prefill(h, angles, deep, batch.visual_index, layout)
         return cache.keys, out
 
     deep = random.standard_normal((2, count, h.shape[-1])).astype(np.float32)

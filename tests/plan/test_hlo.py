@@ -10,12 +10,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from capcur_jax.devices import sharding
-from capcur_jax.models.attention import Causal, attend
+from capcur_jax.models.attention import Packed, Places, attend
 from capcur_jax.plan import topologies
 from capcur_jax.plan.flops import jaxpr_flops
 from capcur_jax.plan.hlo import Collective, traffic
@@ -296,8 +297,11 @@ def test_attention_counts_every_product_whatever_kernel_computes_it():
     B, T, N, K, H = 2, 256, 4, 2, 64
     q, k = (jax.ShapeDtypeStruct((B, T, heads, H), jnp.bfloat16) for heads in (N, K))
 
+    alone = Packed(Places(*(np.zeros((B, n), np.int32) for n in (1, 1, 0, 0))), prompt=T, response=0)
+
     def loss(q, k, v):
-        return attend(q, k, v, Causal(), sharding.single()).astype(jnp.float32).sum()
+        return attend(q, k, v, alone, sharding.single()).astype(jnp.float32).sum()
 
     assert flops(loss, q, k, k) == 2 * 2 * B * N * T * T * H
-    assert flops(jax.grad(loss, argnums=(0, 1, 2)), q, k, k) == 3 * 2 * 2 * B * N * T * T * H
+    # The gradient computes the group's weights anew.
+    assert flops(jax.grad(loss, argnums=(0, 1, 2)), q, k, k) == 4 * 2 * 2 * B * N * T * T * H

@@ -15,8 +15,8 @@ from capcur_jax.errors import InputError
 from capcur_jax.learner import packing
 from capcur_jax.learner.layout import Layout
 from capcur_jax.learner.minibatches import Micro
-from capcur_jax.learner.packing import RowShape
 from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.plan import lengths, work
 from capcur_jax.records.jsonl import JsonLines
 from capcur_jax.rollout.local.places import Pool
@@ -114,15 +114,19 @@ def test_the_samplers_slots_are_what_is_counted(paper):
     drawn = np.array([responses for _, responses in paper])
     assert 64 <= len(found.admissions) <= 512 and found.evicted == 0
     assert 8 * sum(rows * steps for rows, steps in found.bursts) >= drawn.sum() - drawn.size  # firsts come of prefills
-    assert {shape.prompts for shape in found.admissions} == {8}
+    assert sum(pairs for _, pairs in found.admissions) == sum(size.tokens**2 / 2 for size, _ in paper)
     # With a slot for every response all start at once, and the longest ends the step.
-    buckets = dataclasses.replace(buckets, patches=((1, 2**18),))
+    buckets = dataclasses.replace(buckets, tokens=(2**16,), patches=((1, 2**18),))
     whole = work.sampled(paper, buckets, 8, work.Slots(320, 64, Pool(320 * 32, 128)), 2048, images=True)
     assert (len(whole.admissions), whole.steps) == (1, drawn.max() - 1)
     assert [rows for rows, _ in whole.bursts] == sorted((rows for rows, _ in whole.bursts), reverse=True)
     # Each token of a response reads its prompt and all before it, and itself.
     prompts = np.array([size.tokens for size, _ in paper])[:, None]
     assert whole.live == ((drawn - 1) * (prompts + 1) + (drawn - 1) * (drawn - 2) / 2).sum() / 8
+    # Rows are full but for the last prefill's: of what is computed few tokens are padding.
+    usual = work.sampled(paper, paper_step(paper)[0], 8, work.Slots(320, 16, Pool(320 * 32, 128)), 2048, images=True)
+    computed = 8 * sum(shape.length for shape, _ in usual.admissions)
+    assert 1 <= computed / sum(size.tokens for size, _ in paper) < 1.2 and len(usual.admissions) <= 8
     # With few pages some responses wait, and all the same end.
     short = work.sampled(paper, buckets, 8, work.Slots(320, 64, Pool(1200, 128)), 2048, images=True)
     assert short.evicted > 0 and short.steps > whole.steps

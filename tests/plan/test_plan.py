@@ -201,11 +201,17 @@ def test_a_tiny_run_on_accelerators(topology, attention, tmp_path):
     left = topology.startswith("cuda:h200")  # to the memory, of which there is more than enough
     settings += ("--config.model.remat=auto",) if left else ("--config.rollout.gathered=False",)
     groups = [(30 + i, [4, 6, 10, 20, 40]) for i in range(8)]
-    lengths = recorded(tmp_path / "rollouts.jsonl", groups)
-    done = run("--config=configs/staged.py", f"--topology={topology}", "--json", f"--lengths={lengths}", *settings)
+    lengths, other = recorded(tmp_path / "rollouts.jsonl", groups), tmp_path / "other.jsonl"
+    recorded(other, [(30, [4] * 5)] * 8)
+    done = run(
+        "--config=configs/staged.py", f"--topology={topology}", "--json", f"--lengths={lengths},{other}", *settings
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["fits"] and list(found)[-1] == "lengths" and list(found["lengths"]) == LENGTHS
+    (others,) = found["others"]
+    assert list(others) == LENGTHS and others["name"] == str(other)
+    assert 0 < others["decode_steps"] < found["lengths"]["decode_steps"]
     (stage,), of = found["stages"], found["lengths"]
     assert stage["phases"] and all(program["kernels"] is not None for program in stage["programs"])
     by = {phase["phase"]: phase for phase in stage["phases"]}

@@ -16,5 +16,5 @@ class TestLocalEngine(Contract):
         """Three slots for a dozen responses."""
         path = request.getfixturevalue(request.param)
         processor, model = Processor.from_directory(path), huggingface.load(path)
-        buckets = Buckets((48, 96), ((1, 128), (3, 128), (12, 128)))
+        buckets = Buckets((96, 192), ((1, 128), (3, 128), (12, 128)), longest=96)
         return Served(path, processor, model, LocalEngine(model, processor, slots=3, buckets=buckets))

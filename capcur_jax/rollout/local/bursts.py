@@ -19,7 +19,7 @@ from capcur_jax.models import paged
 from capcur_jax.models.decoding import DecodingModel, Weights
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.paged import Pages, Tables
-from capcur_jax.models.qwen_vl import PromptBatch, QwenVL
+from capcur_jax.models.qwen_vl import PackedBatch, QwenVL
 from capcur_jax.models.text import KeysValues
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local.sampling import sample_tokens
@@ -75,25 +75,26 @@ def keys_of(key: jax.Array, numbers: jax.Array, drawn: jax.Array) -> jax.Array:
 def admit(
     model: QwenVL,
     pages: Pages,
-    batch: PromptBatch,
+    batch: PackedBatch,
     copies: Copies,
     numbers_Bxn: jax.Array,
     key: jax.Array,
     sampling: Sampling,
     banned: tuple[int, ...],
 ) -> tuple[Pages, jax.Array, jax.Array]:
-    """Computes B prompts once, puts their keys and values into pages, and draws the first token of n responses of each.
+    """Computes prompts once, puts their keys and values into pages, and draws the first token of n responses of each.
 
-    Returns the pages, tokens [B, n] and their log-probs [B, n].
+    B are the prompts that all packed rows have room for. Returns the pages, tokens [B, n] and their log-probs [B, n].
     """
     h, prompt = model.prefill(batch)
-    logits = ban(model.logits(model.last(h, batch)), banned)
+    last = model.last(h, batch)
+    logits = ban(model.logits(last.reshape(-1, last.shape[-1])), banned)
     numbers, n = numbers_Bxn.reshape(-1), numbers_Bxn.shape[1]
     keys = keys_of(key, numbers, jnp.zeros(len(numbers), jnp.int32))
     tokens, logprobs = sample_tokens(jnp.repeat(logits, n, axis=0), keys, sampling)
 
     def put(pages: Pages, prompt: KeysValues, copies: Copies) -> Pages:
-        flat = [x.reshape(len(x), -1, *x.shape[3:]) for x in prompt]  # [L, B x T, K, H]
+        flat = [x.reshape(len(x), -1, *x.shape[3:]) for x in prompt]  # [L, tokens, K, H]
         return tuple(paged.fill(layer, k, v, *copies) for layer, k, v in zip(pages, *flat, strict=True))
 
     rows, cache = P(sharding.ROWS), P(None, sharding.ROWS, None, "tensor")

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from capcur_jax.devices import distributed, sharding
-from capcur_jax.models.batching import BatchShape, PromptSize
-from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.batching import PromptSize
+from capcur_jax.models.inputs import Prompt
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.models.paged import Pages
-from capcur_jax.models.qwen_vl import PromptBatch
+from capcur_jax.models.qwen_vl import PackedBatch
 from capcur_jax.rollout.engine import Health, Sample, Sampling, Told
 from capcur_jax.rollout.local import bursts
 from capcur_jax.rollout.local.bursts import Burst, Copies, Rows
@@ -48,7 +49,8 @@ class Call:
         self._sampling, self._done, work = sampling, done, self._work
         sizes = [PromptSize.of(prompt) for prompt in prompts]
         self.places = Places(
-            sizes, n, engine.shards, work.rows, work.prompts, work.pool, sampling.max_new_tokens, engine.burst
+            sizes, n, engine.shards, work.rows, work.prompts, engine.buckets.row, work.pool, sampling.max_new_tokens,
+            engine.burst,
         )  # fmt: skip
         self._seed = np.uint32(seed % 2**32)
         # A response's number seeds it. Numbers run through the prompts of process 0, then of process 1, and so on.
@@ -94,33 +96,31 @@ class Call:
                         self._take(shard, one.slots[i], response, *drawn)
 
     def _read(self, admitted: Sequence[Sequence[Admitted]]) -> tuple[jax.Array, jax.Array]:
-        engine, work, n, each = self._engine, self._work, self._n, self._work.prompts
-        batch = self._collated([[self._prompts[one.prompt] for one in part] for part in admitted], each)
-        tokens = batch.tokens.shape[1]
-        count = work.copies(tokens, n)
-        numbers = np.zeros((engine.shards, each, n), np.uint32)
+        engine, work, n = self._engine, self._work, self._n
+        batch = self._collated([[self._prompts[one.prompt] for one in part] for part in admitted])
+        count = work.copies(batch.tokens.shape[1], n)
+        numbers = np.zeros((engine.shards, work.prompts, n), np.uint32)
         start = np.zeros((engine.shards, count), np.int32)
         # No two numbers of pages are the same, those that are past the last included.
         page = np.tile(work.pool.pages + np.arange(count, dtype=np.int32), (engine.shards, 1))
         for shard, part in enumerate(admitted):
-            copies = [(row * tokens + at, to) for row, one in enumerate(part) for at, to in one.copies]
+            first = batch.places.prompt_start[shard]
+            copies = [(first[i] + at, to) for i, one in enumerate(part) for at, to in one.copies]
             if copies:
                 start[shard, : len(copies)], page[shard, : len(copies)] = np.array(copies).T
-            for row, one in enumerate(part):
-                numbers[shard, row, : len(one.responses)] = self._first + np.array(one.responses)
+            for i, one in enumerate(part):
+                numbers[shard, i, : len(one.responses)] = self._first + np.array(one.responses)
         arrays = batch, Copies(start.reshape(-1), page.reshape(-1)), numbers.reshape(-1, n)
         placed = sharding.put(engine.mesh, arrays)
         self._pages, drawn, logprobs = work.admit(engine.parameters, self._pages, *placed, self._seed)
         return drawn, logprobs
 
-    def _collated(self, parts: Sequence[Sequence[Prompt]], each: int) -> PromptBatch:
-        """The prompts of each device row, filled up with empty ones."""
+    def _collated(self, rows: Sequence[Sequence[Prompt]]) -> PackedBatch:
+        """The prompts of each device row, in the shape that all processes need."""
         engine, known = self._engine, self._engine.processor
-        flat = [prompt for part in parts for prompt in (*part, *[_nobody(known)] * (each - len(part)))]
-        sizes = [PromptSize.of(prompt) for prompt in flat]
-        shape = engine.buckets.shape(sizes, self._images, len(flat), engine.shards)
-        shape = BatchShape(*distributed.exchange(np.array(shape)).max(0).tolist())
-        return engine.buckets.collate(flat, known.config, known.pad_token, shards=engine.shards, shape=shape)
+        shape = engine.buckets.shape([[PromptSize.of(prompt) for prompt in row] for row in rows], self._images)
+        shape = RowShape(*distributed.exchange(np.array(shape)).max(0).tolist())
+        return engine.buckets.collate(rows, shape, self._work.prompts, known.config, known.pad_token)
 
     # ------------------------------------------------------------------ responses
 
@@ -179,10 +179,3 @@ class Call:
         whole = all(prompt * self._n + i in self._samples for i in range(self._n))
         if self._done and whole:
             self._done(prompt, self._group(prompt))
-
-
-def _nobody(processor: Processor) -> Prompt:
-    """An empty prompt, which fills a batch up."""
-    one = np.full(1, processor.pad_token, np.int32)
-    empty = np.zeros((0, processor.config.vision.patch_bytes), np.uint8)
-    return Prompt(one, np.zeros((3, 1), np.int32), 1, np.full(1, -1, np.int32), empty, ())

@@ -21,9 +21,10 @@ from flax import nnx
 from capcur_jax.devices import distributed, sharding
 from capcur_jax.devices.programs import Programs
 from capcur_jax.errors import InputError
-from capcur_jax.models.batching import BatchShape, Buckets, PromptSize, rounded_up
+from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
 from capcur_jax.models.decoding import DecodingModel
 from capcur_jax.models.inputs import Processor, Prompt
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.models.paged import Pages
 from capcur_jax.models.qwen_vl import QwenVL
 from capcur_jax.rollout.engine import Health, Sample, Sampling, Told
@@ -39,10 +40,10 @@ class Work(NamedTuple):
     """The programs of a call, and its sizes."""
 
     empty: Programs  # () -> Pages
-    admit: Programs  # (parameters, Pages, PromptBatch, Copies, numbers [B, n], seed) -> Pages, tokens, log-probs
+    admit: Programs  # (parameters, Pages, PackedBatch, Copies, numbers [B, n], seed) -> Pages, tokens, log-probs
     decode: dict[bool, Programs]  # by `own`: (weights, Pages, Rows, seed, wanted, few, steps) -> Pages, Burst
     rows: int  # slots of a device row
-    prompts: int  # that one prefill takes, of a device row
+    prompts: int  # that one prefill takes of a device row, at most
     pool: Pool
     table: int  # pages of a row at most
 
@@ -52,8 +53,9 @@ class Work(NamedTuple):
         return self.table == 1 and self.pool.pages == self.rows
 
     def copies(self, tokens: int, n: int) -> int:
-        """Pages that a prefill of rows of so many tokens fills, of a device row."""
-        return self.prompts * (tokens // self.pool.size + n)
+        """Pages that a prefill of a row of so many tokens fills, at most: what of a prompt fills no page goes to each
+        response's own."""
+        return tokens // self.pool.size + self.prompts * n
 
 
 class LocalEngine:
@@ -66,7 +68,8 @@ class LocalEngine:
         processor: gives end, banned and pad tokens.
         slots: responses decoded together, split over the mesh's device rows.
         buckets: the declared shapes of a batch of prompts.
-        prefill: prompts of a device row whose keys and values are computed at once.
+        prefill: prompts of a device row whose keys and values are computed at once, at most: as many as the longest
+            of `buckets` holds.
         gathered: device rows do not split the copy for decoding. It costs its size on every device and spares gathering
             it anew for every token.
         page: tokens of a page of keys and values. 0: PAGE on an accelerator; on a CPU as many as a prompt and a
@@ -125,7 +128,7 @@ class LocalEngine:
         images = any(prompt.images for prompt in sizes) if images is None else images
         work.empty.compile()
         pages = self.pages_shape(work)
-        for shape in self.buckets.shapes(sizes, images, work.prompts * self.shards, self.shards):
+        for shape in self.buckets.shapes(sizes, images, work.prompts):
             work.admit.compile(*self.admitted(work, pages, shape, n))
         for rows in burst_sizes(work.rows):
             work.decode[work.own and rows == work.rows].compile(*self.decoded(work, pages, rows))
@@ -141,8 +144,8 @@ class LocalEngine:
     ) -> list[list[Sample]]:
         """See engine.Engine. Raises InputError where too few patches are declared for the prompts, whichever of them
         would meet in a prefill, or too few pages for one of them and its response."""
-        shown = [PromptSize.of(prompt).images for prompt in prompts]
-        self.buckets.images.possible(shown, self.work(n, sampling).prompts)
+        if sizes := [PromptSize.of(prompt) for prompt in prompts]:
+            self.buckets.possible(sizes, self.work(n, sampling).prompts)
         call = Call(self, sampling, prompts, n, seed, images, done)
         while distributed.agree(call.places.unfinished()):
             call.admit()
@@ -204,15 +207,11 @@ class LocalEngine:
         """What does not depend on the number of responses a prompt."""
         if (sampling, rows) not in self._decode:
             known, by_rows, places = self.processor, sharding.by_rows(self.mesh), self.decoding.pages_places()
-            longest = max(self.buckets.tokens) + sampling.max_new_tokens
+            longest = (self.buckets.longest or self.buckets.row) + sampling.max_new_tokens
             size = self._page or rounded_up(longest, 8)
             table = Pool(0, size).of(longest)
             pool = Pool(self._pages or rows * table, size)
-            if pool.pages < table:
-                raise InputError(
-                    f"config.rollout.pages = {pool.pages}: a prompt and a response of {longest} tokens need {table} "
-                    f"pages of {size} tokens; give at least those, or 0"
-                )
+            pool.row(longest)  # refuses too few
 
             def empty():
                 return self.decoding.empty_pages(pool.pages * self._all, size)
@@ -237,11 +236,12 @@ class LocalEngine:
         at = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
         return jax.tree.map(at, work.empty.trace().out_info, self.decoding.pages_places())
 
-    def admitted(self, work: Work, pages: Pages, shape: BatchShape, n: int) -> tuple:
+    def admitted(self, work: Work, pages: Pages, shape: RowShape, n: int) -> tuple:
         """Arguments of `Work.admit` by shape."""
-        blank = self.buckets.blank(shape, self.processor.config, self.processor.pad_token)
-        copies = np.zeros(self.shards * work.copies(shape.tokens, n), np.int32)
-        arrays = blank, Copies(copies, copies), np.zeros((shape.prompts, n), np.uint32)
+        known = self.processor
+        blank = self.buckets.blank(self.shards, shape, work.prompts, known.config, known.pad_token)
+        copies = np.zeros(self.shards * work.copies(shape.length, n), np.int32)
+        arrays = blank, Copies(copies, copies), np.zeros((self.shards * work.prompts, n), np.uint32)
         return (self.parameters, pages, *sharding.abstract(self.mesh, arrays), np.uint32(0))
 
     def decoded(self, work: Work, pages: Pages, rows: int) -> tuple:

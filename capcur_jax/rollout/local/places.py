@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,6 +40,15 @@ class Pool(NamedTuple):
     def of(self, tokens: int) -> int:
         """Pages that so many tokens of one row lie in."""
         return -(-tokens // self.size)
+
+    def row(self, tokens: int) -> int:
+        """The same of the longest prompt with the longest response, which must find room. Raises InputError."""
+        if (needed := self.of(tokens)) > self.pages:
+            raise InputError(
+                f"config.rollout.pages = {self.pages}: a prompt and a response of {tokens} tokens need {needed} pages "
+                f"of {self.size} tokens; give at least those, or 0"
+            )
+        return needed
 
 
 class Entry(NamedTuple):
@@ -81,7 +91,8 @@ class Places:
         n: responses of each.
         shards: device rows.
         rows: slots of a device row.
-        each: prompts of a device row that one prefill takes.
+        each: prompts of a device row that one prefill takes, at most,
+        row: and tokens of them.
         pool: pages of a device row.
         longest: tokens of a response at most.
         burst: of them between two visits of the host, at most.
@@ -97,20 +108,16 @@ class Places:
         shards: int,
         rows: int,
         each: int,
+        row: int,
         pool: Pool,
         longest: int,
         burst: int,
     ):
-        self.n, self.each, self.pool, self.longest, self._burst = n, each, pool, longest, burst
+        self.n, self.each, self.pool, self.longest, self._burst, self._row = n, each, pool, longest, burst, row
         self._tokens = [size.tokens for size in sizes]
-        most = pool.of(max(self._tokens, default=1) + longest)
-        if most > pool.pages:
-            raise InputError(
-                f"a prompt of {max(self._tokens)} tokens and a response of {longest} need {most} pages of {pool.size} "
-                f"tokens, and a device row has {pool.pages}: raise config.rollout.pages"
-            )
+        most = pool.row(max(self._tokens, default=1) + longest)
         self.own = most == 1 and pool.pages == rows  # a slot's page has its number
-        # Prompts of like length meet in a prefill, which is as long as its longest; answers come in the prompts' order.
+        # The longest first, as bins are packed; answers come in the prompts' order.
         order = sorted(range(len(sizes)), key=lambda i: (sum(sizes[i].images), sizes[i].tokens), reverse=True)
         self.waiting = deque(Entry(i, tuple(range(i * n, (i + 1) * n))) for i in order)
         self.running = np.full((shards, rows), -1)  # the response in each slot
@@ -134,13 +141,13 @@ class Places:
         return self._held[shard][slot].pages
 
     def worthwhile(self) -> bool:
-        """Whether a device row has room for as many prompts as a prefill takes, or for all waiting ones; or whether one
-        has nothing else to do."""
+        """Whether a device row has room for as many prompts as a prefill takes, or all rows for all that wait; or
+        whether one has nothing else to do."""
         if not self.waiting:
             return False
-        wanted = min(self.each, len(self.waiting))
+        fitting = [self._fitting(shard) for shard in range(len(self.running))]
         # Pages may be too few for so many at any time.
-        return any(self._fitting(shard) >= wanted for shard in range(len(self.running))) or not all(self._held)
+        return max(fitting) >= len(self._next()) or sum(fitting) >= len(self.waiting) or not all(self._held)
 
     def burst(self, most: int, waiting: bool) -> tuple[int, int, np.ndarray]:
         """Of the next burst its rows of a device row, how few responses may be left when it ends, and how many free
@@ -155,11 +162,21 @@ class Places:
         few = 0 if waiting else max((smaller for smaller in sizes if smaller < size), default=0)
         return size, few, self._wanted() - (rows - size)  # slots that are no row of the burst are free, too
 
+    def _next(self) -> list[Entry]:
+        """The first waiting prompts that a prefill of a device row takes together."""
+        left, first = self._row, []
+        for entry in itertools.islice(self.waiting, self.each):
+            left -= self._tokens[entry.prompt]
+            if left < 0:
+                break
+            first.append(entry)
+        return first
+
     def _wanted(self) -> np.ndarray:
         """Free slots of each device row [shards] that are worth giving away. Where there are as many already, pages are
         what is missing, and where nobody waits nothing is: more than a row has."""
         rows = self.running.shape[1]
-        first = [self.waiting[i] for i in range(min(self.each, len(self.waiting)))]
+        first = self._next()
         wanted = min(sum(len(entry.responses) for entry in first), rows)
         return np.where((self.free_slots() >= wanted) | (not first), rows + 1, wanted)
 
@@ -180,9 +197,9 @@ class Places:
         return whole + responses * (self._ahead(prompt, 1) - whole)
 
     def _fitting(self, shard: int) -> int:
-        """How many of the first waiting prompts the device row could take now, at most as many as a prefill does."""
+        """How many of the prompts that a prefill would take next the device row has room for now."""
         slots, pages, count = int(self.free_slots()[shard]), len(self._free[shard]) - self._missing(shard), 0
-        for entry in list(self.waiting)[: self.each]:
+        for entry in self._next():
             slots -= len(entry.responses)
             pages -= self._needed(entry.prompt, len(entry.responses))
             if slots < 0 or pages < 0:
@@ -197,11 +214,13 @@ class Places:
         gets. A row that has nothing else to do takes what it can of a prompt's responses."""
         parts: list[list[Admitted]] = [[] for _ in self.running]
         missing = [self._missing(shard) for shard in range(len(parts))]  # what comes has what it needs at once
+        left = [self._row] * len(parts)
         for _ in range(len(parts) * self.each):
             if not self.waiting:
                 break
             free, entry = self.free_slots(), self.waiting[0]
-            open_ = [shard for shard in range(len(parts)) if len(parts[shard]) < self.each]
+            tokens = self._tokens[entry.prompt]
+            open_ = [i for i, part in enumerate(parts) if len(part) < self.each and tokens <= left[i]]
             order = sorted(open_, key=lambda shard: (-free[shard], shard))
             room = {shard: self._room(shard, entry, missing[shard]) for shard in order}
             whole = [shard for shard in order if room[shard] == len(entry.responses)]
@@ -209,6 +228,7 @@ class Places:
             if not whole and not idle:
                 break
             shard = (whole or idle)[0]
+            left[shard] -= tokens
             self.waiting.popleft()
             if rest := entry.responses[room[shard] :]:
                 self.waiting.appendleft(Entry(entry.prompt, rest))

@@ -14,6 +14,7 @@ from capcur_jax.errors import InputError
 from capcur_jax.learner.learner import Learner
 from capcur_jax.learner.packing import Responses, UpdateBatch
 from capcur_jax.models.batching import Buckets, PromptSize
+from capcur_jax.models.packed_rows import RowShape
 from capcur_jax.records import metrics
 from capcur_jax.rollout.engine import Sampling
 from capcur_jax.rollout.local import call as local
@@ -23,7 +24,7 @@ from tests.conftest import random_image
 from tests.packed import packed
 
 ROWS, G, T = 12, 3, 10
-BUCKETS = Buckets((40, 64), ((4, 96),))
+BUCKETS = Buckets((160, 256), ((4, 96),), longest=64)
 WARM, COOL, GREEDY = Sampling(T), Sampling(T, temperature=0.7), Sampling(T, temperature=0.0)
 # ---------------------------------------------------------------------- choosing a token
 
@@ -231,9 +232,9 @@ def biased(parameters, processor):
 
 
 def test_banned_tokens_are_never_sampled_though_likeliest(engine, biased, graph, prompts, processor):
-    batch = BUCKETS.collate(prompts[:4], processor.config, processor.pad_token)
+    batch = BUCKETS.collate([prompts[:4]], RowShape(256, 4, 96), 4, processor.config, processor.pad_token)
     model = nnx.merge(graph, biased)
-    logits = jax.jit(lambda b: model.logits(model.prefill(b)[0][jnp.arange(4), b.lengths - 1]))(batch)
+    logits = jax.jit(lambda b: model.logits(model.last(model.prefill(b)[0], b)))(batch)[0]
     banned = list(processor.banned_tokens)
 
     assert jax.nn.softmax(logits, axis=-1)[:, banned].sum(-1).min() > 0.9
@@ -361,14 +362,15 @@ def test_a_greedy_answer_does_not_depend_on_its_company(engine, prompts):
     for order in ([5, 4, 3, 2, 1, 0], [1, 1, 1, 1, 3, 0]):
         for place, group in zip(order, engine.generate([prompts[i] for i in order], GREEDY, G), strict=True):
             assert np.array_equal(group[0].tokens, together[place][0].tokens)
-    alone = engine.generate([prompts[1]], GREEDY, G)  # the rest of the batch is filled
+    alone = engine.generate([prompts[1]], GREEDY, G)
     assert len(alone) == 1 and np.array_equal(alone[0][0].tokens, together[1][0].tokens)
 
 
 def test_a_greedy_answer_does_not_depend_on_the_padding(engine, prompts, processor):
     long = processor.prepare(processor.render([None, "What shape is in the image? " * 5]), [random_image(20, 20)])
-    assert max(map(len, prompts)) <= BUCKETS.tokens[0] < len(long)
-    narrow, wide = (engine.generate([*prompts[:2], other], GREEDY, G) for other in (prompts[2], long))
+    narrow, wide = prompts[:3], [*prompts[:2], long, long, long]
+    assert sum(map(len, narrow)) <= BUCKETS.tokens[0] < len(prompts[1]) + 3 * len(long)
+    narrow, wide = (engine.generate(row, GREEDY, G) for row in (narrow, wide))
     for a, b in zip(narrow[:2], wide[:2], strict=True):
         assert np.array_equal(a[0].tokens, b[0].tokens)
         np.testing.assert_allclose(a[0].logprobs, b[0].logprobs, atol=1e-5)
@@ -423,16 +425,25 @@ def test_a_call_without_images_takes_the_program_of_those_with_images(engine, pr
         assert np.array_equal(a[0].tokens, b[0].tokens)
 
 
-def test_a_short_batch_holds_the_images_of_its_last_prompt_once(engine, prompts, processor):
-    """Two images in one prompt, alone in a batch of four."""
+def test_a_row_with_room_for_more_prompts_draws_the_same(engine, prompts):
+    """Two images in one prompt, alone in a row for four."""
     ((sample, *_),) = engine.generate([prompts[3]], GREEDY, G)
     together = engine.generate(prompts, GREEDY, G)
     assert np.array_equal(sample.tokens, together[3][0].tokens)
-    batch = BUCKETS.collate([prompts[3]], processor.config, processor.pad_token, rows=4)
-    assert (batch.vision.segments > 0).sum() == len(prompts[3].patches)
-    for row in range(1, 4):
-        for rowwise in (batch.tokens, batch.lengths, batch.visual_index, batch.positions):
-            np.testing.assert_array_equal(rowwise[row], rowwise[0])
+
+
+@pytest.mark.parametrize("row", [40, 64])
+def test_prompts_that_a_row_has_no_tokens_for_come_in_the_next_prefill(model, processor, biased, prompts, row):
+    whole, tight = (
+        LocalEngine(model, processor, slots=ROWS, prefill=ROWS // G, buckets=buckets)
+        for buckets in (BUCKETS, dataclasses.replace(BUCKETS, tokens=(row,)))
+    )
+    drawn = []
+    for engine in (whole, tight):
+        engine.update_weights(biased, 3)
+        drawn.append(engine.generate(prompts, WARM, G, seed=11))
+    assert sum(map(len, prompts[:4])) > row
+    assert_as_before(drawn[1], drawn[0])
 
 
 def test_a_group_larger_than_the_slots_still_gets_its_samples(engine, prompts):

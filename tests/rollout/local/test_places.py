@@ -27,10 +27,11 @@ class Case(NamedTuple):
     longest: int
     burst: int
     seed: int = 0  # of the lengths of bursts
+    row: int = 1000  # tokens that a prefill reads of a device row, at most
 
     def places(self) -> Places:
         sizes = [PromptSize(tokens) for tokens in self.prompts]
-        return Places(sizes, self.n, self.shards, self.rows, self.each, self.pool, self.longest, self.burst)
+        return Places(sizes, self.n, self.shards, self.rows, self.each, self.row, self.pool, self.longest, self.burst)
 
 
 @strategies.composite
@@ -44,7 +45,8 @@ def cases(draw) -> Case:
     pages = draw(either(number(least, least * rows), strategies.just(least * rows)))
     ends = draw(strategies.lists(number(1, longest), min_size=len(prompts) * n, max_size=len(prompts) * n))
     shards, each = draw(number(1, 3)), draw(number(1, rows // n))
-    return Case(prompts, ends, n, shards, rows, each, Pool(pages, size), longest, burst, draw(number(0, 99)))
+    seed, row = draw(number(0, 99)), max(prompts) + draw(number(0, 40))
+    return Case(prompts, ends, n, shards, rows, each, Pool(pages, size), longest, burst, seed, row)
 
 
 @strategies.composite
@@ -91,6 +93,7 @@ class Call:
         while self.places.worthwhile():
             parts = self.places.admit()
             assert any(parts) and max(map(len, parts)) <= self.case.each
+            assert max(sum(self.case.prompts[one.prompt] for one in part) for part in parts) <= self.case.row
             for shard, one in ((shard, one) for shard, part in enumerate(parts) for one in part):
                 self.copied(shard, one)
                 for slot, response in zip(one.slots, one.responses, strict=True):
@@ -206,7 +209,7 @@ def test_responses_wait_only_where_pages_are_too_few_for_all_slots(pages, enough
 
 def test_an_empty_device_row_does_not_wait_for_the_others():
     """A device row has pages for 2 of the 3 prompts of a prefill."""
-    case = Case([8] * 6, [8, 8, 2, 2, 8, 8], n=1, shards=2, rows=8, each=3, pool=Pool(9, 4), longest=8, burst=7)
+    case = Case([8] * 7, [8, 8, 2, 2, 8, 8, 8], n=1, shards=2, rows=8, each=3, pool=Pool(9, 4), longest=8, burst=7)
     call = Call(case)
     call.admit()
     call.reserve()
@@ -215,7 +218,31 @@ def test_an_empty_device_row_does_not_wait_for_the_others():
     assert call.answered == [2, 3] and not call.places.worthwhile()
     call.places.release(1, 0)
     assert call.places.worthwhile()
-    assert [[one.prompt for one in part] for part in call.places.admit()] == [[5], [4]]
+    assert [[one.prompt for one in part] for part in call.places.admit()] == [[5], [4, 6]]
+
+
+def test_a_prefill_takes_as_many_prompts_as_its_row_has_tokens_for():
+    """The longest first; the next prefill begins with the one that had no room."""
+    case = Case([4, 9, 6, 2, 3], [1] * 5, n=1, shards=1, rows=5, each=3, pool=Pool(15, 4), longest=3, burst=3, row=16)
+    places = case.places()
+    assert [[one.prompt for one in part] for part in (places.admit()[0], places.admit()[0])] == [[1, 2], [0, 4, 3]]
+    waiting = case._replace(rows=2).places()
+    assert [one.prompt for one in waiting.admit()[0]] == [1, 2] and not waiting.worthwhile()
+    waiting.release(0, 0)
+    waiting.drew(0, 1, 1)
+    assert not waiting.worthwhile()  # three would meet in the next one, and two slots are all that there are
+    waiting.release(0, 1)
+    assert waiting.worthwhile()
+
+
+def test_the_last_prompts_do_not_wait_where_rows_have_room_for_one_each():
+    """Three slots are free, one of each device row, and three prompts wait."""
+    case = Case([4] * 9, [3] * 9, n=1, shards=3, rows=3, each=2, pool=Pool(9, 4), longest=3, burst=3)
+    places, rounds = case.places(), 0
+    while places.worthwhile():
+        places.admit()
+        rounds += 1
+    assert rounds == 2 and not places.waiting
 
 
 def three(pages: int) -> Places:
@@ -257,9 +284,7 @@ def test_a_slot_s_page_has_its_number_where_each_has_one(pages, size, own):
 def test_a_prompt_and_a_response_that_fit_no_pool_are_refused(pages, tokens):
     case = Case([1, tokens], [], n=1, shards=1, rows=9, each=1, pool=Pool(pages, 4), longest=8, burst=3)
     need = -(-(tokens + 8) // 4)
-    message = (
-        rf"a prompt of {tokens} tokens .* of 8 need {need} pages of 4 .* has {pages}: raise config\.rollout\.pages"
-    )
-    with pytest.raises(InputError, match=message):
+    message = rf"a prompt and a response of {tokens + 8} tokens need {need} pages of 4"
+    with pytest.raises(InputError, match=rf"config\.rollout\.pages = {pages}: {message}"):
         case.places()
     case._replace(pool=Pool(need, 4)).places()

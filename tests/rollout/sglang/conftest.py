@@ -14,7 +14,6 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from capcur_jax.models import huggingface
-from capcur_jax.models.batching import Buckets
 from capcur_jax.models.inputs import Processor, Prompt
 from capcur_jax.models.logprobs import ban
 from capcur_jax.models.qwen_vl import QwenVL
@@ -24,6 +23,7 @@ from capcur_jax.rollout.sglang.engine import SGLangEngine
 from capcur_jax.rollout.sglang.settings import Settings
 from capcur_jax.rollout.sglang.weights import File, Update
 from tests.conftest import architecture, random_checkpoint, random_image, windowed_architecture
+from tests.packed import padded
 from tests.rollout.sglang.scripted import Scripted, ScriptedEngine
 
 ROOT = Path(__file__).parents[3]
@@ -87,8 +87,7 @@ class Served:
             prompt.patches,
             prompt.grids,
         )
-        buckets = Buckets((96, 512), ((3, 128),))
-        batch = buckets.collate([whole], self.processor.config, self.processor.pad_token)
+        batch = padded([whole], self.processor, 96 if len(whole) <= 96 else 512, (3, 128))
         logits = _logits(nnx.merge(nnx.split(self.model)[0], parameters), batch, self.processor.banned_tokens)[0]
         scaled = np.asarray(logits, np.float64)[len(prompt) - 1 : len(whole) - 1] / (sampling.temperature or 1.0)
         scaled -= scaled.max(-1, keepdims=True)
