@@ -157,7 +157,9 @@ def _pages(
     excess = max((size - usable for size in over if size is not None), default=0)
     if excess > 0:
         page = next(variant.page_bytes for variant in variants if variant.slots.rows)
-        config.rollout.pages = max(config.rollout.pages - -(-excess // page), 1)
+        # A prompt and a response need so many: where these do not fit, the plan or the run says so.
+        least = pools[0].of(config.prompt.max_tokens + config.rollout.max_new_tokens)
+        config.rollout.pages = max(config.rollout.pages - -(-excess // page), least)
     why = f"{config.rollout.pages}: pages of {pools[0].size} tokens, of each device row"
     return Settled(config, settled.why | {PAGES: why})
 

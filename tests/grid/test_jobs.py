@@ -39,7 +39,7 @@ def test_each_set_is_rated_once_and_runs_that_need_it_wait(plan, tmp_path):
     for job, name in zip(prepared, presets.CAPABILITIES, strict=True):
         said = dict(argument.removeprefix("--").split("=", 1) for argument in job.arguments[3:])
         assert said["input"] == str(tmp_path / "data" / f"{name}-train.jsonl")
-        assert said["output"] == str(rated_file(tmp_path, name)) and said["max-new-tokens"] == "48"
+        assert said["output"] == str(rated_file(tmp_path, name)) and said["max_new_tokens"] == "48"
     for job in made.runs[2:]:
         assert job.config.data.sets.text.train == str(rated_file(tmp_path, "text"))
         assert job.config.data.sets.text.test == str(tmp_path / "data" / "text-test.jsonl")

@@ -146,6 +146,10 @@ def test_what_the_sampler_makes_takes_room_from_its_pages(compiles, config, monk
     config.model.remat = "full"
     monkeypatch.setitem(SIZES, ("decoding", False), 82)
     assert compiles[0](config, 80).config.rollout.pages == 78
+    # Never fewer than a prompt and a response need: that the sampler then has no room is what a plan is to say.
+    monkeypatch.setattr(sys.modules[__name__], "PAGE", 1024)
+    monkeypatch.setitem(SIZES, ("decoding", False), 300)
+    assert compiles[0](config, 80).config.rollout.pages == (2048 + 2048) // 1024
 
 
 def test_a_refusal_of_the_compiler_is_no_room(config, monkeypatch, compiles):

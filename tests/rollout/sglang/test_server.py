@@ -67,7 +67,7 @@ def test_logprobs_are_the_trainers_own(one, sampling):
 def test_greedy_tokens_are_the_local_engines(one):
     prompts, sampling = one.prompts(), Sampling(12, 0.0)
     local = LocalEngine(
-        one.model, one.processor, slots=3, buckets=Buckets((96, 192), ((1, 128),), longest=96), prefill=3
+        one.model, one.processor, slots=3, buckets=Buckets((96, 192), ((4, 128),), longest=96), prefill=3
     )
     for ours, theirs in zip(
         local.generate(prompts, sampling, 1), one.engine.generate(prompts, sampling, 1, 0), strict=True
