@@ -27,7 +27,7 @@ CAPABILITIES = ("perception", "text", "visual")
 # The laptop run's budget, the same for every row of the paper (capcur_jax/grid/): each row sees the same problems of
 # each of its sets once, at a constant rate.
 LAPTOP_STEPS = 250  # of a stage; one merged stage has those of all three
-LAPTOP_SHORT_STEPS = 120  # the same for laptop_short, which grids of many runs take
+LAPTOP_SHORT_STEPS = 80  # the same for laptop_short, which grids of many runs take
 LAPTOP_PROMPTS = 32  # of a step
 LAPTOP_LEARNING_RATE = 5e-5  # at 1e-4 the visual stage forgets what the first two learned
 LAPTOP_UPDATES = 2  # of a step
