@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -23,7 +23,7 @@ from capcur_jax.errors import InputError
 from capcur_jax.files import must_be_local, write_atomically
 from capcur_jax.grid import budget, hours, runner, watch
 from capcur_jax.grid.executors import EXECUTORS, executor
-from capcur_jax.grid.jobs import COMMANDS, Plan, config_file
+from capcur_jax.grid.jobs import COMMANDS, Job, Plan, config_file
 from capcur_jax.grid.rows import ROWS
 from capcur_jax.interruption import Interrupted, Interruption
 from capcur_jax.records import streams
@@ -75,8 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(plan: Plan, options: argparse.Namespace, budgets, overrides: Sequence[str]) -> int:
-    from capcur_jax.checks import finished  # here: --help should not wait for JAX
-
     board = watch.Board(_console(sys.stdout))
     local = options.executor == "local"
     if local and options.jobs > 1 and any(job.config.mesh.gpus for job in plan.runs):
@@ -86,7 +84,7 @@ def _run(plan: Plan, options: argparse.Namespace, budgets, overrides: Sequence[s
         with Interruption() as interruption, Lock(plan.workdir):
             board.print(budgets)
             with interruption.at_once():
-                done = [job for job in plan.runs if finished(job.folder, job.config, lambda line: _warn(board, line))]
+                done = [job for job in plan.runs if _done(job, lambda line: _warn(board, line))]
                 todo = [job for job in plan.runs if job not in done]
                 needed = {name for job in todo for name in job.needs}
                 jobs = [job for job in plan.preparations() if job.name in needed] + todo
@@ -98,14 +96,27 @@ def _run(plan: Plan, options: argparse.Namespace, budgets, overrides: Sequence[s
         return 130
     failed = [state for state in states if state.state == "failed"]
     for state in failed:
-        _warn(board, f"{state.job.name} failed, {state.note} ({state.tries} tries; {state.job.log})")
+        how = f" ({state.tries} tries; {state.job.log})" if state.tries else ""
+        _warn(board, f"{state.job.name} failed, {state.note}{how}")
     board.print(Text(f"{len(states) - len(failed)} of {len(states)} done in {plan.workdir}"))
     return 1 if failed else 0
+
+
+def _done(job: Job, warn: Callable[[str], None]) -> bool:
+    """Whether the run is finished. Raises InputError, which names it, where its folder has another run."""
+    from capcur_jax.checks import finished  # here: --help should not wait for JAX
+
+    try:
+        return finished(job.folder, job.config, warn)
+    except InputError as error:
+        raise InputError(f"{job.name}, {job.folder}: {error}") from None
 
 
 def _remember(workdir: Path, options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Adds this command to those that made the grid's runs, for its report."""
     told = [f"--{name}={getattr(options, name)}" for name in ("rows", "seeds", "preset", "jobs", "workdir")]
+    if options.executor != "local":
+        told += [f"--executor={options.executor}", *(f"--slurm={setting}" for setting in options.slurm)]
     command = shlex.join(["python", "-m", "capcur_jax.ablations", *told, *overrides])
     file = workdir / COMMANDS
     known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []

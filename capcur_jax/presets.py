@@ -189,7 +189,7 @@ def defaults() -> ConfigDict:
             },
             "packing": {
                 # The preset's: declared lengths of a device row of tokens, which holds whole groups. A mini-batch takes
-                # those that hold it with the fewest tokens, one for each micro-batch. On accelerators multiples of 128.
+                # the fewest tokens that hold it, a row each micro-batch. Accelerators round up to multiples of 128.
                 "lengths": (),
                 "groups": 0,  # the preset's: groups of such a row at most
                 # The preset's: declared patches of such a row's images, (rows, patches of a row) of each, rising.

@@ -2,6 +2,7 @@
 # SGLang servers on a rollout node, for a trainer on other nodes. On each rollout node:
 #
 #   launch/sglang_servers.sh --config=configs/staged.py:qwen3_vl_8b --workdir=/shared/runs/staged \
+#     --config.checkpoint=/shared/Qwen3-VL-8B \
 #     --config.rollout.sglang.python=/shared/sglang/bin/python --config.rollout.sglang.servers=8 \
 #     --config.rollout.sglang.port=30000
 #

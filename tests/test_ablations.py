@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from capcur_jax import ablations, presets
 from capcur_jax.grid import hours
+from capcur_jax.grid.report import page
 from capcur_jax.grid.rows import ROWS
 from capcur_jax.records.jsonl import read_jsonl
 from tests import tiny
@@ -51,7 +52,7 @@ def test_a_dry_run_of_everything_needs_nothing_and_writes_nothing(dry):
         made = presets.read(config.removeprefix("--config="), settings)
         assert made.seed == int(seed) and made.evaluation.base_results == "runs/ablations/base"
         trained = made.data.sets.text.train
-        assert trained == ("runs/ablations/rated/text.jsonl" if "difficulty" in name else "")
+        assert trained == (str(Path("runs/ablations/rated/text.jsonl").absolute()) if "difficulty" in name else "")
     assert len({line[3] for line in lines}) == len(lines)
 
 
@@ -191,6 +192,13 @@ def test_the_base_is_asked_once_and_every_summary_is_whole(unbroken):
     assert "evaluating (base)" not in (unbroken / RUNS[1] / "log.txt").read_text()
 
 
+def tables_of(workdir: Path, to: Path) -> dict[str, str]:
+    """Title -> table of the grid's report, but for what depends on the clock, and the commands above them."""
+    _, tables = page.write([str(workdir)], to)
+    parts = tables.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {title: table for title, _, table in (part.partition("\n") for part in parts) if title != "Cost"}
+
+
 @pytest.mark.e2e
 def test_a_grid_killed_at_random_points_ends_with_the_same_files(grid, unbroken, tmp_path):
     """Killed in its first run, told to stop in its second."""
@@ -209,6 +217,8 @@ def test_a_grid_killed_at_random_points_ends_with_the_same_files(grid, unbroken,
         assert ours.keys() == theirs.keys() and all((ours[key] == theirs[key]).all() for key in theirs)
         ours, theirs = (json.loads((d / run / "summary.json").read_text()) for d in (workdir, unbroken))
         assert all(ours[key] == theirs[key] for key in ("accuracy", "steps", "status", "skipped"))
+    ours, theirs = tables_of(workdir, tmp_path / "ours"), tables_of(unbroken, tmp_path / "theirs")
+    assert ours == theirs and "All comparisons" in ours
 
 
 @pytest.mark.e2e
@@ -219,7 +229,8 @@ def test_a_finished_grid_is_left_alone_and_another_config_is_refused(grid, unbro
     before = state()
     assert "2 of 2 done" in ended(grid(unbroken))
     assert state() == before
-    assert "seed" not in (output := ended(grid(unbroken, "--config.stages.visual.learning_rate=0.5"), code=2))
+    output = ended(grid(unbroken, "--config.stages.visual.learning_rate=0.5"), code=2)
+    assert f"visual seed 0, {unbroken / 'visual' / 'seed0'}: " in output and "config.seed" not in output
     assert "started with another config" in output and f"learning_rate: {presets.LAPTOP_LEARNING_RATE} -> 0.5" in output
     (command,) = (unbroken / "commands.txt").read_text().splitlines()  # and not the one that was refused
     assert command.startswith(

@@ -123,8 +123,9 @@ def _run(row: Row, seed: int, file: str, workdir: Path, overrides: Sequence[str]
     folder = workdir / row.name / f"seed{seed}"
     own = [f"--config.evaluation.base_results={workdir / 'base'}"]
     for name in rated:
-        files = {split: workdir / "data" / f"{name}-{split}.jsonl" for split in SPLITS}
-        files["train"] = rated_file(workdir, name)
+        # Whole paths: however --workdir is written, the config is the same, and the run goes on.
+        files = {split: workdir.absolute() / "data" / f"{name}-{split}.jsonl" for split in SPLITS}
+        files["train"] = rated_file(workdir.absolute(), name)
         own += [f"--config.data.sets.{name}.{split}={path}" for split, path in files.items()]
     settings = (*overrides, f"--config.seed={seed}", *own)
     config = presets.read(file, settings)
@@ -150,8 +151,8 @@ def _measured(output: Path, config: ConfigDict) -> bool:
         return False
     if by.get("model") != str(Path(config.checkpoint).expanduser()):
         raise InputError(
-            f"{output} has pass rates of {by.get('model')}, and config.checkpoint is {config.checkpoint}: delete it, "
-            "or give another --workdir"
+            f"{output} has pass rates of {by.get('model')}, and config.checkpoint is {config.checkpoint}: delete it "
+            f"and {output.name}.journal.jsonl beside it, or give another --workdir"
         )
     return True
 

@@ -72,7 +72,7 @@ def _start(states: Sequence[State], executor: Executor) -> None:
         if state.state != "waiting":
             continue
         needed = [by_name[name] for name in state.job.needs if name in by_name]
-        if failed := [other.job.name for other in needed if other.state == "failed"]:
+        if failed := [f"{other.job.name} ({other.job.log})" for other in needed if other.state == "failed"]:
             state.state, state.note = "failed", f"needs {', '.join(failed)}"
         elif all(other.state == "done" for other in needed):
             if sum(other.running is not None for other in states) >= executor.width:

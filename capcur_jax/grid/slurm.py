@@ -27,6 +27,7 @@ LOOK_S = 5.0  # between questions to Slurm
 LAG_S = 30.0  # that a shared file system may take to show what a job has written
 KILLED_S = 600.0  # until a job that is to go on later has been ended by Slurm
 RUN = "capcur_jax.main"  # what computes in several tasks together
+AGAIN_S = 60.0  # until jobs that Slurm has refused are sent again
 LOST = 1  # exit code of a job that ended without one
 
 
@@ -93,6 +94,8 @@ class _Job:
         self.note.write_text(json.dumps({"job": self.id, "command": self.line}) + "\n", encoding="utf-8")
 
     def poll(self) -> int | None:
+        if not self.id:  # Slurm has not taken it yet
+            return LOST if self._cancelled else None
         listed = self.executor.listed()
         if listed is None or self.id in listed:
             self._gone = None
@@ -120,14 +123,14 @@ class _Job:
             return LOST
 
     def stop(self) -> None:
-        if (self.executor.listed(now=True) or {}).get(self.id) == "PENDING":
+        if not self.id or (self.executor.listed(now=True) or {}).get(self.id) == "PENDING":
             self.kill()
         elif self.id:
             _ask("scancel", "--signal=USR1", self.id)
 
     def kill(self) -> None:
+        self._cancelled = True
         if self.id:
-            self._cancelled = True
             _ask("scancel", self.id)
 
 
@@ -153,7 +156,8 @@ class Slurm:
             if not shutil.which(program):
                 raise InputError(f"--executor=slurm: there is no {program} here; start the grid on a login node")
         self.width, self.folder = jobs, folder.absolute()
-        self._new: list[_Job] = []
+        self._new: list[_Job] = []  # not sent yet
+        self._took, self._again = False, 0.0  # whether Slurm has taken a job before; when it is asked again
         self._asked, self._listed = -LOOK_S, None
         # A run may come to its time limit as often as it likes: each time it has learned something.
         self._executor = submitit.SlurmExecutor(folder=self.folder, max_num_timeout=10**6)
@@ -163,7 +167,7 @@ class Slurm:
             raise InputError(f"--slurm: {error}") from None
 
     def start(self, command: Sequence[str], log: Path) -> _Job:
-        """Finds the job of an earlier grid, or has a new one sent at the end of `together`."""
+        """Finds the job of an earlier grid, or has a new one sent at the end of `together`, or of a later one."""
         log.parent.mkdir(parents=True, exist_ok=True)
         job = _Job(self, log.absolute(), command)
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -174,27 +178,36 @@ class Slurm:
                         f"{log.parent}: job {found['job']} of another command is still in the queue or running; "
                         f"wait for it, or: scancel {found['job']}"
                     )
-                job.id = found["job"]
+                job.id, self._took = found["job"], True
                 return job
         self._new.append(job)
         return job
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What is started in here is sent as one array. Raises InputError where Slurm refuses it."""
-        self._new.clear()
+        """What is started in here is sent as one array. Where Slurm refuses it, it is tried again later, as long as the
+        grid lives: what runs is not ended for a controller that restarts or a queue that is full. Raises InputError
+        where it refuses the first."""
         yield
-        if not self._new:
+        self._new = [job for job in self._new if job.poll() is None]  # none that was stopped meanwhile
+        if not self._new or time.monotonic() < self._again:
             return
         try:
             sent = self._executor.map_array(
                 Command(), [job.line for job in self._new], [str(job.log) for job in self._new]
             )
         except Exception as error:  # submitit raises its own of what sbatch has said
-            raise InputError(f"--executor=slurm: the jobs can't be sent: {error}") from None
+            if not self._took:
+                raise InputError(f"--executor=slurm: the jobs can't be sent: {error}") from None
+            self._again = time.monotonic() + AGAIN_S
+            for job in self._new:
+                with job.log.open("a", encoding="utf-8") as file:
+                    file.write(f"the job can't be sent, which is tried again in {AGAIN_S:.0f} s: {error}\n")
+            return
         for job, made in zip(self._new, sent, strict=True):
             job.id = made.job_id
             job.remember()
+        self._new, self._took = [], True
         self.listed(now=True)
 
     def listed(self, now: bool = False) -> Mapping[str, str] | None:

@@ -32,7 +32,7 @@ class Layout:
     sampled: bool  # see objectives.Objective
     updates: int  # in a step
     shards: int  # device rows of this process
-    lengths: tuple[int, ...]  # declared, of packed rows; rising
+    lengths: tuple[int, ...]  # of packed rows, as declared, on accelerators rounded up to whole tiles; rising
     patches: PatchBuckets  # beside a packed row; ((0, 0),) where no prompt has an image
     bounds: Bounds
     old: bool  # whether the old policy's log-probs are needed
@@ -70,11 +70,13 @@ class Layout:
             config.packing.groups, config.rollout.group if sampled else 1, rounded_up(longest, _NEARLY),
             rounded_up(config.rollout.max_new_tokens, _NEARLY), buckets.smallest, config.packing.groups * most,
         )  # fmt: skip
+        accelerated = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform != "cpu"
+        lengths = {rounded_up(length, _TILE if accelerated else 1) for length in config.packing.lengths}
         declared = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
         patches = PatchBuckets(declared, buckets.smallest, "config.packing.patch_buckets")
         layout = cls(
             buckets, processor, mesh, sampled, updates, sharding.local_row_shards(mesh),
-            tuple(sorted(set(config.packing.lengths))), patches, bounds,
+            tuple(sorted(lengths)), patches, bounds,
             old=sampled and updates > 1, reference=sampled and needs_reference(config),
         )  # fmt: skip
         layout._check(longest + config.rollout.max_new_tokens, sizes)
@@ -90,9 +92,6 @@ class Layout:
                 f"config.packing.lengths = {self.lengths}: the longest must hold a prompt and a response, "
                 f"{longest} tokens (config.prompt.max_tokens + config.rollout.max_new_tokens)"
             )
-        accelerated = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform != "cpu"
-        if accelerated and (odd := [length for length in self.lengths if length % _TILE]):
-            raise InputError(f"config.packing.lengths: {odd} are no multiples of {_TILE}, as accelerators want it")
         self.patches.check_multiples(self.processor.config.vision.merge_size**2)
         for size in sizes:
             self.patches.bucket([size.images])

@@ -106,7 +106,7 @@ def test_what_needs_another_waits_for_it_and_fails_with_it(tmp_path):
     jobs += [("broken", tmp_path), ("free", tmp_path, "done before")]
     ends, executor, _, states = run(tmp_path, jobs, {"broken": [-9] * 9}, width=1)
     assert executor.started.index("rates") < executor.started.index("run")
-    assert ends["lost"] == ("failed", 0) and states[3].note == "needs broken"
+    assert ends["lost"] == ("failed", 0) and states[3].note == f"needs broken ({states[4].job.log})"
     assert ends["run"] == ends["other"] == ends["free"] == ("done", 1)
 
 

@@ -127,6 +127,32 @@ def test_what_slurm_refuses_is_said(played):
         sent(played)
 
 
+def test_a_refusal_ends_nothing_once_jobs_run(played, monkeypatch):
+    executor, (first, _) = sent(played)
+    (played / "refused").touch()
+    with executor.together():
+        late = executor.start(LINE, played / "c" / "log.txt")
+    assert late.poll() is None and first.poll() is None and not late.id
+    assert "can't be sent" in late.log.read_text() and "invalid partition" in late.log.read_text()
+    (played / "refused").unlink()
+    with executor.together():
+        pass
+    assert not late.id  # it is not asked again at once
+    monkeypatch.setattr(executor, "_again", 0.0)
+    with executor.together():
+        pass
+    assert late.id and late.poll() is None
+
+
+def test_a_job_that_was_never_sent_can_be_stopped(played):
+    executor, _ = sent(played)
+    (played / "refused").touch()
+    with executor.together():
+        late = executor.start(LINE, played / "c" / "log.txt")
+    late.stop()
+    assert late.poll() == slurm.LOST and "scancel" not in (played / "said").read_text()
+
+
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="there is no sbatch here"):

@@ -48,7 +48,7 @@ class Measured:
     def __init__(self, grid: Grid):
         tables: dict[Any, Any] = {}
         self._runs = {(run.row, run.seed): _read(run.folder / FOLDER, tables) for run in grid.runs}
-        bases = dict.fromkeys(run.folder.resolve().parents[1] / OF_BASE for run in grid.runs)
+        bases = dict.fromkeys(run.folder.resolve().parent.parent / OF_BASE for run in grid.runs)
         found = [(place, _read(place, tables)) for place in bases if (place / folders.SCORES).is_file()]
         if len(found) > 1:
             raise InputError(f"{found[0][0]} and {found[1][0]}: both are the base's benchmarks; keep one of them")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from capcur_jax.evaluation import statistics
 from capcur_jax.grid.report import seeds
 from capcur_jax.grid.report.gather import KNOWN, Figures, Grid
 from capcur_jax.grid.report.seeds import Estimate
-from capcur_jax.grid.rows import QWEN3, QWEN25
+from capcur_jax.grid.rows import BASE, QWEN3, QWEN25
 
 NAMES = {QWEN3: "Qwen3-VL-8B", QWEN25: "Qwen2.5-VL-7B", None: "model not named"}
 
@@ -153,6 +154,15 @@ class Measures:
             by_seed = sum(w * gains[name].mean(1) for name, w in self.weights(metric).items())
         return found, np.asarray(by_seed), tuple(common if common is not None else left.seeds or right.seeds)
 
+    def why_not(self, better: str, worse: str, metric: str) -> str:
+        """Why there is no such difference of two rows that are both there."""
+        if not self.weights(metric):
+            return f"not all sets of '{METRICS[metric].title}' were asked"
+        left, right = (self.grid.rows[row].seeds for row in (better, worse))
+        if left and right and not {*left} & {*right}:
+            return f"no seed in common: {better} has {_listed(left)}, {worse} has {_listed(right)}"
+        return "the lengths of answers are not known"
+
     def by_seed(self, row: str, metric: str) -> np.ndarray:
         """[seeds]; empty where there is none."""
         figures = self.grid.rows.get(row)
@@ -163,8 +173,9 @@ class Measures:
 
     @functools.cache  # noqa: B019 (lives as long as the page is made)
     def pool(self, metric: str) -> seeds.Pool:
-        """Over all trained rows, in the metric's unit."""
-        return seeds.pool(self.by_seed(row, metric) for row, figures in self.grid.rows.items() if figures.seeds)
+        """Over all trained rows, in the metric's unit. The base is none: where its answers differ between runs (another
+        commit, drawn answers) training is not why."""
+        return seeds.pool(self.by_seed(row, metric) for row in self.grid.rows if row != BASE.name)
 
     def _parts(self, rows: list[Figures], metric: str, of: list) -> list[dict[str, np.ndarray]] | None:
         """Of each row set -> [seeds, questions], in per cent or tokens. Lengths: of questions that all answered."""
@@ -213,7 +224,7 @@ def _found(claim: Claim, measures: Measures) -> Found:
         return Found(claim, f"no finished run of {', '.join(missing)}")
     found = measures.difference(claim.better, claim.worse, claim.metric)
     if found is None:
-        return Found(claim, f"no seed in common, or no set for '{METRICS[claim.metric].title}'")
+        return Found(claim, measures.why_not(claim.better, claim.worse, claim.metric))
     difference, by_seed, common = found
     same = int(((by_seed < 0) if claim.less else (by_seed > 0)).sum())
     missing = "" if np.isfinite(difference.p()) else "no row has two seeds: training noise is not known"
@@ -248,6 +259,10 @@ def paper_difference(better: str, worse: str, metric: str) -> dict[str, float]:
 
 def _trained(figures: Figures) -> int:
     return int(bool(figures.seeds))
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _those(figures: Figures, common: list[int] | None) -> slice | list[int]:

@@ -18,7 +18,6 @@ from capcur_jax.errors import InputError
 from capcur_jax.evaluation import comparison, folders
 from capcur_jax.evaluation.benchmarks.base import MODES
 from capcur_jax.grid.rows import BASE, ROWS
-from capcur_jax.grid.watch import summary
 from capcur_jax.records import jsonl
 
 BASE_FOLDER = Path("evaluation", "base")
@@ -44,7 +43,8 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's records. answers, base: set -> its answers, {} where there are none. trouble: why it counts nowhere."""
+    """A run's records. answers, base: set -> its answers, {} where there are none. conditions, of_base: what these were
+    asked with. trouble: why it counts nowhere."""
 
     row: str
     seed: int
@@ -55,6 +55,7 @@ class Run:
     answers: Mapping[str, Answers]
     base: Mapping[str, Answers]
     conditions: Mapping[str, Any]
+    of_base: Mapping[str, Any]
     trouble: str = ""
 
     @property
@@ -134,7 +135,7 @@ def read(places: Sequence[str]) -> Grid:
 
 
 def _run(row: str, folder: Path, tables: dict[bytes, Answers]) -> Run:
-    done, config = summary(folder), _json(folder / "config.json")
+    done, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
     seed = config.get("seed", 0)
     if not isinstance(seed, int):
         raise InputError(f"{folder / 'config.json'}: seed is {seed!r}, no whole number")
@@ -142,7 +143,7 @@ def _run(row: str, folder: Path, tables: dict[bytes, Answers]) -> Run:
         records = jsonl.read_jsonl(folder / METRICS)
     except ValueError as error:
         raise InputError(str(error)) from None
-    answers = base = conditions = {}
+    answers = base = conditions = of_base = {}
     trouble = ""
     if done.get("status") != "finished":
         steps = [record["step"] for record in records if record.get("type") == "step"]
@@ -151,9 +152,11 @@ def _run(row: str, folder: Path, tables: dict[bytes, Answers]) -> Run:
         trouble = f"no {folders.FINAL}/{folders.SCORES}"
     else:
         answers, conditions = _answers(folder / folders.FINAL, tables)
-        base = _answers(folder / BASE_FOLDER, tables)[0] if (folder / BASE_FOLDER).is_dir() else {}
+        if (folder / BASE_FOLDER).is_dir():
+            base, of_base = _answers(folder / BASE_FOLDER, tables)
         trouble = "" if answers else f"no {folders.FINAL}/{folders.PREDICTIONS}"
-    return Run(row, seed, folder, done, _json(folder / "versions.json"), records, answers, base, conditions, trouble)
+    versions = read_json(folder / "versions.json")
+    return Run(row, seed, folder, done, versions, records, answers, base, conditions, of_base, trouble)
 
 
 def _answers(folder: Path, tables: dict[bytes, Answers]) -> tuple[dict[str, Answers], Mapping[str, Any]]:
@@ -164,7 +167,7 @@ def _answers(folder: Path, tables: dict[bytes, Answers]) -> tuple[dict[str, Answ
         if digest not in tables:
             tables[digest] = _table(file)
         found[file.stem] = tables[digest]
-    conditions = _json(folder / folders.SCORES).get("conditions") or {}
+    conditions = read_json(folder / folders.SCORES).get("conditions") or {}
     apart = {*comparison.THE_MODELS, *_CONDITIONS}
     return found, {key: value for key, value in conditions.items() if key not in apart}
 
@@ -250,13 +253,25 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         values = {json.dumps(run.conditions.get(key), sort_keys=True) for run in runs}
         if len(values) > 1:
             notes.append(f"evaluations differ in {key}: {', '.join(sorted(values))[:200]}")
-    commits = {str(run.versions.get("commit"))[:7] for run in runs}
+    having = [run for run in runs if run.of_base]
+    for key in dict.fromkeys(key for run in having for key in run.conditions):
+        pairs = {
+            tuple(json.dumps(of.get(key), sort_keys=True) for of in (run.of_base, run.conditions)) for run in having
+        }
+        told = [f"{base[:90]} (base), {trained[:90]}" for base, trained in sorted(pairs) if base != trained]
+        if told:
+            notes.append(
+                f"the base was asked otherwise than the trained models, {key}: {'; '.join(told)}. What they gain over "
+                "it has that in it"
+            )
+    commits = {str(run.versions["commit"])[:7] for run in runs if run.versions.get("commit")}
     if len(commits) > 1:
         notes.append(f"runs are of {len(commits)} commits: {', '.join(sorted(commits))}")
     return notes
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """{} of a file that is not there. Raises InputError for one that is damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError:

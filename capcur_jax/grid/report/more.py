@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from capcur_jax.evaluation import counterfactual, errors, folders
 from capcur_jax.grid.report.claims import METRICS, Measures
-from capcur_jax.grid.report.gather import Grid, Run
+from capcur_jax.grid.report.gather import Grid, Run, read_json
 from capcur_jax.grid.report.tables import Cell, Line, Table, change
 from capcur_jax.grid.rows import ROWS
 from capcur_jax.records.text import is_number, number, visible
@@ -115,7 +113,7 @@ def seen(grid: Grid) -> Table:
 
 def _seen(run: Run) -> tuple[float, float]:
     """(prompts, problems); nan where the run's files do not say."""
-    stages = _file(run.folder / "config.json").get("stages") or {}
+    stages = read_json(run.folder / "config.json").get("stages") or {}
     steps = {record["step"]: record.get("stage") for record in run.records if record.get("type") == "step"}
     sizes = [(stages.get(stage) or {}).get("prompts", math.nan) for stage in steps.values()]
     planned = [stage.get("problems", math.nan) for stage in run.summary.get("stages") or ()]
@@ -164,13 +162,4 @@ def _range(shares: Sequence[float]) -> Cell:
 
 
 def _json(run: Run, name: str) -> dict[str, Any]:
-    return _file(run.folder / folders.FINAL / name)
-
-
-def _file(path: Path) -> dict[str, Any]:
-    """{} of one that is not there."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_json(run.folder / folders.FINAL / name)

@@ -103,12 +103,7 @@ def _markdown(grid: Grid, title: str, places: Sequence[str], made: Sequence[Tabl
 
 
 def _commands(grid: Grid, places: Sequence[str]) -> str:
-    """What made these runs, as their grids remember it, and makes this page of them. Of single runs: rows and seeds."""
+    """What made these runs, as far as their grids remember it, and makes this page of them."""
     files = [Path(place.partition("=")[2] or place) / COMMANDS for place in places]
     runs = [line for file in files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
-    rows: dict[str, list[str]] = {}  # seeds -> rows
-    for row in dict.fromkeys(run.row for run in grid.runs):
-        rows.setdefault(",".join(str(run.seed) for run in grid.of(row)), []).append(row)
-    if not runs:
-        runs = [f"python -m capcur_jax.ablations --rows={','.join(of)} --seeds={seeds}" for seeds, of in rows.items()]
     return "\n".join(["```bash", *runs, f"python -m capcur_jax.report {shlex.join(places)}", "```"])

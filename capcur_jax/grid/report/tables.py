@@ -259,6 +259,8 @@ def _verdict(found: Found) -> Cell:
     assert found.difference is not None
     agrees = (found.difference.mean < 0) == found.claim.less
     sign = "sign as in the paper" if agrees else "other sign than in the paper"
+    if not found.difference.mean:
+        sign = "no difference"
     if not found.verdict:
         return Cell("not tested", f"{sign}; {found.missing}")
     mood = {"holds": "good", "the opposite holds": "bad"}.get(found.verdict, "")

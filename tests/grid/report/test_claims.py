@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -58,6 +60,38 @@ def test_the_base_is_one_row_without_seeds(measures):
     assert found.mean == pytest.approx(100 * right.mean()) and found.error == pytest.approx(100 * stats.sem(right))
 
 
+def test_a_base_that_answers_differently_is_no_trained_row(measures):
+    """Its seeds would make the noise of training look smaller and better known than it is."""
+    base, alike = measures.grid.rows["base"], measures.pool("visual")
+    credit, tokens = (
+        {name: np.concatenate([other(of), of, of]) for name, of in part.items()}
+        for part, other in ((base.credit, lambda of: 1 - of), (base.tokens, lambda of: of))
+    )
+    rows = {**measures.grid.rows, "base": gather.Figures((0, 1, 2), credit, tokens)}
+    found = claims.Measures(dataclasses.replace(measures.grid, rows=rows))
+    assert found.pool("visual") == alike and alike.df == 8  # of four rows
+    assert found.difference("staged", "base", "visual")[0].df != measures.difference("staged", "base", "visual")[0].df
+
+
+def test_a_base_that_was_asked_otherwise_is_named(grid, measures, tmp_path):
+    assert not any("the base was asked otherwise" in note for note in measures.grid.notes)
+    shutil.copytree(grid / "staged/seed0", tmp_path / "staged/seed0")
+    for part, placement in (("base", "none"), ("final", "system")):
+        file = tmp_path / "staged/seed0/evaluation" / part / folders.SCORES
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {"conditions": found["conditions"] | {"instruction": placement}}))
+    (note,) = (note for note in gather.read([str(tmp_path)]).notes if "asked otherwise" in note)
+    assert 'instruction: "none" (base), "system"' in note
+
+
+def test_a_damaged_summary_is_named(grid, tmp_path):
+    shutil.copytree(grid / "staged/seed0", tmp_path / "staged/seed0")
+    file = tmp_path / "staged/seed0/summary.json"
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(InputError, match=f"{file}: no JSON"):
+        gather.read([str(tmp_path)])
+
+
 def test_claims_are_adjusted_over_those_that_can_be_tested(measures):
     found = {one.claim.title: one for one in claims.judged(measures)}
     tested = [one for one in found.values() if one.verdict]
@@ -93,6 +127,9 @@ def test_same_seeds_alone_are_compared(grid, tmp_path):
     shutil.copytree(grid / "merged/seed2", tmp_path / "merged/seed2")
     _, by_seed, common = claims.Measures(gather.read([str(tmp_path)])).difference("staged", "merged", "visual")
     assert common == (2,) and len(by_seed) == 1
+    shutil.move(tmp_path / "staged/seed2", tmp_path / "apart")
+    found = {one.claim.title: one for one in claims.judged(claims.Measures(gather.read([str(tmp_path)])))}
+    assert found["staged beats merged"].missing == "no seed in common: staged has 0, 1, merged has 2"
 
 
 def test_questions_that_not_all_were_asked_are_left_out_and_counted(grid, tmp_path):
