@@ -15,7 +15,7 @@ from tests.test_layers import LAYERS, PACKAGE
 
 ROOT = PACKAGE.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PATTERNS = {"capcur_jax/data/sources/NAME.py"}
+PATTERNS = {"paper.py", "capcur_jax/data/sources/NAME.py"}
 
 
 def anchors(page: Path) -> set[str]:
