@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from capcur_jax.evaluation import errors, folders
 from capcur_jax.grid.report import examples, gather, more, page
 from capcur_jax.report.__main__ import main
 
+DOCS = Path(__file__).parents[3] / "docs"
 CHROMIUM = shutil.which("chromium")
 
 
@@ -47,6 +49,14 @@ def test_a_grid_s_own_commands_are_told(tmp_path):
     said = text_of(tmp_path / "page" / "tables.md")
     assert f"```bash\n{told}\npython -m capcur_jax.report " in said
     assert said.count("capcur_jax.ablations") == 1
+
+
+def test_the_published_results_follow_from_the_published_answers(tmp_path):
+    with tarfile.open(DOCS / "results.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    _, made = page.write([str(tmp_path / "runs" / "ablations")], tmp_path / "page")
+    rows = [line for line in text_of(made).splitlines() if line.startswith("|")]
+    assert len(rows) > 50 and not {*rows} - {*text_of(DOCS / "results.md").splitlines()}
 
 
 def test_markdown_and_page_have_the_same_figures(grid):
