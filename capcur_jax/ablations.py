@@ -107,7 +107,7 @@ def _done(job: Job, warn: Callable[[str], None]) -> bool:
     from capcur_jax.checks import finished  # here: --help should not wait for JAX
 
     try:
-        return finished(job.folder, job.config, warn)
+        return finished(job.folder, job.config, warn) is not None
     except InputError as error:
         raise InputError(f"{job.name}, {job.folder}: {error}") from None
 

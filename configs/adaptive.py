@@ -13,6 +13,6 @@ from capcur_jax import presets
 def get_config(preset: str = "laptop"):
     config = presets.get(preset, order=("perception", "text", "visual"))
     for name in config.order[:-1]:
-        # On the laptop's 80 steps the text stage has that after half of them, perception never (docs/log.md).
+        # On the laptop's 80 steps the text stage has that after half of them, perception never (docs/ablations.md).
         config.stages[name].switch.update({"rule": "mastered", "above": 0.75})
     return config
