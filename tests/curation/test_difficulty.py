@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from capcur_jax.curation import difficulty
 from capcur_jax.data.__main__ import main
@@ -161,6 +162,7 @@ def test_the_command_and_its_journal(files, tmp_path, capsys):
     first = json.loads(capsys.readouterr().out)
     drawn_ids = {row.id for row in drawn([Problem(str(n), "", "") for n in range(5)], 4, "rows.jsonl")}
     assert {row.id for row in read_problems(tmp_path / "out.parquet")[0]} == drawn_ids != set("0123")
+    assert first["explained_by_answer"] == {}
     assert first["rows"] == first["kept"] == 4 and sum(first["histogram"]) == 4 and len(first["histogram"]) == 11
     assert main(files) == 0  # one more
     rows, _ = read_problems(tmp_path / "out.parquet", images=tmp_path / "images")
@@ -197,3 +199,34 @@ def test_the_help_says_how_the_release_measured(capsys):
         main(["difficulty", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "--top_p 0.9 and the instruction as a system turn (--config.prompt.instruction=system)" in said
+
+
+def rated(kind, rates, seed=0):
+    """100 problems of each answer, right that often in 8 samples each."""
+    random = np.random.default_rng(seed)
+    return [
+        Problem(f"{kind}-{answer}-{n}", "?", answer, kind=kind, pass_rate=float(random.binomial(8, rate) / 8))
+        for answer, rate in rates.items()
+        for n in range(100)
+    ]
+
+
+def test_kinds_whose_pass_rates_follow_their_answers_are_told():
+    """The share against scipy's F: with n rows and k answers it is (k - 1) (F - 1) / ((k - 1) F + n - k)."""
+    sides, sizes = rated("side", {"left": 0.3, "right": 0.7}), rated("size", {"small": 0.4, "large": 0.6, "huge": 0.5})
+    even = rated("shape", {"circle": 0.5, "square": 0.5, "triangle": 0.5})
+    free = [Problem(f"sum-{n}", "?", str(n), kind="sum", pass_rate=n / 300) for n in range(300)]
+    first, second = difficulty.followed([*even, *sizes, *free, *sides])
+    assert (first.kind, first.rows, first.lowest[0], first.highest[0]) == ("side", 200, "left", "right")
+    left, right = ([one.pass_rate for one in sides if one.answer == answer] for answer in ("left", "right"))
+    F = stats.f_oneway(left, right).statistic
+    assert first.share == pytest.approx((F - 1) / (F + 198))
+    assert (first.lowest[1], first.highest[1]) == pytest.approx((np.mean(left), np.mean(right)))
+    assert (second.kind, second.lowest[0], second.highest[0]) == ("size", "small", "large")
+
+
+def test_rates_without_a_tie_to_answers_explain_nothing_on_average():
+    shares = [difficulty.followed(rated("k", dict.fromkeys("abcdefgh", 0.5), seed)) for seed in range(50)]
+    assert not any(shares)
+    assert difficulty.followed([Problem("a", "?", "1", kind="k")] * 50) == []
+    assert difficulty.followed(rated("k", {"one": 0.2})) == difficulty.followed(rated("k", {"a": 0.0, "b": 0.0})) == []

@@ -52,7 +52,8 @@ def _chosen(rows: Iterable[Problem | Drop], limit: int, file: str) -> Iterable[P
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns rows, kept, dropped by reason, the mean pass rate and its histogram in tenths (the last: all right)."""
+    """Returns rows, kept, dropped by reason, the mean pass rate, its histogram in tenths (the last: all right), and the
+    kinds whose pass rates follow their answers."""
     output = output_file(arguments.output, arguments.input)
     config = presets.read(arguments.config, arguments.overrides)
     if not config.checkpoint:
@@ -123,9 +124,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         said = [("mean", f"{sum(rates) / len(rates):.1%}")]
         said += [("rows always right", rates.count(1)), ("rows always wrong", rates.count(0))]
         console.print(titled("Pass rate", ("", ""), said))
+    if followed := difficulty.followed(measured):
+        head = ("kind", "rows", "explained by the answer", "lowest", "highest")
+        lines = [
+            (kind, f"{number:,}", f"{share:.0%}", *(f"{answer} {rate:.0%}" for answer, rate in ends))
+            for kind, number, share, *ends in followed
+        ]
+        console.print(titled("Pass rates that follow the answer: an order by them sorts by answer", head, lines))
     histogram = collections.Counter(int(rate * TENTHS) for rate in rates)
     return tally.summary() | {
         "pass_rate": sum(rates) / len(rates) if rates else None,
         "histogram": [histogram[tenth] for tenth in range(TENTHS + 1)],
+        "explained_by_answer": {one.kind: round(one.share, 3) for one in followed},
         "output": str(output),
     }
