@@ -146,9 +146,10 @@ class Followed(NamedTuple):
 def followed(problems: Iterable[Problem]) -> list[Followed]:
     """The kinds in which the answer tells how often the model is right, the clearest first.
 
-    Easy to hard then shows such a kind answer by answer, and what is trained last is the answer that was rarest. Looked
-    at are kinds most of whose rows have one of ANSWERS answers or fewer, each of them COMMON times. The share is epsilon squared
-    of a one-way analysis of variance: 0 on average where rates have nothing to do with answers.
+    Easy to hard then shows such a kind answer by answer; what is trained last is the answer that the model gives most
+    rarely. Looked at are kinds most of whose rows have one of ANSWERS answers or fewer, each of them COMMON times. The
+    share is epsilon squared of a one-way analysis of variance: 0 on average where rates have nothing to do with
+    answers.
     """
     kinds: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for problem in problems:
