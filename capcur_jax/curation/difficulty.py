@@ -159,8 +159,10 @@ def followed(problems: Iterable[Problem]) -> list[Followed]:
     for kind, answers in kinds.items():
         rows = sum(map(len, answers.values()))
         common = {answer: np.array(rates) for answer, rates in answers.items() if len(rates) >= COMMON}
-        looked = np.concatenate([*common.values(), np.zeros(0)])
-        if not 2 <= len(common) <= ANSWERS or 2 * len(looked) < rows or not looked.std():
+        if not 2 <= len(common) <= ANSWERS:
+            continue
+        looked = np.concatenate([*common.values()])
+        if 2 * len(looked) < rows or not looked.std():
             continue
         n, k, total = len(looked), len(common), ((looked - looked.mean()) ** 2).sum()
         within = sum(((rates - rates.mean()) ** 2).sum() for rates in common.values())
