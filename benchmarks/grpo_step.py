@@ -107,7 +107,7 @@ def configured(record: dict[str, Any]) -> ConfigDict:
         }
     )  # fmt: skip
     if record["row"]:
-        config.packing.lengths = (record["row"],)
+        config.packing.shapes = tuple(sorted({(record["row"], *patches) for _, *patches in config.packing.shapes}))
     for key in ("weight_decay", "beta1", "beta2", "epsilon", "max_gradient_norm"):
         config.optimizer[key] = record[key]
     return config

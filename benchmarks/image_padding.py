@@ -40,7 +40,7 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as directory:
         skeleton = fresh.write_skeleton(directory, ["What is in the image?"], ARCHITECTURE)
         processor = Processor.from_directory(skeleton, preset.min_pixels, preset.max_pixels)
-    builder = PromptBuilder(processor, "suffix", preset.max_tokens, config.packing.patch_buckets[-1][1])
+    builder = PromptBuilder(processor, "suffix", preset.max_tokens, max(config.packing.shapes)[2])
     files, sizes = sorted(str(path) for path in Path(_IMAGES.value).rglob("*") if path.is_file()), []
     for file in track(files, "measuring"):
         problem = Problem(file, "What is in the image?", "?", (file,))

@@ -106,7 +106,7 @@ def count(config: ConfigDict, stage: str, rows: int, batches: Sequence[Sequence[
             counts += sum(micro.slots() for micro in update)
             used.update(micro.shape for micro in update)
             micros += len(update)
-    found = packing.shares(counts) | {"device_rows": rows, "programs": len(layout.shapes()), "used": used}
+    found = packing.shares(counts) | {"device_rows": rows, "programs": len(layout.shapes), "used": used}
     found["computed"] = found["packing"] / (1 - found["token_padding"])
     found["micro_batches"] = micros / len(batches) / layout.updates
     return found

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _DIRECTORY = flags.DEFINE_string("directory", None, "Where the runs lie; default: a temporary folder.")
 _TIMED = ("seconds", "tokens_per_second", "rollout_tokens_per_second", "host_")
 _SMALL = {
-    "rollout.max_new_tokens": 16, "packing.lengths": (640,), "rollout.slots": 32,
+    "rollout.max_new_tokens": 16, "packing.shapes": ((640, 8, 64),), "rollout.slots": 32,
     "evaluation.questions": 16, "validation.every": 2, "validation.questions": 8, "checkpointing.every": 2,
     "log.rollouts_every": 1, "objective.updates_per_batch": 2, "log.tensorboard": False,
     **{f"stages.{name}.steps": 4 for name in ("perception", "text")},

@@ -29,7 +29,7 @@ _KEYS = {  # interval: keys; * is any stage
     "[1, inf)": """
         prompt.max_tokens prompt.token_buckets prompt.patch_buckets
         rollout.group rollout.max_new_tokens rollout.prefill
-        packing.lengths packing.groups packing.patch_buckets
+        packing.shapes packing.groups
         objective.sampler_cap objective.updates_per_batch
         checkpointing.every checkpointing.keep log.rollouts_every stages.*.prompts
         stages.*.switch.checks stages.*.switch.window

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
 import traceback
@@ -33,12 +34,11 @@ LAPTOP_LEARNING_RATE = 5e-5  # at 1e-4 the visual stage forgets what the first t
 LAPTOP_UPDATES = 2  # of a step
 
 # Keys that are no more, and what does their work.
-_ROWS = "groups of a mini-batch are packed into device rows of few lengths: declare these in config.packing.lengths"
-_PATCHES = "declare config.prompt.patch_buckets, for the sampler, and config.packing.patch_buckets, for the trainer"
+_ROWS = "groups of a mini-batch are packed into device rows of few shapes: declare these in config.packing.shapes"
+_PATCHES = "declare config.prompt.patch_buckets, for the sampler, and config.packing.shapes, for the trainer"
+_OLD_ROWS = ("lengths", "patch_buckets", "buckets", "slabs", "micro_prompts")
 DELETED = {
-    "packing.buckets": _ROWS,
-    "packing.slabs": _ROWS,
-    "packing.micro_prompts": _ROWS,
+    **{f"packing.{name}": _ROWS for name in _OLD_ROWS},
     "rollout.sglang.router": "prompts are spread over the servers without a router: list the servers' own addresses in "
     "config.rollout.sglang.addresses, or have config.rollout.sglang.servers of them started",
     "prompt.patch_row": _PATCHES,
@@ -188,12 +188,12 @@ def defaults() -> ConfigDict:
                 "dynamic_retries": 0,
             },
             "packing": {
-                # The preset's: declared lengths of a device row of tokens, which holds whole groups. A mini-batch takes
-                # the fewest tokens that hold it, a row each micro-batch. Accelerators round up to multiples of 128.
-                "lengths": (),
+                # The preset's: declared shapes of a device row of tokens, which holds whole groups, with their images:
+                # (tokens, rows of patches, patches of a row) of each. A mini-batch takes the fewest tokens that hold
+                # it, a row each micro-batch. Each shape is a program of each pass. Accelerators round tokens up to
+                # multiples of 128.
+                "shapes": (),
                 "groups": 0,  # the preset's: groups of such a row at most
-                # The preset's: declared patches of such a row's images, (rows, patches of a row) of each, rising.
-                "patch_buckets": (),
             },
             "reward": {
                 "accuracy_weight": 0.9,  # times 1 for a right answer
@@ -294,7 +294,8 @@ def laptop(steps: int = LAPTOP_STEPS) -> ConfigDict:
         config.data.sets[name].source = source
     config.prompt.update({"max_tokens": 96, "token_buckets": (832, 1104), "patch_buckets": ((16, 64),)})
     config.rollout.update({"max_new_tokens": 48, "slots": 80, "prefill": 16})
-    config.packing.update({"lengths": (960, 1216), "groups": 16, "patch_buckets": ((4, 64), (6, 64), (8, 64))})
+    shapes = (960, 3), (960, 4), (960, 8), (1216, 5), (1216, 8)
+    config.packing.update({"shapes": tuple((*shape, 64) for shape in shapes), "groups": 16})
     config.evaluation.counterfactual = 200
     return config
 
@@ -320,13 +321,8 @@ def _paper(architecture: str) -> ConfigDict:
         }
     )
     config.rollout.update({"max_new_tokens": 2048, "prefill": 16})
-    config.packing.update(
-        {
-            "lengths": (9216, 11_264, 13_312, 15_360),
-            "groups": 16,
-            "patch_buckets": tuple((1, patches) for patches in (5120, 6144, 8192, 10_240, 12_288, 16_384, 20_480)),
-        }
-    )
+    tokens, patches = (9216, 11_264, 13_312, 15_360), (5120, 6144, 8192, 10_240, 12_288, 16_384, 20_480)
+    config.packing.update({"shapes": tuple(itertools.product(tokens, (1,), patches)), "groups": 16})
     config.objective.updates_per_batch = 4
     config.reference.dtype = "bfloat16"
     config.checkpointing.update({"every": 10})

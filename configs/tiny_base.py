@@ -51,5 +51,5 @@ def get_config():
             "answers": presets.stage(("base",), 150, 64, 1e-3) | sft,
         }
         config.order = ("first", "answers")
-        config.packing.update({"lengths": (768, 896, 1024), "groups": 16, "patch_buckets": ((16, 64),)})
+        config.packing.update({"shapes": tuple((tokens, 16, 64) for tokens in (768, 896, 1024)), "groups": 16})
     return config

@@ -70,6 +70,8 @@ def leaves(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> Iterator
 
 
 def written(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > 8:
+        return f"`({', '.join(map(repr, value[:2]))}, ..., {value[-1]!r})`"
     return "the checkpoint of the package" if value == presets.TINY_CHECKPOINT else f"`{value!r}`"
 
 

@@ -40,7 +40,7 @@ def test_no_bounds_are_of_a_key_that_is_not_there():
         ("objective.sampler_cap", 0.5), ("rollout.top_p", 0.0), ("rollout.top_p", 1.1), ("rollout.temperature", -1.0),
         ("rollout.max_new_tokens", 0), ("reward.format_weight", math.nan), ("reward.timeout_s", 0.0), ("seed", -1),
         ("model.lora.alpha", 0.0), ("mesh.tensor", 0), ("prompt.patch_buckets", ((0, 64),)),
-        ("prompt.token_buckets", (0, 96)), ("packing.lengths", (16, -1)), ("rollout.sglang.port", 65536),
+        ("prompt.token_buckets", (0, 96)), ("packing.shapes", ((16, 4, -1),)), ("rollout.sglang.port", 65536),
     ],
 )  # fmt: skip
 def test_a_number_out_of_bounds_ends_a_run_before_its_start(tmp_path, key, value):

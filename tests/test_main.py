@@ -207,7 +207,7 @@ def own(checkpoint, tmp_path_factory):
     changes = {f"data.sets.perception.{split}": str(path) for split in ("train", "test", "validation")}
     changes |= {
         "reward.function": "tests.own_rewards:by_length", "evaluation.sets": ("perception",),
-        "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.lengths": (160,),
+        "model.lora.rank": 2, "objective.updates_per_batch": 2, "packing.shapes": ((160, 4, 64),),
         "rollout.dynamic_retries": 1, "validation.every": 2,
         "evaluation.instruction": "system", "evaluation.base_instruction": "none",
     }  # fmt: skip
@@ -404,8 +404,8 @@ def test_a_work_directory_of_a_run_that_lives_is_refused_and_left_alone(checkpoi
 
 
 def test_an_image_that_a_later_stage_would_refuse_is_refused_before_the_first(checkpoint, sets, tmp_path):
-    short = {"packing.patch_buckets": ((4, 60),)}
-    with pytest.raises(InputError, match=r"config\.packing\.patch_buckets = .*: an image may have 64 patches"):
+    short = {"packing.shapes": ((320, 4, 60),)}
+    with pytest.raises(InputError, match=r"the patches of config\.packing\.shapes = .*: an image may have 64 patches"):
         train(tiny.config(checkpoint, sets, ("text", "perception"), **short), tmp_path, quiet=True)
     assert not (tmp_path / "metrics.jsonl").exists()
 

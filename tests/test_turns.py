@@ -22,7 +22,7 @@ def small(steps):
     with config.unlocked():
         config.rollout.update({"max_new_tokens": 8, "group": 2, "slots": 4, "prefill": 2})
         config.prompt.update({"token_buckets": (96,)})
-        config.packing.update({"lengths": (320,), "groups": 4, "patch_buckets": ((4, 64),)})
+        config.packing.update({"shapes": ((320, 4, 64),), "groups": 4})
         config.evaluation.update({"questions": 2, "blind": False})
         config.log.tensorboard = False
         config.checkpointing.every = 1
@@ -102,7 +102,7 @@ def test_a_run_that_does_not_start_leaves_no_engine_open(tmp_path, monkeypatch, 
     monkeypatch.setattr(policy, "open_engine", open_with(Engine))
     if fault == "packing":
         with config.unlocked():
-            config.packing.lengths = (40,)
+            config.packing.shapes = ((40, 4, 64),)
     with pytest.raises(InputError if fault == "packing" else RolloutError):
         train(config, tmp_path / "run", quiet=True)
     assert calls == ([] if fault == "packing" else ["open", "update", "close"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -101,15 +101,15 @@ def _swap(
 # ---------------------------------------------------------------------- a second capacity
 
 
-def capacities(lengths: Sequence[int], needed: int, declared: Sequence[int]) -> list[int]:
+def capacities(lengths: Sequence[int], needed: int, declared: Mapping[int, Sequence[int]]) -> list[int]:
     """A second capacity for each of some rows, all of which need so much of it, in shares like their lengths: little
-    more in sum than is needed, of those that are declared (rising)."""
+    more in sum than is needed, of those that are declared for the row's length (rising)."""
     chosen, needed, room = [], needed * SPARE, sum(lengths)
     for length, alike in itertools.groupby(lengths):
-        n = len(list(alike))
+        n, own = len(list(alike)), declared[length]
         share = needed * n * length / room
-        low = max((c for c in declared if n * c <= share), default=declared[0])
-        high = min((c for c in declared if c > low), default=low)
+        low = max((c for c in own if n * c <= share), default=own[0])
+        high = min((c for c in own if c > low), default=low)
         more = 0 if high == low else min(n, max(0, math.ceil((share - n * low) / (high - low))))
         chosen += [high] * more + [low] * (n - more)
         needed, room = max(0.0, needed - more * high - (n - more) * low), room - n * length

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 
 from jax.sharding import Mesh
@@ -18,7 +20,9 @@ from capcur_jax.models.inputs import Processor
 from capcur_jax.models.packed_rows import Bounds, RowShape
 from capcur_jax.schedule import Stage
 
+_KEY = "config.packing.shapes"
 _TILE = 128  # of an accelerator's matrix units: other lengths would have each product's operands padded by a copy
+_PATCHES = f"the patches of {_KEY}"
 _NEARLY = 8  # stages whose longest prompts are nearly alike share programs
 
 
@@ -32,8 +36,7 @@ class Layout:
     sampled: bool  # see objectives.Objective
     updates: int  # in a step
     shards: int  # device rows of this process
-    lengths: tuple[int, ...]  # of packed rows, as declared, on accelerators rounded up to whole tiles; rising
-    patches: PatchBuckets  # beside a packed row; ((0, 0),) where no prompt has an image
+    shapes: tuple[RowShape, ...]  # of packed rows, each a program of each pass; see `declared`
     bounds: Bounds
     old: bool  # whether the old policy's log-probs are needed
     reference: bool  # whether the reference policy's are
@@ -71,12 +74,9 @@ class Layout:
             rounded_up(config.rollout.max_new_tokens, _NEARLY), buckets.smallest, config.packing.groups * most,
         )  # fmt: skip
         accelerated = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform != "cpu"
-        lengths = {rounded_up(length, _TILE if accelerated else 1) for length in config.packing.lengths}
-        declared = tuple(map(tuple, config.packing.patch_buckets)) if images else ((0, 0),)
-        patches = PatchBuckets(declared, buckets.smallest, "config.packing.patch_buckets")
         layout = cls(
             buckets, processor, mesh, sampled, updates, sharding.local_row_shards(mesh),
-            tuple(sorted(lengths)), patches, bounds,
+            declared(config.packing.shapes, images, _TILE if accelerated else 1), bounds,
             old=sampled and updates > 1, reference=sampled and needs_reference(config),
         )  # fmt: skip
         layout._check(longest + config.rollout.max_new_tokens, sizes)
@@ -89,8 +89,8 @@ class Layout:
         middle of a run."""
         if max(self.lengths, default=0) < longest:
             raise InputError(
-                f"config.packing.lengths = {self.lengths}: the longest must hold a prompt and a response, "
-                f"{longest} tokens (config.prompt.max_tokens + config.rollout.max_new_tokens)"
+                f"{_KEY}: the longest row has {max(self.lengths, default=0)} tokens, and must hold a prompt and a "
+                f"response, {longest} (config.prompt.max_tokens + config.rollout.max_new_tokens)"
             )
         self.patches.check_multiples(self.processor.config.vision.merge_size**2)
         for size in sizes:
@@ -116,14 +116,26 @@ class Layout:
         """Whether a score pass is needed at all."""
         return self.old or self.reference
 
-    def shapes(self) -> list[RowShape]:
-        """Those that a micro-batch can take."""
-        return [RowShape(length, *patches) for length in self.lengths for patches in self.patches.declared]
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of a row, rising."""
+        return tuple(sorted({shape.length for shape in self.shapes}))
+
+    @functools.cached_property
+    def patches(self) -> PatchBuckets:
+        """Rows of patches that are declared beside a row of any length."""
+        return PatchBuckets(tuple(sorted({shape[1:] for shape in self.shapes})), self.buckets.smallest, _PATCHES)
+
+    def shape(self, length: int, patches: tuple[int, int]) -> RowShape:
+        """The smallest that has so many tokens and rows of patches, (rows, patches of a row)."""
+        return next(
+            shape for shape in self.shapes if shape.length >= length and all(map(operator.ge, shape[1:], patches))
+        )
 
     def blanks(self, *, passes: bool) -> Iterator[UpdateBatch]:
         """An abstract batch of each shape; `passes`: as the score pass sees it, else as the gradient does, with old and
         reference log-probs."""
-        return (self.blank(shape, passes=passes) for shape in self.shapes())
+        return (self.blank(shape, passes=passes) for shape in self.shapes)
 
     def blank(self, shape: RowShape, *, passes: bool) -> UpdateBatch:
         """One of them."""
@@ -135,6 +147,27 @@ class Layout:
         """The batch of these items, a row for each device row of this process (numpy)."""
         known = self.processor
         return packing.collate(rows, shape, self.bounds, known.config, known.pad_token, sampled=self.sampled)
+
+
+def declared(shapes: Sequence[Sequence[int]], images: bool, tile: int = 1) -> tuple[RowShape, ...]:
+    """The shapes of `config.packing.shapes`, rising: lengths in whole tiles; where there are no images, without rows of
+    patches.
+
+    Raises:
+      InputError: they are no such shapes, or the longest row can't have the most patches, which a group may need.
+    """
+    if not all(isinstance(shape, (tuple, list)) and len(shape) == 3 for shape in shapes):
+        raise InputError(
+            f"{_KEY} = {shapes}: give (tokens, rows of patches, patches of a row) of each, as ((1024, 4, 64), "
+            "(1280, 8, 64))"
+        )
+    found = sorted({RowShape(rounded_up(shape[0], tile), *(shape[1:] if images else ())) for shape in shapes})
+    if found and (largest := RowShape(found[-1].length, *max(shape[1:] for shape in found))) not in found:
+        raise InputError(
+            f"{_KEY}: the most tokens ({largest.length}) and the most patches ({largest.patch_rows} rows of "
+            f"{largest.patches}) must be declared together, for a row that needs both: add {tuple(largest)}"
+        )
+    return tuple(found)
 
 
 def needs_reference(config: ConfigDict) -> bool:

@@ -77,8 +77,12 @@ def packed(items: Sequence[Item], layout: Layout) -> list[Micro]:
         return layout.patches.fitting([images[i] for i in members])
 
     sizes, declared = [part.tokens for part in parts], layout.patches.declared
-    slots, room = [layout.patches.slots(each) for each in images], [math.prod(bucket) for bucket in declared]
-    fewest = max(-(-len(parts) // layout.bounds.groups), sum(slots) // max(room[-1], 1), 1)
+    slots = [layout.patches.slots(each) for each in images]
+    room = {
+        length: [math.prod(shape[1:]) for shape in layout.shapes if shape.length == length] for length in layout.lengths
+    }
+    most = max(map(math.prod, declared))
+    fewest = max(-(-len(parts) // layout.bounds.groups), sum(slots) // max(most, 1), 1)
     sums = -(-np.array([sum(sizes), fewest, sum(slots)]) // layout.shards)
     needed, least, patches = distributed.exchange(sums).max(0).tolist()
     rooms, filled, lengths = [], [], ()
@@ -89,8 +93,8 @@ def packed(items: Sequence[Item], layout: Layout) -> list[Micro]:
             filled = found or []
             break
     if patches:
-        most = [n for n in bins.capacities(lengths, patches, room) for _ in range(layout.shards)]
-        levelled = bins.level(filled, sizes, rooms, slots, most, layout.bounds.groups)
+        each = [n for n in bins.capacities(lengths, patches, room) for _ in range(layout.shards)]
+        levelled = bins.level(filled, sizes, rooms, slots, each, layout.bounds.groups)
         # What each prompt's images take alone is a bound, and capacities may be too small for all of them.
         filled = levelled if all(bucket(members) < len(declared) for members in levelled) else filled
     # Rows with many images share a micro-batch.
@@ -98,7 +102,7 @@ def packed(items: Sequence[Item], layout: Layout) -> list[Micro]:
     batches = [order[at : at + layout.shards] for at in range(0, len(order), layout.shards)]
     needs = np.array([max(bucket(filled[b]) for b in batch) for batch in batches])
     shapes = [
-        RowShape(rooms[batch[0]], *declared[number])
+        layout.shape(rooms[batch[0]], declared[number])
         for batch, number in zip(batches, distributed.exchange(needs).max(0).tolist(), strict=True)
     ]
     return [

@@ -31,7 +31,7 @@ def assign_rows(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
         if size > length:
             raise InputError(
                 f"an image of {size} patches is longer than the longest row of patches, which has {length}: declare a "
-                "longer one in config.prompt.patch_buckets and config.packing.patch_buckets"
+                "longer one in config.prompt.patch_buckets and config.packing.shapes"
             )
         fitting = [row for row, left in enumerate(free) if left >= size]
         row = min(fitting, key=free.__getitem__, default=len(free))

@@ -154,7 +154,7 @@ def _variant(
         freeze=lora_lib.pattern() if config.model.lora.rank else stage.freeze,
         temperature=config.rollout.temperature, banned=processor.banned_tokens, mesh=mesh,
     )  # fmt: skip
-    shape = max(layout.shapes())
+    shape = max(layout.shapes)
     scored, batch = (layout.blank(shape, passes=passes) for passes in (True, False))
 
     trained, frozen = learner.split(parameters)

@@ -102,7 +102,7 @@ RUN = {
     "config.prompt.token_buckets": "(192,)",
     "config.rollout.max_new_tokens": "8",
     "config.rollout.slots": "12",
-    "config.packing.lengths": "(640,)",
+    "config.packing.shapes": "((640, 8, 64),)",
     "config.log.tensorboard": "False",
     "config.export.each_stage": "False",
 }

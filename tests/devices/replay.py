@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     config.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
     config.rollout.update({"group": GROUP, "max_new_tokens": LENGTH})
     config.prompt.max_tokens = 160
-    config.packing.update({"lengths": (row,), "groups": 8, "patch_buckets": ((2, 256), (8, 256))})
+    config.packing.update({"shapes": ((row, 2, 256), (row, 8, 256)), "groups": 8})
     config.objective.update({"updates_per_batch": updates, "kl_coefficient": 0.3})
     config.update_from_flattened_dict({k: ast.literal_eval(v) for k, v in (a.split("=") for a in arguments[6:])})
     mesh = sharding.make_mesh(config.mesh)

@@ -75,7 +75,13 @@ def test_what_does_not_fit_is_none(sizes, rooms, most):
     ((10,), 50, [20]),
 ])  # fmt: skip
 def test_capacities_are_few_and_hold_little_more_than_is_needed(lengths, needed, chosen):
-    assert bins.capacities(lengths, needed, (4, 8, 10, 20)) == chosen
+    assert bins.capacities(lengths, needed, dict.fromkeys(lengths, (4, 8, 10, 20))) == chosen
+
+
+def test_capacities_are_those_of_a_row_s_length():
+    """The long row has no smaller one than 16, the short ones none above 8."""
+    assert bins.capacities((20, 10, 10), 30, {10: (2, 4, 8), 20: (16, 20)}) == [16, 8, 8]
+    assert bins.capacities((20, 10, 10), 4, {10: (2, 4, 8), 20: (16, 20)}) == [16, 2, 2]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -28,9 +28,9 @@ from tests.learner.conftest import relative_differences, replaced
 G, LIMIT, RATE = 3, 8, 1e-3
 BUCKETS = Buckets((96,))
 PACKINGS = {  # few shapes: each is a program to compile
-    "one micro-batch": {"lengths": (320,), "groups": 4, "patch_buckets": ((6, 64),)},
-    "several": {"lengths": (80, 128), "groups": 2, "patch_buckets": ((6, 64),)},
-    "groups in parts": {"lengths": (48,), "groups": 2, "patch_buckets": ((1, 40), (2, 40))},
+    "one micro-batch": {"shapes": ((320, 6, 64),), "groups": 4},
+    "several": {"shapes": ((80, 6, 64), (128, 6, 64)), "groups": 2},
+    "groups in parts": {"shapes": ((48, 1, 40), (48, 2, 40)), "groups": 2},
 }
 WEIGHTINGS = list(itertools.product(("token", "sequence", "constant"), (False, True)))
 
@@ -235,7 +235,7 @@ def _spans(places):
 
 def test_a_step_of_several_updates_has_one_old_policy_and_reference(scene):
     """Trainer.step against its parts: both passes come before any update, each micro-batch gets its own."""
-    layout = scene.layout({"lengths": (192,), "groups": 2, "patch_buckets": ((6, 64),)}, updates=2)
+    layout = scene.layout({"shapes": ((192, 6, 64),), "groups": 2}, updates=2)
     batched = minibatches(scene.items(), layout, scene.config)
     assert [len(mini) for mini in batched] == [1, 1] and layout.old and layout.reference and layout.scores
     learner, mesh = scene.learner, scene.mesh
@@ -284,9 +284,7 @@ def test_the_first_of_several_updates_has_ratio_one_in_bfloat16(scene, checkpoin
     learner = Learner(graph, parameters, config=config, **kinds)
     trained, frozen = learner.split(parameters)
     trainer = Trainer(learner, scene.mesh, learner.start(trained), frozen)
-    layout = scene._replace(config=config).layout(
-        {"lengths": (192,), "groups": 2, "patch_buckets": ((6, 64),)}, updates=2
-    )
+    layout = scene._replace(config=config).layout({"shapes": ((192, 6, 64),), "groups": 2}, updates=2)
     batched = minibatches(scene.items(), layout, config)
     trainer.sums = learner.zeros(trainer.state.trained, frozen, next(layout.blanks(passes=False)))
     made = []
@@ -305,11 +303,11 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
     random = np.random.default_rng(0)
     for packing in (
         *PACKINGS.values(),
-        {"lengths": (80, 96, 128), "groups": 1, "patch_buckets": ((1, 64), (2, 64), (4, 64))},
+        {"shapes": ((80, 1, 64), (80, 2, 64), (96, 2, 64), (96, 4, 64), (128, 4, 64)), "groups": 1},
     ):
         layout, seen = scene.layout(packing), []
         known = [signature(batch) for batch in layout.blanks(passes=True)]
-        assert len(known) == len(packing["lengths"]) * len(packing["patch_buckets"])
+        assert len(known) == len(packing["shapes"])
         for _ in range(8):
             order = random.integers(0, 4, 4).tolist()
             for mini in minibatches(scene.items(order=order), layout, scene.config):
@@ -322,7 +320,7 @@ def test_the_warm_up_knows_every_shape_that_a_batch_takes(scene):
 
 def test_tables_of_images_are_no_longer_than_a_row_s_groups_need(scene):
     """Two images a prompt at most; where prompts are not known yet, as many as patches make room for."""
-    packing = {"lengths": (320,), "groups": 3, "patch_buckets": ((1, 512),)}
+    packing = {"shapes": ((320, 1, 512),), "groups": 3}
     (batch,) = minibatches(scene.items(order=[0, 2, 2]), layout := scene.layout(packing), scene.config)[0]
     assert layout.bounds.images == 3 * 2
     assert batch.batch().rows.vision.lengths.shape == (1, 6) and (batch.batch().rows.vision.lengths > 0).sum() == 4
@@ -332,7 +330,7 @@ def test_tables_of_images_are_no_longer_than_a_row_s_groups_need(scene):
 
 def test_targets_have_one_response_and_no_advantage(scene):
     config = copy.deepcopy(scene.config)
-    config.packing.update({"lengths": (112, 128), "groups": 3, "patch_buckets": ((6, 64),)})
+    config.packing.update({"shapes": ((112, 6, 64), (128, 6, 64)), "groups": 3})
     config.stages.perception.objective = "sft"
     (stage,) = schedule.stages(config)
     layout = Layout.of(stage, config, BUCKETS, scene.processor, scene.mesh, images=True)
@@ -350,7 +348,7 @@ def test_targets_have_one_response_and_no_advantage(scene):
     ("changes", "kinds", "fits"),
     [
         ({}, {}, False),
-        ({"packing.patch_buckets": ((1, 64),)}, {}, True),
+        ({"packing.shapes": ((320, 1, 64),)}, {}, True),
         ({"prompt.max_pixels": 48 * 4**2}, {}, True),
         ({"prompt.max_tokens": 12}, {}, True),
         ({}, {"images": False}, True),
@@ -360,7 +358,7 @@ def test_targets_have_one_response_and_no_advantage(scene):
 def test_rows_of_patches_hold_every_image_that_prompts_may_have(scene, changes, kinds, fits):
     """What a stage's data has is known when it begins; what the config allows, before."""
     config = copy.deepcopy(scene.config)
-    config.packing.update({"lengths": (320,), "groups": 4, "patch_buckets": ((1, 48),)})
+    config.packing.update({"shapes": ((320, 1, 48),), "groups": 4})
     config.update_from_flattened_dict({"prompt.max_pixels": 0, **changes})
     (stage,), buckets = schedule.stages(config), Buckets((96,), ((1, 16), (1, 64)))
 
@@ -370,7 +368,7 @@ def test_rows_of_patches_hold_every_image_that_prompts_may_have(scene, changes, 
     if fits:
         assert made().lengths == (320,)
         return
-    message = r"config\.packing\.patch_buckets = \(\(1, 48\),\): an image may have 64 .*max_pixels to 768$"
+    message = r"the patches of config\.packing\.shapes = \(\(1, 48\),\): an image may have 64 .*max_pixels to 768$"
     with pytest.raises(InputError, match=message):
         made()
 
@@ -379,12 +377,16 @@ def test_rows_of_patches_hold_every_image_that_prompts_may_have(scene, changes, 
     ("packing", "updates", "message"),
     [
         ({}, 3, r"config\.stages\.perception\.prompts = 4 can't be split into 3 equal updates.*updates_per_batch"),
-        ({"lengths": (24, 32)}, 1, r"config\.packing\.lengths = \(24, 32\): the longest must hold .* \d+ tokens"),
-        ({"patch_buckets": ((6, 66),)}, 1, r"config\.packing\.patch_buckets = .* must be a multiple of 4"),
         (
-            {"patch_buckets": ((1, 8),)},
+            {"shapes": ((24, 6, 64), (32, 6, 64))},
             1,
-            r"image of \d+ patches is longer than .*, which has 8: declare .* config\.packing\.patch_buckets",
+            r"config\.packing\.shapes: the longest row has 32 tokens, .* response, \d+ ",
+        ),
+        ({"shapes": ((320, 6, 66),)}, 1, r"patches of config\.packing\.shapes = .* must be a multiple of 4"),
+        (
+            {"shapes": ((320, 1, 8),)},
+            1,
+            r"image of \d+ patches is longer than .*, which has 8: declare .* config\.packing\.shapes",
         ),
     ],
 )

@@ -45,8 +45,10 @@ def test_rows_hold_what_they_can_and_no_two_images_share_a_slot(sizes):
     (64, 128), ((2, 64), (1, 64)), ((1, 128), (1, 64)), ((1, 64), (2, 128)), ((2, 64), (2, 128)), ((1, 2, 3),),
 ])  # fmt: skip
 def test_declared_patches_are_pairs_that_rise_in_one_way(declared):
-    with pytest.raises(InputError, match=r"config\.packing\.patch_buckets = .* give \(rows, patches of a row\)"):
-        PatchBuckets(declared, key="config.packing.patch_buckets")
+    with pytest.raises(
+        InputError, match=r"the patches of config\.packing\.shapes = .* give \(rows, patches of a row\)"
+    ):
+        PatchBuckets(declared, key="the patches of config.packing.shapes")
     with pytest.raises(InputError, match=r"config\.prompt\.patch_buckets = .* give \(rows, patches of a row\)"):
         Buckets((16,), declared)
 

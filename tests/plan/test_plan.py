@@ -56,7 +56,7 @@ def test_what_is_compiled_and_how_often_a_step_runs_it(tiny):
     updated = {"reference log-probs": 4, "old log-probs": 2, "gradient": 4, "update": 2}
     assert times == updated | {"prefill": 1, "decoding": 1}
     assert stage["shapes"]["tokens of a response"] == 48
-    assert stage["shapes"]["tokens of a packed row"] == max(presets.laptop().packing.lengths)
+    assert stage["shapes"]["tokens of a packed row"] == max(presets.laptop().packing.shapes)[0]
     assert stage["shapes"]["attention of packed rows"].startswith("group after group (no kernel for cpu")
 
 
@@ -97,7 +97,7 @@ def test_bytes_follow_from_the_parameters(tiny):
 def test_flops_are_those_of_the_shapes(tiny):
     """Linear layers and logits of two packed rows, attention over [prompt | own] of all groups that they may hold."""
     config, text = presets.get("laptop"), from_directory(presets.TINY_CHECKPOINT).text
-    tokens, groups = 2 * max(config.packing.lengths), 2 * config.packing.groups
+    tokens, groups = 2 * max(config.packing.shapes)[0], 2 * config.packing.groups
     G, S, T = 5, 96, 48
     heads, kv = text.heads * text.head_dim, text.kv_heads * text.head_dim
     layer = text.width * (2 * heads + 2 * kv + 3 * text.mlp_width)
