@@ -119,10 +119,12 @@ def whole(scene):
 
 
 def check(got, want):
+    """As near as additions in another order come in float32: a few roundings of 6e-8 in the loss, some 1e-6 in the
+    gradient."""
     for name, value in want[0].items():
-        assert got[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+        assert got[0][name] == pytest.approx(value, rel=1e-6, abs=1e-7), name
     differences = relative_differences(got[1], want[1])
-    assert max(differences.values()) < 1e-4, differences
+    assert max(differences.values()) < 1e-5, differences
 
 
 @pytest.mark.parametrize("packing", [name for name in PACKINGS if name != "one micro-batch"])
