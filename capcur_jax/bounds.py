@@ -17,7 +17,7 @@ from capcur_jax.errors import InputError
 _KEYS = {  # interval: keys; * is any stage
     "[0, 2000000000]": "seed",
     "[0, inf)": """
-        mesh.gpus model.lora.rank data.workers data.image_cache_mb prompt.min_pixels prompt.max_pixels
+        packing.shapes mesh.gpus model.lora.rank data.workers data.image_cache_mb prompt.min_pixels prompt.max_pixels
         rollout.temperature rollout.top_k rollout.dynamic_retries rollout.slots rollout.page rollout.pages
         reward.workers reward.accuracy_weight reward.format_weight
         objective.clip_high objective.kl_coefficient objective.entropy_coefficient
@@ -29,7 +29,7 @@ _KEYS = {  # interval: keys; * is any stage
     "[1, inf)": """
         prompt.max_tokens prompt.token_buckets prompt.patch_buckets
         rollout.group rollout.max_new_tokens rollout.prefill
-        packing.shapes packing.groups
+        packing.groups
         objective.sampler_cap objective.updates_per_batch
         checkpointing.every checkpointing.keep log.rollouts_every stages.*.prompts
         stages.*.switch.checks stages.*.switch.window

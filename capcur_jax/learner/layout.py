@@ -15,7 +15,7 @@ from capcur_jax.errors import InputError
 from capcur_jax.learner import objectives, packing
 from capcur_jax.learner.packing import Item, UpdateBatch
 from capcur_jax.models.batching import Buckets, PromptSize, rounded_up
-from capcur_jax.models.image_rows import PatchBuckets
+from capcur_jax.models.image_rows import PatchBuckets, one_kind
 from capcur_jax.models.inputs import Processor
 from capcur_jax.models.packed_rows import Bounds, RowShape
 from capcur_jax.schedule import Stage
@@ -127,9 +127,9 @@ class Layout:
         return PatchBuckets(tuple(sorted({shape[1:] for shape in self.shapes})), self.buckets.smallest, _PATCHES)
 
     def shape(self, length: int, patches: tuple[int, int]) -> RowShape:
-        """The smallest that has so many tokens and rows of patches, (rows, patches of a row)."""
+        """The smallest of this length that has so many rows of patches, (rows, patches of a row)."""
         return next(
-            shape for shape in self.shapes if shape.length >= length and all(map(operator.ge, shape[1:], patches))
+            shape for shape in self.shapes if shape.length == length and all(map(operator.ge, shape[1:], patches))
         )
 
     def blanks(self, *, passes: bool) -> Iterator[UpdateBatch]:
@@ -154,20 +154,27 @@ def declared(shapes: Sequence[Sequence[int]], images: bool, tile: int = 1) -> tu
     patches.
 
     Raises:
-      InputError: they are no such shapes, or the longest row can't have the most patches, which a group may need.
+      InputError: they are no such shapes, or a length lacks the one with the most patches, which its groups may need.
     """
-    if not all(isinstance(shape, (tuple, list)) and len(shape) == 3 for shape in shapes):
+    whole = all(isinstance(shape, (tuple, list)) and all(isinstance(n, int) for n in shape) for shape in shapes)
+    if not whole or not all(len(shape) == 3 and shape[0] > 0 for shape in shapes):
         raise InputError(
             f"{_KEY} = {shapes}: give (tokens, rows of patches, patches of a row) of each, as ((1024, 4, 64), "
-            "(1280, 8, 64))"
+            "(1280, 8, 64)), or of a single one, as ((1280, 8, 64),)"
         )
-    found = sorted({RowShape(rounded_up(shape[0], tile), *(shape[1:] if images else ())) for shape in shapes})
-    if found and (largest := RowShape(found[-1].length, *max(shape[1:] for shape in found))) not in found:
+    if not one_kind([tuple(shape[1:]) for shape in shapes]):
         raise InputError(
-            f"{_KEY}: the most tokens ({largest.length}) and the most patches ({largest.patch_rows} rows of "
-            f"{largest.patches}) must be declared together, for a row that needs both: add {tuple(largest)}"
+            f"{_KEY} = {shapes}: rows of patches must be single ones, of any length, as in ((1024, 1, 4096), "
+            "(1024, 1, 8192)), or any number of one length, as in ((1024, 4, 64), (1024, 8, 64))"
         )
-    return tuple(found)
+    found = {RowShape(rounded_up(shape[0], tile), *(shape[1:] if images else ())) for shape in shapes}
+    most = max((shape[1:] for shape in found), default=())
+    if lacking := sorted({RowShape(shape.length, *most) for shape in found} - found):
+        raise InputError(
+            f"{_KEY}: each length must be declared with the most patches, too, which its images may need: add "
+            f"{', '.join(str(tuple(shape)) for shape in lacking)}"
+        )
+    return tuple(sorted(found))
 
 
 def needs_reference(config: ConfigDict) -> bool:

@@ -65,6 +65,12 @@ def rows_of(places: Sequence[tuple[int, int]]) -> int:
     return 1 + max((row for row, _ in places), default=-1)
 
 
+def one_kind(buckets: Sequence[tuple[int, int]]) -> bool:
+    """Whether such (rows, patches of a row) are single rows of any length, or any number of rows of one length: else
+    none of two need be the larger one."""
+    return all(rows == 1 for rows, _ in buckets) or len({length for _, length in buckets}) < 2
+
+
 @dataclasses.dataclass(frozen=True)
 class PatchBuckets:
     """What a device row's images may take: (rows, patches of a row), either one row, ever longer, or ever more rows of
@@ -82,9 +88,7 @@ class PatchBuckets:
 
     def __post_init__(self):
         pairs = all(isinstance(bucket, tuple) and len(bucket) == 2 for bucket in self.declared)
-        rising = pairs and list(self.declared) == sorted(self.declared)
-        alike = rising and (all(rows == 1 for rows, _ in self.declared) or len({n for _, n in self.declared}) < 2)
-        if not alike:
+        if not pairs or list(self.declared) != sorted(self.declared) or not one_kind(self.declared):
             raise InputError(
                 f"{self.key} = {self.declared}: give (rows, patches of a row) of each, either one row, ever longer, as "
                 "((1, 4096), (1, 8192)), or ever more rows of one length, as ((8, 64), (16, 64))"

@@ -159,6 +159,7 @@ def main(arguments: list[str]) -> int:
     try:
         _parse(values, arguments)
         bounds.check(values.config)
+        presets.check_deleted(values.config)
         topology = topologies.parse(values.topology)
         plan = {
             "config": config_flags.get_config_filename(values["config"]),

@@ -32,33 +32,38 @@ def test_shapes_rise_whole_tiles_and_once():
     assert declared(SHAPES, images=False) == ((960, 0, 0), (1216, 0, 0))
 
 
-def test_a_row_takes_the_smallest_shape_that_has_its_tokens_and_patches():
+def test_a_row_takes_the_smallest_shape_of_its_length_that_has_its_patches():
     made = layout()
     assert made.lengths == (960, 1216) and made.patches.declared == ((3, 64), (5, 64), (8, 64))
-    for length, rows in itertools.product((1, 960, 961, 1216), range(1, 9)):
+    for length, rows in itertools.product(made.lengths, range(1, 9)):
         chosen = made.shape(length, (rows, 64))
-        holding = [shape for shape in made.shapes if shape.length >= length and shape.patch_rows >= rows]
-        assert chosen == min(holding) and isinstance(chosen, RowShape)
-    assert made.shape(960, (4, 64)) == (960, 8, 64) and made.shape(961, (3, 64)) == (1216, 5, 64)
-    assert layout(images=False).shape(961, (0, 0)) == (1216, 0, 0)
+        assert chosen == min(shape for shape in made.shapes if shape.length == length and shape.patch_rows >= rows)
+        assert isinstance(chosen, RowShape)
+    assert made.shape(960, (5, 64)) == (960, 8, 64) and made.shape(1216, (3, 64)) == (1216, 5, 64)
+    assert layout(images=False).shape(1216, (0, 0)) == (1216, 0, 0)
 
 
-def test_a_longer_row_is_taken_where_only_that_has_the_patches():
-    made = layout(((960, 1, 64), (1216, 8, 64)))
-    assert made.shape(960, (1, 64)) == (960, 1, 64) and made.shape(960, (2, 64)) == (1216, 8, 64)
+def test_texts_need_no_patches():
+    assert layout(((1216, 0, 0),), images=False).shapes == ((1216, 0, 0),)
+    with pytest.raises(InputError, match=r"an image may have 64 patches"):
+        layout(((1216, 0, 0),))
 
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
         ((960, 1216), "= (960, 1216): give (tokens, rows of patches, patches of a row) of each"),
+        ((1216, 8, 64), "= (1216, 8, 64): give (tokens, rows of patches, patches of a row) of each"),
         (((960, 8),), "= ((960, 8),): give (tokens, rows of patches, patches of a row) of each"),
+        (((0, 8, 64),), "or of a single one, as ((1280, 8, 64),)"),
+        ((("1216", 8, 64),), "= (('1216', 8, 64),): give (tokens"),
+        (((1216.0, 8, 64),), "= ((1216.0, 8, 64),): give (tokens"),
         (
-            ((960, 8, 64), (1216, 5, 64)),
-            "the most tokens (1216) and the most patches (8 rows of 64) must be declared together, for a row that "
-            "needs both: add (1216, 8, 64)",
+            ((960, 8, 64), (1216, 5, 64), (1024, 5, 64)),
+            "each length must be declared with the most patches, too, which its images may need: add (1024, 8, 64), "
+            "(1216, 8, 64)",
         ),
-        (((1216, 2, 64), (1216, 1, 128)), "the patches of config.packing.shapes = ((1, 128), (2, 64)): give (rows"),
+        (((1216, 2, 64), (960, 1, 128)), "rows of patches must be single ones, of any length, as in"),
         ((), "the longest row has 0 tokens, and must hold a prompt and a response, 144 "),
     ],
 )

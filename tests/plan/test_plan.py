@@ -279,3 +279,13 @@ def test_what_cannot_be_used_is_exit_code_2(arguments, message, capsys, monkeypa
     assert plan.main(sys.argv) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and message in said.err
+
+
+def test_a_config_file_that_unlocks_itself_for_a_deleted_key_is_told_what_to_use(tmp_path, capsys, monkeypatch):
+    (tmp_path / "old.py").write_text(
+        "from capcur_jax import presets\n\n\ndef get_config():\n    config = presets.get('laptop')\n"
+        "    with config.unlocked():\n        config.packing.lengths = (960,)\n    return config\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["plan", f"--config={tmp_path / 'old.py'}", "--topology=cpu:1"])
+    assert plan.main(sys.argv) == 2
+    assert "config.packing.lengths was removed" in (said := capsys.readouterr().err) and "config.packing.shapes" in said
