@@ -59,7 +59,7 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 2.4, "Of the load `varied`.")
 _PREFILL = flags.DEFINE_integer("prefill", 16, "Prompts that the local engine takes at once, in the loads of 400.")
 _SGLANG = flags.DEFINE_string("sglang_python", "", "Python of SGLang's environment; empty: without SGLang.")
 _SLOTS = 80
-GOALS = {"fixed": 2.0, "greedy": 3.0, "varied": 3.0}
+GOALS = {"fixed": 4.0, "greedy": 3.2, "varied": 4.0}
 
 Responses = list[np.ndarray]  # tokens, the end token included
 Side = Callable[[int], Responses]  # by seed
