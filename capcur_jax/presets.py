@@ -189,8 +189,8 @@ def defaults() -> ConfigDict:
             },
             "packing": {
                 # The preset's: declared shapes of a device row of tokens, which holds whole groups, with their images:
-                # (tokens, rows of patches, patches of a row) of each; the last two are 0 where no prompt has an image. A
-                # mini-batch takes the fewest tokens that hold it, a row each micro-batch. Each shape is a program of
+                # (tokens, rows of patches, patches of a row) of each; the last two are 0 where no prompt has an image.
+                # A mini-batch takes the fewest tokens that hold it, a row each micro-batch. Each shape is a program of
                 # each pass. Accelerators round tokens up to multiples of 128.
                 "shapes": (),
                 "groups": 0,  # the preset's: groups of such a row at most
