@@ -8,6 +8,7 @@ same command in each, started by Slurm, Kubernetes, on TPU VMs, or with --coordi
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -88,19 +89,23 @@ def main(arguments: list[str]) -> None:
         _end(f"{signal}: stopped before a step was made; the same command with --workdir={workdir} goes on")
     except RolloutError as error:  # of a run that began: what it learned is in its work directory
         sys.exit(f"error: {error}\nthe same command with --workdir={workdir} goes on")
-    if summary["status"] != "finished":
-        if distributed.process_count() > 1:
-            sys.exit(130)  # JAX ends the processes together
-        _end("")
+    if summary["status"] == "finished":
+        # What JAX and others want done at the end, the processes' parting included. Python's own shutdown is left out:
+        # a thread of XLA that asks for its lock then, which is rare, ends the process by an abort.
+        atexit._run_exitfuncs()
+        _end("", status=0)
+    if distributed.process_count() > 1:
+        sys.exit(130)  # JAX ends the processes together
+    _end("")
 
 
-def _end(text: str) -> NoReturn:
-    """Ends the process with the status of one that a signal stopped."""
+def _end(text: str, status: int = 130) -> NoReturn:
+    """Ends the process at once, by default with the status of one that a signal stopped."""
     if text:
         print(text, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(130)  # not through Python's shutdown, which would wait for a program that is being compiled
+    os._exit(status)  # not through Python's shutdown, which would wait for a program that is being compiled
 
 
 def _parse(arguments: list[str]) -> list[str]:
